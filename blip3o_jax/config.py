@@ -1,0 +1,348 @@
+"""The whole model as frozen dataclasses, and the named presets.
+
+Field names follow the PyTorch configs they mirror (transformers' Qwen3Config and SiglipConfig, diffusers' SanaTransformer2DModel and
+AutoencoderDC, TA-Tok's checkpoint arguments), so that a `config.json` maps onto them by name. Every class checks itself: a wrong
+combination raises `ConfigError` with one sentence. The published sizes are those of BLIP3o-NEXT (arXiv 2510.15857).
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+
+
+class ConfigError(ValueError):
+    """A configuration or input that cannot work; the message is one sentence for the user."""
+
+
+def _need(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def nearest(name: str, known) -> str:
+    """`', did you mean X?'` for the closest of `known`, or the whole list."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}."
+
+
+@dataclass(frozen=True)
+class Qwen3Config:
+    """Qwen3ForCausalLM. `vocab_size` counts text, special, scale and image tokens together."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self):
+        _need(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"Qwen3: {self.num_attention_heads} query heads do not divide by {self.num_key_value_heads} key-value heads.",
+        )
+        _need(self.head_dim % 2 == 0, f"Qwen3: head_dim {self.head_dim} must be even for rotary embedding.")
+
+
+@dataclass(frozen=True)
+class SiglipConfig:
+    """SiglipVisionModel (fixed resolution). `num_hidden_layers` as published; TaTokConfig says how many are used."""
+
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_hidden_layers: int = 27
+    num_attention_heads: int = 16
+    image_size: int = 384
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        _need(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"SigLIP: width {self.hidden_size} does not divide by {self.num_attention_heads} heads.",
+        )
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side; pixels beyond the last whole patch are ignored, as in PyTorch."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class TaTokConfig:
+    """TA-Tok: SigLIP2 features -> SimVQ codes, and a small ViT that decodes codes to features (spec S2.3)."""
+
+    encoder: SiglipConfig = field(default_factory=SiglipConfig)
+    select_layer_id: int = -2  # which of the encoder's hidden states is quantised; -1 is the last layer's output
+    bottleneck_dim: int = 1536
+    codebook_size: int = 65536
+    stochastic_temperature: float = 0.03
+    pool_scale: int = 1
+    decoder_depth: int = 3
+    decoder_num_attention_heads: int = 12
+    decoder_intermediate_size: int = 3072
+    decoder_num_patches: int = 256  # learned positions of the decoder, resized to the token grid
+
+    def __post_init__(self):
+        _need(
+            -self.encoder.num_hidden_layers <= self.select_layer_id <= -1,
+            f"TA-Tok: select_layer_id {self.select_layer_id} must lie in [-{self.encoder.num_hidden_layers}, -1].",
+        )
+        side = round(self.decoder_num_patches**0.5)
+        _need(side * side == self.decoder_num_patches, "TA-Tok: decoder_num_patches must be a square number.")
+
+    @property
+    def num_encoder_layers(self) -> int:
+        """Layers that reach the selected hidden state (26 of 27 as published)."""
+        return self.encoder.num_hidden_layers + 1 + self.select_layer_id
+
+    @property
+    def grid(self) -> int:
+        return self.encoder.grid // self.pool_scale
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid**2
+
+
+@dataclass(frozen=True)
+class SanaConfig:
+    """SanaTransformer2DModel (spec S2.4). SANA 1.0 has `qk_norm=False`, 1.5 has True."""
+
+    in_channels: int = 32
+    out_channels: int = 32
+    num_layers: int = 20
+    num_attention_heads: int = 70
+    attention_head_dim: int = 32
+    num_cross_attention_heads: int = 20
+    cross_attention_head_dim: int = 112
+    caption_channels: int = 2304
+    mlp_ratio: float = 2.5
+    qk_norm: bool = True
+    norm_eps: float = 1e-6
+    sample_size: int = 32  # latent rows and columns at the preset's resolution
+    interpolation_scale: float | None = None  # not None: fixed sine-cosine positions are added to the latent tokens
+
+    def __post_init__(self):
+        _need(
+            self.hidden_size == self.num_cross_attention_heads * self.cross_attention_head_dim,
+            f"SANA: width {self.hidden_size} is not {self.num_cross_attention_heads} cross heads x {self.cross_attention_head_dim}.",
+        )
+
+    @property
+    def hidden_size(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Width of the gated half of the mix-FFN (GLUMBConv)."""
+        return int(self.mlp_ratio * self.hidden_size)
+
+
+@dataclass(frozen=True)
+class DcAeConfig:
+    """AutoencoderDC (spec S2.5). Tuples run from the highest resolution to the lowest."""
+
+    latent_channels: int = 32
+    attention_head_dim: int = 32
+    block_types: tuple[str, ...] = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024)
+    encoder_layers_per_block: tuple[int, ...] = (2, 2, 2, 3, 3, 3)
+    decoder_layers_per_block: tuple[int, ...] = (3, 3, 3, 3, 3, 3)
+    qkv_multiscales: tuple[tuple[int, ...], ...] = ((), (), (), (5,), (5,), (5,))
+    downsample_block_type: str = "Conv"  # or "pixel_unshuffle"
+    upsample_block_type: str = "interpolate"  # or "pixel_shuffle"
+    scaling_factor: float = 0.41407
+
+    def __post_init__(self):
+        stages = len(self.block_out_channels)
+        for name in ("block_types", "encoder_layers_per_block", "decoder_layers_per_block", "qkv_multiscales"):
+            _need(len(getattr(self, name)) == stages, f"DC-AE: {name} must have {stages} entries, as block_out_channels.")
+        unknown = set(self.block_types) - {"ResBlock", "EfficientViTBlock"}
+        _need(not unknown, f"DC-AE: unknown block types {sorted(unknown)}; known: ResBlock, EfficientViTBlock.")
+        _need(self.downsample_block_type in ("Conv", "pixel_unshuffle"), "DC-AE: downsample_block_type is Conv or pixel_unshuffle.")
+        _need(self.upsample_block_type in ("interpolate", "pixel_shuffle"), "DC-AE: upsample_block_type is interpolate or pixel_shuffle.")
+        _need(self.block_out_channels[-1] % self.latent_channels == 0, "DC-AE: the last width must divide by latent_channels.")
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent row (32 as published)."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class VocabConfig:
+    """Ids of the special and image tokens, with the names that BLIP3o's config.json gives them (spec S4.1)."""
+
+    image_start_tag_id: int = 151669  # <im_start>
+    image_end_tag_id: int = 151670  # <im_end>
+    scale_start_token_id: int = 151671  # <S0>
+    num_scale_tokens: int = 3
+    image_start_token_id: int = 151674  # <I0>
+    num_image_tokens: int = 65536
+    pad_token_id: int = 151643
+    eos_token_id: int = 151645
+
+    @property
+    def size(self) -> int:
+        """Rows of the embedding that the ids need."""
+        return self.image_start_token_id + self.num_image_tokens
+
+    @property
+    def image_end_token_id(self) -> int:
+        return self.size - 1
+
+
+@dataclass(frozen=True)
+class Blip3oConfig:
+    """BLIP3o-NEXT: the four networks, the vocabulary and the resolution."""
+
+    name: str
+    qwen3: Qwen3Config
+    vocab: VocabConfig = field(default_factory=VocabConfig)
+    ta_tok: TaTokConfig = field(default_factory=TaTokConfig)
+    sana: SanaConfig = field(default_factory=SanaConfig)
+    dc_ae: DcAeConfig = field(default_factory=DcAeConfig)
+    max_prompt_tokens: int = 512
+    connector_eps: float = 1e-5
+
+    def __post_init__(self):
+        _need(
+            self.qwen3.vocab_size >= self.vocab.size,
+            f"{self.name}: vocabulary of {self.qwen3.vocab_size} rows is smaller than the ids need ({self.vocab.size}).",
+        )
+        _need(
+            self.vocab.num_image_tokens == self.ta_tok.codebook_size,
+            f"{self.name}: {self.vocab.num_image_tokens} image tokens but a codebook of {self.ta_tok.codebook_size}.",
+        )
+        _need(
+            self.sana.in_channels == self.dc_ae.latent_channels,
+            f"{self.name}: SANA takes {self.sana.in_channels} channels, the autoencoder gives {self.dc_ae.latent_channels}.",
+        )
+
+    @property
+    def image_size(self) -> int:
+        """Pixels along one side of a generated image."""
+        return self.sana.sample_size * self.dc_ae.factor
+
+    @property
+    def num_condition_tokens(self) -> int:
+        """`<S0>` and the image tokens: 730 as published."""
+        return self.ta_tok.num_tokens + 1
+
+
+def _emoji_64() -> Blip3oConfig:
+    """A miniature of every part, trained and embedded: 64 px scenes, 8x8 tokens of 256 codes, 8x8 latents."""
+    text_tokens = 512
+    vocab = VocabConfig(
+        image_start_tag_id=text_tokens,
+        image_end_tag_id=text_tokens + 1,
+        scale_start_token_id=text_tokens + 2,
+        image_start_token_id=text_tokens + 5,
+        num_image_tokens=256,
+        pad_token_id=text_tokens - 3,
+        eos_token_id=text_tokens - 1,
+    )
+    return Blip3oConfig(
+        name="emoji_64",
+        vocab=vocab,
+        qwen3=Qwen3Config(
+            vocab_size=vocab.size,
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            head_dim=32,
+            rope_theta=1e4,
+        ),
+        ta_tok=TaTokConfig(
+            encoder=SiglipConfig(
+                hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, image_size=64, patch_size=8
+            ),
+            select_layer_id=-1,
+            bottleneck_dim=32,
+            codebook_size=256,
+            decoder_depth=2,
+            decoder_num_attention_heads=4,
+            decoder_intermediate_size=256,
+            decoder_num_patches=64,
+        ),
+        sana=SanaConfig(
+            in_channels=16,
+            out_channels=16,
+            num_layers=6,
+            num_attention_heads=6,
+            attention_head_dim=32,
+            num_cross_attention_heads=6,
+            cross_attention_head_dim=32,
+            caption_channels=192,
+            sample_size=8,
+        ),
+        dc_ae=DcAeConfig(
+            latent_channels=16,
+            block_types=("ResBlock",) * 4,
+            block_out_channels=(32, 64, 128, 128),
+            encoder_layers_per_block=(0, 1, 1, 1),
+            decoder_layers_per_block=(0, 1, 2, 3),
+            qkv_multiscales=((), (), (), ()),
+            downsample_block_type="pixel_unshuffle",
+            upsample_block_type="pixel_shuffle",
+            scaling_factor=1.0,
+        ),
+        max_prompt_tokens=64,
+    )
+
+
+def _next(name: str, hidden: int, ffn: int) -> Blip3oConfig:
+    """BLIP3o-NEXT around a Qwen3 of 28 layers (0.6B: width 1024, 1.7B: width 2048)."""
+    return Blip3oConfig(
+        name=name,
+        qwen3=Qwen3Config(
+            vocab_size=217210,
+            hidden_size=hidden,
+            intermediate_size=ffn,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+        ),
+    )
+
+
+PRESETS = {
+    "emoji_64": _emoji_64,
+    "blip3o_next_0_6b": lambda: _next("blip3o_next_0_6b", 1024, 3072),
+    "blip3o_next_3b": lambda: _next("blip3o_next_3b", 2048, 6144),
+}
+
+SANA_PRESETS = {
+    "sana_0_6b": lambda: SanaConfig(
+        num_layers=28, num_attention_heads=36, num_cross_attention_heads=16, cross_attention_head_dim=72, qk_norm=False
+    ),
+    "sana_1_0_1_6b": lambda: SanaConfig(qk_norm=False),
+    "sana_1_6b": SanaConfig,
+    "sana_4_8b": lambda: SanaConfig(num_layers=60),
+}
+
+
+def preset(name: str) -> Blip3oConfig:
+    """The named preset; raises ConfigError naming the nearest one when there is none."""
+    if name not in PRESETS:
+        raise ConfigError(f"Unknown preset {name!r}; {nearest(name, PRESETS)}")
+    return PRESETS[name]()
+
+
+def replace(config, **changes):
+    """`dataclasses.replace` that accepts dotted names: replace(c, **{"sana.num_layers": 2})."""
+    for key, value in changes.items():
+        head, _, rest = key.partition(".")
+        if head not in {f.name for f in dataclasses.fields(config)}:
+            raise ConfigError(f"Unknown key {key!r}; {nearest(head, [f.name for f in dataclasses.fields(config)])}")
+        config = dataclasses.replace(config, **{head: replace(getattr(config, head), **{rest: value}) if rest else value})
+    return config

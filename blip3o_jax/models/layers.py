@@ -1,0 +1,165 @@
+"""Layers that several networks share.
+
+Axis letters, used in every equation and shape comment of this package:
+    B batch   T query tokens   S key and value tokens   N query heads   K key-value heads   G query heads per key-value head
+    H head dim   D model width   F hidden width of an MLP   V vocabulary   L layers   C channels   Y X rows and columns
+
+Parameters are f32 (or what the caller holds); `dtype` is the dtype of the matrix products. Norms, angles and softmax are f32 inside.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def gelu_tanh(x):
+    return nn.gelu(x, approximate=True)
+
+
+def fan_in_normal(fan_in: int):
+    """Normal(0, 1/fan_in): keeps the scale of a layer's input."""
+    return nn.initializers.normal(fan_in**-0.5)
+
+
+class Linear(nn.Module):
+    """A matrix product written as an einsum, e.g. `Linear("btd,dnh->btnh", (D, N, H))`; torch.nn.Linear with its axes named.
+
+    `shape` is the kernel's; the bias, if any, has the kernel's axes that appear in the output.
+    """
+
+    equation: str
+    shape: tuple[int, ...]
+    use_bias: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        inputs, output = self.equation.split("->")
+        axes = inputs.split(",")[1]
+        sizes = dict(zip(axes, self.shape, strict=True))
+        fan_in = 1
+        for axis in set(axes) - set(output):
+            fan_in *= sizes[axis]
+        kernel = self.param("kernel", fan_in_normal(fan_in), self.shape)
+        y = jnp.einsum(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, tuple(sizes[a] for a in output if a in sizes))
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale (+ bias) over the last axis; statistics in f32, result in x's dtype."""
+
+    eps: float
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        y = y.astype(x.dtype) * scale.astype(x.dtype)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, x.shape[-1:]).astype(x.dtype)
+        return y
+
+
+def layer_norm(x, eps: float):
+    """LayerNorm without parameters over the last axis, in f32; result in x's dtype."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return y.astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """torch.nn.LayerNorm over the last axis."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        return layer_norm(x, self.eps) * scale.astype(x.dtype) + bias.astype(x.dtype)
+
+
+def rotary_angles(positions, head_dim: int, theta: float):
+    """positions [B,T] -> (cos, sin), each [B,T,H/2], f32. Frequencies theta^(-2i/H), as Qwen3RotaryEmbedding."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rotary(x, angles):
+    """x [B,T,N,H], angles from `rotary_angles`; rotates the two halves of H against each other (not interleaved)."""
+    cos, sin = (a[:, :, None, :].astype(x.dtype) for a in angles)
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def timestep_embedding(t, dim: int = 256):
+    """t [B] in (0, 1000] -> [B,dim] f32: cosines first, then sines (diffusers Timesteps, flip_sin_to_cos, shift 0)."""
+    half = dim // 2
+    frequencies = 10000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def _shifted(x, size: int):
+    """The size*size views of zero-padded x [B,Y,X,C], row-major over the window."""
+    rows, columns, pad = x.shape[1], x.shape[2], size // 2
+    x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    return [x[:, i : i + rows, j : j + columns] for i in range(size) for j in range(size)]
+
+
+@functools.lru_cache
+def conv_lowering() -> str:
+    """XLA's depth-wise convolution on CPU is over ten times slower than the same sum of shifted products; elsewhere it is the fast way."""
+    return "shift" if jax.default_backend() == "cpu" else "conv"
+
+
+def conv2d(x, kernel, stride: int = 1, groups: int = 1, lowering: str | None = None):
+    """x [B,Y,X,C] * kernel [k,k,C/groups,C'] -> [B,Y/stride,X/stride,C'], zero padding k//2: torch conv2d with odd k.
+
+    `lowering` of a depth-wise kernel is "conv" (XLA's convolution) or "shift" (a sum over shifted views); both give the same values
+    up to rounding, and the default is the faster one on the current backend.
+    """
+    size, _, per_group, out = kernel.shape
+    depthwise = per_group == 1 and groups == x.shape[-1] == out
+    if size == 1 and groups == 1 and stride == 1:
+        return jnp.einsum("byxc,cd->byxd", x, kernel[0, 0])
+    if size == 1 and stride == 1:
+        x = x.reshape(*x.shape[:-1], groups, per_group)
+        y = jnp.einsum("byxgc,cgd->byxgd", x, kernel[0, 0].reshape(per_group, groups, out // groups))
+        return y.reshape(*y.shape[:3], out)
+    if depthwise and stride == 1 and (lowering or conv_lowering()) == "shift":
+        taps = kernel.reshape(size * size, out)
+        return sum(view * tap for view, tap in zip(_shifted(x, size), taps, strict=True))
+    pad = size // 2
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), ((pad, pad), (pad, pad)), feature_group_count=groups, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+class Conv2d(nn.Module):
+    """torch.nn.Conv2d with odd kernel and padding k//2, channels last."""
+
+    features: int
+    kernel_size: int
+    stride: int = 1
+    groups: int = 1
+    use_bias: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        k, per_group = self.kernel_size, x.shape[-1] // self.groups
+        kernel = self.param("kernel", fan_in_normal(k * k * per_group), (k, k, per_group, self.features))
+        y = conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.groups)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        return y
