@@ -1,0 +1,232 @@
+"""DC-AE (arXiv 2410.10733): a deterministic autoencoder of high compression, diffusers' AutoencoderDC with channels last.
+
+Latents are raw here as they are there; the diffusion model works on `scaling_factor` times them, see `encode_scaled` and `decode_scaled`.
+Where pixels move into channels and back, the channel order is torch's: c * 4 + dy * 2 + dx.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+
+from blip3o_jax.config import ConfigError, DcAeConfig
+from blip3o_jax.models.layers import Conv2d, Linear, RMSNorm
+
+NORM_EPS = 1e-5
+ATTENTION_EPS = 1e-15
+
+
+def pixel_unshuffle(x):
+    """[B,2Y,2X,C] -> [B,Y,X,4C], torch.nn.functional.pixel_unshuffle."""
+    return rearrange(x, "b (y i) (x j) c -> b y x (c i j)", i=2, j=2)
+
+
+def pixel_shuffle(x):
+    """[B,Y,X,4C] -> [B,2Y,2X,C], inverse of `pixel_unshuffle`."""
+    return rearrange(x, "b y x (c i j) -> b (y i) (x j) c", i=2, j=2)
+
+
+def average_channels(x, features: int):
+    """Means of consecutive channels: [B,Y,X,C] -> [B,Y,X,features]."""
+    return jnp.mean(rearrange(x, "b y x (c r) -> b y x c r", c=features), axis=-1)
+
+
+def repeat_channels(x, features: int):
+    """Every channel C'/C times in a row: [B,Y,X,C] -> [B,Y,X,features]."""
+    return repeat(x, "b y x c -> b y x (c r)", r=features // x.shape[-1])
+
+
+class Down(nn.Module):
+    """Half the rows and columns: a convolution plus, unless `shortcut` is off, averaged channels; DCDownBlock2d."""
+
+    features: int
+    unshuffle: bool
+    shortcut: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        if self.unshuffle:
+            y = pixel_unshuffle(Conv2d(self.features // 4, 3, dtype=self.dtype, name="conv")(x))
+        else:
+            y = Conv2d(self.features, 3, stride=2, dtype=self.dtype, name="conv")(x)
+        return y + average_channels(pixel_unshuffle(x), self.features) if self.shortcut else y
+
+
+class Up(nn.Module):
+    """Twice the rows and columns: a convolution plus, unless `shortcut` is off, repeated channels; DCUpBlock2d."""
+
+    features: int
+    interpolate: bool
+    shortcut: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        if self.interpolate:
+            y = repeat(x, "b y x c -> b (y i) (x j) c", i=2, j=2)
+            y = Conv2d(self.features, 3, dtype=self.dtype, name="conv")(y)
+        else:
+            y = pixel_shuffle(Conv2d(self.features * 4, 3, dtype=self.dtype, name="conv")(x))
+        return y + pixel_shuffle(repeat_channels(x, self.features * 4)) if self.shortcut else y
+
+
+class ResBlock(nn.Module):
+    """Two convolutions, the norm after them; diffusers' ResBlock of autoencoder_dc."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        y = nn.silu(Conv2d(width, 3, dtype=self.dtype, name="conv1")(x))
+        y = Conv2d(width, 3, use_bias=False, dtype=self.dtype, name="conv2")(y)
+        return x + RMSNorm(NORM_EPS, use_bias=True, name="norm")(y)
+
+
+def relu_linear_attention(q, k, v):
+    """q, k, v [B,Y,X,N,H] -> [B,Y,X,N,H] f32: attention with relu(q) . relu(k) as weight, over all pixels, linear in their number."""
+    q, k, v = (a.astype(jnp.float32) for a in (nn.relu(q), nn.relu(k), v))
+    # The sums run over every pixel; TPU's default would round their factors to bf16.
+    with jax.default_matmul_precision("highest"):
+        values = jnp.einsum("byxnh,byxnj->bnhj", k, v)
+        total = jnp.einsum("byxnh,bnh->byxn", q, jnp.sum(k, axis=(1, 2)))
+        return jnp.einsum("byxnh,bnhj->byxnj", q, values) / (total[..., None] + ATTENTION_EPS)
+
+
+class MultiscaleAttention(nn.Module):
+    """Linear attention on the projections and on their averages over neighbours; SanaMultiscaleLinearAttention."""
+
+    head_dim: int
+    kernel_sizes: tuple[int, ...]
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        heads = width // self.head_dim
+        inner = heads * self.head_dim
+        qkv = [Linear("byxc,cd->byxd", (width, inner), dtype=self.dtype, name=name)(x) for name in ("to_q", "to_k", "to_v")]
+        qkv = jnp.concatenate(qkv, axis=-1)
+        scales = [qkv]
+        for i, size in enumerate(self.kernel_sizes):
+            y = Conv2d(3 * inner, size, groups=3 * inner, use_bias=False, dtype=self.dtype, name=f"multiscale{i}_in")(qkv)
+            scales.append(Conv2d(3 * inner, 1, groups=3 * heads, use_bias=False, dtype=self.dtype, name=f"multiscale{i}_out")(y))
+        # A head is 3 * H consecutive channels of this, so its q, k and v may all come from to_q: the published weights expect it.
+        qkv = rearrange(jnp.concatenate(scales, axis=-1), "b y x (n k h) -> k b y x n h", k=3, h=self.head_dim)
+        y = rearrange(relu_linear_attention(*qkv).astype(self.dtype), "b y x n h -> b y x (n h)")
+        y = Linear("byxd,dc->byxc", (y.shape[-1], width), dtype=self.dtype, name="to_out")(y)
+        return x + RMSNorm(NORM_EPS, use_bias=True, name="norm_out")(y)
+
+
+class GatedConv(nn.Module):
+    """Point-wise, depth-wise, gate, point-wise, norm; GLUMBConv with its norm and residual."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        y = nn.silu(Conv2d(8 * width, 1, dtype=self.dtype, name="conv_inverted")(x))
+        y, gate = jnp.split(Conv2d(8 * width, 3, groups=8 * width, dtype=self.dtype, name="conv_depth")(y), 2, axis=-1)
+        y = Conv2d(width, 1, use_bias=False, dtype=self.dtype, name="conv_point")(y * nn.silu(gate))
+        return x + RMSNorm(NORM_EPS, use_bias=True, name="norm")(y)
+
+
+class EfficientViTBlock(nn.Module):
+    """Mixes all pixels, then neighbours; diffusers' EfficientViTBlock."""
+
+    head_dim: int
+    kernel_sizes: tuple[int, ...]
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        x = MultiscaleAttention(self.head_dim, self.kernel_sizes, dtype=self.dtype, name="attn")(x)
+        return GatedConv(dtype=self.dtype, name="conv_out")(x)
+
+
+def _block(cfg: DcAeConfig, stage: int, index: int, dtype) -> nn.Module:
+    name = f"stage{stage}_block{index}"
+    if cfg.block_types[stage] == "ResBlock":
+        return ResBlock(dtype=dtype, name=name)
+    return EfficientViTBlock(cfg.attention_head_dim, cfg.qkv_multiscales[stage], dtype=dtype, name=name)
+
+
+class Encoder(nn.Module):
+    """Images [B,Y,X,3] -> latents [B,Y/f,X/f,C]. A first stage without layers leaves halving, without shortcut, to `conv_in`."""
+
+    cfg: DcAeConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        cfg, dtype = self.cfg, self.dtype
+        widths, layers = cfg.block_out_channels, cfg.encoder_layers_per_block
+        unshuffle = cfg.downsample_block_type == "pixel_unshuffle"
+        if layers[0] > 0:
+            x = Conv2d(widths[0], 3, dtype=dtype, name="conv_in")(x)
+        else:
+            x = Down(widths[1], unshuffle, shortcut=False, dtype=dtype, name="conv_in")(x)
+        for stage, count in enumerate(layers):
+            for index in range(count):
+                x = _block(cfg, stage, index, dtype)(x)
+            if count > 0 and stage + 1 < len(widths):
+                x = Down(widths[stage + 1], unshuffle, dtype=dtype, name=f"stage{stage}_down")(x)
+        return Conv2d(cfg.latent_channels, 3, dtype=dtype, name="conv_out")(x) + average_channels(x, cfg.latent_channels)
+
+
+class Decoder(nn.Module):
+    """Latents [B,Y/f,X/f,C] -> images [B,Y,X,3], not clipped. Stages run from the last to the first."""
+
+    cfg: DcAeConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, z):
+        cfg, dtype = self.cfg, self.dtype
+        widths, layers = cfg.block_out_channels, cfg.decoder_layers_per_block
+        interpolate = cfg.upsample_block_type == "interpolate"
+        x = Conv2d(widths[-1], 3, dtype=dtype, name="conv_in")(z) + repeat_channels(z, widths[-1])
+        for stage in reversed(range(len(widths))):
+            if layers[stage] > 0 and stage + 1 < len(widths):
+                x = Up(widths[stage], interpolate, dtype=dtype, name=f"stage{stage}_up")(x)
+            for index in range(layers[stage]):
+                x = _block(cfg, stage, index, dtype)(x)
+        x = nn.relu(RMSNorm(NORM_EPS, use_bias=True, name="norm_out")(x))
+        if layers[0] > 0:
+            return Conv2d(3, 3, dtype=dtype, name="conv_out")(x)
+        return Up(3, interpolate, shortcut=False, dtype=dtype, name="conv_out")(x)
+
+
+class DcAe(nn.Module):
+    """diffusers' AutoencoderDC. Calling it reconstructs; `encode` and `decode` share its parameters."""
+
+    cfg: DcAeConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.encoder = Encoder(self.cfg, self.dtype)
+        self.decoder = Decoder(self.cfg, self.dtype)
+
+    def __call__(self, images):
+        return self.decode(self.encode(images))
+
+    def encode(self, images):
+        """images [B,Y,X,3] in [-1, 1] -> raw latents [B,Y/f,X/f,C]; ConfigError unless f divides Y and X."""
+        _, rows, columns, _ = images.shape
+        if rows % self.cfg.factor or columns % self.cfg.factor:
+            raise ConfigError(f"DC-AE: an image of {rows}x{columns} pixels does not divide into latents of {self.cfg.factor} pixels.")
+        return self.encoder(images.astype(self.dtype))
+
+    def decode(self, latents):
+        """Raw latents [B,Y/f,X/f,C] -> images [B,Y,X,3], in [-1, 1] but for errors: clip before use."""
+        return self.decoder(latents.astype(self.dtype))
+
+    def encode_scaled(self, images):
+        """The latents that the diffusion model is trained on: `encode` times scaling_factor."""
+        return self.encode(images) * self.cfg.scaling_factor
+
+    def decode_scaled(self, latents):
+        """Images of the diffusion model's latents; inverse of `encode_scaled`."""
+        return self.decode(latents / self.cfg.scaling_factor)
