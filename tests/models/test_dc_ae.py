@@ -90,7 +90,7 @@ def test_bf16_stays_close(case):
 def test_scaled_latents():
     model = DcAe(replace(CONFIGS["shuffled"], scaling_factor=0.25))
     images = np.random.default_rng(0).uniform(-1, 1, size=(1, 8, 8, 3)).astype(np.float32)
-    params = model.init(jax.random.key(0), images)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
     latents, scaled = (apply(model, params, images, method) for method in ("encode", "encode_scaled"))
     np.testing.assert_allclose(scaled, latents / 4, rtol=1e-6)
     expected = apply(model, params, images, "__call__")
