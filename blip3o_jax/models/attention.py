@@ -1,0 +1,101 @@
+"""Softmax attention, one entry for every network and accelerator, and SANA's linear attention."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from blip3o_jax.config import ConfigError
+
+IMPLEMENTATIONS = ("xla", "cudnn", "splash")
+LANES = 128  # the width of a TPU register, in which splash attention counts its blocks
+
+
+class Causal(NamedTuple):
+    """A mask said in words: a token sees those tokens up to itself that are `valid` [B,T] bool."""
+
+    valid: jax.Array
+
+    def array(self):
+        """The same as bool [B,1,T,T]."""
+        length = self.valid.shape[1]
+        return jnp.tril(jnp.ones((length, length), bool)) & self.valid[:, None, None, :]
+
+
+@jax.named_scope("attention")
+def attention(q, k, v, mask, scale: float, implementation: str = "xla"):
+    """softmax(scale * q k^T) v, [B,T,N,H]: q [B,T,N,H], k and v [B,S,K,H]; key-value head j serves the N/K query heads from j*N/K on.
+
+    `mask` is None, bool broadcastable to [B,1|N,T,S] (True: may be seen), or `Causal`. A row that may see nothing comes out finite and
+    meaningless. "xla" runs anywhere. "cudnn" is the GPU's fused kernel, for bf16 and f16. "splash" is the TPU's, for `Causal` only: it
+    takes T and H in multiples of 128, and under `jax.set_mesh` it runs on shards, heads cut along the mesh axis "tensor" and the batch
+    along all others. Raises ConfigError for an unknown implementation or a shape that it does not take.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ConfigError(f"Unknown attention implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}.")
+    if implementation == "splash":
+        if not isinstance(mask, Causal):
+            raise ConfigError("Splash attention is for causal self-attention; use the implementation 'xla' here.")
+        return _splash(q, k, v, mask.valid, scale)
+    if isinstance(mask, Causal):
+        mask = mask.array()
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
+    return _xla(q, k, v, mask, scale)
+
+
+def _xla(q, k, v, mask, scale):
+    heads, kv_heads = q.shape[2], k.shape[2]
+    grouped = q.reshape(*q.shape[:2], kv_heads, heads // kv_heads, q.shape[-1])
+    logits = scale * jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        groups = (kv_heads, heads // kv_heads) if mask.shape[1] == heads else (1, 1)
+        mask = mask.reshape(mask.shape[0], *groups, *mask.shape[2:])
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)  # not -inf, which makes a row of nothing else NaN
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape)
+
+
+def _splash(q, k, v, valid, scale):
+    # Pallas takes long to import, and only TPUs need it.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    length, head_dim = q.shape[1], q.shape[3]
+    if length % LANES or head_dim % LANES:
+        raise ConfigError(f"Splash attention takes lengths and head dims in multiples of {LANES}, not {length} and {head_dim}.")
+    block = next(size for size in (512, 256, 128) if length % size == 0)
+    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    blocks = splash.BlockSizes(**dict.fromkeys(names, block))
+
+    def local(q, k, v, valid):
+        mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * q.shape[2])
+        kernel = splash.make_splash_mha_single_device(mask, block_sizes=blocks)
+        q, k, v = (x.swapaxes(1, 2) for x in (q * scale, k, v))
+        # Padding is a segment of its own: valid tokens do not see it, and its rows see themselves, so that none is empty.
+        segments = valid.astype(jnp.int32)
+        return jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments)).swapaxes(1, 2)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return local(q, k, v, valid)
+    # The compiler cannot cut a kernel by itself.
+    batch = P(tuple(axis for axis in mesh.axis_names if axis != "tensor"))
+    heads = P(*batch, None, "tensor" if "tensor" in mesh.axis_names else None)
+    return jax.shard_map(local, in_specs=(heads, heads, heads, batch), out_specs=heads, check_vma=False)(q, k, v, valid)
+
+
+@jax.named_scope("linear_attention")
+def linear_attention(q, k, v, eps: float = 1e-15):
+    """q (sum_s k_s v_s^T) / (q . sum_s k_s + eps), [B,T,N,H]: q [B,T,N,H], k and v [B,S,N,H], q and k already non-negative.
+
+    f32 inside, cast back to q's dtype; `eps` is added, not a floor (diffusers' SanaLinearAttnProcessor2_0).
+    """
+    dtype = q.dtype
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    # The sums run over all tokens; a TPU's default would round their factors to bf16.
+    with jax.default_matmul_precision("highest"):
+        state = jnp.einsum("bsnh,bsni->bnhi", k, v)
+        total = jnp.einsum("btnh,bnh->btn", q, jnp.sum(k, axis=1))
+        out = jnp.einsum("btnh,bnhi->btni", q, state) / (total[..., None] + eps)
+    return out.astype(dtype)

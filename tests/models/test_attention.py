@@ -1,0 +1,125 @@
+"""Attention against a per-head numpy loop; the TPU kernel in Pallas' interpreter."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from blip3o_jax.config import ConfigError
+from blip3o_jax.models.attention import Causal, attention, linear_attention
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def by_hand(q, k, v, mask, scale):
+    """One head and one row at a time, in f64."""
+    (batch, length, heads, _), group = q.shape, q.shape[2] // k.shape[2]
+    mask = np.broadcast_to(True if mask is None else mask, (batch, heads, length, k.shape[1]))
+    out = np.zeros(q.shape)
+    for b, n, t in np.ndindex(batch, heads, length):
+        logits = scale * k[b, :, n // group].astype(np.float64) @ q[b, t, n]
+        weights = np.exp(logits - logits.max()) * mask[b, n, t]
+        out[b, t, n] = weights / weights.sum() @ v[b, :, n // group]
+    return out
+
+
+@pytest.mark.parametrize("mask_heads", [None, 1, 6])
+def test_grouped_heads_and_masks(mask_heads):
+    q, k, v = normal(0, 2, 5, 6, 4), normal(1, 2, 7, 3, 4), normal(2, 2, 7, 3, 4)
+    mask = None if mask_heads is None else normal(3, 2, mask_heads, 5, 7) > -0.5
+    np.testing.assert_allclose(attention(q, k, v, mask, 0.3), by_hand(q, k, v, mask, 0.3), atol=2e-6)
+
+
+def test_causal_sees_valid_tokens_up_to_itself():
+    q, k, v = normal(0, 2, 4, 2, 4), normal(1, 2, 4, 2, 4), normal(2, 2, 4, 2, 4)
+    valid = np.array([[True, True, True, False], [False, True, False, True]])
+    allowed = np.array([[[s <= t and row[s] for s in range(4)] for t in range(4)] for row in valid])[:, None]
+    np.testing.assert_array_equal(Causal(jnp.asarray(valid)).array(), allowed)
+    out = attention(q, k, v, Causal(jnp.asarray(valid)), 0.5)
+    assert np.isfinite(out).all()  # the second row's first token sees nothing
+    allowed[1, 0, 0] = True
+    np.testing.assert_allclose(np.asarray(out)[valid], by_hand(q, k, v, allowed, 0.5)[valid], atol=2e-6)
+
+
+def test_softmax_is_f32_in_bf16():
+    """Logits 64.25 and 64 differ in f32 only: bf16 has steps of 0.5 there."""
+    q = jnp.array([64, 0.25], jnp.bfloat16).reshape(1, 1, 1, 2)
+    keys = jnp.array([[1, 1], [1, 0]], jnp.bfloat16).reshape(1, 2, 1, 2)
+    out = attention(q, keys, jnp.eye(2, dtype=jnp.bfloat16).reshape(1, 2, 1, 2), None, 1.0)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(out, np.float32).ravel(), [0.5622, 0.4378], atol=2e-3)
+
+
+def test_cudnn_takes_the_same_arguments(monkeypatch):
+    """The GPU's kernel cannot run here; jax's own fallback for the same call stands in for it."""
+    call = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **kw: call(*a, implementation="xla", **kw))
+    q, k, v = normal(0, 2, 5, 6, 4), normal(1, 2, 5, 3, 4), normal(2, 2, 5, 3, 4)
+    mask = Causal(jnp.asarray(np.arange(5) < np.array([[5], [3]])))
+    np.testing.assert_allclose(attention(q, k, v, mask, 0.3, "cudnn"), attention(q, k, v, mask, 0.3), atol=2e-6)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    make = partial(splash.make_splash_mha_single_device, interpret=True)
+    monkeypatch.setattr(splash, "make_splash_mha_single_device", make)
+
+
+@pytest.mark.parametrize(("length", "shards"), [(384, None), (128, (2, 1, 2))])  # three blocks; one block a device
+def test_splash_values_and_gradients(interpreted, length, shards):
+    (q, probe), (k, v) = normal(0, 2, 2, length, 4, 128), normal(1, 2, 2, length, 2, 128)
+    valid = np.arange(length) >= np.array([[0], [90]])
+    valid[0, 110:] = False
+
+    def loss(q, k, v, implementation):
+        out = attention(q, k, v, Causal(jnp.asarray(valid)), 128**-0.5, implementation)
+        return jnp.sum(jnp.where(valid[:, :, None, None], out * probe, 0))
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)), static_argnums=3)
+    expected = run(q, k, v, "xla")
+    if shards:
+        mesh = jax.make_mesh(shards, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+        with jax.set_mesh(mesh):
+            actual = run(q, k, v, "splash")
+    else:
+        actual = run(q, k, v, "splash")
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+
+
+def test_errors_name_what_is_wrong():
+    q = jnp.zeros((1, 100, 2, 128))
+    valid = jnp.ones((1, 100), bool)
+    with pytest.raises(ConfigError, match=r"'flash'.*xla, cudnn, splash"):
+        attention(q, q, q, None, 1.0, "flash")
+    with pytest.raises(ConfigError, match="causal"):
+        attention(q, q, q, None, 1.0, "splash")
+    with pytest.raises(ConfigError, match="multiples of 128, not 100 and 128"):
+        attention(q, q, q, Causal(valid), 1.0, "splash")
+
+
+def test_linear_attention_is_normalised_relu_attention():
+    q, k, v = np.maximum(normal(0, 2, 5, 3, 4), 0), np.maximum(normal(1, 2, 7, 3, 4), 0), normal(2, 2, 7, 3, 4)
+    q[0, 0, 0] = 0  # sees nothing: 0 / eps
+    weights = np.einsum("btnh,bsnh->bnts", q, k).astype(np.float64)
+    expected = np.einsum("bnts,bsnh->btnh", weights / (weights.sum(-1, keepdims=True) + 1e-15), v)
+    np.testing.assert_allclose(linear_attention(q, k, v), expected, atol=1e-5)
+    assert not np.asarray(linear_attention(q, k, v))[0, 0, 0].any()
+    # eps is added: with one key equal to the query the output is v / (1 + eps / |q|^2).
+    one = jnp.ones((1, 1, 1, 4))
+    np.testing.assert_allclose(linear_attention(one, one, one, eps=4.0), one / 2)
+
+
+def test_linear_attention_sums_in_f32():
+    """257 equal tokens: a bf16 sum stops at 256."""
+    ones = jnp.ones((1, 257, 1, 1), jnp.bfloat16)
+    out = linear_attention(ones[:, :1], ones, ones, eps=257.0)
+    assert out.dtype == jnp.bfloat16
+    assert float(out[0, 0, 0, 0]) == 0.5
