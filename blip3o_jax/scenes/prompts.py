@@ -1,0 +1,171 @@
+"""Prompts with GenEval's metadata (djghosh13/geneval) and a scene that satisfies each exactly, as a pure function of (seed, index)."""
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from itertools import combinations
+
+import numpy as np
+
+from blip3o_jax.config import ConfigError, nearest
+from blip3o_jax.scenes.heldout import COUNTS, WORDS, held_out
+from blip3o_jax.scenes.scene import POSITIONS, SPAN, Scene, Thing
+from blip3o_jax.scenes.sprites import COLORS, GROUNDS, LETTERS, OBJECTS, PLURALS
+
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+RELATIONS = ("left of", "right of", "above", "below")
+# Share of each tag; two colours at once are the hardest to learn.
+WEIGHTS = {"single_object": 1.0, "two_object": 1.5, "counting": 1.5, "colors": 2.0, "position": 2.0, "color_attr": 3.0}
+TAGS = tuple(WEIGHTS)
+PHOTO, NAMED_GROUND = 0.15, 0.5  # shares of prompts; GenEval's own prompts begin with "a photo of"
+NUMBER_OF_SPLIT = {"train": 0, "heldout": 1}
+
+Rng = np.random.Generator
+Noun = tuple[str, str | None]  # object and colour
+
+
+def sample(
+    seed: int, index: int, split: str = "train", weights: Mapping[str, float] = WEIGHTS, *, text: float = 0.0, extra: float = 0.15
+) -> tuple[dict, Scene]:
+    """A prompt's metadata and its scene; the same for the same arguments, whatever was drawn before.
+
+    metadata: tag, include, exclude (counting), prompt; ground where the prompt names it; word for the tag "text";
+    extra=True for kinds that GenEval does not know (counted or placed things with a colour, three different things).
+    split: "train" never composes a held-out combination, "heldout" always asks for one. weights: tag -> share.
+    text: share of prompts for a written word. extra: share of extra kinds, training only.
+    Raises ConfigError for an unknown split or tag.
+    """
+    if split not in NUMBER_OF_SPLIT:
+        raise ConfigError(f"unknown split {split!r}: {nearest(split, NUMBER_OF_SPLIT)}")
+    for tag in weights:
+        if tag not in TAGS:
+            raise ConfigError(f"unknown tag {tag!r}: {nearest(tag, TAGS)}")
+    rng = np.random.Generator(np.random.Philox(key=[seed, NUMBER_OF_SPLIT[split]], counter=[0, 0, 0, index]))
+    training = split == "train"
+    if rng.random() < text:
+        return _write(rng, training)
+    tag = _pick(rng, list(weights), np.array(list(weights.values())) / sum(weights.values()))
+    if training and rng.random() < extra:
+        tag = _pick(rng, ["counting", "position", "two_object"])
+        return _make(rng, tag, split, extra=True)
+    return _make(rng, tag, split, photo=training and rng.random() < PHOTO)
+
+
+def _make(rng: Rng, tag: str, split: str, extra: bool = False, photo: bool = False) -> tuple[dict, Scene]:
+    """Draws nouns for the tag until the split allows them, then ground, places and words."""
+    held = held_out()
+    training = split == "train"
+    named = rng.random() < NAMED_GROUND or (not training and tag == "single_object")
+    new_color = rng.random() < 0.5  # heldout color_attr: is a colour unseen too?
+    while True:
+        nouns = _nouns(rng, tag, extra)
+        ground = _pick(rng, list(GROUNDS))
+        # The plain layout stands for any: what is held out does not depend on places.
+        found = held.found(Scene(tuple(Thing(name, color, 0, 0) for name, color in nouns), ground))
+        kinds = sorted(_kind(combination) for combination in found)
+        if training and not found:
+            break
+        wanted = {
+            "colors": ["color"],
+            "counting": ["count"],
+            "single_object": ["ground"],
+            "color_attr": ["color", "pair"] if new_color else ["pair"],
+        }
+        if not training and kinds == wanted.get(tag, ["pair"]):
+            break
+    relation = _pick(rng, list(RELATIONS)) if tag == "position" else None
+    cells = _cells(rng, len(nouns), relation)
+    scene = Scene(tuple(Thing(name, color, *cell) for (name, color), cell in zip(nouns, cells, strict=True)), ground)
+    return _metadata(tag, nouns, relation, ground if named else None, extra, photo), scene
+
+
+def _kind(combination) -> str:
+    """Which of HeldOut's sets a found combination belongs to."""
+    if isinstance(combination, frozenset):
+        return "pair"
+    second = combination[1]
+    return "color" if second in COLORS else "ground" if second in GROUNDS else "count"
+
+
+def _nouns(rng: Rng, tag: str, extra: bool) -> list[Noun]:
+    """The things of one prompt, in the order in which it names them."""
+    if tag == "counting":
+        name, color = _pick(rng, list(OBJECTS)), _pick(rng, list(COLORS)) if extra else None
+        return [(name, color)] * int(_pick(rng, list(COUNTS)))
+    number = {"single_object": 1, "colors": 1, "two_object": 3 if extra else 2}.get(tag, 2)
+    names = [OBJECTS[i] for i in rng.choice(len(OBJECTS), number, replace=False)]
+    colored = tag in ("colors", "color_attr") or (tag == "position" and extra)
+    colors = [COLORS[i] for i in rng.choice(len(COLORS), number, replace=False)] if colored else [None] * number
+    return list(zip(names, colors, strict=True))
+
+
+def _metadata(tag: str, nouns: list[Noun], relation: str | None, ground: str | None, extra: bool, photo: bool) -> dict:
+    """GenEval's dictionary and the prompt's words."""
+    include = [{"class": name, "count": 1} | ({"color": color} if color else {}) for name, color in nouns]
+    phrases = [_with_article(f"{color} {name}" if color else name) for name, color in nouns]
+    metadata = {"tag": tag, "include": include}
+    if tag == "counting":
+        name, color = nouns[0]
+        metadata["include"] = [include[0] | {"count": len(nouns)}]
+        metadata["exclude"] = [{"class": name, "count": len(nouns) + 1}]
+        phrase = " ".join([NUMBERS[len(nouns)], *([color] if color else []), PLURALS[name]])
+    elif tag == "position":
+        # as in GenEval's file: first the thing to relate to, then the one that has the position
+        metadata["include"] = [include[1], include[0] | {"position": [relation, 0]}]
+        phrase = f"{phrases[0]} {relation} {phrases[1]}"
+    else:
+        phrase = " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)
+    metadata["prompt"] = ("a photo of " if photo else "") + phrase + (f" on {ground}" if ground else "")
+    if ground:
+        metadata["ground"] = ground
+    if extra:
+        metadata["extra"] = True
+    return metadata
+
+
+def _write(rng: Rng, training: bool) -> tuple[dict, Scene]:
+    """A word to be written: training half the time a known one, half the time random letters; otherwise one held out."""
+    unseen = held_out().words
+    while True:
+        if not training or rng.random() < 0.5:
+            word = _pick(rng, list(WORDS if training else sorted(unseen)))
+        else:
+            word = "".join(LETTERS[i] for i in rng.integers(len(LETTERS), size=rng.integers(2, 7)))
+        if not training or word not in unseen:
+            break
+    ground, named = _pick(rng, list(GROUNDS)), rng.random() < NAMED_GROUND
+    metadata = {"tag": "text", "include": [], "word": word, "prompt": f'the word "{word}"' + (f" on {ground}" if named else "")}
+    return metadata | ({"ground": ground} if named else {}), Scene((), ground, word)
+
+
+@lru_cache
+def _layouts(number: int, relation: str | None) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """All places for `number` things, in any order; with a relation, ordered (first is `relation` second) and beyond doubt."""
+    cells = [(row, column) for row in range(POSITIONS) for column in range(POSITIONS)]
+    if relation is not None:
+        # GenEval's rule wants a direction within 60 degrees; here the other way is at most half as far, as people draw it.
+        holds: dict[str, Callable[[int, int], bool]] = {
+            "left of": lambda down, right: right <= -SPAN and 2 * abs(down) <= -right,
+            "right of": lambda down, right: right >= SPAN and 2 * abs(down) <= right,
+            "above": lambda down, right: down <= -SPAN and 2 * abs(right) <= -down,
+            "below": lambda down, right: down >= SPAN and 2 * abs(right) <= down,
+        }
+        return tuple((a, b) for a in cells for b in cells if holds[relation](a[0] - b[0], a[1] - b[1]))
+
+    def apart(a: tuple[int, int], b: tuple[int, int]) -> bool:
+        return max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= SPAN
+
+    return tuple(layout for layout in combinations(cells, number) if all(apart(a, b) for a, b in combinations(layout, 2)))
+
+
+def _cells(rng: Rng, number: int, relation: str | None) -> list[tuple[int, int]]:
+    layouts = _layouts(number, relation)
+    cells = list(layouts[rng.integers(len(layouts))])
+    return cells if relation else [cells[i] for i in rng.permutation(number)]
+
+
+def _with_article(phrase: str) -> str:
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+
+
+def _pick(rng: Rng, values: list, shares=None):
+    return values[rng.choice(len(values), p=shares)]
