@@ -238,15 +238,16 @@ class Blip3oConfig:
 
 def _emoji_64() -> Blip3oConfig:
     """A miniature of every part, trained and embedded: 64 px scenes, 8x8 tokens of 256 codes, 8x8 latents."""
-    text_tokens = 512
+    words = 559  # bytes and words of assets/emoji_64/tokenizer.json; then three vision tokens, the pad and two chat tokens
+    text_tokens = words + 6
     vocab = VocabConfig(
         image_start_tag_id=text_tokens,
         image_end_tag_id=text_tokens + 1,
         scale_start_token_id=text_tokens + 2,
         image_start_token_id=text_tokens + 5,
         num_image_tokens=256,
-        pad_token_id=text_tokens - 3,
-        eos_token_id=text_tokens - 1,
+        pad_token_id=words + 3,
+        eos_token_id=words + 5,
     )
     return Blip3oConfig(
         name="emoji_64",

@@ -15,8 +15,10 @@ from blip3o_jax.text import edit_prompt, t2i_prompt
 
 # Qwen2's pattern: contractions, words with one leading mark or space, single digits, punctuation, line ends, spaces.
 QWEN2_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-CHAT_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
-IMAGE_TAGS = ("<im_start>", "<im_end>")
+SPECIAL_TOKENS = (
+    *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *("<im_start>", "<im_end>"),
+)
 GRAMMAR = (
     *("a", "an", "the", "photo", "of", "and", "on", "in", "with", "it", "one", "natural", "word", '"'),
     *("make", "change", "replace", "remove", "add", "move", "put", "turn", "to", "from", "into", "color", "background"),
@@ -60,7 +62,7 @@ def make():
     )
     tokenizer.train_from_iterator(corpus(), trainer)
     vocab = preset("emoji_64").vocab
-    add_tokens(tokenizer, (*CHAT_TOKENS, *IMAGE_TAGS), vocab.num_scale_tokens, vocab.num_image_tokens)
+    add_tokens(tokenizer, SPECIAL_TOKENS, vocab.num_scale_tokens, vocab.num_image_tokens)
     return tokenizer
 
 
