@@ -1,7 +1,7 @@
 # Sourced by the other scripts: goes to the clone's root and puts .venv, made on first use, at the front of PATH.
 # shellcheck shell=bash
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 # Prints the first Python of version 3.11 or newer; a version manager's shim that does not run is passed over.
 find_python() {
