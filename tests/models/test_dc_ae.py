@@ -10,7 +10,7 @@ import pytest
 
 from blip3o_jax.config import ConfigError, DcAeConfig, replace
 from blip3o_jax.convert.dc_ae import dc_ae_rules
-from blip3o_jax.convert.rules import to_jax, to_torch
+from blip3o_jax.convert.rules import flatten, leaf_to_tensor, to_jax, to_torch
 from blip3o_jax.models.dc_ae import DcAe, Down, Up, relu_linear_attention
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -51,6 +51,10 @@ def size(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
+def without_convolution(module, x):
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), jax.eval_shape(module.init, jax.random.key(0), x))
+
+
 def relative_error(actual, expected):
     return np.abs(np.asarray(actual, np.float32) - expected).max() / np.abs(expected).max()
 
@@ -87,20 +91,19 @@ def test_bf16_stays_close(case):
     assert relative_error(latents, arrays["latents"]) < 0.05
 
 
-def test_scaled_latents():
-    model = DcAe(replace(CONFIGS["shuffled"], scaling_factor=0.25))
-    images = np.random.default_rng(0).uniform(-1, 1, size=(1, 8, 8, 3)).astype(np.float32)
-    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
-    latents, scaled = (apply(model, params, images, method) for method in ("encode", "encode_scaled"))
-    np.testing.assert_allclose(scaled, latents / 4, rtol=1e-6)
-    expected = apply(model, params, images, "__call__")
-    np.testing.assert_allclose(apply(model, params, scaled, "decode_scaled"), expected, atol=1e-5)
+def test_scaled_latents(case):
+    cfg, _, params, arrays = case
+    model = DcAe(replace(cfg, scaling_factor=0.25))  # a power of two: scaling is exact
+    scaled = apply(model, params, arrays["images"], "encode_scaled")
+    assert relative_error(scaled, arrays["latents"] / 4) < 1e-5
+    decoded = apply(model, params, arrays["decoder_latents"] / 4, "decode_scaled")
+    assert relative_error(decoded, arrays["decoded"]) < 1e-5
 
 
 def test_down_shortcut_by_hand():
     x = np.random.default_rng(0).normal(size=(1, 4, 6, 6)).astype(np.float32)
     down = Down(8, unshuffle=False)
-    params = jax.tree.map(jnp.zeros_like, down.init(jax.random.key(0), x))
+    params = without_convolution(down, x)
     expected = np.zeros((1, 2, 3, 8), np.float32)
     for y, column, out in np.ndindex(2, 3, 8):
         for source in range(3 * out, 3 * out + 3):  # 6 * 4 channels in groups of 3
@@ -112,7 +115,7 @@ def test_down_shortcut_by_hand():
 def test_up_shortcut_by_hand():
     x = np.random.default_rng(0).normal(size=(1, 2, 3, 8)).astype(np.float32)
     up = Up(6, interpolate=False)
-    params = jax.tree.map(jnp.zeros_like, up.init(jax.random.key(0), x))
+    params = without_convolution(up, x)
     expected = np.zeros((1, 4, 6, 6), np.float32)
     for y, column, out in np.ndindex(4, 6, 6):
         source = (4 * out + 2 * (y % 2) + column % 2) // 3  # every channel three times
@@ -141,9 +144,9 @@ def test_published_size():
         "decoder.up_blocks.0.0.conv.weight": (128, 256, 3, 3),
         "decoder.up_blocks.5.2.attn.to_qkv_multiscale.0.proj_out.weight": (3072, 32, 1, 1),
     }
-    blank = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), params)
-    tensors = to_torch([rule for rule in rules if rule.source in published], blank)
-    assert {name: tensor.shape for name, tensor in tensors.items()} == published
+    leaves = flatten(params)
+    blanks = {rule.source: (np.broadcast_to(np.float32(0), leaves[rule.path].shape), rule) for rule in rules if rule.source in published}
+    assert {name: leaf_to_tensor(*blank).shape for name, blank in blanks.items()} == published
 
 
 def test_an_image_that_does_not_divide_is_refused():
