@@ -11,7 +11,7 @@ import pytest
 from blip3o_jax.config import ConfigError, SiglipConfig
 from blip3o_jax.convert.rules import Rule, to_jax
 from blip3o_jax.convert.ta_tok import ta_tok_rules
-from blip3o_jax.models.siglip import SiglipEncoder
+from blip3o_jax.models.siglip import SiglipEncoder, blocks
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/ta_tok.npz"
 TINY = SiglipConfig(hidden_size=20, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, image_size=37, patch_size=5)
@@ -73,9 +73,10 @@ def test_bf16_stays_near_f32(reference):
 
 
 def test_layers_start_different():
-    params = jax.jit(SiglipEncoder(TINY, 2).init)(jax.random.key(0), jnp.zeros(IMAGE.shape))["params"]
-    kernel = params["layers"]["self_attn"]["q_proj"]["kernel"]
-    assert kernel.shape == (2, 20, 4, 5)
+    scanned = blocks(num_layers=2, num_heads=2, mlp_hidden=8, eps=1e-6, dtype=jnp.float32)
+    params = jax.jit(scanned.init)(jax.random.key(0, impl="rbg"), jnp.zeros((1, 3, 4)), None)["params"]
+    kernel = params["self_attn"]["q_proj"]["kernel"]
+    assert kernel.shape == (2, 4, 2, 2)
     assert np.abs(kernel[0] - kernel[1]).max() > 0.1
 
 

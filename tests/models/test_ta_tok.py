@@ -92,9 +92,6 @@ def test_every_stage_equals_pytorch(reference, params, pool_scale):
     np.testing.assert_array_equal(quantized.ids, want["ids"])
     assert near(decoded, want["decoded"])
 
-    np.testing.assert_array_equal(run(params, "encode", reference["images"], cfg=cfg), want["ids"])
-    assert near(run(params, "decode", quantized.ids, cfg=cfg), want["decoded"])
-
 
 def test_decode_at_the_learned_grid(reference, params):
     assert near(run(params, "decode", jnp.asarray(reference["ids_16"])), reference["decoded_16"])
@@ -119,10 +116,11 @@ def test_quantizer_is_f32_under_bf16(reference, params):
 
 
 def test_blocks_of_the_codebook_do_not_change_ids(monkeypatch):
-    z, codebook = unit(jax.random.normal(jax.random.key(0), (2, 50, 8))), unit(jax.random.normal(jax.random.key(1), (96, 8)))
-    codebook = codebook.at[70].set(codebook[3])  # a tie between blocks: the first wins, as in argmax
-    z = z.at[0, 0].set(codebook[3])
-    want = np.argmax(np.asarray(z) @ np.asarray(codebook).T, axis=-1)
+    rng = np.random.default_rng(0)
+    z, codebook = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 50, 8), (96, 8)))
+    codebook /= np.linalg.norm(codebook, axis=-1, keepdims=True)
+    z[0, 0] = codebook[70] = codebook[3]  # a tie between blocks: the first wins, as in argmax
+    want = np.argmax(z @ codebook.T, axis=-1)
     assert want[0, 0] == 3
     np.testing.assert_array_equal(choose(z, codebook, 0.03), want)
     monkeypatch.setattr(ta_tok, "_CODES_AT_ONCE", 32)
@@ -132,7 +130,7 @@ def test_blocks_of_the_codebook_do_not_change_ids(monkeypatch):
 def test_sampling_follows_the_softmax(monkeypatch):
     """40000 draws at one point, over two blocks, against softmax(cosine / temperature)."""
     monkeypatch.setattr(ta_tok, "_CODES_AT_ONCE", 4)
-    codebook = unit(jax.random.normal(jax.random.key(2), (8, 3)))
+    codebook = unit(np.random.default_rng(0).normal(size=(8, 3)))
     z = jnp.broadcast_to(unit(jnp.asarray([0.3, 0.5, -0.2])), (4, 10_000, 3))
     draw = jax.jit(lambda key: choose(z, codebook, 0.5, key))
     ids = draw(jax.random.key(3))
@@ -143,19 +141,18 @@ def test_sampling_follows_the_softmax(monkeypatch):
 
 
 def test_encoding_samples_at_the_configured_temperature(reference, params):
-    """0.03 moves some tokens off their nearest code, a far lower temperature none."""
-    features, nearest = reference["pool_1/features"], reference["pool_1/ids"]
-    cold = dataclasses.replace(TINY, stochastic_temperature=1e-6)
-    sampled = run(params, "quantize", features, key=jax.random.key(0))
-    assert 0.3 < np.mean(sampled.ids == nearest) < 0.95
-    np.testing.assert_array_equal(run(params, "encode", reference["images"], key=jax.random.key(0)), sampled.ids)
-    np.testing.assert_array_equal(run(params, "quantize", features, key=jax.random.key(0), cfg=cold).ids, nearest)
+    """0.03 moves some tokens off their nearest code; the mean chance of staying is that of the softmax."""
+    ids = run(params, "encode", reference["images"], key=jax.random.key(0))
+    scores = np.exp(reference["pool_1/cosines"] / 0.03)
+    chance = (scores.max(axis=-1) / scores.sum(axis=-1)).mean()
+    assert 0.5 < chance < 0.8
+    assert abs(np.mean(ids == reference["pool_1/ids"]) - chance) < 0.1
 
 
 def test_gradients_pass_the_quantizer(reference, params):
     """The decoder's gradient reaches the features unchanged, the codebook's map only through `codes`, the frozen table never."""
 
-    weights = jax.random.normal(jax.random.key(0), (2, 49, 16))
+    weights = np.random.default_rng(0).normal(size=(2, 49, 16)).astype(np.float32)
 
     def loss(params, features, field):
         return jnp.sum(getattr(TaTok(TINY).apply({"params": params}, features, method="quantize"), field) * weights)
@@ -175,7 +172,7 @@ def test_gradients_pass_the_quantizer(reference, params):
 
 
 def test_equal_size_leaves_positions_alone():
-    positions = jax.random.normal(jax.random.key(0), (16, 3))
+    positions = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
     np.testing.assert_array_equal(resize_positions(positions, 4), positions)
 
 
@@ -185,9 +182,9 @@ def test_decoding_a_number_of_tokens_that_is_no_square(params):
 
 
 def test_codebook_starts_as_unit_scale_noise():
-    table = jax.jit(functools.partial(TaTok(TINY).init, method="codebook"))(jax.random.key(0))["params"]["bottleneck"]["regularizer"][
-        "embedding"
-    ]
+    table = jax.jit(functools.partial(TaTok(TINY).init, method="codebook"))(jax.random.key(0, impl="rbg"))["params"]["bottleneck"][
+        "regularizer"
+    ]["embedding"]
     assert table.shape == (64, 16)
     assert abs(float(jnp.std(table)) - 0.25) < 0.02
 
@@ -223,8 +220,7 @@ def test_size_as_published():
     def head(mlp):  # probe, in_proj and out_proj, layernorm, MLP
         return 1152 + 4 * (1152**2 + 1152) + 2 * 1152 + 2 * 1152 * mlp + mlp + 1152
 
-    last_layer, post_layernorm, scale_layer = 15_239_504, 2 * 1152, 2 * 3
+    last_layer, post_layernorm = 15_239_504, 2 * 1152
     assert count(tree["decoder"]) == 51_665_664 - head(3072)
-    parts = 428_225_600 + 51_665_664 + 1_328_256 + 2_656_512 + 1_771_008 + 2_360_832 + 100_663_296 + 2_360_832
-    assert parts in (591_032_000, 591_032_000 - scale_layer)
-    assert count(tree) == parts - last_layer - post_layernorm - head(4304) - head(3072)
+    # The published total counts parameters, so scale_layer's two buffers are not in it.
+    assert count(tree) == 591_032_000 - last_layer - post_layernorm - head(4304) - head(3072)
