@@ -168,6 +168,14 @@ class DcAeConfig:
         _need(self.downsample_block_type in ("Conv", "pixel_unshuffle"), "DC-AE: downsample_block_type is Conv or pixel_unshuffle.")
         _need(self.upsample_block_type in ("interpolate", "pixel_shuffle"), "DC-AE: upsample_block_type is interpolate or pixel_shuffle.")
         _need(self.block_out_channels[-1] % self.latent_channels == 0, "DC-AE: the last width must divide by latent_channels.")
+        widths = self.block_out_channels
+        for layers in (self.encoder_layers_per_block, self.decoder_layers_per_block):
+            _need(
+                all(layers[1:-1]),
+                "DC-AE: only the first and the last stage may have no layers, the others would not change the resolution.",
+            )
+            for fine, coarse, count in zip(widths, widths[1:], layers, strict=False):
+                _need(not count or 4 * fine % coarse == 0, f"DC-AE: four times width {fine} must divide by the next width, {coarse}.")
 
     @property
     def factor(self) -> int:
@@ -288,8 +296,8 @@ def _emoji_64() -> Blip3oConfig:
         dc_ae=DcAeConfig(
             latent_channels=16,
             block_types=("ResBlock",) * 4,
-            block_out_channels=(32, 64, 128, 128),
-            encoder_layers_per_block=(0, 1, 1, 1),
+            block_out_channels=(32, 32, 64, 128),
+            encoder_layers_per_block=(0, 1, 2, 2),
             decoder_layers_per_block=(0, 1, 2, 3),
             qkv_multiscales=((), (), (), ()),
             downsample_block_type="pixel_unshuffle",

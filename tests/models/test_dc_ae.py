@@ -153,3 +153,15 @@ def test_an_image_that_does_not_divide_is_refused():
     cfg = CONFIGS["published"]
     with pytest.raises(ConfigError, match="10x8 pixels"):
         jax.eval_shape(DcAe(cfg).init, jax.random.key(0), jnp.zeros((1, 10, 8, 3)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_out_channels": (8, 8, 24)}, "four times width 8 must divide by the next width, 24"),
+        ({"decoder_layers_per_block": (2, 0, 1)}, "only the first and the last stage"),
+    ],
+)
+def test_stages_that_cannot_be_joined_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        replace(CONFIGS["published"], **changes)
