@@ -1,0 +1,187 @@
+"""Qwen3, the autoregressive transformer; mirrors transformers' Qwen3ForCausalLM (spec S2.1).
+
+    h <- h + o_proj(attention(rotary(q_norm(q)), rotary(k_norm(k)), v)),   q, k, v = projections of input_layernorm(h)
+    h <- h + down_proj(silu(gate_proj y) * up_proj y),                     y = post_attention_layernorm(h)
+    out = norm(h),   logits = out . embedding^T when tied, else out . lm_head
+
+The blocks are one scanned block, so every parameter of "layers" has a leading axis L. Axis letters as in layers.py.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from blip3o_jax.config import ConfigError, Qwen3Config
+from blip3o_jax.models.attention import Causal, attention
+from blip3o_jax.models.layers import Linear, RMSNorm, apply_rotary, fan_in_normal, rotary_angles
+
+REMAT = {
+    "none": lambda block: block,
+    "full": lambda block: nn.remat(block, prevent_cse=False),
+    "dots": lambda block: nn.remat(block, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+}
+
+
+def init_cache(cfg: Qwen3Config, batch: int, length: int, dtype) -> dict[str, jax.Array]:
+    """An empty key-value cache for `length` tokens: k, v [L,B,S,K,H], valid [B,S], and index, where all rows write next.
+
+    One index serves all rows because prompts are padded on the left. Nothing checks that a step still fits: `length` must.
+    """
+    shape = (cfg.num_hidden_layers, batch, length, cfg.num_key_value_heads, cfg.head_dim)
+    return {
+        "k": jnp.zeros(shape, dtype),
+        "v": jnp.zeros(shape, dtype),
+        "valid": jnp.zeros((batch, length), bool),
+        "index": jnp.zeros((), jnp.int32),
+    }
+
+
+def positions_of(valid):
+    """valid [B,T] bool -> positions [B,T] int32: the number of valid tokens before each, which padding does not shift."""
+    return jnp.cumsum(valid, axis=1, dtype=jnp.int32) - valid
+
+
+class Table(nn.Module):
+    """One parameter with a path of its own, for those who need a part of it."""
+
+    leaf: str
+    shape: tuple[int, ...]
+    initializer: Callable
+
+    @nn.compact
+    def __call__(self):
+        return self.param(self.leaf, self.initializer, self.shape)
+
+
+class SelfAttention(nn.Module):
+    """Qwen3Attention: x [B,T,D] -> ([B,T,D], cache). With a cache, its keys and values up to the mask's are seen too."""
+
+    cfg: Qwen3Config
+    dtype: jnp.dtype
+    implementation: str
+
+    @nn.compact
+    def __call__(self, x, layer, angles, mask, cache):
+        cfg, width, head_dim = self.cfg, self.cfg.hidden_size, self.cfg.head_dim
+        heads, kv_heads = (cfg.num_attention_heads, head_dim), (cfg.num_key_value_heads, head_dim)
+        q = Linear("btd,dnh->btnh", (width, *heads), dtype=self.dtype, name="q_proj")(x)
+        k = Linear("btd,dkh->btkh", (width, *kv_heads), dtype=self.dtype, name="k_proj")(x)
+        v = Linear("btd,dkh->btkh", (width, *kv_heads), dtype=self.dtype, name="v_proj")(x)
+        q = apply_rotary(RMSNorm(cfg.rms_norm_eps, name="q_norm")(q), angles)
+        k = apply_rotary(RMSNorm(cfg.rms_norm_eps, name="k_norm")(k), angles)
+        implementation = self.implementation
+        if cache is not None:
+            start = (layer, 0, cache["index"], 0, 0)
+            cache = cache | {name: lax.dynamic_update_slice(cache[name], new[None], start) for name, new in (("k", k), ("v", v))}
+            k, v = (lax.dynamic_index_in_dim(cache[name], layer, keepdims=False) for name in ("k", "v"))
+            implementation = "xla"  # one query a row: reading the cache is the cost, and fused kernels want square shapes
+        x = attention(q, k, v, mask, head_dim**-0.5, implementation)
+        return Linear("btnh,nhd->btd", (*heads, width), dtype=self.dtype, name="o_proj")(x), cache
+
+
+class Mlp(nn.Module):
+    """Qwen3MLP (SwiGLU): [B,T,D] -> [B,T,D]."""
+
+    cfg: Qwen3Config
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        width, hidden = self.cfg.hidden_size, self.cfg.intermediate_size
+        gate = Linear("btd,df->btf", (width, hidden), dtype=self.dtype, name="gate_proj")(x)
+        up = Linear("btd,df->btf", (width, hidden), dtype=self.dtype, name="up_proj")(x)
+        return Linear("btf,fd->btd", (hidden, width), dtype=self.dtype, name="down_proj")(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Qwen3DecoderLayer, in the form that nn.scan wants: (x, cache) -> (x, cache).
+
+    The cache of all layers is carried, not scanned over, so that a step writes one token of it in place and copies nothing else.
+    """
+
+    cfg: Qwen3Config
+    dtype: jnp.dtype
+    implementation: str
+
+    @nn.compact
+    def __call__(self, carry, layer, angles, mask):
+        x, cache = carry
+        eps = self.cfg.rms_norm_eps
+        y = RMSNorm(eps, name="input_layernorm")(x)
+        y, cache = SelfAttention(self.cfg, self.dtype, self.implementation, name="self_attn")(y, layer, angles, mask, cache)
+        x = x + y
+        y = RMSNorm(eps, name="post_attention_layernorm")(x)
+        x = x + Mlp(self.cfg, self.dtype, name="mlp")(y)
+        return (x, cache), None
+
+
+class Qwen3(nn.Module):
+    """Tokens -> hidden states (`__call__`) -> logits (`logits`).
+
+    `dtype` is that of the matrix products and hidden states. `remat` is what the backward pass computes again: "none" nothing, "full" each
+    block, "dots" all of it but the projections. `attention` is attention.py's implementation for calls without a cache.
+    """
+
+    cfg: Qwen3Config
+    dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
+    attention: str = "xla"
+
+    def setup(self):
+        cfg = self.cfg
+        if self.remat not in REMAT:
+            raise ConfigError(f"Unknown remat {self.remat!r}; known: {', '.join(REMAT)}.")
+        self.embed_tokens = Table("embedding", (cfg.vocab_size, cfg.hidden_size), nn.initializers.normal(0.02))
+        block = nn.scan(
+            REMAT[self.remat](Block),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=cfg.num_hidden_layers,
+        )
+        self.layers = block(cfg, self.dtype, self.attention)
+        self.norm = RMSNorm(cfg.rms_norm_eps)
+        if not cfg.tie_word_embeddings:
+            self.lm_head = Table("kernel", (cfg.hidden_size, cfg.vocab_size), fan_in_normal(cfg.hidden_size))
+
+    def __call__(self, tokens, positions, valid, cache=None):
+        """tokens, positions [B,T] int32, valid [B,T] bool (False: padding, on either side) -> (hidden [B,T,D] after the final norm, cache).
+
+        Without a cache a token sees the valid tokens up to itself in its row. With one it sees the cache's as well, and the cache
+        comes back with these T tokens written behind them. Hidden states at padding are finite and meaningless.
+        """
+        length, cfg = tokens.shape[1], self.cfg
+        if cache is None:
+            mask = Causal(valid)
+        else:
+            index = cache["index"]
+            cache = cache | {"valid": lax.dynamic_update_slice(cache["valid"], valid, (0, index))}
+            written = jnp.arange(cache["valid"].shape[1]) <= index + jnp.arange(length)[:, None]  # [T,S]
+            mask = written & cache["valid"][:, None, None, :]
+        x = self.embed_tokens()[tokens].astype(self.dtype)
+        angles = rotary_angles(positions, cfg.head_dim, cfg.rope_theta)
+        (x, cache), _ = self.layers((x, cache), jnp.arange(cfg.num_hidden_layers), angles, mask)
+        if cache is not None:
+            cache = cache | {"index": index + length}
+        if self.is_initializing() and not cfg.tie_word_embeddings:
+            self.lm_head()  # only `logits` reads it, but it must exist
+        return self.norm(x), cache
+
+    def logits(self, hidden, start: int = 0, size: int | None = None):
+        """hidden [...,D] -> f32 logits [...,size] of the ids from `start` on; all to the end when `size` is None.
+
+        Raises ConfigError for a range beyond the vocabulary.
+        """
+        cfg = self.cfg
+        stop = cfg.vocab_size if size is None else start + size
+        if not 0 <= start < stop <= cfg.vocab_size:
+            raise ConfigError(f"Logits of ids {start} to {stop} are not in a vocabulary of {cfg.vocab_size}.")
+        if cfg.tie_word_embeddings:
+            equation, table = "...d,vd->...v", self.embed_tokens()[start:stop]
+        else:
+            equation, table = "...d,dv->...v", self.lm_head()[:, start:stop]
+        with jax.named_scope("logits"):
+            return jnp.einsum(equation, hidden.astype(self.dtype), table.astype(self.dtype), preferred_element_type=jnp.float32)
