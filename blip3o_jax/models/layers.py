@@ -33,6 +33,7 @@ class Linear(nn.Module):
     shape: tuple[int, ...]
     use_bias: bool = False
     dtype: jnp.dtype = jnp.float32
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x):
@@ -45,7 +46,7 @@ class Linear(nn.Module):
         kernel = self.param("kernel", fan_in_normal(fan_in), self.shape)
         y = jnp.einsum(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, tuple(sizes[a] for a in output if a in sizes))
+            bias = self.param("bias", self.bias_init, tuple(sizes[a] for a in output if a in sizes))
             y = y + bias.astype(self.dtype)
         return y
 
@@ -55,10 +56,11 @@ class RMSNorm(nn.Module):
 
     eps: float
     use_bias: bool = False
+    scale_init: nn.initializers.Initializer = nn.initializers.ones
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        scale = self.param("scale", self.scale_init, x.shape[-1:])
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         y = y.astype(x.dtype) * scale.astype(x.dtype)
