@@ -1,0 +1,200 @@
+"""SANA (arXiv 2410.10629, 2501.18427), the diffusion transformer: diffusers' SanaTransformer2DModel with channels last.
+
+Its self-attention is linear in the number of latent pixels, and neighbours meet in the feed-forward's depth-wise convolution, so that
+positions need no embedding and any grid will do. More axis letters: M modulations, E the model width where a product has it twice.
+"""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from blip3o_jax.config import ConfigError, SanaConfig
+from blip3o_jax.models.attention import attention, linear_attention
+from blip3o_jax.models.layers import Conv2d, Linear, RMSNorm, gelu_tanh, layer_norm, timestep_embedding
+
+QK_NORM_EPS = 1e-5
+CAPTION_NORM_EPS = 1e-5
+OUT_NORM_EPS = 1e-6
+
+REMAT = {
+    "none": lambda block: block,
+    "full": lambda block: nn.remat(block, prevent_cse=False),
+    "dots": lambda block: nn.remat(block, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+}
+
+
+def grid_positions(cfg: SanaConfig, rows: int, columns: int) -> np.ndarray:
+    """Fixed positions [Y,X,D] f32: sines and cosines of the column, then of the row, each stretched to `sample_size`; PatchEmbed's."""
+    quarter = cfg.hidden_size // 4
+    frequencies = 10000.0 ** (-np.arange(quarter) / quarter)
+
+    def embed(length):
+        places = np.arange(length, dtype=np.float32) / np.float32(length / cfg.sample_size) / np.float32(cfg.interpolation_scale)
+        angles = places[:, None] * frequencies
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+
+    half = (rows, columns, 2 * quarter)
+    return np.concatenate(
+        [np.broadcast_to(embed(columns)[None], half), np.broadcast_to(embed(rows)[:, None], half)], axis=-1, dtype=np.float32
+    )
+
+
+def modulate(x, shift, scale, eps: float):
+    """LayerNorm of x [B,Y,X,D] without parameters, times 1 + scale, plus shift, both [B,D] f32; result in x's dtype."""
+    y = layer_norm(x.astype(jnp.float32), eps)
+    return (y * (1 + scale[:, None, None]) + shift[:, None, None]).astype(x.dtype)
+
+
+def relu_linear_attention(q, k, v):
+    return linear_attention(nn.relu(q), nn.relu(k), v)
+
+
+class TimeEmbed(nn.Module):
+    """t [B] -> (e [B,D] for the output, m [B,6,D] for all blocks), f32; AdaLayerNormSingle."""
+
+    width: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, t):
+        sinus = timestep_embedding(t)
+        e = Linear("bd,de->be", (sinus.shape[-1], self.width), use_bias=True, dtype=self.dtype, name="linear_1")(sinus)
+        e = Linear("bd,de->be", (self.width, self.width), use_bias=True, dtype=self.dtype, name="linear_2")(nn.silu(e))
+        m = Linear("bd,dme->bme", (self.width, 6, self.width), use_bias=True, dtype=self.dtype, name="linear")(nn.silu(e))
+        return e.astype(jnp.float32), m.astype(jnp.float32)
+
+
+class Attention(nn.Module):
+    """x [B,T,D] attends to context [B,S,D] by `attend(q, k, v)`; q and k are normed over all channels of all heads together."""
+
+    heads: int
+    attend: Callable
+    qk_norm: bool
+    qkv_bias: bool
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, context):
+        width = x.shape[-1]
+        shape = (width, self.heads, width // self.heads)
+
+        def project(name, inputs, norm=None):
+            y = Linear("btd,dnh->btnh", shape, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(inputs)
+            if norm and self.qk_norm:
+                y = RMSNorm(QK_NORM_EPS, name=norm)(y.reshape(inputs.shape)).reshape(y.shape)
+            return y
+
+        q, k, v = project("to_q", x, "norm_q"), project("to_k", context, "norm_k"), project("to_v", context)
+        y = self.attend(q, k, v)
+        return Linear("btnh,nhd->btd", (*shape[1:], width), use_bias=True, dtype=self.dtype, name="to_out")(y)
+
+
+class MixFfn(nn.Module):
+    """Point-wise, 3x3 depth-wise, gate, point-wise on x [B,Y,X,D]; GLUMBConv without norm and residual."""
+
+    hidden: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        width, both = x.shape[-1], 2 * self.hidden
+        y = nn.silu(Linear("byxd,df->byxf", (width, both), use_bias=True, dtype=self.dtype, name="conv_inverted")(x))
+        y, gate = jnp.split(Conv2d(both, 3, groups=both, dtype=self.dtype, name="conv_depth")(y), 2, axis=-1)
+        return Linear("byxf,fd->byxd", (self.hidden, width), dtype=self.dtype, name="conv_point")(y * nn.silu(gate))
+
+
+class Block(nn.Module):
+    """SanaTransformerBlock as a scan step: carry x [B,Y,X,D], encoded condition [B,S,D], modulation [B,6,D]."""
+
+    cfg: SanaConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, condition, modulation):
+        cfg, dtype, eps = self.cfg, self.dtype, self.cfg.norm_eps
+        table = self.param("scale_shift_table", nn.initializers.normal(cfg.hidden_size**-0.5), (6, cfg.hidden_size))
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(table.astype(jnp.float32) + modulation, 1, 0)
+
+        def tokens(y):
+            return y.reshape(y.shape[0], -1, y.shape[-1])
+
+        def gated(y, gate):
+            return y * gate[:, None, None].astype(dtype)
+
+        with jax.named_scope("self_attention"):
+            y = tokens(modulate(x, shift1, scale1, eps))
+            y = Attention(cfg.num_attention_heads, relu_linear_attention, cfg.qk_norm, qkv_bias=False, dtype=dtype, name="attn1")(y, y)
+            x = x + gated(y.reshape(x.shape), gate1)
+        with jax.named_scope("cross_attention"):  # no norm before and no gate after
+            attend = functools.partial(attention, mask=None, scale=cfg.cross_attention_head_dim**-0.5)
+            y = Attention(cfg.num_cross_attention_heads, attend, cfg.qk_norm, qkv_bias=True, dtype=dtype, name="attn2")(
+                tokens(x), condition
+            )
+            x = x + y.reshape(x.shape)
+        with jax.named_scope("mix_ffn"):
+            y = MixFfn(cfg.mlp_hidden, dtype=dtype, name="ff")(modulate(x, shift2, scale2, eps))
+            x = x + gated(y, gate2)
+        return x, None
+
+
+class CaptionProjection(nn.Module):
+    """condition [B,S,caption] -> [B,S,D]; PixArtAlphaTextProjection."""
+
+    width: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, condition):
+        y = Linear("bsd,de->bse", (condition.shape[-1], self.width), use_bias=True, dtype=self.dtype, name="linear_1")(condition)
+        return Linear("bsd,de->bse", (self.width, self.width), use_bias=True, dtype=self.dtype, name="linear_2")(gelu_tanh(y))
+
+
+class Sana(nn.Module):
+    """SanaTransformer2DModel. Blocks are scanned, their parameters stacked [L,...].
+
+    `dtype` is that of the matrix products and the residual stream. `remat` is what the backward pass computes again: "none" nothing,
+    "full" each block, "dots" all of it but the projections.
+    """
+
+    cfg: SanaConfig
+    dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
+
+    def setup(self):
+        cfg, width, dtype = self.cfg, self.cfg.hidden_size, self.dtype
+        if self.remat not in REMAT:
+            raise ConfigError(f"Unknown remat {self.remat!r}; known: {', '.join(REMAT)}.")
+        self.patch_embed = Linear("byxc,cd->byxd", (cfg.in_channels, width), use_bias=True, dtype=dtype)
+        self.time_embed = TimeEmbed(width, dtype)
+        self.caption_projection = CaptionProjection(width, dtype)
+        self.caption_norm = RMSNorm(CAPTION_NORM_EPS)
+        self.transformer_blocks = nn.scan(
+            REMAT[self.remat](Block),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=cfg.num_layers,
+        )(cfg, dtype)
+        self.scale_shift_table = self.param("scale_shift_table", nn.initializers.normal(width**-0.5), (2, width))
+        self.proj_out = Linear("byxd,dc->byxc", (width, cfg.out_channels), use_bias=True, dtype=dtype)
+
+    def encode_condition(self, condition):
+        """condition [B,S,caption] -> [B,S,D]. It does not depend on latents or time, so a sampler needs it once per image."""
+        with jax.named_scope("condition"):
+            return self.caption_norm(self.caption_projection(condition))
+
+    def __call__(self, latents, t, condition, encoded: bool = False):
+        """latents [B,Y,X,C], t [B] in (0, 1000], condition [B,S,caption], or the result of `encode_condition` -> velocity [B,Y,X,C']."""
+        condition = condition.astype(self.dtype) if encoded else self.encode_condition(condition)
+        x = self.patch_embed(latents)
+        if self.cfg.interpolation_scale is not None:
+            x = (x + grid_positions(self.cfg, *latents.shape[1:3])).astype(self.dtype)
+        e, modulation = self.time_embed(t)
+        x, _ = self.transformer_blocks(x, condition, modulation)
+        shift, scale = jnp.moveaxis(self.scale_shift_table.astype(jnp.float32) + e[:, None], 1, 0)
+        with jax.named_scope("output"):
+            return self.proj_out(modulate(x, shift, scale, OUT_NORM_EPS))
