@@ -266,7 +266,7 @@ def _emoji_64() -> Blip3oConfig:
             intermediate_size=512,
             num_hidden_layers=6,
             num_attention_heads=6,
-            num_key_value_heads=3,
+            num_key_value_heads=2,
             head_dim=32,
             rope_theta=1e4,
         ),

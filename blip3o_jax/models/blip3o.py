@@ -54,6 +54,15 @@ def condition_slice(hidden, start, n: int, last: bool = False):
     return jnp.take_along_axis(hidden, positions[..., None], axis=1)
 
 
+def write_codes(tokens, start, codes, image_start_token_id: int):
+    """Puts codes [B,n] of the images behind `<S0>`, which stands at `start` [B], in rows of token ids [B,T]."""
+
+    def write(row, at, ids):
+        return jax.lax.dynamic_update_slice(row, ids, (at + 1,))
+
+    return jax.vmap(write)(tokens, start, codes + image_start_token_id)
+
+
 @dataclass(frozen=True)
 class Blip3o:
     """BLIP3o-NEXT's modules for one config. Their parameters are a dict of PARTS, each as the module of its name takes it."""

@@ -1,0 +1,10 @@
+"""BLIP3o-NEXT in JAX: `model = blip3o_jax.load("emoji_64"); images = model.generate(["two red hearts"], seed=0)`."""
+
+__version__ = "0.1.0"
+
+
+def load(name: str = "emoji_64", **options):
+    """A model ready to generate; see `blip3o_jax.pipeline.load` for the options."""
+    from blip3o_jax.pipeline import load as load_pipeline
+
+    return load_pipeline(name, **options)

@@ -1,0 +1,86 @@
+"""Text to image as pure functions of (params, inputs, keys): tokens -> latents -> pixels, in one pass (spec S1.1, paper section 2)."""
+
+import hashlib
+
+import jax
+import jax.numpy as jnp
+
+from blip3o_jax import decode, flow
+from blip3o_jax.models.blip3o import Blip3o, condition_slice, write_codes
+
+
+def sample_key(seed: int, prompt: str, index: int) -> tuple[int, int, int]:
+    """What the randomness of one image depends on and nothing else: (seed, hash of the prompt, index), each an uint32."""
+    digest = hashlib.sha256(prompt.encode()).digest()
+    return seed & 0xFFFFFFFF, int.from_bytes(digest[:4], "little"), index
+
+
+def fold_keys(numbers):
+    """uint32 [B,3] from `sample_key` -> B PRNG keys."""
+
+    def fold(row):
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(row[0]), row[1]), row[2])
+
+    return jax.vmap(fold)(numbers)
+
+
+def render(model: Blip3o, params, hidden, keys, num_inference_steps: int, guidance_scale, shift):
+    """Hidden states at `<S0>` and the image tokens [B,n+1,D] -> pixels f32 [B,H,W,3] in [0,1].
+
+    Connector and caption projection run once; the guidance's unconditional half is hidden states of zeros, before the connector (S5.2).
+    """
+    config = model.config
+    both = jnp.concatenate([jnp.zeros_like(hidden), hidden])
+    condition = model.connector.apply({"params": params["diffusion_connector"]}, both)
+    condition = model.sana.apply({"params": params["sana"]}, condition, method="encode_condition")
+
+    def velocity(x, t):
+        return model.sana.apply({"params": params["sana"]}, x, t, condition, encoded=True)
+
+    side, channels = config.sana.sample_size, config.sana.in_channels
+    noise = jax.vmap(lambda key: jax.random.normal(key, (side, side, channels)))(keys)
+    latents = flow.euler_sample(velocity, noise, flow.sigmas(num_inference_steps, shift), guidance_scale)
+    images = model.dc_ae.apply({"params": params["dc_ae"]}, latents, method="decode_scaled")
+    return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
+
+
+def text_to_image(
+    model: Blip3o, params, prompt, valid, key_numbers, *, num_inference_steps: int, top_k: int, top_p, temperature, guidance_scale, shift
+):
+    """prompt int32 [B,P] left-padded, valid bool [B,P], key_numbers uint32 [B,3] -> {"images" uint8 [B,H,W,3], "tokens" int32 [B,n]}.
+
+    num_inference_steps and top_k are static; the rest may change without another compilation.
+    """
+    keys = fold_keys(key_numbers)
+    token_keys, noise_keys = (jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, i) for i in (0, 1))
+    written = decode.generate_tokens(
+        model.qwen3,
+        params["qwen3"],
+        model.config.vocab,
+        model.config.ta_tok.num_tokens,
+        prompt,
+        valid,
+        token_keys,
+        top_k=top_k,
+        top_p=top_p,
+        temperature=temperature,
+    )
+    images = render(model, params, written["hidden"], noise_keys, num_inference_steps, guidance_scale, shift)
+    return {"images": jnp.round(images * 255).astype(jnp.uint8), "tokens": written["tokens"]}
+
+
+def true_tokens_to_image(model: Blip3o, params, images, tokens, start, key_numbers, *, num_inference_steps: int, guidance_scale, shift):
+    """The diffusion part's ceiling: pictures uint8 [B,H,W,3] go through the tokenizer, and the transformer only reads the tokens.
+
+    tokens int32 [B,T] and start [B] are training rows with the codes open. -> uint8 [B,H,W,3].
+    """
+    config = model.config
+    view = images.astype(jnp.float32) / 127.5 - 1
+    codes = model.ta_tok.apply({"params": params["ta_tok"]}, view, method="encode")
+    tokens = write_codes(tokens, start, codes, config.vocab.image_start_token_id)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = model.qwen3.apply({"params": params["qwen3"]}, tokens, positions, tokens != config.vocab.pad_token_id)
+    condition = condition_slice(hidden, start, config.num_condition_tokens)
+    noise_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(fold_keys(key_numbers), 1)
+    made = render(model, params, condition, noise_keys, num_inference_steps, guidance_scale, shift)
+    return jnp.round(made * 255).astype(jnp.uint8)

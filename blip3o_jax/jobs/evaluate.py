@@ -1,0 +1,125 @@
+"""`blip3o-jax evaluate scenes`: held-out prompts of the embedded world, judged; with the judge's own accuracy and the ceilings beside it."""
+
+import functools
+import json
+from dataclasses import asdict
+
+import jax
+import numpy as np
+
+from blip3o_jax import generate
+from blip3o_jax.config import ConfigError
+from blip3o_jax.jobs.generate import load_for, settings_of
+from blip3o_jax.jobs.output import new_folder
+from blip3o_jax.metrics import sheet
+from blip3o_jax.pipeline import Pipeline
+from blip3o_jax.scenes import judge, prompts, scene
+from blip3o_jax.text import Text
+from blip3o_jax.train.losses import to_unit
+
+SHEET = 48  # pictures shown
+DATA_SEED = 1  # of the held-out prompts; training draws from seed 0
+
+
+def heldout(count: int) -> list[tuple[dict, scene.Scene]]:
+    """`count` held-out prompts with a scene each, spread evenly over the six tags of GenEval."""
+    tags = list(prompts.TAGS)
+    return [prompts.sample(DATA_SEED, i, "heldout", tags={tags[i % len(tags)]: 1.0}) for i in range(count)]
+
+
+def table(metadata: list[dict], images: np.ndarray) -> dict[str, dict[str, float]]:
+    """Shares of `correct` and `strict` by tag and over all, overall being the mean of the tags as in GenEval."""
+    verdicts = judge.judge_batch(images, metadata)
+    result = {}
+    for rule in ("correct", "strict"):
+        tags = {tag: [v[rule] for v, m in zip(verdicts, metadata, strict=True) if m["tag"] == tag] for tag in prompts.TAGS}
+        rates = {tag: round(float(np.mean(values)), 4) for tag, values in tags.items() if values}
+        result[rule] = {"overall": round(float(np.mean(list(rates.values()))), 4), **rates}
+    return result
+
+
+def ceilings(pipeline: Pipeline, metadata: list[dict], images: np.ndarray, settings) -> dict[str, np.ndarray]:
+    """Pictures of two shorter ways: the autoencoder alone, and the diffusion part fed the tokens of the true picture."""
+    model, params, text = pipeline.model, pipeline.params, pipeline.text
+
+    @jax.jit
+    def reconstruct(params, pixels):
+        latents = model.dc_ae.apply({"params": params["dc_ae"]}, to_unit(pixels), method="encode")
+        return model.dc_ae.apply({"params": params["dc_ae"]}, latents, method="decode")
+
+    fed = jax.jit(functools.partial(generate.true_tokens_to_image, model, num_inference_steps=settings.num_inference_steps))
+    made = {"autoencoder": [], "true_tokens": []}
+    size = pipeline.batch_size
+    rows, start = _token_rows(text, metadata, model.config.ta_tok.num_tokens)
+    for first in range(0, len(images), size):
+        index = np.minimum(np.arange(first, first + size), len(images) - 1)
+        keep = min(size, len(images) - first)
+        pixels = np.asarray(reconstruct(params, images[index]))[:keep]
+        made["autoencoder"].append(np.round(np.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(np.uint8))
+        numbers = np.array([generate.sample_key(0, metadata[i]["prompt"], 0) for i in index], np.uint32)
+        out = fed(params, images[index], rows[index], start[index], numbers, guidance_scale=settings.guidance_scale, shift=settings.shift)
+        made["true_tokens"].append(np.asarray(out)[:keep])
+    return {name: np.concatenate(parts) for name, parts in made.items()}
+
+
+def _token_rows(text: Text, metadata: list[dict], num_tokens: int):
+    encoded = [text.encode_prompt(m["prompt"]) for m in metadata]
+    return text.training_rows(encoded, np.zeros((len(encoded), num_tokens), np.int32), text.max_prompt_tokens + num_tokens + 3)
+
+
+def run(args) -> None:
+    """Writes OUT/{result.json,images.jsonl,sheet.png} and prints the result as one JSON line."""
+    if args.num_prompts < len(prompts.TAGS) or args.seeds < 1:
+        raise ConfigError(f"--num-prompts is at least {len(prompts.TAGS)} and --seeds at least 1.")
+    from PIL import Image
+    from tqdm import tqdm
+
+    settings = settings_of(args)
+    with new_folder(args.out, marker="result.json", overwrite=args.overwrite) as folder:
+        pipeline = load_for(args)
+        metadata, scenes = zip(*heldout(args.num_prompts), strict=True)
+        truth = np.stack([scene.compose(s) for s in scenes])
+        samples = pipeline.samples([m["prompt"] for m in metadata], args.seed, args.seeds, settings)
+        samples = list(tqdm(samples, total=args.num_prompts * args.seeds, unit="image"))
+        asked = [m for m in metadata for _ in range(args.seeds)]
+        images = np.stack([s.image for s in samples])
+        result = {
+            "checkpoint": pipeline.identity,
+            "prompts": args.num_prompts,
+            "seeds": args.seeds,
+            "settings": asdict(settings),
+            "scores": table(asked, images),
+            "judge_on_true_renders": table(metadata, truth),
+        }
+        for name, pictures in ceilings(pipeline, metadata, truth, settings).items():
+            result[name] = table(metadata, pictures)
+        verdicts = judge.judge_batch(images, asked)
+        with (folder / "images.jsonl").open("w", encoding="utf-8") as file:
+            for m, s, v in zip(asked, samples, verdicts, strict=True):
+                kept = {k: v[k] for k in ("correct", "strict", "score", "reason")}
+                file.write(json.dumps({**m, "index": s.index, "seed": s.seed, **kept}) + "\n")
+        np.savez_compressed(folder / "images.npz", images=images)
+        Image.fromarray(labelled_sheet(images, asked, verdicts)).save(folder / "sheet.png")
+        (folder / "result.json").write_text(json.dumps(result, indent=1))
+    print(json.dumps(result))
+
+
+def labelled_sheet(images: np.ndarray, metadata: list[dict], verdicts: list[dict], columns: int = 8) -> np.ndarray:
+    """`SHEET` pictures spread over all, twice as large, each with its verdict (+ strict, o correct, - wrong) and prompt below."""
+    from PIL import Image, ImageDraw
+
+    step = max(1, len(images) // SHEET) | 1  # odd, so that all tags and seeds are shown
+    shown = [i * step % len(images) for i in range(min(SHEET, len(images)))]
+    cells = []
+    for i in shown:
+        cell = Image.new("RGB", (160, 152), "white")
+        cell.paste(Image.fromarray(images[i]).resize((128, 128), Image.NEAREST), (16, 0))
+        sign = "+" if verdicts[i]["strict"] else "o" if verdicts[i]["correct"] else "-"
+        words, lines = f"{sign} {metadata[i]['prompt']}".split(), [""]
+        for word in words:
+            if len(lines[-1]) + len(word) > 25:
+                lines.append("")
+            lines[-1] += f" {word}" if lines[-1] else word
+        ImageDraw.Draw(cell).multiline_text((4, 129), "\n".join(lines[:2]), fill="black", font_size=10, spacing=1)
+        cells.append(np.asarray(cell))
+    return sheet(np.stack(cells), columns, margin=2)

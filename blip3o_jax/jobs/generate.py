@@ -1,0 +1,96 @@
+"""`blip3o-jax generate`: prompts -> PNG files with their origin inside, and a manifest."""
+
+import csv
+import json
+import pathlib
+import re
+from dataclasses import asdict
+
+from blip3o_jax.config import ConfigError
+from blip3o_jax.jobs.output import new_folder
+from blip3o_jax.mesh import parse_mesh
+from blip3o_jax.pipeline import Pipeline, Sample, Settings, load
+
+MAX_PROMPT_FILE = 256 << 20  # bytes
+
+
+def read_prompts(path: str) -> list[str]:
+    """Prompts of a .txt (one a line; blank lines are not prompts), .jsonl or .csv file (field or column `prompt`), in order."""
+    file = pathlib.Path(path)
+    try:
+        if file.stat().st_size > MAX_PROMPT_FILE:
+            raise ConfigError(f"{path} is larger than {MAX_PROMPT_FILE >> 20} MB.")
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The prompts file {path} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}.") from error
+    if file.suffix == ".txt":
+        prompts = [line.strip() for line in lines if line.strip()]
+    elif file.suffix == ".jsonl":
+        prompts = [_json_prompt(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    elif file.suffix == ".csv":
+        rows = csv.DictReader(lines)
+        if "prompt" not in (rows.fieldnames or ()):
+            raise ConfigError(f"{path} has no column `prompt`.")
+        prompts = [row["prompt"] or "" for row in rows]
+    else:
+        raise ConfigError(f"{path}: a prompts file ends in .txt, .jsonl or .csv.")
+    if not prompts:
+        raise ConfigError(f"{path} holds no prompts.")
+    return prompts
+
+
+def _json_prompt(path: str, number: int, line: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} line {number} is not a JSON object with a field `prompt`.") from error
+    if not isinstance(prompt, str):
+        raise ConfigError(f"{path} line {number}: `prompt` is not text.")
+    return prompt
+
+
+def save_png(path: pathlib.Path, sample: Sample, pipeline: Pipeline, settings: Settings) -> None:
+    """The image with prompt, seed, index, checkpoint and settings as PNG text."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    origin = {"prompt": sample.prompt, "seed": sample.seed, "index": sample.index, "checkpoint": pipeline.identity}
+    for key, value in (origin | {"settings": json.dumps(asdict(settings))}).items():
+        info.add_itxt(key, str(value))
+    Image.fromarray(sample.image).save(path, pnginfo=info)
+
+
+def settings_of(args) -> Settings:
+    """The sampling options of the command line."""
+    names = ("num_inference_steps", "guidance_scale", "top_k", "top_p", "temperature", "shift")
+    return Settings(**{name: getattr(args, name) for name in names})
+
+
+def load_for(args) -> Pipeline:
+    """The checkpoint of the command line on its mesh."""
+    if args.batch_size is not None and args.batch_size < 1:
+        raise ConfigError(f"--batch-size is at least 1, not {args.batch_size}.")
+    return load(args.checkpoint, mesh=parse_mesh(args.mesh), batch_size=args.batch_size)
+
+
+def run(args) -> None:
+    """Writes OUT/NUMBER-INDEX-words.png and OUT/manifest.jsonl, a line an image."""
+    from tqdm import tqdm
+
+    if bool(args.prompt) == bool(args.prompts):
+        raise ConfigError("Give prompts as arguments or --prompts FILE, one of the two.")
+    prompts = args.prompt or read_prompts(args.prompts)
+    settings = settings_of(args)
+    with new_folder(args.out, marker="manifest.jsonl", overwrite=args.overwrite) as folder:
+        pipeline = load_for(args)
+        samples = pipeline.samples(prompts, args.seed, args.num_images, settings)
+        with (folder / "manifest.jsonl").open("w", encoding="utf-8") as manifest:
+            for number, sample in enumerate(tqdm(samples, total=len(prompts) * args.num_images, unit="image")):
+                words = re.sub(r"[^a-z0-9]+", "-", sample.prompt.lower()).strip("-")[:60]
+                name = f"{number // args.num_images:05d}-{sample.index}-{words}.png"
+                save_png(folder / name, sample, pipeline, settings)
+                origin = {"file": name, "prompt": sample.prompt, "seed": sample.seed, "index": sample.index}
+                line = origin | {"checkpoint": pipeline.identity, "tokens": sample.tokens.tolist(), **asdict(settings)}
+                manifest.write(json.dumps(line) + "\n")
+    print(f"{len(prompts) * args.num_images} images in {args.out}")

@@ -1,0 +1,48 @@
+"""Results on disk: a folder appears whole or not at all."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+from blip3o_jax.config import ConfigError
+
+
+@contextlib.contextmanager
+def new_folder(destination: str, marker: str, overwrite: bool = False) -> Iterator[pathlib.Path]:
+    """A temporary folder beside `destination` that takes its name when the block ends well and is removed when it does not.
+
+    An existing destination is refused, unless it is empty, or `overwrite` is set and it holds `marker`, the file by which an earlier
+    result is known: a folder of something else is never replaced.
+    """
+    target = pathlib.Path(destination)
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{destination} exists and is not a folder.")
+    full = target.is_dir() and any(target.iterdir())
+    if full and not overwrite:
+        raise ConfigError(f"{destination} exists; name another folder or add --overwrite.")
+    if full and not (target / marker).is_file():
+        raise ConfigError(f"{destination} holds other files (no {marker}), so it is not overwritten; name another folder.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise ConfigError(f"{destination} cannot be written: {error.strerror}.") from error
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+    except OSError as error:
+        raise ConfigError(f"{destination} cannot be written: {error.strerror}.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

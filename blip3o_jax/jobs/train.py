@@ -1,0 +1,99 @@
+"""`blip3o-jax train`: config file -> checked config -> data -> loop."""
+
+import importlib.util
+import json
+import pathlib
+from dataclasses import asdict
+
+from blip3o_jax import shipped
+from blip3o_jax.config import ConfigError
+from blip3o_jax.train.config import TrainConfig, from_dict
+
+
+def read_config(name: str, overrides: list[str]) -> TrainConfig:
+    """Runs `get_config()` of a config file, applies `--config.a.b=value` overrides and checks the result.
+
+    Values are read as JSON where they are JSON, else as text.
+    """
+    path = shipped.find_config(name)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        values = module.get_config().to_dict()
+    except Exception as error:
+        raise ConfigError(f"{path} gives no config: {type(error).__name__}: {error}.") from error
+    for item in overrides:
+        key, equals, text = item.removeprefix("--config.").partition("=")
+        if not equals:
+            raise ConfigError(f"{item}: write --config.{key}=VALUE.")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        *parents, last = key.split(".") if not key.startswith("model.") else ("model", key.removeprefix("model."))
+        node = values
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{item}: {parent!r} is a value, not a group of keys.")
+        node[last] = value
+    return from_dict(TrainConfig, values)
+
+
+def load_part(directory: str, part: str) -> dict:
+    """One part's params from a training run or a published checkpoint."""
+    from blip3o_jax import checkpoint
+    from blip3o_jax.convert import published
+    from blip3o_jax.pipeline import find_checkpoint
+
+    folder = find_checkpoint(directory)
+    params = checkpoint.load_run(folder)[1] if checkpoint.is_workdir(folder) else published.load_published(folder, dtype="float32")[1]
+    if part not in params:
+        raise ConfigError(f"{directory} holds no {part!r}, only {', '.join(sorted(params))}.")
+    return params[part]
+
+
+def open_workdir(cfg: TrainConfig, workdir: str) -> pathlib.Path:
+    """Makes the workdir and keeps the config in it; ConfigError when it holds another run's or cannot be written."""
+    folder = pathlib.Path(workdir)
+    text = json.dumps(asdict(cfg), indent=1, sort_keys=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = folder / "config.json"
+        if not kept.exists():
+            kept.write_text(text)
+    except OSError as error:
+        raise ConfigError(f"The workdir {workdir} cannot be written: {error.strerror}.") from error
+    before, now = (_flat(json.loads(t)) for t in (kept.read_text(), text))
+    changed = [f"{k}: {before.get(k)} there, {now.get(k)} here" for k in sorted(before | now) if before.get(k) != now.get(k)]
+    if changed:
+        raise ConfigError(f"The workdir {workdir} is of another config ({'; '.join(changed[:3])}); take a new workdir.")
+    return folder
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def run(config: str, workdir: str, overrides: list[str]) -> None:
+    """Trains; prints the last evaluation as one JSON line."""
+    cfg = read_config(config, overrides)
+    folder = open_workdir(cfg, workdir)
+    from blip3o_jax.data import pipeline as data
+    from blip3o_jax.pipeline import enable_compilation_cache, tokenizer_of
+    from blip3o_jax.text import Text, load_tokenizer
+    from blip3o_jax.train import loop
+
+    enable_compilation_cache()
+    data_dir = cfg.data.data_dir or str(folder.parent / "scenes")
+    tokenizer = None
+    if cfg.stage == "joint":
+        model = cfg.blip3o()
+        tokenizer = Text(load_tokenizer(tokenizer_of(model.name)), model.vocab, model.max_prompt_tokens)
+    heldout = data.heldout_batch(cfg, data_dir, tokenizer, 64)
+    result = loop.run(cfg, folder, lambda step: data.train_batches(cfg, data_dir, tokenizer, step), heldout, load_part)
+    print(json.dumps(result))

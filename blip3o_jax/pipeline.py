@@ -1,0 +1,175 @@
+"""A loaded model that makes images from prompts: what `blip3o_jax.load` returns and `blip3o-jax generate` runs."""
+
+import functools
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from blip3o_jax import checkpoint, generate, shipped
+from blip3o_jax.config import ConfigError, nearest
+from blip3o_jax.convert import published
+from blip3o_jax.mesh import BATCH, batch_shards, make_mesh
+from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.sharding import shardings
+from blip3o_jax.text import Text, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How images are made; the defaults are the published ones (spec S1.1, S4.3)."""
+
+    num_inference_steps: int = 30
+    guidance_scale: float = 2.0
+    top_k: int = 1200
+    top_p: float = 0.95
+    temperature: float = 1.0
+    shift: float = 1.0
+
+    def __post_init__(self):
+        checks = (
+            (self.num_inference_steps >= 1, f"num_inference_steps is at least 1, not {self.num_inference_steps}."),
+            (self.top_k >= 1, f"top_k is at least 1, not {self.top_k}."),
+            (0 < self.top_p <= 1, f"top_p is in (0, 1], not {self.top_p}."),
+            (self.temperature >= 0, f"temperature is at least 0, not {self.temperature}."),
+            (self.guidance_scale >= 0, f"guidance_scale is at least 0, not {self.guidance_scale}."),
+            (self.shift > 0, f"shift is above 0, not {self.shift}."),
+        )
+        for holds, message in checks:
+            if not holds:
+                raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image and what it was made from. `image` uint8 [H,W,3]; `tokens` int32 [n] are codebook ids."""
+
+    prompt: str
+    index: int
+    seed: int
+    image: np.ndarray
+    tokens: np.ndarray
+
+
+def embedded_checkpoints() -> dict[str, pathlib.Path]:
+    """Names of the checkpoints that travel with the package, and their folders."""
+    return {folder.parent.name: folder.parent for folder in shipped.ASSETS.glob("*/config.json")}
+
+
+def find_checkpoint(name: str) -> pathlib.Path:
+    """The folder of an embedded name, or the folder itself; ConfigError naming the nearest embedded name otherwise."""
+    embedded = embedded_checkpoints()
+    if str(name) in embedded:
+        return embedded[str(name)]
+    folder = pathlib.Path(name)
+    if (folder / "config.json").is_file() or checkpoint.is_workdir(folder):
+        return folder
+    if folder.is_dir():
+        raise ConfigError(f"{name} holds neither config.json (the published layout) nor checkpoints (a training run).")
+    raise ConfigError(f"No checkpoint {str(name)!r}, neither a folder nor an embedded name; {nearest(str(name), embedded)}")
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs between processes, under $XDG_CACHE_HOME/blip3o_jax, unless JAX_COMPILATION_CACHE_DIR says where."""
+    if jax.config.jax_compilation_cache_dir is None:
+        root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "blip3o_jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+class Pipeline:
+    """A model on a mesh. Prompts run through one compiled program of fixed shape, so that an image does not depend on its company."""
+
+    def __init__(self, model: Blip3o, params, text: Text, mesh, identity: str, batch_size: int):
+        self.model, self.params, self.text, self.mesh, self.identity = model, params, text, mesh, identity
+        self.batch_size = batch_size
+        if batch_size % batch_shards(mesh):
+            raise ConfigError(f"batch_size {batch_size} does not divide by the mesh's {batch_shards(mesh)} batch shards.")
+        place = jax.NamedSharding(mesh, BATCH)
+
+        @functools.partial(jax.jit, static_argnames=("num_inference_steps", "top_k"), out_shardings=place)
+        def run(params, prompt, valid, numbers, **settings):
+            return generate.text_to_image(model, params, prompt, valid, numbers, **settings)
+
+        self._run, self._place = run, place
+
+    def samples(self, prompts: list[str], seed: int = 0, num_images: int = 1, settings: Settings | None = None) -> Iterator[Sample]:
+        """Images prompt by prompt, `num_images` of each; ConfigError for a bad prompt before any is made."""
+        if num_images < 1:
+            raise ConfigError(f"num_images is at least 1, not {num_images}.")
+        if not prompts:
+            raise ConfigError("There are no prompts.")
+        length = self.model.config.max_prompt_tokens
+        ids, valid = self.text.encode_prompts(prompts, length)
+        work = [(p, i) for p in range(len(prompts)) for i in range(num_images)]
+        settings = asdict(settings or Settings())
+        for start in range(0, len(work), self.batch_size):
+            chunk = work[start : start + self.batch_size]
+            rows = [p for p, _ in chunk] + [chunk[0][0]] * (self.batch_size - len(chunk))
+            numbers = [generate.sample_key(seed, prompts[p], i) for p, i in chunk]
+            numbers += [(0, 0, 0)] * (self.batch_size - len(chunk))
+            inputs = jax.device_put((ids[rows], valid[rows], np.array(numbers, np.uint32)), self._place)
+            made = jax.device_get(self._run(self.params, *inputs, **settings))
+            for (p, i), image, tokens in zip(chunk, made["images"], made["tokens"], strict=False):
+                yield Sample(prompts[p], i, seed, image, tokens)
+
+    def generate(self, prompts: str | list[str], seed: int = 0, num_images: int = 1, **settings) -> list:
+        """PIL images, `num_images` a prompt in order. Keywords are those of `Settings`."""
+        from PIL import Image
+
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        made = self.samples(prompts, seed, num_images, Settings(**settings))
+        return [Image.fromarray(sample.image) for sample in made]
+
+
+def load(name: str = "emoji_64", mesh: dict[str, int] | None = None, dtype: str = "auto", batch_size: int | None = None) -> Pipeline:
+    """A checkpoint by embedded name, published PyTorch folder or training workdir, placed on the mesh and ready to generate.
+
+    dtype: "auto" is float32 on CPU and bfloat16 elsewhere, for weights and compute. batch_size: images made at once, by default four
+    on CPU and otherwise eight per device along the batch. Raises ConfigError for anything missing, damaged or contradictory.
+    """
+    enable_compilation_cache()
+    folder = find_checkpoint(name)
+    mesh = make_mesh(mesh)
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype
+    if (folder / "config.json").is_file():
+        config, params = published.load_published(folder, dtype=dtype, shardings=lambda tree: shardings(tree, mesh))
+        tokenizer = folder / "tokenizer.json"
+    else:
+        from blip3o_jax.train.config import TrainConfig, from_dict
+
+        saved, params = checkpoint.load_run(folder)
+        run = from_dict(TrainConfig, saved)
+        if run.stage != "joint":
+            raise ConfigError(f"{folder} is a run of stage {run.stage!r}; only a 'joint' run can generate.")
+        config = run.blip3o()
+        tokenizer = tokenizer_of(config.name)
+        params = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), params)
+        params = jax.tree.map(jax.device_put, params, shardings(params, mesh))
+    text = Text(load_tokenizer(tokenizer), config.vocab, config.max_prompt_tokens)
+    batch_size = batch_size or (4 if on_cpu else 8) * batch_shards(mesh)
+    return Pipeline(Blip3o(config, dtype=jnp.dtype(dtype)), params, text, mesh, identity(folder), batch_size)
+
+
+def tokenizer_of(preset: str) -> pathlib.Path:
+    """The tokenizer.json that a preset is trained with; ConfigError when none travels with the package."""
+    path = shipped.ASSETS / preset / "tokenizer.json"
+    if not path.is_file():
+        raise ConfigError(f"No tokenizer travels with preset {preset!r}; name one with data.tokenizer.")
+    return path
+
+
+def identity(folder: pathlib.Path) -> str:
+    """Name and content hash of a checkpoint, for metadata: of config.json and the weight files' sizes and first bytes."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in (".json", ".safetensors")):
+        digest.update(f"{file.relative_to(folder)}:{file.stat().st_size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(1 << 20))
+    return f"{folder.name}@{digest.hexdigest()[:12]}"

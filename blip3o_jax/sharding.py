@@ -1,0 +1,68 @@
+"""One table: parameter path -> PartitionSpec. Paths not listed are replicated (norms, biases, the small ends of the networks)."""
+
+import re
+
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from blip3o_jax.config import ConfigError
+
+# Regex on the end of "part/.../leaf" -> axes of the leaf. Stacked layers have L first, which is never cut.
+TABLE = (
+    (r"qwen3/embed_tokens/embedding", P("tensor", "fsdp")),
+    (r"qwen3/lm_head/kernel", P("fsdp", "tensor")),
+    (r"qwen3/.*/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor", None)),
+    (r"qwen3/.*/o_proj/kernel", P(None, "tensor", None, "fsdp")),
+    (r"qwen3/.*/(gate|up)_proj/kernel", P(None, "fsdp", "tensor")),
+    (r"qwen3/.*/down_proj/kernel", P(None, "tensor", "fsdp")),
+    (r"sana/.*/attn[12]/to_[qkv]/kernel", P(None, "fsdp", "tensor", None)),
+    (r"sana/.*/attn[12]/to_out/kernel", P(None, "tensor", None, "fsdp")),
+    (r"sana/.*/ff/conv_inverted/kernel", P(None, "fsdp", None)),
+    (r"sana/.*/ff/conv_point/kernel", P(None, None, "fsdp")),
+    (r"sana/time_embed/linear/kernel", P("fsdp", None, None)),
+    (r"ta_tok/.*/regularizer/embedding", P("fsdp", None)),
+    (r"ta_tok/encoder/.*/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor", None)),
+    (r"ta_tok/encoder/.*/out_proj/kernel", P(None, "tensor", None, "fsdp")),
+    (r"ta_tok/encoder/.*/fc1/kernel", P(None, "fsdp", "tensor")),
+    (r"ta_tok/encoder/.*/fc2/kernel", P(None, "tensor", "fsdp")),
+    (r"diffusion_connector/linear_[12]/kernel", P("fsdp", None)),
+)
+
+
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The PartitionSpec of one leaf; ConfigError naming the axis when its size does not divide by the mesh."""
+    for pattern, axes in TABLE:
+        if re.search(f"{pattern}$", path):
+            for size, axis in zip(shape, axes, strict=True):
+                if axis and size % mesh.shape[axis]:
+                    raise ConfigError(f"{path}: an axis of {size} does not divide by the mesh's {axis}={mesh.shape[axis]}.")
+            return axes
+    return P()
+
+
+def shardings(tree, mesh: Mesh):
+    """NamedShardings for a tree of parameters, or of anything nested like them (EMA, Adam's moments): the path's end decides."""
+
+    def named(path, leaf):
+        keys = "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+        return NamedSharding(mesh, spec(keys, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(named, tree)
+
+
+def split(params, trainable):
+    """Params -> (trainable, frozen), two trees without the other's leaves; `trainable` is a predicate on "part/.../leaf"."""
+    flat = flatten_dict(params, sep="/")
+    chosen = {path: leaf for path, leaf in flat.items() if trainable(path)}
+    rest = {path: leaf for path, leaf in flat.items() if path not in chosen}
+    return unflatten_dict(chosen, sep="/"), unflatten_dict(rest, sep="/")
+
+
+def join(*trees):
+    """Inverse of `split`."""
+    merged = {}
+    for tree in trees:
+        merged.update(flatten_dict(tree, sep="/"))
+    return unflatten_dict(merged, sep="/")

@@ -1,0 +1,1 @@
+"""Supervised training: configuration, losses, one step, and the loop around them."""

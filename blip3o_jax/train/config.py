@@ -1,0 +1,130 @@
+"""A training run as frozen dataclasses, built and checked from the ml_collections of a config file before anything else happens."""
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+
+from blip3o_jax import config as model_config
+from blip3o_jax.config import ConfigError, nearest
+
+STAGES = ("autoencoder", "tokenizer", "joint")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The `emoji_scenes` TFDS builder: written once under `data_dir`, then read at random by Grain."""
+
+    data_dir: str = ""  # empty: `scenes` under the workdir
+    num_train: int = 60000
+    seed: int = 0
+    text_fraction: float = 0.0  # share of scenes that show a word
+    row_length: int = 0  # tokens of a training row; 0: the longest prompt that the model allows, and its image
+    reader_threads: int = 1
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up, cosine to a floor, clipping by global norm and an average of the weights (spec S6.2)."""
+
+    learning_rate: float = 5e-5
+    final_learning_rate: float = 1e-5
+    warmup_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0  # 0 turns clipping off
+    ema_decay: float = 0.0  # 0 turns the average off
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What each stage's loss may vary; fields of other stages are ignored by a stage that has no use for them."""
+
+    condition_dropout: float = 0.1  # joint: whole samples whose condition is zeroed before the connector
+    flow_weight: float = 1.0  # joint: weight of the velocity loss against the cross-entropy's 1
+    flow_fraction: float = 1.0  # joint: share of the batch that also enters the diffusion part; 0 trains the transformer alone
+    last_slice: bool = False  # joint: condition on the row's last positions, as the PyTorch code does (S6.6 no. 1)
+    stochastic_codes: bool = False  # joint: sample the tokenizer's codes, as the PyTorch code does (S6.6 no. 2)
+    ce_chunk: int = 0  # joint: rows of logits held at once, 0 for all
+    latent_noise: float = 0.0  # autoencoder: noise on latents, in units of their standard deviation
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. `init` names where parts come from: {"dc_ae": DIR} with a published or a training-run directory; others start at random."""
+
+    stage: str
+    preset: str = "emoji_64"
+    model: dict = field(default_factory=dict)  # changes to the preset, e.g. {"sana.num_layers": 8}
+    seed: int = 0
+    batch_size: int = 16
+    num_steps: int = 1000
+    trainable_sana: str = "captions"  # or "all": a diffusion transformer without pretrained weights (S6.1)
+    init: dict = field(default_factory=dict)
+    mesh: dict = field(default_factory=dict)
+    dtype: str = "auto"  # compute: bfloat16 on accelerators, float32 on CPU
+    remat: str = "none"
+    log_every: int = 50
+    eval_every: int = 500
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+
+    def __post_init__(self):
+        checks = (
+            (self.stage in STAGES, f"Unknown stage {self.stage!r}; {nearest(self.stage, STAGES)}"),
+            (self.trainable_sana in ("captions", "all"), f"trainable_sana is 'captions' or 'all', not {self.trainable_sana!r}."),
+            (self.dtype in ("auto", "float32", "bfloat16"), f"dtype is auto, float32 or bfloat16, not {self.dtype!r}."),
+            (self.remat in ("none", "full", "dots"), f"remat is none, full or dots, not {self.remat!r}."),
+            (0 <= self.loss.flow_fraction <= 1, f"loss.flow_fraction is in [0, 1], not {self.loss.flow_fraction}."),
+            (0 <= self.loss.condition_dropout < 1, f"loss.condition_dropout is in [0, 1), not {self.loss.condition_dropout}."),
+            (0 <= self.optimizer.ema_decay < 1, f"optimizer.ema_decay is in [0, 1), not {self.optimizer.ema_decay}."),
+        )
+        for holds, message in checks:
+            if not holds:
+                raise ConfigError(message)
+        for name in ("batch_size", "num_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is at least 1, not {getattr(self, name)}.")
+
+    def blip3o(self) -> model_config.Blip3oConfig:
+        """The model's config: the preset with the run's changes."""
+        return model_config.replace(model_config.preset(self.preset), **self.model)
+
+    def trainable(self, path: str) -> bool:
+        """Whether the parameter at "part/.../leaf" is trained in this stage (S6.1)."""
+        part = path.split("/")[0]
+        if self.stage == "autoencoder":
+            return part == "dc_ae"
+        if self.stage == "tokenizer":
+            return part == "ta_tok" and not path.endswith("regularizer/embedding")
+        if part == "sana":
+            return self.trainable_sana == "all" or "caption" in path
+        return part in ("qwen3", "diffusion_connector")
+
+
+def from_dict(cls, values, prefix: str = ""):
+    """Builds a frozen dataclass from nested dicts; an unknown key or a value of a wrong type is a ConfigError naming it."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    types = typing.get_type_hints(cls)
+    built = {}
+    for key, value in dict(values).items():
+        if key not in fields:
+            raise ConfigError(f"Unknown config key {prefix + key!r}; {nearest(key, fields)}")
+        kind = types[key]
+        if dataclasses.is_dataclass(kind):
+            value = from_dict(kind, value, f"{prefix}{key}.")
+        elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        elif kind is dict:
+            value = dict(value)
+        elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ConfigError(f"Config key {prefix + key!r} wants {kind.__name__}, not {value!r}.")
+        built[key] = value
+    missing = [n for n, f in fields.items() if n not in built and f.default is f.default_factory is dataclasses.MISSING]
+    if missing:
+        raise ConfigError(f"Config key {prefix + missing[0]!r} is missing.")
+    return cls(**built)

@@ -1,0 +1,78 @@
+"""What a run looks at between steps: held-out numbers and a picture, a stage at a time."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from blip3o_jax import generate
+from blip3o_jax.metrics import sheet
+from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.text import left_pad
+from blip3o_jax.train import losses
+from blip3o_jax.train.config import TrainConfig
+
+SHEET_ROWS, SHEET_COLUMNS = 4, 8
+
+
+def make_evaluate(model: Blip3o, cfg: TrainConfig):
+    """(weights, held-out host batch) -> (numbers by name, uint8 picture); compiled once."""
+    stage = {"autoencoder": _autoencoder, "tokenizer": _tokenizer, "joint": _joint}[cfg.stage]
+    return stage(model, cfg)
+
+
+def _prefixed(metrics) -> dict[str, float]:
+    return {f"heldout/{name}": float(value) for name, value in metrics.items()}
+
+
+def _first(batch, count: int = SHEET_ROWS * SHEET_COLUMNS):
+    return jax.tree.map(lambda x: x[:count], batch)
+
+
+def _autoencoder(model: Blip3o, cfg: TrainConfig):
+    @jax.jit
+    def reconstruct(params, images):
+        params = {"params": params["dc_ae"]}
+        images = losses.to_unit(images)
+        latents = model.dc_ae.apply(params, images, method="encode")
+        error = model.dc_ae.apply(params, latents, method="decode")
+        mse = jnp.mean(jnp.square(error - images), axis=(1, 2, 3))
+        pixels = jnp.round(jnp.clip(error / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
+        return pixels, {"psnr": jnp.mean(-10 * jnp.log10(mse / 4)), "latent_std": jnp.std(latents), "latent_mean": jnp.mean(latents)}
+
+    def evaluate(params, batch):
+        pixels, metrics = reconstruct(params, batch["images"])
+        pairs = np.stack([batch["images"][:32], np.asarray(pixels)[:32]], axis=1)
+        return _prefixed(metrics), sheet(pairs.reshape(-1, *pixels.shape[1:]), columns=16)
+
+    return evaluate
+
+
+def _tokenizer(model: Blip3o, cfg: TrainConfig):
+    @jax.jit
+    def measure(params, batch):
+        return losses.tokenizer_loss(model, cfg, params, batch, None)[1]
+
+    def evaluate(params, batch):
+        return _prefixed(measure(params, batch)), sheet(_first(batch)["images"], SHEET_COLUMNS)
+
+    return evaluate
+
+
+def _joint(model: Blip3o, cfg: TrainConfig):
+    @jax.jit
+    def measure(params, batch):
+        return losses.joint_loss(model, cfg, params, batch, jax.random.key(0))[1]
+
+    sampler = jax.jit(functools.partial(generate.text_to_image, model, num_inference_steps=20, top_k=1200))
+
+    def evaluate(params, batch):
+        shown = _first(batch)
+        prompts = [row[: start + 1] for row, start in zip(shown["tokens"], shown["start"], strict=True)]
+        prompt, valid = left_pad(prompts, model.config.max_prompt_tokens, model.config.vocab.pad_token_id)
+        numbers = np.stack([np.array([0, 0, i], np.uint32) for i in range(len(prompts))])
+        made = sampler(params, prompt, valid, numbers, top_p=0.95, temperature=1.0, guidance_scale=2.0, shift=1.0)
+        return _prefixed(measure(params, batch)), sheet(np.asarray(made["images"]), SHEET_COLUMNS)
+
+    return evaluate

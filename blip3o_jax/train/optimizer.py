@@ -1,0 +1,37 @@
+"""The optax chain and the learning-rate schedule (spec S6.2)."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from blip3o_jax.train.config import OptimizerConfig
+
+
+def schedule(cfg: OptimizerConfig, num_steps: int):
+    """Step -> learning rate: linear warm-up from 0, then cosine from the peak to the floor at `num_steps`."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if cfg.warmup_steps else cfg.learning_rate,
+        peak_value=cfg.learning_rate,
+        warmup_steps=cfg.warmup_steps,
+        decay_steps=num_steps,
+        end_value=cfg.final_learning_rate,
+    )
+
+
+def optimizer(cfg: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW; weight decay spares vectors (norms and biases)."""
+    adamw = optax.adamw(
+        schedule(cfg, num_steps),
+        b1=cfg.b1,
+        b2=cfg.b2,
+        eps=cfg.eps,
+        weight_decay=cfg.weight_decay,
+        mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params),
+    )
+    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), adamw) if cfg.clip_norm else adamw
+
+
+def update_ema(ema, params, step, decay: float):
+    """Average of the weights; early on the decay is at most (1 + step) / (10 + step), so that it forgets the start."""
+    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), ema, params)
