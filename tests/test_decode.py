@@ -185,9 +185,18 @@ def test_keys_decide(arrays, params, drawn):
     again = partial(run, params, arrays["left/tokens"], arrays["left/valid"], temperature=1.5)
     np.testing.assert_array_equal(again(keys)["tokens"], out["tokens"])
     assert not np.array_equal(again(jax.random.split(jax.random.key(8), 3))["tokens"], out["tokens"])
-    # One draw per step: equal prompts with equal keys agree, whatever row they stand in.
+    # The key decides, not the row.
     swapped = run(params, arrays["left/tokens"][::-1], arrays["left/valid"][::-1], keys[::-1], temperature=1.5)
     np.testing.assert_array_equal(swapped["tokens"][::-1], out["tokens"])
+
+
+def test_step_i_draws_with_the_key_folded_with_i(arrays, params, drawn):
+    keys, _ = drawn
+    flat = {**params, "embed_tokens": {"embedding": jnp.zeros((CFG.vocab_size, CFG.hidden_size))}}
+    out = run(flat, arrays["left/tokens"], arrays["left/valid"], keys, temperature=1.5)
+    for i in range(N):
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+        np.testing.assert_array_equal(out["tokens"][:, i], jit_sample(jnp.zeros((3, 32)), step_keys, 20, 0.9, 1.5)[0])
 
 
 def test_other_prompts_and_settings_need_no_other_program(arrays, params, drawn):
