@@ -5,7 +5,10 @@ as [in, out] ("o i -> i o"), a projection onto heads [N*H, D] as [D, N, H] ("(n 
 Layers that the JAX model scans are stacked along a new first axis: their rules carry `{}` where the torch name has the layer's index.
 """
 
-from collections.abc import Mapping
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +22,8 @@ HEADS_OUT = "(n h) d -> d n h"  # projection onto heads; its bias is "(n h) -> n
 HEADS_IN = "d (n h) -> n h d"  # projection from heads
 CONV = "o i y x -> y x i o"
 
+Shape = tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -27,6 +32,26 @@ class Rule:
     source: str
     path: str
     pattern: str | None = None
+
+    @property
+    def stacked(self) -> bool:
+        return "{}" in self.source
+
+    def names(self, shape: Shape) -> Iterator[str]:
+        """The torch names behind a leaf of `shape`, one for each layer."""
+        return (self.source.format(i) for i in range(shape[0] if self.stacked else 1))
+
+    def tensor_shape(self, shape: Shape) -> Shape:
+        """The shape of the torch tensor (of each, where layers are stacked) behind a leaf of `shape`."""
+        shape = shape[1:] if self.stacked else shape
+        if self.pattern is None:
+            return shape
+        theirs, ours = self.pattern.split("->")
+        if len(ours.split()) != len(shape):
+            raise ConfigError(f"The table gives {self.path} the axes{ours}, but its shape is {shape}.")
+        sizes = {"1": 1, **dict(zip(ours.split(), shape, strict=True))}
+        groups = re.findall(r"\([^)]*\)|\S+", theirs)
+        return tuple(math.prod(sizes[axis] for axis in group.strip("()").split()) for group in groups)
 
 
 def linear(source: str, path: str, pattern: str = LINEAR, bias: str | None = "o -> o") -> list[Rule]:
@@ -67,60 +92,92 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def tensor_to_leaf(tensor: np.ndarray, shape: tuple[int, ...], rule: Rule, name: str) -> np.ndarray:
-    """One torch tensor as an array of `shape` (one layer's shape, where layers are stacked); ConfigError when it does not fit."""
-    try:
-        if rule.pattern is not None:
-            axes = rule.pattern.split("->")[1].split()
-            tensor = rearrange(tensor, rule.pattern, **dict(zip(axes, shape, strict=True)))
-        if tensor.shape != shape:
-            raise ValueError
-    except ValueError as error:  # einops' own error is one
-        raise ConfigError(f"Tensor {name!r} has shape {tuple(tensor.shape)}, which does not fit {rule.path} {shape}.") from error
-    return tensor
+def leaf_shapes(rules: list[Rule], tree: Mapping[str, Any]) -> dict[str, Shape]:
+    """Our shapes by path, from leaves with `.shape`; ConfigError unless the rules name every leaf once and nothing else."""
+    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
+    named = Counter(rule.path for rule in rules)
+    for problem, paths in (
+        ("names parameters that this model does not have", set(named) - set(shapes)),
+        ("leaves parameters unfilled", set(shapes) - set(named)),
+        ("names parameters twice", {path for path, count in named.items() if count > 1}),
+    ):
+        if paths:
+            raise ConfigError(f"The conversion table {problem}: {len(paths)}, first {min(paths)!r}.")
+    return shapes
+
+
+def torch_shapes(rules: list[Rule], tree: Mapping[str, Any]) -> dict[str, Shape]:
+    """The torch shapes by name that the rules imply for a tree whose leaves have `.shape`; allocates nothing."""
+    shapes = leaf_shapes(rules, tree)
+    return {name: rule.tensor_shape(shapes[rule.path]) for rule in rules for name in rule.names(shapes[rule.path])}
+
+
+def tensor_to_leaf(tensor: np.ndarray, shape: Shape, rule: Rule, name: str) -> np.ndarray:
+    """One torch tensor as (one layer of) a leaf of `shape`, a view where possible; ConfigError when it does not fit."""
+    expected = rule.tensor_shape(shape)
+    if tensor.shape != expected:
+        raise ConfigError(f"Tensor {name!r} has shape {tensor.shape}, but {rule.path} needs {expected}.")
+    if rule.pattern is None:
+        return tensor
+    axes = rule.pattern.split("->")[1].split()
+    return rearrange(tensor, rule.pattern, **dict(zip(axes, shape[1:] if rule.stacked else shape, strict=True)))
 
 
 def leaf_to_tensor(leaf: np.ndarray, rule: Rule) -> np.ndarray:
-    """Inverse of `tensor_to_leaf`."""
+    """Inverse of `tensor_to_leaf`, for one layer where layers are stacked."""
     if rule.pattern is None:
         return leaf
     theirs, ours = rule.pattern.split("->")
     return np.ascontiguousarray(rearrange(leaf, f"{ours} -> {theirs}"))
 
 
-def to_jax(rules: list[Rule], tensors: Mapping[str, np.ndarray], abstract: Mapping[str, Any]) -> dict[str, Any]:
-    """Fills a tree shaped like `abstract` (leaves have `.shape`) from torch tensors by name.
+def _gather(rule: Rule, shape: Shape, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The leaf of `rule`; of the tensors behind it, one at a time is held."""
+    leaf = None
+    for i, name in enumerate(rule.names(shape)):
+        layer = tensor_to_leaf(tensors[name], shape, rule, name)
+        if not rule.stacked:
+            return np.ascontiguousarray(layer)
+        leaf = np.empty(shape, layer.dtype) if leaf is None else leaf
+        if layer.dtype != leaf.dtype:
+            raise ConfigError(f"Tensor {name!r} is {layer.dtype}, and the layers before it are {leaf.dtype}.")
+        leaf[i] = layer
+    return leaf
 
+
+def to_jax(
+    rules: list[Rule],
+    tensors: Mapping[str, np.ndarray],
+    abstract: Mapping[str, Any],
+    place: Callable[[str, np.ndarray], Any] = lambda path, leaf: leaf,
+) -> dict[str, Any]:
+    """Fills a tree shaped like `abstract` (leaves have `.shape`) from torch tensors by name, leaf by leaf.
+
+    `tensors` may read lazily: names are compared before the first is asked for, and each is asked for once. Each finished leaf goes
+    through `place(path, leaf)`, for instance onto devices, before the next is begun.
     Raises ConfigError for a missing tensor, a wrong shape, a tensor that no rule names, or a parameter that no rule fills.
     """
-    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(abstract).items()}
-    flat, used = {}, set()
+    shapes = leaf_shapes(rules, abstract)
+    used = set()
     for rule in rules:
-        if rule.path not in shapes:
-            raise ConfigError(f"The table names {rule.path!r}, which this model does not have.")
-        shape, stacked = shapes[rule.path], "{}" in rule.source
-        names = [rule.source.format(i) for i in range(shape[0])] if stacked else [rule.source]
-        for name in names:
+        for name in rule.names(shapes[rule.path]):
             if name not in tensors:
                 raise ConfigError(f"Tensor {name!r} is missing.")
-        used.update(names)
-        leaves = [tensor_to_leaf(tensors[name], shape[1:] if stacked else shape, rule, name) for name in names]
-        flat[rule.path] = np.stack(leaves) if stacked else np.ascontiguousarray(leaves[0])
+            used.add(name)
     if unused := sorted(set(tensors) - used):
         raise ConfigError(f"{len(unused)} tensors are not part of this model, first {unused[0]!r}.")
-    if unfilled := sorted(set(shapes) - set(flat)):
-        raise ConfigError(f"The table leaves {len(unfilled)} parameters unfilled, first {unfilled[0]!r}.")
-    return unflatten(flat)
+    return unflatten({rule.path: place(rule.path, _gather(rule, shapes[rule.path], tensors)) for rule in rules})
+
+
+def torch_tensors(rules: list[Rule], params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """(torch name, tensor) of our tree in the order of the rules; one leaf at a time is brought to the host."""
+    flat = flatten(params)
+    for rule in rules:
+        leaf = np.asarray(flat[rule.path])
+        for name, layer in zip(rule.names(leaf.shape), leaf if rule.stacked else leaf[None], strict=True):
+            yield name, leaf_to_tensor(layer, rule)
 
 
 def to_torch(rules: list[Rule], params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Torch tensors by name from our tree; inverse of `to_jax`."""
-    flat = flatten(params)
-    tensors = {}
-    for rule in rules:
-        leaf = np.asarray(flat[rule.path])
-        if "{}" in rule.source:
-            tensors.update({rule.source.format(i): leaf_to_tensor(layer, rule) for i, layer in enumerate(leaf)})
-        else:
-            tensors[rule.source] = leaf_to_tensor(leaf, rule)
-    return tensors
+    """Torch tensors by name from our tree (those that the rules name); inverse of `to_jax`."""
+    return dict(torch_tensors(rules, params))

@@ -1,0 +1,201 @@
+"""A checkpoint in the published PyTorch layout: config.json, safetensors (one file, or shards and an index), tokenizer.json.
+
+Names and shapes are those of spec S3. Reading and writing hold one parameter at a time beside the result.
+"""
+
+import contextlib
+import fnmatch
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from blip3o_jax.config import Blip3oConfig, ConfigError, replace
+from blip3o_jax.convert import ta_tok
+from blip3o_jax.convert.config_json import EMBEDDING, check_family, config_from_json, config_to_json
+from blip3o_jax.convert.dc_ae import dc_ae_rules
+from blip3o_jax.convert.qwen3 import qwen3_rules
+from blip3o_jax.convert.rules import Rule, Shape, flatten, to_jax, torch_shapes, torch_tensors, under
+from blip3o_jax.convert.safetensors_io import Stored, Tensors, open_tensors, read_json, write_tensors
+from blip3o_jax.convert.sana import connector_rules, sana_rules
+from blip3o_jax.models.blip3o import PARTS, Blip3o
+
+CONFIG_LIMIT = 1 << 20  # bytes
+LM_HEAD = "lm_head.weight"
+TA_TOK = "model.vision_tower.vision_tower."
+DTYPES = ("float16", "bfloat16", "float32")
+NEVER_CALLED = {"model.und_image_vae_as_noise_connector.*": "the PyTorch code of the editing models makes it and never calls it"}
+
+log = logging.getLogger(__name__)
+
+
+def published_rules(cfg: Blip3oConfig) -> list[Rule]:
+    """The names of all parameters, with their prefixes (spec S3.1)."""
+    return [
+        *under("", "qwen3/", qwen3_rules(cfg.qwen3)),
+        *under("model.diffusion_connector.", "diffusion_connector/", connector_rules()),
+        *under("model.sana.", "sana/", sana_rules(cfg.sana)),
+        *under("model.sana_vae.", "dc_ae/", dc_ae_rules(cfg.dc_ae)),
+        *under(TA_TOK, "ta_tok/", ta_tok.ta_tok_rules(cfg.ta_tok)),
+    ]
+
+
+def published_name(name: str) -> str:
+    """The name of S3 for a name in a file, which may come from another version of transformers."""
+    return TA_TOK + ta_tok.published_name(name.removeprefix(TA_TOK)) if name.startswith(TA_TOK) else name
+
+
+def ignored_tensors(cfg: Blip3oConfig, names: Iterable[str]) -> dict[str, str]:
+    """Those of the published `names` that belong to the checkpoint and are not needed -> the reason."""
+    patterns = {**{TA_TOK + pattern: reason for pattern, reason in ta_tok.ignored(cfg.ta_tok).items()}, **NEVER_CALLED}
+    return {name: reason for name in names for pattern, reason in patterns.items() if fnmatch.fnmatchcase(name, pattern)}
+
+
+def _by_published_name(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    found: dict[str, Stored] = {}
+    for name, tensor in stored.items():
+        if published_name(name) in found:
+            raise ConfigError(f"{tensor.file}: tensor {name!r} is there twice, also as {found[published_name(name)].name!r}.")
+        found[published_name(name)] = tensor
+    return found
+
+
+def _same_values(a: Stored, b: Stored) -> bool:
+    """Whether two matrices hold the same numbers; reads them a few rows at a time."""
+    if a.shape != b.shape:
+        return False
+    views, rows = [tensor.handle.get_slice(tensor.name) for tensor in (a, b)], a.shape[0]
+    chunks = ([view[i : min(i + 4096, rows)].astype(np.float32) for view in views] for i in range(0, rows, 4096))
+    return all(np.array_equal(one, other) for one, other in chunks)
+
+
+def _resolve_lm_head(cfg: Blip3oConfig, stored: dict[str, Stored]) -> Blip3oConfig:
+    """A tied model's file may repeat the embedding as lm_head, which is then dropped; when the two differ, the model is not tied."""
+    if not cfg.qwen3.tie_word_embeddings or LM_HEAD not in stored:
+        return cfg
+    if _same_values(stored[LM_HEAD], stored[EMBEDDING]):
+        del stored[LM_HEAD]
+        return cfg
+    log.warning("%s differs from the embedding, so the two are not tied, whatever config.json says.", LM_HEAD)
+    return replace(cfg, **{"qwen3.tie_word_embeddings": False})
+
+
+def _check(directory: Path, stored: Mapping[str, Stored], expected: Mapping[str, Shape], needed: Iterable[str]) -> None:
+    """ConfigError unless all `needed` tensors are stored, and nothing that is not `expected`, in the expected shapes."""
+    if missing := sorted(set(needed) - set(stored)):
+        raise ConfigError(f"{directory}: tensor {missing[0]!r} is missing, and {len(missing) - 1} others.")
+    for name, tensor in stored.items():
+        where = f"{tensor.file}: tensor {tensor.name!r}"
+        if name not in expected:
+            raise ConfigError(f"{where} is not part of the model that config.json describes.")
+        if tensor.shape != expected[name]:
+            raise ConfigError(f"{where} has shape {tensor.shape}, and config.json implies {expected[name]}.")
+
+
+def _float_dtype(dtype: Any) -> np.dtype:
+    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    if name not in DTYPES:
+        raise ConfigError(f"Parameters are {', '.join(DTYPES)}, not {name}.")
+    return np.dtype(name)
+
+
+@contextlib.contextmanager
+def _about(file: Path):
+    """Puts the file's name before the sentence of a ConfigError."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+
+
+def load_published(
+    directory: str | Path,
+    dtype: Any = "float32",
+    shardings: Callable[[dict], dict] | Mapping | None = None,
+    parts: tuple[str, ...] = PARTS,
+) -> tuple[Blip3oConfig, dict]:
+    """The configuration and the parameters (of `parts`) as `dtype`, read leaf by leaf from float16, bfloat16 or float32 files.
+
+    `shardings` is a tree of shardings like the parameters, or a function from the abstract parameters to it; each leaf is placed by it
+    before the next is read. Without it the leaves are numpy arrays. Tensors of parts that are not asked for may be missing.
+    Raises ConfigError, naming file and tensor, for anything missing, superfluous, damaged, not finite or contradictory.
+    """
+    directory, dtype = Path(directory), _float_dtype(dtype)
+    if not directory.is_dir():
+        raise ConfigError(f"{directory} is not a directory.")
+    file = directory / "config.json"
+    fields = read_json(file, CONFIG_LIMIT)
+    with _about(file):
+        check_family(fields)  # before the weights: those of another family need no opening
+    stored = _by_published_name(open_tensors(directory))
+    with _about(file):
+        cfg = config_from_json(fields, {name: tensor.shape for name, tensor in stored.items()}, directory.resolve().name)
+    cfg = _resolve_lm_head(cfg, stored)
+    ignored = ignored_tensors(cfg, stored)
+    log.info("%s: %d tensors, %d of them not needed.", directory, len(stored), len(ignored))
+
+    every, rules = Blip3o(cfg).abstract(), published_rules(cfg)
+    abstract = {part: every[part] for part in parts}
+    chosen = [rule for rule in rules if rule.path.split("/")[0] in parts]
+    needed = torch_shapes(chosen, abstract)
+    _check(directory, {name: stored[name] for name in stored if name not in ignored}, torch_shapes(rules, every), needed)
+    placed = flatten(shardings(abstract) if callable(shardings) else shardings or {})
+    with tqdm(total=len(chosen), desc=f"Reading {directory.name}", unit="leaf", delay=3, disable=None) as progress:
+
+        def place(path: str, leaf: np.ndarray):
+            progress.update()
+            return jax.make_array_from_callback(leaf.shape, placed[path], lambda index: leaf[index]) if placed else leaf
+
+        return cfg, to_jax(chosen, Tensors({name: stored[name] for name in needed}, dtype), abstract, place)
+
+
+def save_published(
+    directory: str | Path,
+    cfg: Blip3oConfig,
+    params: Mapping[str, Any],
+    tokenizer_file: str | Path | None = None,
+    dtype: str = "float32",
+    max_shard_bytes: float = 5e9,
+    overwrite: bool = False,
+) -> None:
+    """Writes the parameters as `dtype` ("float16", "bfloat16", "float32"), config.json and a copy of the tokenizer.
+
+    Everything is written to a directory beside it, which takes its name in the end: an interrupted run leaves no half checkpoint under
+    that name. Raises ConfigError when `directory` exists (with `overwrite`: and is not a checkpoint), when the parameters are not those
+    of `cfg`, or for a value that is not finite in `dtype`.
+    """
+    directory, dtype = Path(directory).absolute(), _float_dtype(dtype)
+    if directory.exists() and not (overwrite and (directory / "config.json").is_file()):
+        hint = "and is not a checkpoint that could be overwritten" if overwrite else "already; choose another name, or overwrite it"
+        raise ConfigError(f"{directory} exists {hint}.")
+    if tokenizer_file is not None and not Path(tokenizer_file).is_file():
+        raise ConfigError(f"The tokenizer file {tokenizer_file} is missing.")
+    shapes, needed = ({path: tuple(leaf.shape) for path, leaf in flatten(tree).items()} for tree in (params, Blip3o(cfg).abstract()))
+    if shapes != needed:
+        path = min(path for path in shapes.keys() | needed.keys() if shapes.get(path) != needed.get(path))
+        raise ConfigError(f"Parameter {path} has shape {shapes.get(path)}, and {cfg.name} needs {needed.get(path)}.")
+    rules = published_rules(cfg)
+    expected = torch_shapes(rules, params)
+    tensors = tqdm(
+        torch_tensors(rules, params), total=len(expected), desc=f"Writing {directory.name}", unit="tensor", delay=3, disable=None
+    )
+    temporary, old = (directory.with_name(f".{directory.name}.{word}-{os.getpid()}") for word in ("new", "old"))
+    temporary.mkdir(parents=True)
+    try:
+        write_tensors(temporary, expected, tensors, dtype, max_shard_bytes)
+        (temporary / "config.json").write_text(json.dumps(config_to_json(cfg, dtype.name), indent=2) + "\n")
+        if tokenizer_file is not None:
+            shutil.copyfile(tokenizer_file, temporary / "tokenizer.json")
+        if directory.exists():
+            directory.rename(old)
+        temporary.rename(directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
