@@ -292,6 +292,7 @@ def _emoji_64() -> Blip3oConfig:
             cross_attention_head_dim=32,
             caption_channels=192,
             sample_size=8,
+            interpolation_scale=1.0,
         ),
         dc_ae=DcAeConfig(
             latent_channels=16,

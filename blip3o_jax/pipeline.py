@@ -127,15 +127,18 @@ class Pipeline:
         return [Image.fromarray(sample.image) for sample in made]
 
 
-def load(name: str = "emoji_64", mesh: dict[str, int] | None = None, dtype: str = "auto", batch_size: int | None = None) -> Pipeline:
+def load(
+    name: str = "emoji_64", mesh: dict[str, int] | None = None, dtype: str = "auto", batch_size: int | None = None, devices=None
+) -> Pipeline:
     """A checkpoint by embedded name, published PyTorch folder or training workdir, placed on the mesh and ready to generate.
 
-    dtype: "auto" is float32 on CPU and bfloat16 elsewhere, for weights and compute. batch_size: images made at once, by default four
-    on CPU and otherwise eight per device along the batch. Raises ConfigError for anything missing, damaged or contradictory.
+    mesh: sizes of the axes data, fsdp and tensor over `devices` (all by default). dtype: "auto" is float32 on CPU and bfloat16
+    elsewhere, for weights and compute. batch_size: images made at once, by default four on CPU and otherwise eight, per part of the
+    batch. Raises ConfigError for anything missing, damaged or contradictory.
     """
     enable_compilation_cache()
     folder = find_checkpoint(name)
-    mesh = make_mesh(mesh)
+    mesh = make_mesh(mesh, devices)
     on_cpu = jax.default_backend() == "cpu"
     dtype = ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype
     if (folder / "config.json").is_file():

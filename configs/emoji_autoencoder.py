@@ -1,6 +1,6 @@
 """Stage 1 of the embedded model: the autoencoder, 64x64 pixels to 8x8 latents.
 
-    blip3o-jax train --config emoji_autoencoder --workdir runs/autoencoder
+blip3o-jax train --config emoji_autoencoder --workdir runs/autoencoder
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """Stage 2 of the embedded model: the image tokenizer, 8x8 tokens of 256 codes, each the name of what its patch shows.
 
-    blip3o-jax train --config emoji_tokenizer --workdir runs/tokenizer
+blip3o-jax train --config emoji_tokenizer --workdir runs/tokenizer
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
             "stage": "tokenizer",
             "preset": "emoji_64",
             "batch_size": 32,
-            "num_steps": 1000,
+            "num_steps": 2200,
             "data": {"num_train": 60000},
             "optimizer": {
                 "learning_rate": 2e-3,
@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
                 "b2": 0.99,
                 "ema_decay": 0.995,
             },
-            "eval_every": 250,
-            "checkpoint_every": 500,
+            "eval_every": 550,
+            "checkpoint_every": 550,
         }
     )

@@ -7,6 +7,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 python -m pip install --quiet --editable .
 
 blip3o-jax generate "two red hearts" "a blue cat left of a tree" "three birds on pink" "a purple key and a green apple" \
-  --out out/quickstart
+  --out out/quickstart --overwrite
 
 echo "The pictures are in $PWD/out/quickstart"

@@ -24,7 +24,8 @@ def _text_record(tokenizer: texts.Text, num_tokens: int, length: int, record) ->
 
 def dataset(cfg: TrainConfig, data_dir: str, split: str, tokenizer: texts.Text | None) -> grain.MapDataset:
     """Records of a split of `emoji_scenes`, transformed for the stage; without shuffling or batching."""
-    source = builder.open_source(data_dir, split, num_train=cfg.data.num_train, seed=cfg.data.seed, text_fraction=cfg.data.text_fraction)
+    world = builder.EmojiScenesConfig(train=cfg.data.num_train, seed=cfg.data.seed, text=cfg.data.text_fraction)
+    source = builder.open_source(data_dir, split, world)
     if tokenizer is None:
         return grain.MapDataset.source(source).map(_image_record)
     num_tokens = cfg.blip3o().ta_tok.num_tokens

@@ -1,4 +1,4 @@
-"""`blip3o-jax evaluate scenes`: held-out prompts of the embedded world, judged; with the judge's own accuracy and the ceilings beside it."""
+"""`blip3o-jax evaluate scenes`: held-out prompts of the embedded world, judged; beside them the judge's own accuracy and the ceilings."""
 
 import functools
 import json

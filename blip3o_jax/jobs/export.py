@@ -20,8 +20,6 @@ def run(source: str, destination: str, dtype: str, overwrite: bool) -> None:
     if run_config.stage != "joint":
         raise ConfigError(f"{source} is a run of stage {run_config.stage!r}; only a 'joint' run holds the whole model.")
     config = run_config.blip3o()
-    published.save_published(
-        destination, config, params, tokenizer_file=tokenizer_of(config.name), dtype=dtype, overwrite=overwrite
-    )
+    published.save_published(destination, config, params, tokenizer_file=tokenizer_of(config.name), dtype=dtype, overwrite=overwrite)
     size = sum(file.stat().st_size for file in pathlib.Path(destination).iterdir())
     print(json.dumps({"checkpoint": destination, "preset": config.name, "dtype": dtype, "bytes": size}))

@@ -22,7 +22,9 @@ def read_prompts(path: str) -> list[str]:
             raise ConfigError(f"{path} is larger than {MAX_PROMPT_FILE >> 20} MB.")
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The prompts file {path} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}.") from error
+        raise ConfigError(
+            f"The prompts file {path} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}."
+        ) from error
     if file.suffix == ".txt":
         prompts = [line.strip() for line in lines if line.strip()]
     elif file.suffix == ".jsonl":

@@ -48,7 +48,9 @@ def load_part(directory: str, part: str) -> dict:
     from blip3o_jax.pipeline import find_checkpoint
 
     folder = find_checkpoint(directory)
-    params = checkpoint.load_run(folder)[1] if checkpoint.is_workdir(folder) else published.load_published(folder, dtype="float32")[1]
+    if not checkpoint.is_workdir(folder):
+        return published.load_published(folder, dtype="float32", parts=(part,))[1][part]
+    params = checkpoint.load_run(folder)[1]
     if part not in params:
         raise ConfigError(f"{directory} holds no {part!r}, only {', '.join(sorted(params))}.")
     return params[part]

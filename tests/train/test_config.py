@@ -1,0 +1,70 @@
+import pytest
+
+from blip3o_jax.config import ConfigError
+from blip3o_jax.jobs.train import open_workdir, read_config
+from blip3o_jax.shipped import CONFIGS
+from blip3o_jax.train.config import TrainConfig, from_dict
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in CONFIGS.glob("*.py")))
+def test_every_shipped_config_is_valid(name):
+    cfg = read_config(name, [])
+    assert cfg.blip3o().name == cfg.preset
+
+
+def test_overrides_reach_nested_keys_and_the_model():
+    overrides = ["--config.optimizer.learning_rate=0.5", "--config.model.sana.num_layers=2", "--config.init.dc_ae=some/where"]
+    cfg = read_config("emoji_joint", overrides)
+    assert cfg.optimizer.learning_rate == 0.5
+    assert cfg.blip3o().sana.num_layers == 2
+    assert cfg.init["dc_ae"] == "some/where"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--config.optimizer.learning_rat=1"], "did you mean 'learning_rate'"),
+        (["--config.bach_size=8"], "did you mean 'batch_size'"),
+        (["--config.batch_size=many"], "wants int"),
+        (["--config.batch_size=0"], "at least 1"),
+        (["--config.preset=emoji_46"], "did you mean 'emoji_64'"),
+        (["--config.model.sana.num_layer=2"], "num_layers"),
+        (["--config.stage=jiont"], "did you mean 'joint'"),
+    ],
+)
+def test_what_a_config_gets_wrong_is_named(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        read_config("emoji_joint", overrides).blip3o()
+
+
+def test_missing_key_and_integer_for_float():
+    with pytest.raises(ConfigError, match="'stage' is missing"):
+        from_dict(TrainConfig, {})
+    assert from_dict(TrainConfig, {"stage": "joint", "optimizer": {"clip_norm": 1}}).optimizer.clip_norm == 1.0
+
+
+@pytest.mark.parametrize(
+    ("stage", "sana", "path", "trained"),
+    [
+        ("joint", "captions", "sana/caption_projection/linear_1/kernel", True),
+        ("joint", "captions", "sana/caption_norm/scale", True),
+        ("joint", "captions", "sana/transformer_blocks/attn2/to_k/kernel", False),
+        ("joint", "all", "sana/transformer_blocks/attn2/to_k/kernel", True),
+        ("joint", "all", "dc_ae/decoder/conv_in/kernel", False),
+        ("joint", "all", "ta_tok/encode_task_layer/kernel", False),
+        ("joint", "captions", "qwen3/embed_tokens/embedding", True),
+        ("joint", "captions", "diffusion_connector/norm/scale", True),
+        ("tokenizer", "captions", "ta_tok/bottleneck/regularizer/embedding", False),
+        ("tokenizer", "captions", "ta_tok/bottleneck/regularizer/embedding_proj/kernel", True),
+        ("autoencoder", "captions", "dc_ae/decoder/conv_in/kernel", True),
+    ],
+)
+def test_what_each_stage_trains(stage, sana, path, trained):
+    assert TrainConfig(stage=stage, trainable_sana=sana).trainable(path) is trained
+
+
+def test_a_workdir_of_another_config_is_refused(tmp_path):
+    open_workdir(TrainConfig(stage="joint"), tmp_path / "run")
+    open_workdir(TrainConfig(stage="joint"), tmp_path / "run")
+    with pytest.raises(ConfigError, match="seed: 0 there, 1 here"):
+        open_workdir(TrainConfig(stage="joint", seed=1), tmp_path / "run")

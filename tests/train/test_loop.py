@@ -1,0 +1,115 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from blip3o_jax import checkpoint
+from blip3o_jax.config import ConfigError
+from blip3o_jax.train import loop
+from blip3o_jax.train.config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
+
+SMALL = {
+    "qwen3.num_hidden_layers": 1,
+    "qwen3.hidden_size": 32,
+    "qwen3.intermediate_size": 32,
+    "sana.num_layers": 1,
+    "sana.num_attention_heads": 2,
+    "sana.attention_head_dim": 16,
+    "sana.num_cross_attention_heads": 2,
+    "sana.cross_attention_head_dim": 16,
+    "sana.sample_size": 2,
+    "ta_tok.encoder.num_hidden_layers": 1,
+    "ta_tok.encoder.image_size": 16,
+    "ta_tok.decoder_depth": 1,
+    "dc_ae.block_out_channels": (8, 8, 8, 16),
+    "dc_ae.encoder_layers_per_block": (0, 1, 1, 1),
+    "dc_ae.decoder_layers_per_block": (0, 1, 1, 1),
+}
+
+
+def config(**changes):
+    return TrainConfig(
+        **{
+            "stage": "joint",
+            "model": SMALL,
+            "batch_size": 8,
+            "num_steps": 6,
+            "trainable_sana": "all",
+            "log_every": 1,
+            "eval_every": 6,
+            "checkpoint_every": 3,
+            "data": DataConfig(),
+            "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=1, ema_decay=0.9),
+            "loss": LossConfig(),
+            **changes,
+        }
+    )
+
+
+def batch_at(step, rows=8):
+    rng = np.random.default_rng(step)
+    tokens = rng.integers(0, 300, (rows, 16)).astype(np.int32)
+    return {"images": rng.integers(0, 256, (rows, 16, 16, 3), np.uint8), "tokens": tokens, "start": np.full(rows, 8, np.int32)}
+
+
+def batches(start):
+    while True:
+        yield batch_at(start)
+        start += 1
+
+
+def train(cfg, workdir):
+    workdir.mkdir(exist_ok=True)
+    loop.run(cfg, workdir, batches, batch_at(10**6, 8), load_parts=None)
+    losses = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in losses if "loss" in row], checkpoint.load_run(workdir)[1]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return train(config(mesh={"data": 8}), tmp_path_factory.mktemp("whole"))
+
+
+def leaves(tree):
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def test_the_loss_is_finite_and_weights_move(uninterrupted):
+    losses, params = uninterrupted
+    assert len(losses) == 6
+    assert np.isfinite(losses).all()
+    assert np.std(leaves(params)["['qwen3']['norm']['scale']"]) > 0
+
+
+def test_resuming_gives_the_bits_of_an_uninterrupted_run(uninterrupted, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    stop_after = checkpoint.save
+
+    def killed(manager, cfg, state, frozen):
+        stop_after(manager, cfg, state, frozen)
+        manager.wait_until_finished()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(mesh={"data": 8}), run)
+    monkeypatch.undo()
+    losses, params = train(config(mesh={"data": 8}), run)
+    assert losses == uninterrupted[0]
+    for name, leaf in leaves(params).items():
+        np.testing.assert_array_equal(leaf, leaves(uninterrupted[1])[name], err_msg=name)
+
+
+def test_a_mesh_with_fsdp_and_tensor_gives_the_same_losses_and_weights(uninterrupted, tmp_path):
+    losses, params = train(config(mesh={"data": 2, "fsdp": 2, "tensor": 2}), tmp_path / "run")
+    np.testing.assert_allclose(losses, uninterrupted[0], rtol=1e-4)
+    for name, leaf in leaves(params).items():
+        np.testing.assert_allclose(leaf, leaves(uninterrupted[1])[name], rtol=1e-3, atol=2e-4, err_msg=name)
+
+
+def test_what_does_not_divide_or_belong_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="batch_size 12 does not divide by the mesh's 8"):
+        train(config(mesh={"data": 8}, batch_size=12), tmp_path / "a")
+    with pytest.raises(ConfigError, match="does not use"):
+        train(config(mesh={"data": 8}, init={"vae": "x"}), tmp_path / "b")

@@ -1,0 +1,129 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from blip3o_jax.config import preset, replace
+from blip3o_jax.models.blip3o import Blip3o, write_codes
+from blip3o_jax.train import losses
+from blip3o_jax.train.config import LossConfig, TrainConfig
+
+TINY = {
+    "qwen3.num_hidden_layers": 1,
+    "qwen3.hidden_size": 32,
+    "qwen3.intermediate_size": 32,
+    "sana.num_layers": 1,
+    "ta_tok.encoder.num_hidden_layers": 1,
+    "ta_tok.decoder_depth": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def joint():
+    config = replace(preset("emoji_64"), **TINY)
+    model = Blip3o(config)
+    params = jax.jit(model.init)(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    length = 20 + 64 + 3
+    tokens = rng.integers(0, 300, (4, length)).astype(np.int32)
+    start = np.array([9, 12, 15, 19], np.int32)
+    for row, at in zip(tokens, start, strict=True):
+        row[at + 1 + 64 + 3 :] = config.vocab.pad_token_id
+    batch = {"images": rng.integers(0, 256, (4, 64, 64, 3), np.uint8), "tokens": tokens, "start": start}
+    return model, params, batch
+
+
+def run(joint, **changes):
+    model, params, batch = joint
+    cfg = TrainConfig(stage="joint", loss=LossConfig(condition_dropout=0.0, **changes))
+    return losses.joint_loss(model, cfg, params, batch, jax.random.key(1))
+
+
+def test_codes_are_written_behind_s0():
+    tokens = jnp.arange(20).reshape(2, 10)
+    written = write_codes(tokens, jnp.array([2, 5]), jnp.array([[1, 2, 3], [4, 5, 6]]), 100)
+    np.testing.assert_array_equal(written[0], [0, 1, 2, 101, 102, 103, 6, 7, 8, 9])
+    np.testing.assert_array_equal(written[1], [10, 11, 12, 13, 14, 15, 104, 105, 106, 19])
+
+
+def test_cross_entropy_is_the_mean_over_all_targets_and_chunks_do_not_change_it(joint):
+    model, params, batch = joint
+    _, whole = run(joint)
+    _, chunked = run(joint, ce_chunk=2)
+    np.testing.assert_allclose(whole["ce"], chunked["ce"], rtol=1e-6)
+
+    codes = model.ta_tok.apply({"params": params["ta_tok"]}, losses.to_unit(batch["images"]), method="encode")
+    total, count = 0.0, 0
+    for row, at, ids in zip(batch["tokens"], batch["start"], codes, strict=True):
+        row = row.copy()
+        row[at + 1 : at + 65] = np.asarray(ids) + model.config.vocab.image_start_token_id
+        row = row[: at + 1 + 64 + 3][None]
+        positions = np.arange(row.shape[1])[None]
+        hidden, _ = model.qwen3.apply({"params": params["qwen3"]}, row, positions, row >= 0)
+        logits = model.qwen3.apply({"params": params["qwen3"]}, hidden, method="logits")
+        total -= float(jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(logits)[0, :-1], row[0, 1:, None], axis=-1)))
+        count += row.shape[1] - 1
+    np.testing.assert_allclose(whole["ce"], total / count, rtol=1e-5)
+
+
+def test_the_slice_is_right_and_the_original_one_differs(joint):
+    _, right = run(joint)
+    _, original = run(joint, last_slice=True)
+    assert abs(float(right["flow"]) - float(original["flow"])) > 1e-6
+    np.testing.assert_allclose(right["ce"], original["ce"])
+
+
+def test_frozen_networks_get_no_gradient_and_the_diffusion_part_reaches_the_transformer(joint):
+    model, params, batch = joint
+    cfg = TrainConfig(stage="joint", loss=LossConfig(condition_dropout=0.0))
+    grads = jax.grad(lambda p: losses.joint_loss(model, cfg, p, batch, jax.random.key(1))[1]["flow"])(params)
+    size = {part: float(jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(tree)))) for part, tree in grads.items()}
+    assert size["ta_tok"] == size["dc_ae"] == 0
+    assert min(size["qwen3"], size["sana"], size["diffusion_connector"]) > 0
+
+
+def test_dropping_every_condition_cuts_the_transformer_off(joint):
+    model, params, batch = joint
+    cfg = TrainConfig(stage="joint", loss=LossConfig(condition_dropout=0.999999))
+    grads = jax.grad(lambda p: losses.joint_loss(model, cfg, p, batch, jax.random.key(1))[1]["flow"])(params)
+    assert max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(grads["qwen3"])) == 0
+    assert max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(grads["diffusion_connector"])) > 0
+
+
+def test_flow_fraction_takes_that_share_of_the_batch(joint):
+    model, params, batch = joint
+    half = jax.tree.map(lambda x: x[:2], batch)
+    cfg = TrainConfig(stage="joint", loss=LossConfig(condition_dropout=0.0))
+    _, of_half = losses.joint_loss(model, cfg, params, half, jax.random.key(1))
+    _, fraction = run(joint, flow_fraction=0.5)
+    np.testing.assert_allclose(fraction["flow"], of_half["flow"], rtol=1e-5)
+    loss, none = run(joint, flow_fraction=0.0)
+    assert "flow" not in none
+    np.testing.assert_allclose(loss, none["ce"])
+
+
+def test_tokenizer_loss_is_small_only_for_the_right_words():
+    model = Blip3o(replace(preset("emoji_64"), **TINY))
+    params = {"ta_tok": jax.jit(lambda k: model.init(k, ("ta_tok",)))(jax.random.key(0))["ta_tok"]}
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    cfg = TrainConfig(stage="tokenizer")
+    own = model.ta_tok.apply({"params": params["ta_tok"]}, losses.to_unit(images), method="encode").reshape(2, 8, 8)
+    _, right = losses.tokenizer_loss(model, cfg, params, {"images": images, "patches": np.asarray(own)}, None)
+    _, wrong = losses.tokenizer_loss(model, cfg, params, {"images": images, "patches": (np.asarray(own) + 1) % 256}, None)
+    assert float(right["accuracy"]) == 1.0
+    assert float(wrong["accuracy"]) == 0.0
+    assert float(right["naming"]) < float(wrong["naming"])
+
+
+def test_the_tokenizer_sees_the_same_frame_at_its_own_size():
+    images = jnp.linspace(-1, 1, 64)[None, :, None, None] * jnp.ones((1, 64, 64, 3))
+    assert losses.tokenizer_view(images, 64) is images
+    small = losses.tokenizer_view(images, 32)
+    np.testing.assert_allclose(small[0, :, 0, 0], images[0].reshape(32, 2, 64, 3).mean(1)[:, 0, 0], atol=0.01)
+
+
+def test_unit_range():
+    assert losses.to_unit(np.array([0, 255], np.uint8)).tolist() == [-1.0, 1.0]
+    assert dataclasses.is_dataclass(LossConfig)
