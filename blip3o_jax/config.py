@@ -303,7 +303,7 @@ def _emoji_64() -> Blip3oConfig:
             qkv_multiscales=((), (), (), ()),
             downsample_block_type="pixel_unshuffle",
             upsample_block_type="pixel_shuffle",
-            scaling_factor=1.0,
+            scaling_factor=0.01872,  # 1 / the standard deviation of the trained autoencoder's latents
         ),
         max_prompt_tokens=64,
     )

@@ -1,6 +1,6 @@
 """Stage 3 of the embedded model: the transformer alone learns to write image tokens from prompts.
 
-    blip3o-jax train --config emoji_language --workdir runs/language --config.init.ta_tok=runs/tokenizer
+    blip3o-jax train --config emoji_language --workdir runs/language
 
 The joint stage starts from its weights. The transformer is what the score of a small model hangs on, and without the diffusion part it
 sees four times as many prompts a minute.
@@ -14,16 +14,16 @@ def get_config() -> ConfigDict:
         {
             "stage": "joint",
             "preset": "emoji_64",
-            "batch_size": 64,
-            "num_steps": 1600,
+            "batch_size": 32,
+            "num_steps": 1800,
             "init": {"ta_tok": "runs/tokenizer"},
             "data": {"num_train": 60000, "row_length": 112},
             "optimizer": {
                 "learning_rate": 1.5e-3,
                 "final_learning_rate": 3e-4,
-                "warmup_steps": 200,
+                "warmup_steps": 100,
                 "b2": 0.98,
-                "ema_decay": 0.99,
+                "ema_decay": 0.995,
             },
             "loss": {"flow_fraction": 0.0},
             "eval_every": 500,

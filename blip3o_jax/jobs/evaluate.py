@@ -24,7 +24,7 @@ DATA_SEED = 1  # of the held-out prompts; training draws from seed 0
 def heldout(count: int) -> list[tuple[dict, scene.Scene]]:
     """`count` held-out prompts with a scene each, spread evenly over the six tags of GenEval."""
     tags = list(prompts.TAGS)
-    return [prompts.sample(DATA_SEED, i, "heldout", tags={tags[i % len(tags)]: 1.0}) for i in range(count)]
+    return [prompts.sample(DATA_SEED, i, "heldout", {tags[i % len(tags)]: 1.0}) for i in range(count)]
 
 
 def table(metadata: list[dict], images: np.ndarray) -> dict[str, dict[str, float]]:

@@ -1,0 +1,120 @@
+"""The embedded model, as a user meets it."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import blip3o_jax
+from blip3o_jax.cli import main
+from blip3o_jax.config import ConfigError
+from blip3o_jax.pipeline import Settings
+from blip3o_jax.scenes.judge import judge
+
+PROMPTS = ["two red hearts", "a cat", "a photo of a blue fish left of a green tree on pink", "three stars"]
+QUICK = Settings(num_inference_steps=8)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return blip3o_jax.load("emoji_64", devices=jax.devices()[:1], batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def batch(pipeline):
+    return list(pipeline.samples(PROMPTS, seed=3, settings=QUICK))
+
+
+def test_images_and_tokens_have_their_shapes(batch):
+    assert [s.prompt for s in batch] == PROMPTS
+    for sample in batch:
+        assert sample.image.shape == (64, 64, 3)
+        assert sample.image.dtype == np.uint8
+        assert sample.tokens.shape == (64,)
+        assert 0 <= sample.tokens.min() <= sample.tokens.max() < 256
+
+
+def test_a_ragged_batch_equals_single_runs_bit_for_bit(pipeline, batch):
+    for sample in batch:
+        (alone,) = pipeline.samples([sample.prompt], seed=3, settings=QUICK)
+        np.testing.assert_array_equal(alone.tokens, sample.tokens)
+        np.testing.assert_array_equal(alone.image, sample.image)
+
+
+def test_an_image_depends_on_prompt_seed_and_index_only(pipeline, batch):
+    again = list(pipeline.samples([PROMPTS[3], PROMPTS[0]], seed=3, num_images=2, settings=QUICK))
+    assert [(s.prompt, s.index) for s in again] == [(PROMPTS[3], 0), (PROMPTS[3], 1), (PROMPTS[0], 0), (PROMPTS[0], 1)]
+    np.testing.assert_array_equal(again[0].image, batch[3].image)
+    np.testing.assert_array_equal(again[2].image, batch[0].image)
+    assert (again[1].tokens != again[0].tokens).any()
+    (other,) = pipeline.samples([PROMPTS[0]], seed=4, settings=QUICK)
+    assert (other.tokens != batch[0].tokens).any()
+
+
+def test_new_prompts_and_settings_compile_nothing(pipeline, batch):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
+    try:
+        changed = Settings(num_inference_steps=8, guidance_scale=3.0, top_p=0.5, temperature=0.7, shift=2.0)
+        list(pipeline.samples(["a dog", "four yellow keys"], seed=9, settings=changed))
+        assert [name for name in compiled if "backend_compile" in name] == []
+        list(pipeline.samples(["a dog"], seed=9, settings=Settings(num_inference_steps=2)))
+        assert [name for name in compiled if "backend_compile" in name]  # the listener does see compilations
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
+def test_eight_devices_give_the_same_tokens_and_pixels(batch):
+    spread = blip3o_jax.load("emoji_64", mesh={"data": 2, "fsdp": 2, "tensor": 2}, batch_size=4)
+    for one, other in zip(batch, spread.samples(PROMPTS, seed=3, settings=QUICK), strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        assert np.abs(one.image.astype(int) - other.image).max() <= 2
+
+
+def test_the_model_draws_what_is_asked(pipeline):
+    """Training prompts that any working model gets right; the score itself is `blip3o-jax evaluate scenes`."""
+    asked = {name: {"tag": "single_object", "include": [{"class": name, "count": 1}]} for name in ("apple", "heart", "tree", "key")}
+    samples = pipeline.samples([f"a photo of {'an' if name == 'apple' else 'a'} {name}" for name in asked], seed=0, settings=QUICK)
+    right = [judge(sample.image, meta)["correct"] for sample, meta in zip(samples, asked.values(), strict=True)]
+    assert sum(right) >= 3
+
+
+def test_python_and_command_line_give_the_same_image(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("blip3o_jax.jobs.generate.load", lambda *_, **__: pipeline)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS[:2]))
+    argv = ["generate", "--prompts", str(tmp_path / "prompts.jsonl"), "--seed", "3", "--num-images", "2", "--num-inference-steps", "8"]
+    assert main([*argv, "--out", str(tmp_path / "made")]) == 0
+    manifest = [json.loads(line) for line in (tmp_path / "made" / "manifest.jsonl").read_text().splitlines()]
+    assert [(line["prompt"], line["index"]) for line in manifest] == [(p, i) for p in PROMPTS[:2] for i in (0, 1)]
+    images = pipeline.generate(PROMPTS[:2], seed=3, num_images=2, num_inference_steps=8)
+    for line, image in zip(manifest, images, strict=True):
+        kept = Image.open(tmp_path / "made" / line["file"])
+        np.testing.assert_array_equal(np.asarray(kept), np.asarray(image))
+        assert kept.text["prompt"] == line["prompt"]
+        assert kept.text["seed"] == "3"
+        assert kept.text["index"] == str(line["index"])
+        assert kept.text["checkpoint"] == pipeline.identity == line["checkpoint"]
+        assert json.loads(kept.text["settings"])["num_inference_steps"] == 8
+    assert len(list((tmp_path / "made").iterdir())) == 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["made", "prompts.jsonl"]
+
+
+def test_a_failure_half_way_leaves_nothing(pipeline, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        yield next(iter(pipeline.samples(PROMPTS[:1], settings=QUICK)))
+        raise ConfigError("The device is gone.")
+
+    monkeypatch.setattr(pipeline, "samples", broken, raising=False)
+    monkeypatch.setattr("blip3o_jax.jobs.generate.load", lambda *_, **__: pipeline)
+    assert main(["generate", *PROMPTS, "--out", str(tmp_path / "made")]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_embedded_files_are_complete_and_small():
+    from blip3o_jax.shipped import ASSETS
+
+    size = sum(file.stat().st_size for file in ASSETS.rglob("*") if file.is_file())
+    assert size < 30e6
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in (ASSETS / "emoji_64").iterdir()}
