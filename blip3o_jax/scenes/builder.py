@@ -85,7 +85,7 @@ def _png(image: np.ndarray) -> io.BytesIO:
 def open_source(data_dir: str | Path, split: str = "train", config: EmojiScenesConfig | None = None):
     """Random access to a split, which is drawn first if data_dir does not hold it (about a minute for 62,000 records; all or nothing).
 
-    Returns a TFDS data source: len(), source[i] and source.__getitems__([i, ...]) give image uint8 [64, 64, 3], prompt and metadata as bytes,
+    Returns a TFDS data source; source[i] and source.__getitems__([i, ...]) give image uint8 [64, 64, 3], prompt and metadata as bytes,
     patches uint8 [8, 8].
     """
     builder = EmojiScenes(data_dir=str(data_dir), config=config or EmojiScenesConfig(), file_format="array_record")

@@ -13,7 +13,7 @@ from blip3o_jax.scenes.sprites import GROUNDS, INK, LETTER_HEIGHT, LETTER_WIDTH,
 
 # Chosen by eye on degraded pictures: blur of 1 px and noise of 0.05 pass, even blends of two objects and discs do not.
 MOST_ERROR = 0.25
-MOST_OF_RIVAL = 0.65  # a sprite must explain the pixels this much better than any other object or a plain disc
+MOST_OF_RIVAL = 0.6  # a sprite must explain the pixels this much better than any other object or a plain disc
 MOST_LETTER_ERROR = 0.4
 GROUND_DISTANCE = 0.1  # in RGB, 0..1 each; half the way between two grounds
 FOREGROUND_DISTANCE = 0.15
@@ -127,9 +127,15 @@ def _errors(softened: np.ndarray, templates: _Templates, step: int = 1) -> np.nd
     views = np.lib.stride_tricks.sliding_window_view(softened, (SPRITE, SPRITE), axis=(0, 1))[::step, ::step, :, ::2, ::2]
     rows, columns = views.shape[:2]
     flat = views.transpose(0, 1, 3, 4, 2).reshape(rows * columns, -1)
-    energy = np.square(flat).reshape(rows * columns, -1, 3).sum(axis=-1) @ templates.masks.T
-    error = np.repeat(energy, len(LOOKS), axis=1) - 2 * flat @ templates.weighted.T + templates.energy
+    energy = _product(np.square(flat).reshape(rows * columns, -1, 3).sum(axis=-1), templates.masks)
+    error = np.repeat(energy, len(LOOKS), axis=1) - 2 * _product(flat, templates.weighted) + templates.energy
     return (error / templates.energy).reshape(rows, columns, len(OBJECTS), len(LOOKS))
+
+
+def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a @ b.T, three rows at a time: small ones OpenBLAS leaves to one thread, where two would wait for each other on busy cores."""
+    padded = np.pad(a, ((0, -len(a) % 3), (0, 0)))
+    return (padded.reshape(-1, 3, a.shape[1]) @ b.T).reshape(len(padded), len(b))[: len(a)]
 
 
 def _find_sprites(difference: np.ndarray, ground: str) -> list[Detection]:
@@ -188,7 +194,7 @@ def _find_letters(difference: np.ndarray, ground: str) -> list[Detection]:
     rows, columns = windows.shape[:2]
     flat, shapes = windows.reshape(rows * columns, -1), np.stack([_soften(letter[..., None]).ravel() for letter in letters()])
     energy = np.square(shapes).sum(axis=1)
-    errors = (np.square(flat).sum(axis=1)[:, None] - 2 * flat @ shapes.T + energy) / energy
+    errors = (np.square(flat).sum(axis=1)[:, None] - 2 * _product(flat, shapes) + energy) / energy
     best, which = errors.min(axis=1).reshape(rows, columns), errors.argmin(axis=1).reshape(rows, columns)
     found = []
     while best.min() < MOST_LETTER_ERROR:
