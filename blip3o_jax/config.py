@@ -95,6 +95,8 @@ class TaTokConfig:
         )
         side = round(self.decoder_num_patches**0.5)
         _need(side * side == self.decoder_num_patches, "TA-Tok: decoder_num_patches must be a square number.")
+        width, heads = self.encoder.hidden_size, self.decoder_num_attention_heads
+        _need(width % heads == 0, f"TA-Tok: width {width} does not divide by the decoder's {heads} heads.")
 
     @property
     def num_encoder_layers(self) -> int:
@@ -161,6 +163,7 @@ class DcAeConfig:
 
     def __post_init__(self):
         stages = len(self.block_out_channels)
+        _need(stages > 0, "DC-AE: block_out_channels must have an entry.")
         for name in ("block_types", "encoder_layers_per_block", "decoder_layers_per_block", "qkv_multiscales"):
             _need(len(getattr(self, name)) == stages, f"DC-AE: {name} must have {stages} entries, as block_out_channels.")
         unknown = set(self.block_types) - {"ResBlock", "EfficientViTBlock"}
@@ -169,6 +172,9 @@ class DcAeConfig:
         _need(self.upsample_block_type in ("interpolate", "pixel_shuffle"), "DC-AE: upsample_block_type is interpolate or pixel_shuffle.")
         _need(self.block_out_channels[-1] % self.latent_channels == 0, "DC-AE: the last width must divide by latent_channels.")
         widths = self.block_out_channels
+        for width, kind in zip(widths, self.block_types, strict=True):
+            fits = kind == "ResBlock" or width % self.attention_head_dim == 0
+            _need(fits, f"DC-AE: width {width} does not divide into heads of {self.attention_head_dim}.")
         for layers in (self.encoder_layers_per_block, self.decoder_layers_per_block):
             _need(
                 all(layers[1:-1]),

@@ -8,7 +8,6 @@ SanaTransformer2DModel and AutoencoderDC, "vision_tower" in those of TA-Tok's ar
 
 import dataclasses
 import json
-import math
 import reprlib
 import types
 import typing
@@ -99,7 +98,7 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
         return _typed(value, arguments[0], name)
     if origin is tuple and isinstance(value, list) and len(value) <= MAX_STAGES:
         return tuple(_typed(item, arguments[0], name) for item in value)
-    if kind is float and type(value) in (int, float) and abs(value) < 1e30 and math.isfinite(value):
+    if kind is float and type(value) in (int, float) and 0 < value < 1e9:
         return float(value)
     if kind is int and type(value) is int:
         least = 0 if "layers_per_block" in name or name.endswith("_id") else 1
