@@ -15,18 +15,18 @@ def get_config() -> ConfigDict:
             "stage": "joint",
             "preset": "emoji_64",
             "batch_size": 32,
-            "num_steps": 1800,
+            "num_steps": 800,
             "init": {"ta_tok": "runs/tokenizer"},
             "data": {"num_train": 60000, "row_length": 112},
             "optimizer": {
                 "learning_rate": 1.5e-3,
-                "final_learning_rate": 3e-4,
+                "final_learning_rate": 5e-4,
                 "warmup_steps": 100,
                 "b2": 0.98,
                 "ema_decay": 0.995,
             },
             "loss": {"flow_fraction": 0.0},
-            "eval_every": 500,
-            "checkpoint_every": 250,
+            "eval_every": 400,
+            "checkpoint_every": 400,
         }
     )

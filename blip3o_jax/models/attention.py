@@ -46,15 +46,20 @@ def attention(q, k, v, mask, scale: float, implementation: str = "xla"):
 
 
 def _xla(q, k, v, mask, scale):
-    heads, kv_heads = q.shape[2], k.shape[2]
-    grouped = q.reshape(*q.shape[:2], kv_heads, heads // kv_heads, q.shape[-1])
-    logits = scale * jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    batch, length, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    groups = heads // kv_heads
+    # The query heads of a key-value head stand below each other, so that each of the two products is one of plain matrices per [B,K].
+    rows = q.reshape(batch, length, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
+    logits = scale * jnp.einsum("bkrh,bskh->bkrs", rows, k, preferred_element_type=jnp.float32)
+    logits = logits.reshape(batch, kv_heads, groups, length, -1)
     if mask is not None:
-        groups = (kv_heads, heads // kv_heads) if mask.shape[1] == heads else (1, 1)
-        mask = mask.reshape(mask.shape[0], *groups, *mask.shape[2:])
+        per_head = (kv_heads, groups) if mask.shape[1] == heads else (1, 1)
+        mask = mask.reshape(mask.shape[0], *per_head, *mask.shape[2:])
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)  # not -inf, which makes a row of nothing else NaN
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape)
+    out = jnp.einsum("bkrs,bskh->bkrh", weights.reshape(batch, kv_heads, groups * length, -1), v)
+    return out.reshape(batch, kv_heads, groups, length, head_dim).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 def _splash(q, k, v, valid, scale):

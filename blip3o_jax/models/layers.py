@@ -7,7 +7,7 @@ Axis letters, used in every equation and shape comment of this package:
 Parameters are f32 (or what the caller holds); `dtype` is the dtype of the matrix products. Norms, angles and softmax are f32 inside.
 """
 
-import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -21,6 +21,31 @@ def gelu_tanh(x):
 def fan_in_normal(fan_in: int):
     """Normal(0, 1/fan_in): keeps the scale of a layer's input."""
     return nn.initializers.normal(fan_in**-0.5)
+
+
+def on_cpu() -> bool:
+    """Whether programs are compiled for the CPU, whose XLA wants a few things said differently to be fast."""
+    return jax.default_backend() == "cpu"
+
+
+def scan_unroll(length: int) -> int:
+    """Layers to lay out in a row where the model scans: a short stack on CPU, which there saves a quarter of a training step."""
+    return length if on_cpu() and length <= 8 else 1
+
+
+def product(equation: str, x, kernel):
+    """`jnp.einsum(equation, x, kernel)`; on CPU as one product of two matrices where the axes allow it.
+
+    XLA's CPU backend takes twice as long for the gradients when several axes number the rows.
+    """
+    inputs, output = equation.split("->")
+    x_axes, axes = inputs.split(",")
+    summed = "".join(axis for axis in axes if axis not in output)
+    kept, rows = axes.removeprefix(summed), x_axes.removesuffix(summed)
+    if not on_cpu() or summed + kept != axes or rows + summed != x_axes or output != rows + kept:
+        return jnp.einsum(equation, x, kernel)
+    matrix = kernel.reshape(math.prod(kernel.shape[: len(summed)]), -1)
+    return (x.reshape(-1, matrix.shape[0]) @ matrix).reshape(*x.shape[: len(rows)], *kernel.shape[len(summed) :])
 
 
 class Linear(nn.Module):
@@ -40,11 +65,9 @@ class Linear(nn.Module):
         inputs, output = self.equation.split("->")
         axes = inputs.split(",")[1]
         sizes = dict(zip(axes, self.shape, strict=True))
-        fan_in = 1
-        for axis in set(axes) - set(output):
-            fan_in *= sizes[axis]
+        fan_in = math.prod(sizes[axis] for axis in axes if axis not in output)
         kernel = self.param("kernel", fan_in_normal(fan_in), self.shape)
-        y = jnp.einsum(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
+        y = product(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
             bias = self.param("bias", self.bias_init, tuple(sizes[a] for a in output if a in sizes))
             y = y + bias.astype(self.dtype)
@@ -136,34 +159,30 @@ def _depthwise_shift_forward(x, kernel):
 
 def _depthwise_shift_backward(residuals, g):
     x, kernel, g = jax.lax.optimization_barrier((*residuals, g))
-    taps = [jnp.sum(view * g, axis=(0, 1, 2)) for view in _shifted(x, kernel.shape[0])]
+    rows = math.prod(g.shape[:-1])
+    # Summed over pixels as a product with ones: XLA's own reduction to so few numbers runs on one core.
+    taps = [jnp.ones(rows, g.dtype) @ (view * g).reshape(rows, -1) for view in _shifted(x, kernel.shape[0])]
     return _depthwise_shift(g, kernel[::-1, ::-1]), jnp.stack(taps).reshape(kernel.shape)
 
 
 _depthwise_shift.defvjp(_depthwise_shift_forward, _depthwise_shift_backward)
 
 
-@functools.lru_cache
-def conv_lowering() -> str:
-    """XLA's depth-wise convolution on CPU is over ten times slower than the same sum of shifted products; elsewhere it is the fast way."""
-    return "shift" if jax.default_backend() == "cpu" else "conv"
-
-
 def conv2d(x, kernel, stride: int = 1, groups: int = 1, lowering: str | None = None):
     """x [B,Y,X,C] * kernel [k,k,C/groups,C'] -> [B,Y/stride,X/stride,C'], zero padding k//2: torch conv2d with odd k.
 
     `lowering` of a depth-wise kernel is "conv" (XLA's convolution) or "shift" (a sum over shifted views); both give the same values
-    up to rounding, and the default is the faster one on the current backend.
+    up to rounding. The default is the faster one: "shift" on CPU, where XLA's depth-wise convolution takes over ten times as long.
     """
     size, _, per_group, out = kernel.shape
     depthwise = per_group == 1 and groups == x.shape[-1] == out
     if size == 1 and groups == 1 and stride == 1:
-        return jnp.einsum("byxc,cd->byxd", x, kernel[0, 0])
+        return product("byxc,cd->byxd", x, kernel[0, 0])
     if size == 1 and stride == 1:
         x = x.reshape(*x.shape[:-1], groups, per_group)
         y = jnp.einsum("byxgc,cgd->byxgd", x, kernel[0, 0].reshape(per_group, groups, out // groups))
         return y.reshape(*y.shape[:3], out)
-    if depthwise and stride == 1 and (lowering or conv_lowering()) == "shift":
+    if depthwise and stride == 1 and (lowering or ("shift" if on_cpu() else "conv")) == "shift":
         return _depthwise_shift(x, kernel)
     pad = size // 2
     return jax.lax.conv_general_dilated(

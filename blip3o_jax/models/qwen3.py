@@ -16,7 +16,7 @@ from jax import lax
 
 from blip3o_jax.config import ConfigError, Qwen3Config
 from blip3o_jax.models.attention import Causal, attention
-from blip3o_jax.models.layers import Linear, RMSNorm, apply_rotary, fan_in_normal, rotary_angles
+from blip3o_jax.models.layers import Linear, RMSNorm, apply_rotary, fan_in_normal, rotary_angles, scan_unroll
 
 REMAT = {
     "none": lambda block: block,
@@ -141,6 +141,7 @@ class Qwen3(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=cfg.num_hidden_layers,
+            unroll=scan_unroll(cfg.num_hidden_layers),
         )
         self.layers = block(cfg, self.dtype, self.attention)
         self.norm = RMSNorm(cfg.rms_norm_eps)

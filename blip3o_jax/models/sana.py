@@ -14,7 +14,7 @@ import numpy as np
 
 from blip3o_jax.config import ConfigError, SanaConfig
 from blip3o_jax.models.attention import attention, linear_attention
-from blip3o_jax.models.layers import Conv2d, Linear, RMSNorm, gelu_tanh, layer_norm, timestep_embedding
+from blip3o_jax.models.layers import Conv2d, Linear, RMSNorm, gelu_tanh, layer_norm, scan_unroll, timestep_embedding
 
 QK_NORM_EPS = 1e-5
 CAPTION_NORM_EPS = 1e-5
@@ -178,6 +178,7 @@ class Sana(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=cfg.num_layers,
+            unroll=scan_unroll(cfg.num_layers),
         )(cfg, dtype)
         self.scale_shift_table = self.param("scale_shift_table", nn.initializers.normal(width**-0.5), (2, width))
         self.proj_out = Linear("byxd,dc->byxc", (width, cfg.out_channels), use_bias=True, dtype=dtype)
