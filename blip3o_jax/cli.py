@@ -88,9 +88,9 @@ def main(argv: list[str] | None = None) -> int:
     args.overrides = [item for item in rest if item.startswith("--config.")]
     if unknown := [item for item in rest if item not in args.overrides or args.job != "train"]:
         parser.error(f"unknown argument {unknown[0]}")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    for noisy in ("absl", "jax", "orbax"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(lambda record: record.name.startswith("blip3o_jax") or record.levelno >= logging.ERROR)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[handler])
     try:
         args.run(args)
     except ConfigError as error:

@@ -355,10 +355,15 @@ def preset(name: str) -> Blip3oConfig:
 
 
 def replace(config, **changes):
-    """`dataclasses.replace` that accepts dotted names: replace(c, **{"sana.num_layers": 2})."""
+    """`dataclasses.replace` that accepts dotted names: replace(c, **{"sana.num_layers": 2}). All changes are made before any check."""
+    own: dict = {}
     for key, value in changes.items():
         head, _, rest = key.partition(".")
         if head not in {f.name for f in dataclasses.fields(config)}:
             raise ConfigError(f"Unknown key {key!r}; {nearest(head, [f.name for f in dataclasses.fields(config)])}")
-        config = dataclasses.replace(config, **{head: replace(getattr(config, head), **{rest: value}) if rest else value})
-    return config
+        if rest:
+            own.setdefault(head, {})[rest] = value
+        else:
+            own[head] = value
+    nested = {head: replace(getattr(config, head), **value) for head, value in own.items() if isinstance(value, dict)}
+    return dataclasses.replace(config, **{**own, **nested})

@@ -1,6 +1,6 @@
 """Stage 4 of the embedded model: the transformer writes tokens (cross-entropy), its states condition the diffusion part (velocity loss).
 
-    blip3o-jax train --config emoji_joint --workdir runs/joint
+blip3o-jax train --config emoji_joint --workdir runs/joint
 """
 
 from ml_collections import ConfigDict

@@ -118,3 +118,20 @@ def test_the_embedded_files_are_complete_and_small():
     size = sum(file.stat().st_size for file in ASSETS.rglob("*") if file.is_file())
     assert size < 30e6
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in (ASSETS / "emoji_64").iterdir()}
+
+
+def test_evaluation_writes_scores_ceilings_and_a_sheet(pipeline, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("blip3o_jax.jobs.evaluate.load_for", lambda _: pipeline)
+    argv = ["evaluate", "scenes", "--num-prompts", "6", "--seeds", "2", "--num-inference-steps", "8", "--out", str(tmp_path / "made")]
+    assert main(argv) == 0
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert result == json.loads((tmp_path / "made" / "result.json").read_text())
+    assert set(result["scores"]["correct"]) == {"overall", "single_object", "two_object", "counting", "colors", "position", "color_attr"}
+    assert result["judge_on_true_renders"]["strict"]["overall"] == 1.0
+    for rule in ("correct", "strict"):
+        tags = {k: v for k, v in result["scores"][rule].items() if k != "overall"}
+        assert result["scores"][rule]["overall"] == pytest.approx(np.mean(list(tags.values())), abs=1e-3)
+    lines = [json.loads(line) for line in (tmp_path / "made" / "images.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in lines] == [0, 1] * 6
+    assert np.mean([line["correct"] for line in lines]) == pytest.approx(result["scores"]["correct"]["overall"], abs=1e-3)
+    assert Image.open(tmp_path / "made" / "sheet.png").size[0] > 1000

@@ -83,6 +83,10 @@ def run(args) -> None:
     if bool(args.prompt) == bool(args.prompts):
         raise ConfigError("Give prompts as arguments or --prompts FILE, one of the two.")
     prompts = args.prompt or read_prompts(args.prompts)
+    if blank := [number for number, prompt in enumerate(prompts, 1) if not prompt.strip()]:
+        raise ConfigError(f"Prompt {blank[0]} is empty; write what the image should show.")
+    if args.num_images < 1:
+        raise ConfigError(f"--num-images is at least 1, not {args.num_images}.")
     settings = settings_of(args)
     with new_folder(args.out, marker="manifest.jsonl", overwrite=args.overwrite) as folder:
         pipeline = load_for(args)

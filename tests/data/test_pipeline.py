@@ -1,0 +1,81 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from blip3o_jax.data import pipeline
+from blip3o_jax.pipeline import tokenizer_of
+from blip3o_jax.scenes import prompts, scene
+from blip3o_jax.text import Text, load_tokenizer
+from blip3o_jax.train.config import DataConfig, TrainConfig
+
+CFG = TrainConfig(stage="joint", batch_size=4, data=DataConfig(num_train=16, row_length=112))
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("scenes"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    model = CFG.blip3o()
+    return Text(load_tokenizer(tokenizer_of(model.name)), model.vocab, model.max_prompt_tokens)
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def test_records_are_the_scenes_of_seed_and_index(data_dir):
+    records = pipeline.dataset(CFG, data_dir, "train", None)
+    for i in (0, 7, 15):
+        _, drawn = prompts.sample(0, i, "train")
+        np.testing.assert_array_equal(records[i]["images"], scene.compose(drawn))
+        np.testing.assert_array_equal(records[i]["patches"], scene.patch_words(drawn))
+
+
+def test_rows_hold_the_prompt_and_room_for_the_image(data_dir, tokenizer):
+    record = pipeline.dataset(CFG, data_dir, "heldout", tokenizer)[3]
+    metadata, _ = prompts.sample(0, 3, "heldout")
+    expected = tokenizer.encode_prompt(metadata["prompt"])
+    np.testing.assert_array_equal(record["tokens"][: len(expected)], expected)
+    assert record["start"] == len(expected) - 1
+    assert record["tokens"].shape == (112,)
+    after = record["tokens"][len(expected) + 64 :]
+    assert after[0] == tokenizer.vocab.image_end_tag_id
+    assert after[1] == tokenizer.vocab.eos_token_id
+    assert (after[3:] == tokenizer.vocab.pad_token_id).all()
+
+
+def test_a_batch_is_a_function_of_seed_and_step(data_dir):
+    whole = take(pipeline.train_batches(CFG, data_dir, None), 9)
+    resumed = take(pipeline.train_batches(CFG, data_dir, None, start=5), 4)
+    assert all(same(a, b) for a, b in zip(whole[5:], resumed, strict=True))
+    other = next(pipeline.train_batches(dataclasses.replace(CFG, seed=1), data_dir, None))
+    assert not same(whole[0], other)
+
+
+def test_an_epoch_shows_every_record_once_and_the_next_in_another_order(data_dir):
+    batches = take(pipeline.train_batches(CFG, data_dir, None), 8)
+    images = np.concatenate([b["images"] for b in batches])
+    first, second = images[:16], images[16:]
+    assert {i.tobytes() for i in first} == {i.tobytes() for i in second}
+    assert len({i.tobytes() for i in first}) == 16
+    assert not np.array_equal(first, second)
+
+
+def test_hosts_share_the_batch_of_one(data_dir, monkeypatch):
+    whole = take(pipeline.train_batches(CFG, data_dir, None), 3)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    parts = []
+    for host in range(2):
+        monkeypatch.setattr("jax.process_index", lambda host=host: host)
+        parts.append(take(pipeline.train_batches(CFG, data_dir, None), 3))
+    for batch, left, right in zip(whole, *parts, strict=True):
+        together = {i.tobytes() for i in np.concatenate([left["images"], right["images"]])}
+        assert together == {i.tobytes() for i in batch["images"]}
