@@ -34,7 +34,7 @@ def _export(args) -> None:
 
 def _model_options(parser) -> None:
     parser.add_argument("--checkpoint", default="emoji_64", help="embedded name, published PyTorch folder, or training workdir")
-    parser.add_argument("--out", default="out", help="folder for the results (default: %(default)s)")
+    parser.add_argument("--out", default="out", help="folder for the results, or NAME.png for one image (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace results that are there already")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-inference-steps", type=int, default=30, help="Euler steps (default: %(default)s)")

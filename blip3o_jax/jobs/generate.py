@@ -7,7 +7,7 @@ import re
 from dataclasses import asdict
 
 from blip3o_jax.config import ConfigError
-from blip3o_jax.jobs.output import new_folder
+from blip3o_jax.jobs.output import new_file, new_folder
 from blip3o_jax.mesh import parse_mesh
 from blip3o_jax.pipeline import Pipeline, Sample, Settings, load
 
@@ -60,7 +60,7 @@ def save_png(path: pathlib.Path, sample: Sample, pipeline: Pipeline, settings: S
     origin = {"prompt": sample.prompt, "seed": sample.seed, "index": sample.index, "checkpoint": pipeline.identity}
     for key, value in (origin | {"settings": json.dumps(asdict(settings))}).items():
         info.add_itxt(key, str(value))
-    Image.fromarray(sample.image).save(path, pnginfo=info)
+    Image.fromarray(sample.image).save(path, "png", pnginfo=info)
 
 
 def settings_of(args) -> Settings:
@@ -76,8 +76,14 @@ def load_for(args) -> Pipeline:
     return load(args.checkpoint, mesh=parse_mesh(args.mesh), batch_size=args.batch_size)
 
 
+def file_name(sample: Sample, number: int) -> str:
+    """NUMBER-INDEX-words.png: sorts by prompt, and says what it shows."""
+    words = re.sub(r"[^a-z0-9]+", "-", sample.prompt.lower()).strip("-")[:60]
+    return f"{number:05d}-{sample.index}-{words}.png"
+
+
 def run(args) -> None:
-    """Writes OUT/NUMBER-INDEX-words.png and OUT/manifest.jsonl, a line an image."""
+    """Writes OUT/NUMBER-INDEX-words.png and OUT/manifest.jsonl, a line an image; or one image as OUT.png."""
     from tqdm import tqdm
 
     if bool(args.prompt) == bool(args.prompts):
@@ -88,15 +94,24 @@ def run(args) -> None:
     if args.num_images < 1:
         raise ConfigError(f"--num-images is at least 1, not {args.num_images}.")
     settings = settings_of(args)
+    total = len(prompts) * args.num_images
+    if args.out.endswith(".png"):
+        if total != 1:
+            raise ConfigError(f"{args.out} is one file, and {total} images are asked for; name a folder.")
+        with new_file(args.out, args.overwrite) as path:
+            pipeline = load_for(args)
+            (sample,) = pipeline.samples(prompts, args.seed, 1, settings)
+            save_png(path, sample, pipeline, settings)
+        print(args.out)
+        return
     with new_folder(args.out, marker="manifest.jsonl", overwrite=args.overwrite) as folder:
         pipeline = load_for(args)
         samples = pipeline.samples(prompts, args.seed, args.num_images, settings)
         with (folder / "manifest.jsonl").open("w", encoding="utf-8") as manifest:
-            for number, sample in enumerate(tqdm(samples, total=len(prompts) * args.num_images, unit="image")):
-                words = re.sub(r"[^a-z0-9]+", "-", sample.prompt.lower()).strip("-")[:60]
-                name = f"{number // args.num_images:05d}-{sample.index}-{words}.png"
+            for number, sample in enumerate(tqdm(samples, total=total, unit="image")):
+                name = file_name(sample, number // args.num_images)
                 save_png(folder / name, sample, pipeline, settings)
                 origin = {"file": name, "prompt": sample.prompt, "seed": sample.seed, "index": sample.index}
                 line = origin | {"checkpoint": pipeline.identity, "tokens": sample.tokens.tolist(), **asdict(settings)}
                 manifest.write(json.dumps(line) + "\n")
-    print(f"{len(prompts) * args.num_images} images in {args.out}")
+    print(f"{total} images in {args.out}")

@@ -42,6 +42,25 @@ def new_folder(destination: str, marker: str, overwrite: bool = False) -> Iterat
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def new_file(destination: str, overwrite: bool = False) -> Iterator[pathlib.Path]:
+    """The same for one file: a temporary path beside `destination`. An existing file is refused unless `overwrite`."""
+    target = pathlib.Path(destination)
+    if target.is_dir():
+        raise ConfigError(f"{destination} is a folder.")
+    if target.exists() and not overwrite:
+        raise ConfigError(f"{destination} exists; name another file or add --overwrite.")
+    temporary = target.with_name(f".{target.name}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(target)
+    except OSError as error:
+        raise ConfigError(f"{destination} cannot be written: {error.strerror}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
