@@ -24,10 +24,10 @@ TABLE = (
     (r"sana/time_embed/linear/kernel", P("fsdp", None, None)),
     (r"sana/(time_embed|caption_projection)/linear_[12]/kernel", P("fsdp", None)),
     (r"ta_tok/.*/regularizer/embedding", P("fsdp", None)),
-    (r"ta_tok/encoder/.*/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor", None)),
-    (r"ta_tok/encoder/.*/out_proj/kernel", P(None, "tensor", None, "fsdp")),
-    (r"ta_tok/encoder/.*/fc1/kernel", P(None, "fsdp", "tensor")),
-    (r"ta_tok/encoder/.*/fc2/kernel", P(None, "tensor", "fsdp")),
+    (r"ta_tok/(encoder|decoder)/.*/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor", None)),
+    (r"ta_tok/(encoder|decoder)/.*/out_proj/kernel", P(None, "tensor", None, "fsdp")),
+    (r"ta_tok/(encoder|decoder)/.*/fc1/kernel", P(None, "fsdp", "tensor")),
+    (r"ta_tok/(encoder|decoder)/.*/fc2/kernel", P(None, "tensor", "fsdp")),
     (r"diffusion_connector/linear_[12]/kernel", P("fsdp", None)),
 )
 

@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
             "preset": "emoji_64",
             "batch_size": 32,
             "seed": 1,  # another order of the scenes than the language stage saw
-            "num_steps": 1700,
+            "num_steps": 1500,
             "trainable_sana": "all",  # there is no pretrained one
             "init": {"dc_ae": "runs/autoencoder", "ta_tok": "runs/tokenizer", "qwen3": "runs/language"},
             "data": {"num_train": 60000, "row_length": 112},
@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
                 "b2": 0.98,
                 "ema_decay": 0.995,
             },
-            "eval_every": 425,
-            "checkpoint_every": 170,
+            "eval_every": 500,
+            "checkpoint_every": 250,
         }
     )

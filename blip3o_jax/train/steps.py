@@ -46,7 +46,7 @@ def train_step(model: Blip3o, cfg: TrainConfig, state, frozen, batch):
     new = {"step": state["step"] + 1, "params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}
     if "ema" in state:
         new["ema"] = update_ema(state["ema"], new["params"], state["step"], cfg.optimizer.ema_decay)
-    norms = {f"grad_norm/{part}": optax.global_norm(tree) for part, tree in grads.items()}
+    norms = {f"grad_norm/{part}": optax.tree.norm(tree) for part, tree in grads.items()}
     return new, {**metrics, **norms}
 
 
