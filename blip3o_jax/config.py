@@ -129,8 +129,13 @@ class SanaConfig:
     norm_eps: float = 1e-6
     sample_size: int = 32  # latent rows and columns at the preset's resolution
     interpolation_scale: float | None = None  # not None: fixed sine-cosine positions are added to the latent tokens
+    condition_positions: bool = False  # ours: the same positions on the condition, whose tokens after the first are a square grid
 
     def __post_init__(self):
+        _need(
+            self.interpolation_scale is not None or not self.condition_positions,
+            "SANA: condition_positions are those of the latents, which need an interpolation_scale.",
+        )
         _need(
             self.hidden_size == self.num_cross_attention_heads * self.cross_attention_head_dim,
             f"SANA: width {self.hidden_size} is not {self.num_cross_attention_heads} cross heads x {self.cross_attention_head_dim}.",
@@ -299,6 +304,7 @@ def _emoji_64() -> Blip3oConfig:
             caption_channels=192,
             sample_size=8,
             interpolation_scale=1.0,
+            condition_positions=True,
         ),
         dc_ae=DcAeConfig(
             latent_channels=16,

@@ -13,18 +13,18 @@ def get_config() -> ConfigDict:
             "preset": "emoji_64",
             "batch_size": 32,
             "seed": 1,  # another order of the scenes than the language stage saw
-            "num_steps": 1500,
+            "num_steps": 1000,
             "trainable_sana": "all",  # there is no pretrained one
             "init": {"dc_ae": "runs/autoencoder", "ta_tok": "runs/tokenizer", "qwen3": "runs/language"},
             "data": {"num_train": 60000, "row_length": 112},
             "optimizer": {
-                "learning_rate": 1.2e-3,
+                "learning_rate": 1.5e-3,
                 "final_learning_rate": 1e-5,
-                "warmup_steps": 100,
+                "warmup_steps": 50,
                 "b2": 0.98,
-                "ema_decay": 0.995,
+                "ema_decay": 0.99,
             },
-            "eval_every": 500,
-            "checkpoint_every": 250,
+            "eval_every": 200,
+            "checkpoint_every": 100,
         }
     )

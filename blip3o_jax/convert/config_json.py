@@ -55,8 +55,11 @@ def _ta_tok_json(cfg: TaTokConfig) -> dict[str, Any]:
 
 
 def _sana_json(cfg: SanaConfig) -> dict[str, Any]:
+    fields = dataclasses.asdict(cfg)
+    if not cfg.condition_positions:  # a key that diffusers does not know
+        del fields["condition_positions"]
     derived = {"cross_attention_dim": cfg.hidden_size, "qk_norm": QK_NORM if cfg.qk_norm else None}
-    return {**dataclasses.asdict(cfg), **derived, **SANA_FACTS}
+    return {**fields, **derived, **SANA_FACTS}
 
 
 def _dc_ae_json(cfg: DcAeConfig) -> dict[str, Any]:
@@ -143,9 +146,10 @@ def _read_ta_tok(fields: Any) -> TaTokConfig:
 
 
 def _read_sana(fields: Any) -> SanaConfig:
-    qk_norm = isinstance(fields, Mapping) and fields.get("qk_norm") is not None
-    cfg = _read(SanaConfig, fields, "sana", qk_norm=qk_norm)
-    _agree(fields, _sana_json(cfg), "sana")
+    if isinstance(fields, Mapping):
+        fields = {"condition_positions": False, **fields}
+    cfg = _read(SanaConfig, fields, "sana", qk_norm=isinstance(fields, Mapping) and fields.get("qk_norm") is not None)
+    _agree(fields, {"condition_positions": False, **_sana_json(cfg)}, "sana")
     return cfg
 
 

@@ -99,7 +99,7 @@ class Blip3o:
         return {
             "qwen3": (self.qwen3, tokens, tokens, tokens == 0),
             "ta_tok": (self.ta_tok, image),
-            "sana": (self.sana, latents, jnp.zeros(1), jnp.zeros((1, 1, cfg.sana.caption_channels))),
+            "sana": (self.sana, latents, jnp.zeros(1), jnp.zeros((1, 2, cfg.sana.caption_channels))),
             "dc_ae": (self.dc_ae, pixels),
             "diffusion_connector": (self.connector, jnp.zeros((1, 1, cfg.qwen3.hidden_size))),
         }
@@ -110,7 +110,12 @@ class Blip3o:
             if part not in PARTS:
                 raise ConfigError(f"Unknown part {part!r}; {nearest(part, PARTS)}")
         modules, keys = self._modules(), dict(zip(PARTS, jax.random.split(key, len(PARTS)), strict=True))
-        return {part: modules[part][0].init(keys[part], *modules[part][1:])["params"] for part in parts}
+        params = {part: modules[part][0].init(keys[part], *modules[part][1:])["params"] for part in parts}
+        if "sana" in parts and self.config.sana.condition_positions:
+            # Queries and keys of one place then agree from the start, so that cross-attention need not learn where to look.
+            cross = params["sana"]["transformer_blocks"]["attn2"]
+            cross["to_k"]["kernel"] = cross["to_q"]["kernel"]
+        return params
 
     def abstract(self, parts: tuple[str, ...] = PARTS) -> dict:
         """Shapes and dtypes of `init`'s parameters, without allocating any."""

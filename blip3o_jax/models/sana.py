@@ -5,6 +5,7 @@ positions need no embedding and any grid will do. More axis letters: M modulatio
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -186,7 +187,14 @@ class Sana(nn.Module):
     def encode_condition(self, condition):
         """condition [B,S,caption] -> [B,S,D]. It does not depend on latents or time, so a sampler needs it once per image."""
         with jax.named_scope("condition"):
-            return self.caption_norm(self.caption_projection(condition))
+            y = self.caption_norm(self.caption_projection(condition))
+            if self.cfg.condition_positions:
+                grid = math.isqrt(y.shape[1] - 1)
+                if grid * grid + 1 != y.shape[1]:
+                    raise ConfigError(f"SANA with condition_positions takes a first token and a square of others, not {y.shape[1]} tokens.")
+                places = grid_positions(self.cfg, grid, grid).reshape(-1, y.shape[-1])
+                y = (y + np.pad(places, ((1, 0), (0, 0)))).astype(y.dtype)
+            return y
 
     def __call__(self, latents, t, condition, encoded: bool = False):
         """latents [B,Y,X,C], t [B] in (0, 1000], condition [B,S,caption], or the result of `encode_condition` -> velocity [B,Y,X,C']."""

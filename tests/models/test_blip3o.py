@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip3o_jax.config import PRESETS, ConfigError, preset
+from blip3o_jax.config import PRESETS, ConfigError, preset, replace
 from blip3o_jax.convert.rules import to_jax, to_torch
 from blip3o_jax.convert.sana import connector_rules
 from blip3o_jax.models.blip3o import PARTS, Blip3o, Connector, condition_slice
+from blip3o_jax.models.sana import grid_positions
 
 
 def size(tree):
@@ -93,3 +94,18 @@ def test_every_preset_and_dtype_has_f32_parameters():
     for name in PRESETS:
         model = dataclasses.replace(Blip3o(preset(name)), dtype=jnp.bfloat16, remat="full")
         assert {leaf.dtype for leaf in jax.tree.leaves(model.abstract())} == {jnp.dtype("float32")}
+
+
+def test_condition_positions_start_cross_attention_where_the_query_is():
+    config = preset("emoji_64")
+    params = Blip3o(config).init(jax.random.key(0), ("sana",))["sana"]
+    cross = params["transformer_blocks"]["attn2"]
+    np.testing.assert_array_equal(cross["to_k"]["kernel"], cross["to_q"]["kernel"])
+    off = replace(config, **{"sana.condition_positions": False})
+    condition = jnp.ones((1, 65, config.sana.caption_channels))
+    places = grid_positions(config.sana, 8, 8).reshape(64, -1)
+    encoded, plain = (Blip3o(c).sana.apply({"params": params}, condition, method="encode_condition") for c in (config, off))
+    np.testing.assert_allclose(encoded[0, 1:] - plain[0, 1:], places, atol=1e-5)
+    np.testing.assert_array_equal(encoded[0, 0], plain[0, 0])
+    with pytest.raises(ConfigError, match="square"):
+        Blip3o(config).sana.apply({"params": params}, condition[:, :60], method="encode_condition")
