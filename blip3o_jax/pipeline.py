@@ -99,15 +99,16 @@ class Pipeline:
         self._run, self._place = run, place
 
     def samples(self, prompts: list[str], seed: int = 0, num_images: int = 1, settings: Settings | None = None) -> Iterator[Sample]:
-        """Images prompt by prompt, `num_images` of each; ConfigError for a bad prompt before any is made."""
+        """Images prompt by prompt, `num_images` of each, made as they are taken; ConfigError for a bad prompt at once."""
         if num_images < 1:
             raise ConfigError(f"num_images is at least 1, not {num_images}.")
         if not prompts:
             raise ConfigError("There are no prompts.")
-        length = self.model.config.max_prompt_tokens
-        ids, valid = self.text.encode_prompts(prompts, length)
+        encoded = self.text.encode_prompts(prompts, self.model.config.max_prompt_tokens)
+        return self._samples(prompts, *encoded, seed, num_images, asdict(settings or Settings()))
+
+    def _samples(self, prompts, ids, valid, seed: int, num_images: int, settings: dict) -> Iterator[Sample]:
         work = [(p, i) for p in range(len(prompts)) for i in range(num_images)]
-        settings = asdict(settings or Settings())
         for start in range(0, len(work), self.batch_size):
             chunk = work[start : start + self.batch_size]
             rows = [p for p, _ in chunk] + [chunk[0][0]] * (self.batch_size - len(chunk))

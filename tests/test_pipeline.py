@@ -102,8 +102,10 @@ def test_python_and_command_line_give_the_same_image(pipeline, tmp_path, monkeyp
 
 
 def test_a_failure_half_way_leaves_nothing(pipeline, tmp_path, monkeypatch):
+    whole = pipeline.samples
+
     def broken(*_, **__):
-        yield next(iter(pipeline.samples(PROMPTS[:1], settings=QUICK)))
+        yield next(whole(PROMPTS[:1], settings=QUICK))
         raise ConfigError("The device is gone.")
 
     monkeypatch.setattr(pipeline, "samples", broken, raising=False)
