@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from blip3o_jax.config import ConfigError
+
 
 def gelu_tanh(x):
     return nn.gelu(x, approximate=True)
@@ -28,9 +30,25 @@ def on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def scan_unroll(length: int) -> int:
-    """Layers to lay out in a row where the model scans: a short stack on CPU, which there saves a quarter of a training step."""
-    return length if on_cpu() and length <= 8 else 1
+REMAT = {
+    "none": lambda block: block,
+    "full": lambda block: nn.remat(block, prevent_cse=False),
+    "dots": lambda block: nn.remat(block, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+}
+
+
+def scan_layers(block: type[nn.Module], length: int, in_axes=nn.broadcast, remat: str = "none"):
+    """`block`, a scan step (carry, *inputs) -> (carry, nothing), `length` times with parameters of its own each, stacked along L.
+
+    `remat` says what the backward pass computes again: "none" nothing, "full" each block, "dots" all but the matrix products.
+    A short stack is laid out in a row on CPU, which saves a quarter of a training step there. ConfigError for an unknown `remat`.
+    """
+    if remat not in REMAT:
+        raise ConfigError(f"Unknown remat {remat!r}; known: {', '.join(REMAT)}.")
+    unroll = length if on_cpu() and length <= 8 else 1
+    return nn.scan(
+        REMAT[remat](block), variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=in_axes, length=length, unroll=unroll
+    )
 
 
 def product(equation: str, x, kernel):

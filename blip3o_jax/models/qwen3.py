@@ -16,13 +16,7 @@ from jax import lax
 
 from blip3o_jax.config import ConfigError, Qwen3Config
 from blip3o_jax.models.attention import Causal, attention
-from blip3o_jax.models.layers import Linear, RMSNorm, apply_rotary, fan_in_normal, rotary_angles, scan_unroll
-
-REMAT = {
-    "none": lambda block: block,
-    "full": lambda block: nn.remat(block, prevent_cse=False),
-    "dots": lambda block: nn.remat(block, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
-}
+from blip3o_jax.models.layers import Linear, RMSNorm, apply_rotary, fan_in_normal, rotary_angles, scan_layers
 
 
 def init_cache(cfg: Qwen3Config, batch: int, length: int, dtype) -> dict[str, jax.Array]:
@@ -132,17 +126,8 @@ class Qwen3(nn.Module):
 
     def setup(self):
         cfg = self.cfg
-        if self.remat not in REMAT:
-            raise ConfigError(f"Unknown remat {self.remat!r}; known: {', '.join(REMAT)}.")
         self.embed_tokens = Table("embedding", (cfg.vocab_size, cfg.hidden_size), nn.initializers.normal(0.02))
-        block = nn.scan(
-            REMAT[self.remat](Block),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
-            length=cfg.num_hidden_layers,
-            unroll=scan_unroll(cfg.num_hidden_layers),
-        )
+        block = scan_layers(Block, cfg.num_hidden_layers, (0, nn.broadcast, nn.broadcast), self.remat)
         self.layers = block(cfg, self.dtype, self.attention)
         self.norm = RMSNorm(cfg.rms_norm_eps)
         if not cfg.tie_word_embeddings:

@@ -15,17 +15,11 @@ import numpy as np
 
 from blip3o_jax.config import ConfigError, SanaConfig
 from blip3o_jax.models.attention import attention, linear_attention
-from blip3o_jax.models.layers import Conv2d, Linear, RMSNorm, gelu_tanh, layer_norm, scan_unroll, timestep_embedding
+from blip3o_jax.models.layers import Conv2d, Linear, RMSNorm, gelu_tanh, layer_norm, scan_layers, timestep_embedding
 
 QK_NORM_EPS = 1e-5
 CAPTION_NORM_EPS = 1e-5
 OUT_NORM_EPS = 1e-6
-
-REMAT = {
-    "none": lambda block: block,
-    "full": lambda block: nn.remat(block, prevent_cse=False),
-    "dots": lambda block: nn.remat(block, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
-}
 
 
 def grid_positions(cfg: SanaConfig, rows: int, columns: int) -> np.ndarray:
@@ -167,20 +161,11 @@ class Sana(nn.Module):
 
     def setup(self):
         cfg, width, dtype = self.cfg, self.cfg.hidden_size, self.dtype
-        if self.remat not in REMAT:
-            raise ConfigError(f"Unknown remat {self.remat!r}; known: {', '.join(REMAT)}.")
         self.patch_embed = Linear("byxc,cd->byxd", (cfg.in_channels, width), use_bias=True, dtype=dtype)
         self.time_embed = TimeEmbed(width, dtype)
         self.caption_projection = CaptionProjection(width, dtype)
         self.caption_norm = RMSNorm(CAPTION_NORM_EPS)
-        self.transformer_blocks = nn.scan(
-            REMAT[self.remat](Block),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=cfg.num_layers,
-            unroll=scan_unroll(cfg.num_layers),
-        )(cfg, dtype)
+        self.transformer_blocks = scan_layers(Block, cfg.num_layers, remat=self.remat)(cfg, dtype)
         self.scale_shift_table = self.param("scale_shift_table", nn.initializers.normal(width**-0.5), (2, width))
         self.proj_out = Linear("byxd,dc->byxc", (width, cfg.out_channels), use_bias=True, dtype=dtype)
 

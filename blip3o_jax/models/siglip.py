@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from blip3o_jax.config import ConfigError, SiglipConfig
 from blip3o_jax.models.attention import attention
-from blip3o_jax.models.layers import LayerNorm, Linear, gelu_tanh, scan_unroll
+from blip3o_jax.models.layers import LayerNorm, Linear, gelu_tanh, scan_layers
 
 position_init = nn.initializers.normal(0.02)
 
@@ -61,8 +61,7 @@ class Block(nn.Module):
 
 def blocks(num_layers: int, num_heads: int, mlp_hidden: int, eps: float, dtype, name: str | None = None):
     """`num_layers` Blocks as one scanned module: call it with (x [B,T,D], None); parameters have a leading axis L."""
-    scanned = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=num_layers, unroll=scan_unroll(num_layers))
-    return scanned(num_heads, mlp_hidden, eps, dtype, name=name)
+    return scan_layers(Block, num_layers)(num_heads, mlp_hidden, eps, dtype, name=name)
 
 
 class SiglipEncoder(nn.Module):
