@@ -34,7 +34,7 @@ def test_help_answers_without_importing_jax():
         (["generate", "a cat", "--top-p", "0"], "top_p"),
         (["generate", "a cat", "--batch-size", "0"], "at least 1"),
         (["generate", "a cat", "--mesh", "pipes=2"], "data=N"),
-        (["generate", "cat " * 400], "max"),
+        (["generate", "cat " * 400], "more than the 64 allowed"),
         (["generate", "--prompts", "nowhere.txt"], "cannot be read"),
         (["evaluate", "scenes", "--num-prompts", "0"], "at least"),
         (["train", "--config", "emoji_jiont", "--workdir", "x"], "did you mean 'emoji_joint'"),
