@@ -1,6 +1,9 @@
 """Stage 4 of the embedded model: the transformer writes tokens (cross-entropy), its states condition the diffusion part (velocity loss).
 
 blip3o-jax train --config emoji_joint --workdir runs/joint
+
+Cost: 33 minutes on two CPU cores. Result: cross-entropy 0.179 on training rows and 0.291 on held-out ones, velocity error 0.161 and 0.179;
+both were still falling. README has the scores.
 """
 
 from ml_collections import ConfigDict
