@@ -165,7 +165,7 @@ def tokenizer_of(preset: str) -> pathlib.Path:
     """The tokenizer.json that a preset is trained with; ConfigError when none travels with the package."""
     path = shipped.ASSETS / preset / "tokenizer.json"
     if not path.is_file():
-        raise ConfigError(f"No tokenizer travels with preset {preset!r}; name one with data.tokenizer.")
+        raise ConfigError(f"No tokenizer travels with preset {preset!r}, so it cannot be trained or exported from a config yet.")
     return path
 
 

@@ -2,7 +2,7 @@
 
 blip3o-jax train --config emoji_joint --workdir runs/joint
 
-Cost: 33 minutes on two CPU cores. Result: cross-entropy 0.179 on training rows and 0.291 on held-out ones, velocity error 0.161 and 0.179;
+Cost: 34 minutes on two CPU cores. Result: cross-entropy 0.179 on training rows and 0.291 on held-out ones, velocity error 0.161 and 0.179;
 both were still falling. README has the scores.
 """
 

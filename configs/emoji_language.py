@@ -2,7 +2,7 @@
 
     blip3o-jax train --config emoji_language --workdir runs/language
 
-Cost: 16 minutes on two CPU cores. Result: cross-entropy 0.205 on training rows, 0.292 on held-out ones, prompt and template included.
+Cost: 17 minutes on two CPU cores. Result: cross-entropy 0.205 on training rows, 0.292 on held-out ones, prompt and template included.
 
 The joint stage starts from its weights. The transformer is what the score of a small model hangs on, and without the diffusion part it
 sees more than twice as many prompts a minute.

@@ -38,6 +38,7 @@ def test_help_answers_without_importing_jax():
         (["generate", "--prompts", "nowhere.txt"], "cannot be read"),
         (["evaluate", "scenes", "--num-prompts", "0"], "at least"),
         (["train", "--config", "emoji_jiont", "--workdir", "x"], "did you mean 'emoji_joint'"),
+        (["train", "--config", "emoji_joint", "--workdir", "x"], "No checkpoint 'runs/autoencoder'"),
         (["export", "nowhere", "x"], "No checkpoint"),
     ],
 )

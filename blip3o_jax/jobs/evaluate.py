@@ -68,7 +68,7 @@ def _token_rows(text: Text, metadata: list[dict], num_tokens: int):
 
 
 def run(args) -> None:
-    """Writes OUT/{result.json,images.jsonl,sheet.png} and prints the result as one JSON line."""
+    """Writes OUT/{result.json,images.jsonl,images.npz,sheet.png} and prints the result as one JSON line."""
     if args.num_prompts < len(prompts.TAGS) or args.seeds < 1:
         raise ConfigError(f"--num-prompts is at least {len(prompts.TAGS)} and --seeds at least 1.")
     from PIL import Image

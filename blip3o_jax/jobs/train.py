@@ -83,13 +83,15 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 
 def run(config: str, workdir: str, overrides: list[str]) -> None:
     """Trains; prints the last evaluation as one JSON line."""
-    cfg = read_config(config, overrides)
-    folder = open_workdir(cfg, workdir)
     from blip3o_jax.data import pipeline as data
-    from blip3o_jax.pipeline import enable_compilation_cache, tokenizer_of
+    from blip3o_jax.pipeline import enable_compilation_cache, find_checkpoint, tokenizer_of
     from blip3o_jax.text import Text, load_tokenizer
     from blip3o_jax.train import loop
 
+    cfg = read_config(config, overrides)
+    for directory in cfg.init.values():
+        find_checkpoint(directory)  # before anything is made
+    folder = open_workdir(cfg, workdir)
     enable_compilation_cache()
     data_dir = cfg.data.data_dir or str(folder.parent / "scenes")
     tokenizer = None
