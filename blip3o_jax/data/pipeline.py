@@ -8,6 +8,7 @@ import numpy as np
 
 from blip3o_jax import text as texts
 from blip3o_jax.scenes import builder
+from blip3o_jax.scenes.prompts import WEIGHTS
 from blip3o_jax.train.config import TrainConfig
 
 
@@ -24,7 +25,10 @@ def _text_record(tokenizer: texts.Text, num_tokens: int, length: int, record) ->
 
 def dataset(cfg: TrainConfig, data_dir: str, split: str, tokenizer: texts.Text | None) -> grain.MapDataset:
     """Records of a split of `emoji_scenes`, transformed for the stage; without shuffling or batching."""
-    world = builder.EmojiScenesConfig(train=cfg.data.num_train, seed=cfg.data.seed, text=cfg.data.text_fraction)
+    data = cfg.data
+    world = builder.EmojiScenesConfig(
+        train=data.num_train, seed=data.seed, text=data.text_fraction, weights=data.weights or WEIGHTS, named_ground=data.named_ground
+    )
     source = builder.open_source(data_dir, split, world)
     if tokenizer is None:
         return grain.MapDataset.source(source).map(_image_record)

@@ -24,14 +24,21 @@ Noun = tuple[str, str | None]  # object and colour
 
 
 def sample(
-    seed: int, index: int, split: str = "train", weights: Mapping[str, float] = WEIGHTS, *, text: float = 0.0, extra: float = 0.15
+    seed: int,
+    index: int,
+    split: str = "train",
+    weights: Mapping[str, float] = WEIGHTS,
+    *,
+    text: float = 0.0,
+    extra: float = 0.15,
+    named_ground: float = NAMED_GROUND,
 ) -> tuple[dict, Scene]:
     """A prompt's metadata and its scene; the same for the same arguments, whatever was drawn before.
 
     metadata: tag, include, exclude (counting), prompt; ground where the prompt names it; word for the tag "text";
     extra=True for kinds that GenEval does not know (counted or placed things with a colour, three different things).
     split: "train" never composes a held-out combination, "heldout" always asks for one. weights: tag -> share.
-    text: share of prompts for a written word. extra: share of extra kinds, training only.
+    text: share of prompts for a written word. extra: share of extra kinds, training only. named_ground: share that names the ground.
     Raises ConfigError for an unknown split or tag.
     """
     if split not in NUMBER_OF_SPLIT:
@@ -42,19 +49,19 @@ def sample(
     rng = np.random.Generator(np.random.Philox(key=[seed, NUMBER_OF_SPLIT[split]], counter=[0, 0, 0, index]))
     training = split == "train"
     if rng.random() < text:
-        return _write(rng, training)
+        return _write(rng, training, named_ground)
     tag = _pick(rng, list(weights), np.array(list(weights.values())) / sum(weights.values()))
     if training and rng.random() < extra:
         tag = _pick(rng, ["counting", "position", "two_object"])
-        return _make(rng, tag, split, extra=True)
-    return _make(rng, tag, split, photo=training and rng.random() < PHOTO)
+        return _make(rng, tag, split, named_ground, extra=True)
+    return _make(rng, tag, split, named_ground, photo=training and rng.random() < PHOTO)
 
 
-def _make(rng: Rng, tag: str, split: str, extra: bool = False, photo: bool = False) -> tuple[dict, Scene]:
+def _make(rng: Rng, tag: str, split: str, named_ground: float, extra: bool = False, photo: bool = False) -> tuple[dict, Scene]:
     """Draws nouns for the tag until the split allows them, then ground, places and words."""
     held = held_out()
     training = split == "train"
-    named = rng.random() < NAMED_GROUND or (not training and tag == "single_object")
+    named = rng.random() < named_ground or (not training and tag == "single_object")
     new_color = rng.random() < 0.5  # heldout color_attr: is a colour unseen too?
     while True:
         nouns = _nouns(rng, tag, extra)
@@ -122,7 +129,7 @@ def _metadata(tag: str, nouns: list[Noun], relation: str | None, ground: str | N
     return metadata
 
 
-def _write(rng: Rng, training: bool) -> tuple[dict, Scene]:
+def _write(rng: Rng, training: bool, named_ground: float) -> tuple[dict, Scene]:
     """A word to be written: training half the time a known one, half the time random letters; otherwise one held out."""
     unseen = held_out().words
     while True:
@@ -132,7 +139,7 @@ def _write(rng: Rng, training: bool) -> tuple[dict, Scene]:
             word = "".join(LETTERS[i] for i in rng.integers(len(LETTERS), size=rng.integers(2, 7)))
         if not training or word not in unseen:
             break
-    ground, named = _pick(rng, list(GROUNDS)), rng.random() < NAMED_GROUND
+    ground, named = _pick(rng, list(GROUNDS)), rng.random() < named_ground
     metadata = {"tag": "text", "include": [], "word": word, "prompt": f'the word "{word}"' + (f" on {ground}" if named else "")}
     return metadata | ({"ground": ground} if named else {}), Scene((), ground, word)
 

@@ -18,6 +18,8 @@ class DataConfig:
     num_train: int = 60000
     seed: int = 0
     text_fraction: float = 0.0  # share of scenes that show a word
+    weights: dict = field(default_factory=dict)  # tag -> share of the training prompts; empty: scenes.prompts.WEIGHTS
+    named_ground: float = 0.5  # share of the training prompts that name the ground
     row_length: int = 0  # tokens of a training row; 0: the longest prompt that the model allows, and its image
     reader_threads: int = 1
 
@@ -42,6 +44,7 @@ class LossConfig:
     """What each stage's loss may vary; fields of other stages are ignored by a stage that has no use for them."""
 
     condition_dropout: float = 0.1  # joint: whole samples whose condition is zeroed before the connector
+    text_weight: float = 1.0  # joint: weight of a prompt token's cross-entropy against an image token's 1
     flow_weight: float = 1.0  # joint: weight of the velocity loss against the cross-entropy's 1
     flow_fraction: float = 1.0  # joint: share of the batch that also enters the diffusion part; 0 trains the transformer alone
     last_slice: bool = False  # joint: condition on the row's last positions, as the PyTorch code does (S6.6 no. 1)
@@ -80,6 +83,12 @@ class TrainConfig:
             (self.dtype in ("auto", "float32", "bfloat16"), f"dtype is auto, float32 or bfloat16, not {self.dtype!r}."),
             (self.remat in ("none", "full", "dots"), f"remat is none, full or dots, not {self.remat!r}."),
             (0 <= self.loss.flow_fraction <= 1, f"loss.flow_fraction is in [0, 1], not {self.loss.flow_fraction}."),
+            (self.loss.text_weight >= 0, f"loss.text_weight is at least 0, not {self.loss.text_weight}."),
+            (0 <= self.data.named_ground <= 1, f"data.named_ground is in [0, 1], not {self.data.named_ground}."),
+            (
+                self.optimizer.warmup_steps < self.num_steps,
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} must be below num_steps {self.num_steps}.",
+            ),
             (0 <= self.loss.condition_dropout < 1, f"loss.condition_dropout is in [0, 1), not {self.loss.condition_dropout}."),
             (0 <= self.optimizer.ema_decay < 1, f"optimizer.ema_decay is in [0, 1), not {self.optimizer.ema_decay}."),
         )

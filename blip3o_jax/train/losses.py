@@ -97,7 +97,8 @@ def joint_loss(model: Blip3o, cfg: TrainConfig, params, batch, key):
     valid = targets(tokens, batch["start"], vocab)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, _ = model.qwen3.apply({"params": params["qwen3"]}, tokens, positions, tokens != vocab.pad_token_id)
-    weights = valid[:, 1:].astype(jnp.float32)
+    written = jnp.arange(tokens.shape[1]) > batch["start"][:, None]  # the image and what closes it
+    weights = (valid * jnp.where(written, 1.0, cfg.loss.text_weight))[:, 1:]
     ce_sum, hits = cross_entropy(model, params, hidden[:, :-1], tokens[:, 1:], weights, cfg.loss.ce_chunk)
     ce, accuracy = ce_sum / jnp.sum(weights), hits / jnp.sum(weights)
 

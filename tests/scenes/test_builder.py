@@ -40,6 +40,7 @@ def test_other_settings_have_another_place():
     from blip3o_jax.scenes.builder import EmojiScenesConfig
 
     names = {
-        EmojiScenesConfig(**c).name for c in ({}, {"seed": 1}, {"text": 0.0}, {"train": 5}, {"heldout": 5}, {"weights": {"colors": 1.0}})
+        EmojiScenesConfig(**c).name
+        for c in ({}, {"seed": 1}, {"text": 0.0}, {"train": 5}, {"heldout": 5}, {"weights": {"colors": 1.0}}, {"named_ground": 1.0})
     }
-    assert len(names) == 6
+    assert len(names) == 7

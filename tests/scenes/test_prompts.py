@@ -32,6 +32,15 @@ def test_held_out_lists_are_fixed():
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "dfe65996c836671a"
 
 
+def test_the_share_of_named_grounds_is_as_asked():
+    def share(named_ground):
+        return np.mean(["ground" in sample(0, i, weights={"colors": 1.0}, extra=0.0, named_ground=named_ground)[0] for i in range(400)])
+
+    assert share(0.0) == 0.0
+    assert share(1.0) == 1.0
+    assert abs(share(0.75) - 0.75) < 0.08
+
+
 def test_sample_is_a_function_of_seed_and_index():
     first = [sample(3, i, text=0.1) for i in range(50)]
     assert [sample(3, i, text=0.1) for i in reversed(range(50))] == first[::-1]

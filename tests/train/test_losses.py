@@ -60,7 +60,7 @@ def test_codes_are_written_behind_s0():
     np.testing.assert_array_equal(written[1], [10, 11, 12, 13, 14, 15, 104, 105, 106, 19])
 
 
-def test_cross_entropy_is_the_mean_over_all_targets_and_chunks_do_not_change_it(joint):
+def test_cross_entropy_is_the_weighted_mean_over_all_targets_and_chunks_do_not_change_it(joint):
     model, params, batch = joint
     _, whole = run(joint)
     _, chunked = run(joint, ce_chunk=2)
@@ -70,15 +70,17 @@ def test_cross_entropy_is_the_mean_over_all_targets_and_chunks_do_not_change_it(
     codes = encode(batch["images"])
     hidden_of = jax.jit(lambda row: model.qwen3.apply({"params": params["qwen3"]}, row, jnp.arange(row.shape[1])[None], row >= 0)[0])
     logits_of = jax.jit(lambda hidden: model.qwen3.apply({"params": params["qwen3"]}, hidden, method="logits"))
-    total, count = 0.0, 0
+    text, image = np.zeros(2), np.zeros(2)  # sum and number of each kind of target
     for row, at, ids in zip(batch["tokens"], batch["start"], codes, strict=True):
         row = row.copy()
         row[at + 1 : at + 65] = np.asarray(ids) + model.config.vocab.image_start_token_id
         row = row[: at + 1 + 64 + 3][None]
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits_of(hidden_of(row)))[0, :-1], row[0, 1:, None], axis=-1)
-        total -= float(jnp.sum(picked))
-        count += row.shape[1] - 1
-    np.testing.assert_allclose(whole["ce"], total / count, rtol=1e-5)
+        text += -jnp.sum(picked[:at]), at
+        image += -jnp.sum(picked[at:]), 64 + 3
+    for weight, ce in ((1.0, whole["ce"]), (0.25, run(joint, text_weight=0.25)[1]["ce"])):
+        total, count = weight * text + image
+        np.testing.assert_allclose(ce, total / count, rtol=1e-5)
 
 
 def test_the_slice_is_right_and_the_original_one_differs(joint):
