@@ -229,6 +229,11 @@ class Blip3oConfig:
     dc_ae: DcAeConfig = field(default_factory=DcAeConfig)
     max_prompt_tokens: int = 512
     connector_eps: float = 1e-5
+    # What an editing checkpoint does with the source image's latents (spec S1.2). Text to image does not look at these.
+    use_und_image_vae: bool = False  # more condition tokens, through a connector of their own
+    use_und_image_vae_as_noise: bool = False  # beside the noisy latents
+    only_use_und_image_vae_as_noise: bool = False  # the first of the two is then off, though its connector exists
+    use_tar_siglip_features: bool = False  # the tokenizer's features in place of the prompt's image tokens
 
     def __post_init__(self):
         _need(

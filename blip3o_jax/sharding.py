@@ -28,7 +28,8 @@ TABLE = (
     (r"ta_tok/(encoder|decoder)/.*/out_proj/kernel", P(None, "tensor", None, "fsdp")),
     (r"ta_tok/(encoder|decoder)/.*/fc1/kernel", P(None, "fsdp", "tensor")),
     (r"ta_tok/(encoder|decoder)/.*/fc2/kernel", P(None, "tensor", "fsdp")),
-    (r"diffusion_connector/linear_[12]/kernel", P("fsdp", None)),
+    (r"(diffusion|tar_siglip_features)_connector/linear_[12]/kernel", P("fsdp", None)),
+    (r"und_image_vae_connector/linear_2/kernel", P("fsdp", None)),
 )
 
 

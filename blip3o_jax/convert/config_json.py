@@ -41,20 +41,20 @@ DC_AE_FACTS |= {"encoder_out_shortcut": True, "decoder_in_shortcut": True}
 QK_NORM = "rms_norm_across_heads"
 DC_AE_SHARED = ("block_types", "block_out_channels", "qkv_multiscales")  # one field here, one for each half in diffusers
 OURS = ("name", "max_prompt_tokens", "connector_eps")  # fields of Blip3oConfig that PyTorch has no name for
-# Networks of the editing checkpoints that this package does not have.
-EDIT_FLAGS = ("use_und_image_vae", "use_und_image_vae_as_noise", "use_tar_siglip_features")
+# What the editing checkpoints say at the top level, and others leave out.
+EDIT_FLAGS = ("use_und_image_vae", "use_und_image_vae_as_noise", "only_use_und_image_vae_as_noise", "use_tar_siglip_features")
 
 
 def _siglip_json(cfg: SiglipConfig) -> dict[str, Any]:
     return {**dataclasses.asdict(cfg), **SIGLIP_FACTS}
 
 
-def _ta_tok_json(cfg: TaTokConfig) -> dict[str, Any]:
+def ta_tok_json(cfg: TaTokConfig) -> dict[str, Any]:
     derived = {"input_size": cfg.encoder.image_size, "bottleneck_token_num": cfg.num_tokens}
     return {**dataclasses.asdict(cfg), **derived, "encoder": _siglip_json(cfg.encoder)}
 
 
-def _sana_json(cfg: SanaConfig) -> dict[str, Any]:
+def sana_json(cfg: SanaConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(cfg)
     if not cfg.condition_positions:  # a key that diffusers does not know
         del fields["condition_positions"]
@@ -62,7 +62,7 @@ def _sana_json(cfg: SanaConfig) -> dict[str, Any]:
     return {**fields, **derived, **SANA_FACTS}
 
 
-def _dc_ae_json(cfg: DcAeConfig) -> dict[str, Any]:
+def dc_ae_json(cfg: DcAeConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(cfg)
     shared = {f"{half}_{name}": fields[name] for name in DC_AE_SHARED for half in ("encoder", "decoder")}
     return {**{name: value for name, value in fields.items() if name not in DC_AE_SHARED}, **shared, **DC_AE_FACTS}
@@ -84,9 +84,10 @@ def config_to_json(cfg: Blip3oConfig, dtype: str = "float32") -> dict[str, Any]:
         "max_position_embeddings": 40960,
         **QWEN3_FACTS,
         **_vocab_json(cfg.vocab),
-        "sana": _sana_json(cfg.sana),
-        "sana_vae": _dc_ae_json(cfg.dc_ae),
-        "vision_tower": _ta_tok_json(cfg.ta_tok),
+        **{name: True for name in EDIT_FLAGS if getattr(cfg, name)},
+        "sana": sana_json(cfg.sana),
+        "sana_vae": dc_ae_json(cfg.dc_ae),
+        "vision_tower": ta_tok_json(cfg.ta_tok),
         "blip3o_jax": {name: getattr(cfg, name) for name in OURS},
     }
     return json.loads(json.dumps(fields))  # tuples become lists
@@ -141,27 +142,29 @@ def _read_ta_tok(fields: Any) -> TaTokConfig:
     encoder = _read(SiglipConfig, fields.get("encoder") if isinstance(fields, Mapping) else None, "vision_tower.encoder")
     cfg = _read(TaTokConfig, fields, "vision_tower", encoder=encoder)
     _agree(fields["encoder"], _siglip_json(encoder), "vision_tower.encoder")
-    _agree(fields, {**_ta_tok_json(cfg), "encoder": fields["encoder"]}, "vision_tower")
+    _agree(fields, {**ta_tok_json(cfg), "encoder": fields["encoder"]}, "vision_tower")
     return cfg
 
 
-def _read_sana(fields: Any) -> SanaConfig:
+def read_sana(fields: Any) -> SanaConfig:
+    """From diffusers' field names, as in SanaTransformer2DModel's own config.json."""
     if isinstance(fields, Mapping):
         fields = {"condition_positions": False, **fields}
     cfg = _read(SanaConfig, fields, "sana", qk_norm=isinstance(fields, Mapping) and fields.get("qk_norm") is not None)
-    _agree(fields, {"condition_positions": False, **_sana_json(cfg)}, "sana")
+    _agree(fields, {"condition_positions": False, **sana_json(cfg)}, "sana")
     return cfg
 
 
-def _read_dc_ae(fields: Any) -> DcAeConfig:
+def read_dc_ae(fields: Any) -> DcAeConfig:
+    """From diffusers' field names, as in AutoencoderDC's own config.json."""
     if isinstance(fields, Mapping):
         fields = {**fields, **{name: fields[f"encoder_{name}"] for name in DC_AE_SHARED if f"encoder_{name}" in fields}}
     cfg = _read(DcAeConfig, fields, "sana_vae")
-    _agree({name: value for name, value in fields.items() if name not in DC_AE_SHARED}, _dc_ae_json(cfg), "sana_vae")
+    _agree({name: value for name, value in fields.items() if name not in DC_AE_SHARED}, dc_ae_json(cfg), "sana_vae")
     return cfg
 
 
-def _read_qwen3(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Qwen3Config:
+def read_qwen3(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Qwen3Config:
     """transformers 5 keeps rope_theta inside rope_parameters; the vocabulary is as long as the embedding."""
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if not isinstance(rope, Mapping) or rope.get("rope_type", rope.get("type", "default")) != "default":
@@ -174,7 +177,7 @@ def _read_qwen3(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 
 
 def check_family(fields: Mapping[str, Any]) -> None:
-    """ConfigError unless this is the config.json of a BLIP3o-NEXT without networks that only its editing variants have."""
+    """ConfigError unless this is the config.json of a BLIP3o-NEXT."""
     kind = fields.get("model_type")
     if "vision_config" in fields or "gen_vision_tower" in fields or "n_query" in fields or str(kind).startswith("qwen2"):
         raise ConfigError(f"model_type {kind!r} is a BLIP3o of 4B or 8B on Qwen2.5-VL; {SUPPORTED}.")
@@ -182,8 +185,6 @@ def check_family(fields: Mapping[str, Any]) -> None:
         raise ConfigError(f"model_type {kind!r} is another family; {SUPPORTED}.")
     if "image_start_tag_id" not in fields:
         raise ConfigError(f"there is no image_start_tag_id, so model_type {kind!r} is not BLIP3o-NEXT here; {SUPPORTED}.")
-    if flags := [name for name in EDIT_FLAGS if fields.get(name)]:
-        raise ConfigError(f"{flags[0]} is set, and that editing network is not part of this package.")
 
 
 def config_from_json(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], name: str = "published") -> Blip3oConfig:
@@ -196,11 +197,12 @@ def config_from_json(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
     defaults = {"pad_token_id": VocabConfig.pad_token_id, "eos_token_id": VocabConfig.eos_token_id}
     vocab = _read(VocabConfig, {**fields, **{k: v for k, v in defaults.items() if fields.get(k) is None}}, "it")
     _agree({key: fields[key] for key in ("scale_end_token_id", "image_end_token_id") if key in fields}, _vocab_json(vocab), "it")
-    readers = (("sana", "sana", _read_sana), ("sana_vae", "dc_ae", _read_dc_ae), ("vision_tower", "ta_tok", _read_ta_tok))
+    readers = (("sana", "sana", read_sana), ("sana_vae", "dc_ae", read_dc_ae), ("vision_tower", "ta_tok", _read_ta_tok))
     parts = {field: read(fields[key]) for key, field, read in readers if key in fields}
     ours = fields.get("blip3o_jax", {})
     if not isinstance(ours, Mapping) or set(ours) - set(OURS):
         raise ConfigError(f"blip3o_jax is {reprlib.repr(ours)} and should be an object of {', '.join(OURS)}.")
     kinds = {field.name: field.type for field in dataclasses.fields(Blip3oConfig)}
     ours = {"name": name, **{key: _typed(value, kinds[key], key) for key, value in ours.items()}}
-    return Blip3oConfig(qwen3=_read_qwen3(fields, shapes), vocab=vocab, **parts, **ours)
+    flags = {key: _typed(fields[key], bool, key) for key in EDIT_FLAGS if fields.get(key) is not None}
+    return Blip3oConfig(qwen3=read_qwen3(fields, shapes), vocab=vocab, **parts, **ours, **flags)

@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ from blip3o_jax.convert import ta_tok
 from blip3o_jax.convert.config_json import EMBEDDING, check_family, config_from_json, config_to_json
 from blip3o_jax.convert.dc_ae import dc_ae_rules
 from blip3o_jax.convert.qwen3 import qwen3_rules
-from blip3o_jax.convert.rules import Rule, Shape, flatten, to_jax, torch_shapes, torch_tensors, under
-from blip3o_jax.convert.safetensors_io import Stored, Tensors, open_tensors, read_json, write_tensors
+from blip3o_jax.convert.rules import Rule, flatten, to_jax, torch_shapes, torch_tensors, under
+from blip3o_jax.convert.safetensors_io import Entry, Stored, Tensors, open_tensors, read_json, row_blocks, write_tensors
 from blip3o_jax.convert.sana import connector_rules, sana_rules
-from blip3o_jax.models.blip3o import PARTS, Blip3o
+from blip3o_jax.models.blip3o import Blip3o, parts_of
 
 CONFIG_LIMIT = 1 << 20  # bytes
 LM_HEAD = "lm_head.weight"
@@ -38,9 +39,10 @@ log = logging.getLogger(__name__)
 
 def published_rules(cfg: Blip3oConfig) -> list[Rule]:
     """The names of all parameters, with their prefixes (spec S3.1)."""
+    connectors = [part for part in parts_of(cfg) if part.endswith("_connector")]
     return [
         *under("", "qwen3/", qwen3_rules(cfg.qwen3)),
-        *under("model.diffusion_connector.", "diffusion_connector/", connector_rules()),
+        *(rule for part in connectors for rule in under(f"model.{part}.", f"{part}/", connector_rules())),
         *under("model.sana.", "sana/", sana_rules(cfg.sana)),
         *under("model.sana_vae.", "dc_ae/", dc_ae_rules(cfg.dc_ae)),
         *under(TA_TOK, "ta_tok/", ta_tok.ta_tok_rules(cfg.ta_tok)),
@@ -58,11 +60,12 @@ def ignored_tensors(cfg: Blip3oConfig, names: Iterable[str]) -> dict[str, str]:
     return {name: reason for name in names for pattern, reason in patterns.items() if fnmatch.fnmatchcase(name, pattern)}
 
 
-def _by_published_name(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+def by_published_name(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Tensors of a file under the names of S3; ConfigError when two of them have one name there."""
     found: dict[str, Stored] = {}
     for name, tensor in stored.items():
         if published_name(name) in found:
-            raise ConfigError(f"{tensor.file}: tensor {name!r} is there twice, also as {found[published_name(name)].name!r}.")
+            raise ConfigError(f"{tensor} is there twice, also as {found[published_name(name)].name!r}.")
         found[published_name(name)] = tensor
     return found
 
@@ -71,35 +74,53 @@ def _same_values(a: Stored, b: Stored) -> bool:
     """Whether two matrices hold the same numbers; reads them a few rows at a time."""
     if a.shape != b.shape:
         return False
-    views, rows = [tensor.handle.get_slice(tensor.name) for tensor in (a, b)], a.shape[0]
-    chunks = ([view[i : min(i + 4096, rows)].astype(np.float32) for view in views] for i in range(0, rows, 4096))
-    return all(np.array_equal(one, other) for one, other in chunks)
+    blocks = row_blocks(a.shape, 4)
+    return all(np.array_equal(*(x.rows(rows.start, rows.stop).astype(np.float32) for x in (a, b))) for rows in blocks)
 
 
-def _resolve_lm_head(cfg: Blip3oConfig, stored: dict[str, Stored]) -> Blip3oConfig:
-    """A tied model's file may repeat the embedding as lm_head, which is then dropped; when the two differ, the model is not tied."""
+def resolve_lm_head(cfg: Blip3oConfig, stored: Mapping[str, Stored]) -> tuple[Blip3oConfig, dict[str, str]]:
+    """(config, {name: reason} of what is not needed). A tied model's file may repeat the embedding as lm_head, which is then not needed;
+    when the two differ, the model is not tied."""
     if not cfg.qwen3.tie_word_embeddings or LM_HEAD not in stored:
-        return cfg
+        return cfg, {}
     if _same_values(stored[LM_HEAD], stored[EMBEDDING]):
-        del stored[LM_HEAD]
-        return cfg
+        return cfg, {LM_HEAD: "repeats the embedding, to which it is tied"}
     log.warning("%s differs from the embedding, so the two are not tied, whatever config.json says.", LM_HEAD)
-    return replace(cfg, **{"qwen3.tie_word_embeddings": False})
+    return replace(cfg, **{"qwen3.tie_word_embeddings": False}), {}
 
 
-def _check(directory: Path, stored: Mapping[str, Stored], expected: Mapping[str, Shape], needed: Iterable[str]) -> None:
-    """ConfigError unless all `needed` tensors are stored, and nothing that is not `expected`, in the expected shapes."""
-    if missing := sorted(set(needed) - set(stored)):
-        raise ConfigError(f"{directory}: tensor {missing[0]!r} is missing, and {len(missing) - 1} others.")
+@dataclass(frozen=True)
+class Match:
+    """Which tensors fill which parameters: the rules, the parameters' shapes, and the tensors that are not needed, with the reason."""
+
+    rules: list[Rule]
+    abstract: dict[str, Any]
+    ignored: dict[str, str]
+
+
+def match(where: Path, cfg: Blip3oConfig, stored: Mapping[str, Stored], parts: tuple[str, ...]) -> Match:
+    """ConfigError unless every tensor of `parts` is stored, and nothing that is neither expected nor known, in the expected shapes.
+
+    `stored` is by published name; `where` is what to call the whole of it.
+    """
+    every, rules = Blip3o(cfg).abstract(parts_of(cfg)), published_rules(cfg)
+    abstract = {part: every[part] for part in parts}
+    chosen = [rule for rule in rules if rule.path.split("/")[0] in parts]
+    ignored, expected = ignored_tensors(cfg, stored), torch_shapes(rules, every)
+    if missing := sorted(set(torch_shapes(chosen, abstract)) - set(stored)):
+        raise ConfigError(f"{where}: tensor {missing[0]!r} is missing, and {len(missing) - 1} others.")
     for name, tensor in stored.items():
-        where = f"{tensor.file}: tensor {tensor.name!r}"
+        if name in ignored:
+            continue
         if name not in expected:
-            raise ConfigError(f"{where} is not part of the model that config.json describes.")
+            raise ConfigError(f"{tensor} is not part of the model that config.json describes.")
         if tensor.shape != expected[name]:
-            raise ConfigError(f"{where} has shape {tensor.shape}, and config.json implies {expected[name]}.")
+            raise ConfigError(f"{tensor} has shape {tensor.shape}, and config.json implies {expected[name]}.")
+    return Match(chosen, abstract, ignored)
 
 
-def _float_dtype(dtype: Any) -> np.dtype:
+def float_dtype(dtype: Any) -> np.dtype:
+    """The numpy dtype of parameters; ConfigError for one that they cannot have."""
     name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
     if name not in DTYPES:
         raise ConfigError(f"Parameters are {', '.join(DTYPES)}, not {name}.")
@@ -107,7 +128,7 @@ def _float_dtype(dtype: Any) -> np.dtype:
 
 
 @contextlib.contextmanager
-def _about(file: Path):
+def about(file: Path):
     """Puts the file's name before the sentence of a ConfigError."""
     try:
         yield
@@ -119,41 +140,45 @@ def load_published(
     directory: str | Path,
     dtype: Any = "float32",
     shardings: Callable[[dict], dict] | Mapping | None = None,
-    parts: tuple[str, ...] = PARTS,
+    parts: tuple[str, ...] | None = None,
 ) -> tuple[Blip3oConfig, dict]:
-    """The configuration and the parameters (of `parts`) as `dtype`, read leaf by leaf from float16, bfloat16 or float32 files.
+    """The configuration and the parameters (of `parts`, or all) as `dtype`, read leaf by leaf from float16, bfloat16 or float32 files.
 
     `shardings` is a tree of shardings like the parameters, or a function from the abstract parameters to it; each leaf is placed by it
     before the next is read. Without it the leaves are numpy arrays. Tensors of parts that are not asked for may be missing.
     Raises ConfigError, naming file and tensor, for anything missing, superfluous, damaged, not finite or contradictory.
     """
-    directory, dtype = Path(directory), _float_dtype(dtype)
-    if not directory.is_dir():
-        raise ConfigError(f"{directory} is not a directory.")
-    file = directory / "config.json"
-    fields = read_json(file, CONFIG_LIMIT)
-    with _about(file):
-        check_family(fields)  # before the weights: those of another family need no opening
-    stored = _by_published_name(open_tensors(directory))
-    with _about(file):
-        cfg = config_from_json(fields, {name: tensor.shape for name, tensor in stored.items()}, directory.resolve().name)
-    cfg = _resolve_lm_head(cfg, stored)
-    ignored = ignored_tensors(cfg, stored)
-    log.info("%s: %d tensors, %d of them not needed.", directory, len(stored), len(ignored))
-
-    every, rules = Blip3o(cfg).abstract(), published_rules(cfg)
-    abstract = {part: every[part] for part in parts}
-    chosen = [rule for rule in rules if rule.path.split("/")[0] in parts]
-    needed = torch_shapes(chosen, abstract)
-    _check(directory, {name: stored[name] for name in stored if name not in ignored}, torch_shapes(rules, every), needed)
-    placed = flatten(shardings(abstract) if callable(shardings) else shardings or {})
-    with tqdm(total=len(chosen), desc=f"Reading {directory.name}", unit="leaf", delay=3, disable=None) as progress:
+    directory, dtype = Path(directory), float_dtype(dtype)
+    cfg, stored = open_published(directory)
+    cfg, repeated = resolve_lm_head(cfg, stored)
+    stored = {name: tensor for name, tensor in stored.items() if name not in repeated}
+    found = match(directory, cfg, stored, parts or parts_of(cfg))
+    log.info("%s: %d tensors, %d of them not needed.", directory, len(stored), len(found.ignored))
+    needed = torch_shapes(found.rules, found.abstract)
+    placed = flatten(shardings(found.abstract) if callable(shardings) else shardings or {})
+    with tqdm(total=len(found.rules), desc=f"Reading {directory.name}", unit="leaf", delay=3, disable=None) as progress:
 
         def place(path: str, leaf: np.ndarray):
             progress.update()
             return jax.make_array_from_callback(leaf.shape, placed[path], lambda index: leaf[index]) if placed else leaf
 
-        return cfg, to_jax(chosen, Tensors({name: stored[name] for name in needed}, dtype), abstract, place)
+        return cfg, to_jax(found.rules, Tensors({name: stored[name] for name in needed}, dtype), found.abstract, place)
+
+
+def open_published(directory: Path) -> tuple[Blip3oConfig, dict[str, Stored]]:
+    """(configuration, tensors by published name) of a checkpoint; nothing is read yet but headers, and nothing compared.
+
+    ConfigError for another family of models, and for files that contradict each other.
+    """
+    if not directory.is_dir():
+        raise ConfigError(f"{directory} is not a directory.")
+    file = directory / "config.json"
+    fields = read_json(file, CONFIG_LIMIT)
+    with about(file):
+        check_family(fields)  # before the weights: those of another family need no opening
+    stored = by_published_name(open_tensors(directory))
+    with about(file):
+        return config_from_json(fields, {name: tensor.shape for name, tensor in stored.items()}, directory.resolve().name), stored
 
 
 def save_published(
@@ -171,25 +196,25 @@ def save_published(
     that name. Raises ConfigError when `directory` exists (with `overwrite`: and is not a checkpoint), when the parameters are not those
     of `cfg`, or for a value that is not finite in `dtype`.
     """
-    directory, dtype = Path(directory).absolute(), _float_dtype(dtype)
+    directory, dtype = Path(directory).absolute(), float_dtype(dtype)
     if directory.exists() and not (overwrite and (directory / "config.json").is_file()):
         hint = "and is not a checkpoint that could be overwritten" if overwrite else "already; choose another name, or overwrite it"
         raise ConfigError(f"{directory} exists {hint}.")
     if tokenizer_file is not None and not Path(tokenizer_file).is_file():
         raise ConfigError(f"The tokenizer file {tokenizer_file} is missing.")
-    shapes, needed = ({path: tuple(leaf.shape) for path, leaf in flatten(tree).items()} for tree in (params, Blip3o(cfg).abstract()))
+    shapes, needed = (
+        {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()} for tree in (params, Blip3o(cfg).abstract(parts_of(cfg)))
+    )
     if shapes != needed:
         path = min(path for path in shapes.keys() | needed.keys() if shapes.get(path) != needed.get(path))
         raise ConfigError(f"Parameter {path} has shape {shapes.get(path)}, and {cfg.name} needs {needed.get(path)}.")
     rules = published_rules(cfg)
-    expected = torch_shapes(rules, params)
-    tensors = tqdm(
-        torch_tensors(rules, params), total=len(expected), desc=f"Writing {directory.name}", unit="tensor", delay=3, disable=None
-    )
+    entries = {name: Entry(shape, dtype) for name, shape in torch_shapes(rules, params).items()}
+    tensors = tqdm(torch_tensors(rules, params), total=len(entries), desc=f"Writing {directory.name}", unit="tensor", delay=3, disable=None)
     temporary, old = (directory.with_name(f".{directory.name}.{word}-{os.getpid()}") for word in ("new", "old"))
     temporary.mkdir(parents=True)
     try:
-        write_tensors(temporary, expected, tensors, dtype, max_shard_bytes)
+        write_tensors(temporary, entries, tensors, max_shard_bytes)
         (temporary / "config.json").write_text(json.dumps(config_to_json(cfg, dtype.name), indent=2) + "\n")
         if tokenizer_file is not None:
             shutil.copyfile(tokenizer_file, temporary / "tokenizer.json")

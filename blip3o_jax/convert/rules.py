@@ -124,11 +124,11 @@ def tensor_to_leaf(tensor: np.ndarray, shape: Shape, rule: Rule, name: str) -> n
 
 
 def leaf_to_tensor(leaf: np.ndarray, rule: Rule) -> np.ndarray:
-    """Inverse of `tensor_to_leaf`, for one layer where layers are stacked."""
+    """Inverse of `tensor_to_leaf`, for one layer where layers are stacked; a view where possible."""
     if rule.pattern is None:
         return leaf
     theirs, ours = rule.pattern.split("->")
-    return np.ascontiguousarray(rearrange(leaf, f"{ours} -> {theirs}"))
+    return rearrange(leaf, f"{ours} -> {theirs}")
 
 
 def _gather(rule: Rule, shape: Shape, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -180,4 +180,4 @@ def torch_tensors(rules: list[Rule], params: Mapping[str, Any]) -> Iterator[tupl
 
 def to_torch(rules: list[Rule], params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Torch tensors by name from our tree (those that the rules name); inverse of `to_jax`."""
-    return dict(torch_tensors(rules, params))
+    return {name: np.ascontiguousarray(tensor) for name, tensor in torch_tensors(rules, params)}

@@ -1,10 +1,12 @@
 """Safetensors files: a directory's tensors as a lazy mapping, and writing them one at a time, in shards.
 
-Reading goes through the safetensors library, which maps files into memory and checks their headers. Writing does not, because the
-library wants a whole shard in memory: the format is 8 bytes (the header's length), a JSON header, then the tensors back to back.
+The format is 8 bytes (the header's length), a JSON header, then the tensors back to back. The safetensors library checks the headers;
+the values are read and written here, because the library maps whole files into memory to read them, which a process's peak then counts,
+and wants a whole shard in memory to write it.
 """
 
 import json
+import math
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,26 +20,54 @@ from safetensors import SafetensorError, safe_open
 
 from blip3o_jax.config import ConfigError
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-INDEX_LIMIT = 16 << 20  # bytes
+HEADER_LIMIT, INDEX_LIMIT = 100 << 20, 16 << 20  # bytes; the first is the library's own
+BLOCK = 64 << 20  # bytes of a tensor that are checked, converted and written at once
 DTYPES = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype(np.float32)}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file, unread. `name` is the file's own; `dtype` is the format's code, such as BF16."""
+    """A tensor in a file, unread, its values back to back from byte `offset` on. `name` is the file's own, `code` stands for the dtype."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
-    dtype: str
-    handle: Any
+    code: str
+    offset: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """ConfigError when the values are not floats that can be read."""
+        if self.code not in DTYPES:
+            raise ConfigError(f"{self} has dtype {self.code}; readable are {', '.join(DTYPES)}.")
+        return DTYPES[self.code]
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """The values [start:stop] of the first axis as they are stored, finite or not."""
+        shape = (max(0, min(stop, self.shape[0]) - start), *self.shape[1:])
+        return self._values(shape, start * math.prod(self.shape[1:]))
+
+    def raw(self) -> np.ndarray:
+        """All values as they are stored, finite or not."""
+        return self._values(self.shape, 0)
 
     def read(self, dtype) -> np.ndarray:
         """The values as `dtype`; ConfigError when they are not floats or not finite (in `dtype`, where float16 ends at 65504)."""
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"{self.file}: tensor {self.name!r} has dtype {self.dtype}; readable are {', '.join(DTYPES)}.")
-        return finite(self.handle.get_tensor(self.name), dtype, f"{self.file}: tensor {self.name!r}")
+        return finite(self.raw(), dtype, str(self))
+
+    def _values(self, shape: tuple[int, ...], first: int) -> np.ndarray:
+        buffer = np.empty(math.prod(shape) * self.dtype.itemsize, np.uint8)
+        try:
+            with self.file.open("rb") as stream:
+                stream.seek(self.offset + first * self.dtype.itemsize)
+                if stream.readinto(buffer.data) != buffer.size:
+                    raise ConfigError(f"{self} is cut short.")
+        except OSError as error:
+            raise ConfigError(f"{self} cannot be read: {error.strerror}.") from error
+        return buffer.view(self.dtype).reshape(shape)
+
+    def __str__(self) -> str:
+        return f"{self.file}: tensor {self.name!r}"
 
 
 class Tensors(Mapping):
@@ -59,6 +89,12 @@ class Tensors(Mapping):
         return len(self._stored)
 
 
+def row_blocks(shape: tuple[int, ...], itemsize: int, limit: int = BLOCK) -> Iterator[slice]:
+    """Slices of the first axis that hold at most `limit` bytes each, or one row where a row is larger."""
+    rows = max(1, limit // max(1, math.prod(shape[1:]) * itemsize))
+    return (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
+
+
 def finite(tensor: np.ndarray, dtype, where: str) -> np.ndarray:
     """`tensor` as `dtype`; ConfigError beginning with `where` when a value is not finite in it."""
     with np.errstate(over="ignore"):
@@ -68,8 +104,17 @@ def finite(tensor: np.ndarray, dtype, where: str) -> np.ndarray:
     return tensor
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json's `object_pairs_hook`: ValueError where plain JSON would keep the last of two equal keys."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found
+
+
 def read_json(path: Path, limit: int) -> dict[str, Any]:
-    """The JSON object in a file of at most `limit` bytes; ConfigError otherwise."""
+    """The JSON object in a file of at most `limit` bytes; ConfigError otherwise, and when a key is there twice."""
     try:
         with path.open("rb") as stream:
             text = stream.read(limit + 1)
@@ -78,7 +123,7 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
     if len(text) > limit:
         raise ConfigError(f"{path} is larger than {limit} bytes, which it never needs to be.")
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(value, dict):
@@ -87,16 +132,20 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
 
 
 def _open(file: Path) -> dict[str, Stored]:
-    """The tensors of one file by name; ConfigError when its header and its length do not agree."""
+    """The tensors of one file by name; ConfigError when its header and its length do not agree, or a name is there twice."""
     try:
-        handle = safe_open(file, framework="numpy")
-    except (SafetensorError, OSError) as error:
+        with safe_open(file, framework="numpy"):
+            pass  # the library has checked the header against the file's length
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(min(length, HEADER_LIMIT)), object_pairs_hook=unique_keys)
+    except (SafetensorError, OSError, ValueError) as error:
         raise ConfigError(f"{file} is damaged or cut short: {error}.") from error
-    tensors = {}
-    for name in handle.keys():  # noqa: SIM118, the handle is not a mapping
-        view = handle.get_slice(name)
-        tensors[name] = Stored(file, name, tuple(view.get_shape()), view.get_dtype(), handle)
-    return tensors
+    header.pop("__metadata__", None)
+    return {
+        name: Stored(file, name, tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -112,15 +161,16 @@ def _read_index(path: Path) -> dict[str, str]:
     return places
 
 
-def open_tensors(directory: Path) -> dict[str, Stored]:
-    """All tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names; none is read yet.
+def open_tensors(directory: Path, stem: str = "model") -> dict[str, Stored]:
+    """All tensors of `STEM.safetensors`, or of the shards that `STEM.safetensors.index.json` names; none is read yet.
 
     Raises ConfigError, naming file and tensor, when there are neither or both, when a shard is missing or damaged, when a tensor is in
     two shards, or when the index and the shards disagree.
     """
-    single, index = directory / SINGLE, directory / INDEX
+    single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
     if single.is_file() == index.is_file():
-        raise ConfigError(f"{directory} needs either {SINGLE} or {INDEX}, and has {'both' if single.is_file() else 'neither'}.")
+        found = "both" if single.is_file() else "neither"
+        raise ConfigError(f"{directory} needs either {single.name} or {index.name}, and has {found}.")
     if single.is_file():
         return _open(single)
     places, found = _read_index(index), {}
@@ -136,47 +186,66 @@ def open_tensors(directory: Path) -> dict[str, Stored]:
     return found
 
 
-def _plan(shapes: Mapping[str, tuple[int, ...]], item: int, limit: float) -> list[dict[str, int]]:
-    """Shards of {name: bytes} in the order of `shapes`, each of at most `limit` bytes unless a single tensor is larger."""
-    shards: list[dict[str, int]] = [{}]
-    for name, shape in shapes.items():
-        size = int(np.prod(shape, dtype=np.int64)) * item
-        if shards[-1] and sum(shards[-1].values()) + size > limit:
-            shards.append({})
-        shards[-1][name] = size
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a tensor before it is written."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _plan(entries: Mapping[str, Entry], limit: float) -> list[list[str]]:
+    """Names of each shard in the order of `entries`, each of at most `limit` bytes unless a single tensor is larger."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, entry in entries.items():
+        if shards[-1] and size + entry.size > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += entry.size
     return shards
 
 
-def _header(sizes: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], code: str) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _header(names: list[str], entries: Mapping[str, Entry]) -> bytes:
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, size in sizes.items():
-        entries[name] = {"dtype": code, "shape": list(shapes[name]), "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    for name in names:
+        entry = entries[name]
+        fields[name] = {"dtype": codes[entry.dtype], "shape": list(entry.shape), "data_offsets": [end, end + entry.size]}
+        end += entry.size
+    text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     return struct.pack("<Q", len(text)) + text
 
 
-def write_tensors(
-    directory: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, np.ndarray]], dtype, max_shard_bytes: float
-) -> None:
-    """Writes `tensors`, which come in the order of `shapes`, as `dtype` into one file, or into shards with an index when they exceed
-    `max_shard_bytes`. Raises ConfigError for a value that is not finite in `dtype`."""
-    dtype = np.dtype(dtype)
-    code = next(code for code, known in DTYPES.items() if known == dtype)
-    shards, tensors, places = _plan(shapes, dtype.itemsize, max_shard_bytes), iter(tensors), {}
-    for i, sizes in enumerate(shards, 1):
-        file = SINGLE if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        places.update(dict.fromkeys(sizes, file))
+def _write(stream, tensor: np.ndarray, dtype: np.dtype, where: str) -> None:
+    """The bytes of `tensor`, which may be a view of any order; a block of rows at a time is converted, checked and copied."""
+    tensor = tensor if tensor.ndim else tensor[None]
+    for rows in row_blocks(tensor.shape, dtype.itemsize):
+        stream.write(np.ascontiguousarray(finite(tensor[rows], dtype, where)).reshape(-1).view(np.uint8).data)
+
+
+def write_tensors(directory: Path, entries: Mapping[str, Entry], tensors: Iterable[tuple[str, np.ndarray]], max_shard_bytes: float) -> None:
+    """Writes `tensors`, which come in the order of `entries`, into one file, or into shards with an index when they exceed
+    `max_shard_bytes`. Raises ConfigError for a value that is not finite in its entry's dtype."""
+    shards, tensors, places = _plan(entries, max_shard_bytes), iter(tensors), {}
+    for i, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+        places.update(dict.fromkeys(names, file))
         with (directory / file).open("wb") as stream:
-            stream.write(_header(sizes, shapes, code))
-            for expected in sizes:
+            stream.write(_header(names, entries))
+            for expected in names:
                 name, tensor = next(tensors)
-                assert (name, tensor.shape) == (expected, tuple(shapes[expected]))
-                stream.write(np.ascontiguousarray(finite(tensor, dtype, f"Tensor {name!r}")).reshape(-1).view(np.uint8).data)
+                assert (name, tensor.shape) == (expected, tuple(entries[expected].shape))
+                _write(stream, tensor, entries[expected].dtype, f"Tensor {name!r}")
     if len(shards) > 1:
-        total = sum(size for sizes in shards for size in sizes.values())
-        (directory / INDEX).write_text(
-            json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2, sort_keys=True) + "\n"
-        )
+        total = sum(entry.size for entry in entries.values())
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

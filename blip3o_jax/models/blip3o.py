@@ -13,9 +13,16 @@ from blip3o_jax.models.qwen3 import Qwen3
 from blip3o_jax.models.sana import Sana
 from blip3o_jax.models.ta_tok import TaTok
 
-PARTS = ("qwen3", "ta_tok", "sana", "dc_ae", "diffusion_connector")
+PARTS = ("qwen3", "ta_tok", "sana", "dc_ae", "diffusion_connector")  # of every model
+EDITING_PARTS = ("und_image_vae_connector", "tar_siglip_features_connector")  # of those whose config asks for them
 # The connector's results start as large as the captions that SANA was trained on.
 CAPTION_RMS = 5.5**0.5
+
+
+def parts_of(config: Blip3oConfig) -> tuple[str, ...]:
+    """The parts that this model has (spec S1.2, S2.6)."""
+    asked = (config.use_und_image_vae, config.use_tar_siglip_features)
+    return (*PARTS, *(part for part, is_asked in zip(EDITING_PARTS, asked, strict=True) if is_asked))
 
 
 def _torch_bias(fan_in: int):
@@ -65,7 +72,7 @@ def write_codes(tokens, start, codes, image_start_token_id: int):
 
 @dataclass(frozen=True)
 class Blip3o:
-    """BLIP3o-NEXT's modules for one config. Their parameters are a dict of PARTS, each as the module of its name takes it."""
+    """BLIP3o-NEXT's modules for one config. Their parameters are a dict of its parts, each as the module of its name takes it."""
 
     config: Blip3oConfig
     dtype: jnp.dtype = jnp.float32
@@ -91,6 +98,10 @@ class Blip3o:
     def connector(self) -> Connector:
         return Connector(self.config.sana.caption_channels, self.config.connector_eps, self.dtype)
 
+    @property
+    def siglip_connector(self) -> Connector:
+        return Connector(self.config.qwen3.hidden_size, self.config.connector_eps, self.dtype)
+
     def _modules(self) -> dict:
         """Each part's module, and inputs as small as it takes."""
         cfg = self.config
@@ -102,14 +113,17 @@ class Blip3o:
             "sana": (self.sana, latents, jnp.zeros(1), jnp.zeros((1, 2, cfg.sana.caption_channels))),
             "dc_ae": (self.dc_ae, pixels),
             "diffusion_connector": (self.connector, jnp.zeros((1, 1, cfg.qwen3.hidden_size))),
+            "und_image_vae_connector": (self.connector, jnp.zeros((1, 1, cfg.dc_ae.latent_channels))),
+            "tar_siglip_features_connector": (self.siglip_connector, jnp.zeros((1, 1, cfg.ta_tok.encoder.hidden_size))),
         }
 
     def init(self, key, parts: tuple[str, ...] = PARTS) -> dict:
         """Random parameters. A part's do not depend on which others are asked for. ConfigError for an unknown part."""
         for part in parts:
-            if part not in PARTS:
-                raise ConfigError(f"Unknown part {part!r}; {nearest(part, PARTS)}")
+            if part not in parts_of(self.config):
+                raise ConfigError(f"Unknown part {part!r}; {nearest(part, parts_of(self.config))}")
         modules, keys = self._modules(), dict(zip(PARTS, jax.random.split(key, len(PARTS)), strict=True))
+        keys |= {part: jax.random.fold_in(key, i) for i, part in enumerate(EDITING_PARTS)}
         params = {part: modules[part][0].init(keys[part], *modules[part][1:])["params"] for part in parts}
         if "sana" in parts and self.config.sana.condition_positions:
             # Queries and keys of one place then agree from the start, so that cross-attention need not learn where to look.

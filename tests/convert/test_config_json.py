@@ -8,7 +8,7 @@ import operator
 import pytest
 
 from blip3o_jax.config import PRESETS, SANA_PRESETS, ConfigError, preset, replace
-from blip3o_jax.convert.config_json import EMBEDDING, config_from_json, config_to_json
+from blip3o_jax.convert.config_json import EDIT_FLAGS, EMBEDDING, config_from_json, config_to_json
 
 # What BLIP3o-NEXT's trainer leaves behind (spec S4.1, with transformers' and LLaVA's own fields).
 PUBLISHED = {
@@ -88,6 +88,7 @@ def test_every_field_survives(cfg):
     }
     for part, fields in changes.items():
         cfg = replace(cfg, **{part: dataclasses.replace(operator.attrgetter(part)(cfg), **fields)})
+    cfg = replace(cfg, **dict.fromkeys(EDIT_FLAGS, True))
     assert list(defaults_left(cfg)) == []
     assert through_json(cfg) == cfg
 
@@ -150,7 +151,7 @@ def changed(fields, path, value):
         ("image_start_tag_id", ..., "no image_start_tag_id, so model_type 'blip3o_qwen' is not BLIP3o-NEXT"),
         ("model_type", "llama", "'llama' is another family"),
         ("model_type", ..., "None is another family"),
-        ("use_und_image_vae", True, "use_und_image_vae is set"),
+        ("use_und_image_vae", "yes", "use_und_image_vae is 'yes', which makes no sense as bool"),
         ("hidden_size", ..., "has no hidden_size"),
         ("hidden_size", "2048", "hidden_size is '2048', which makes no sense as int"),
         ("hidden_size", True, "hidden_size is True"),

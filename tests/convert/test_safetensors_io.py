@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from blip3o_jax.config import ConfigError
-from blip3o_jax.convert.safetensors_io import Tensors, open_tensors, read_json, write_tensors
+from blip3o_jax.convert.safetensors_io import Entry, Tensors, open_tensors, read_json, write_tensors
 
 SHAPES = {"b": (4, 3), "scalar": (), "a.weight": (5,), "c": (2, 2, 2)}
 
@@ -23,7 +23,7 @@ def values():
 
 
 def write(folder, values, dtype="float32", limit=1e9):
-    write_tensors(folder, {name: value.shape for name, value in values.items()}, values.items(), dtype, limit)
+    write_tensors(folder, {name: Entry(value.shape, np.dtype(dtype)) for name, value in values.items()}, values.items(), limit)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
