@@ -28,10 +28,12 @@ def render(model: Blip3o, params, hidden, keys, num_inference_steps: int, guidan
     """Hidden states at `<S0>` and the image tokens [B,n+1,D] -> pixels f32 [B,H,W,3] in [0,1].
 
     Connector and caption projection run once; the guidance's unconditional half is hidden states of zeros, before the connector (S5.2).
+    A guidance_scale of None leaves that half out.
     """
     config = model.config
-    both = jnp.concatenate([jnp.zeros_like(hidden), hidden])
-    condition = model.connector.apply({"params": params["diffusion_connector"]}, both)
+    if guidance_scale is not None:
+        hidden = jnp.concatenate([jnp.zeros_like(hidden), hidden])
+    condition = model.connector.apply({"params": params["diffusion_connector"]}, hidden)
     condition = model.sana.apply({"params": params["sana"]}, condition, method="encode_condition")
 
     def velocity(x, t):
@@ -47,7 +49,8 @@ def render(model: Blip3o, params, hidden, keys, num_inference_steps: int, guidan
 def text_to_image(
     model: Blip3o, params, prompt, valid, key_numbers, *, num_inference_steps: int, top_k: int, top_p, temperature, guidance_scale, shift
 ):
-    """prompt int32 [B,P] left-padded, valid bool [B,P], key_numbers uint32 [B,3] -> {"images" uint8 [B,H,W,3], "tokens" int32 [B,n]}.
+    """prompt int32 [B,P] left-padded, valid bool [B,P], key_numbers uint32 [B,3] -> {"images" uint8 [B,H,W,3], "tokens" int32 [B,n],
+    "logprobs" f32 [B,n] as `decode.sample` gives them}.
 
     num_inference_steps and top_k are static; the rest may change without another compilation.
     """
@@ -66,7 +69,7 @@ def text_to_image(
         temperature=temperature,
     )
     images = render(model, params, written["hidden"], noise_keys, num_inference_steps, guidance_scale, shift)
-    return {"images": jnp.round(images * 255).astype(jnp.uint8), "tokens": written["tokens"]}
+    return {"images": jnp.round(images * 255).astype(jnp.uint8), "tokens": written["tokens"], "logprobs": written["logprobs"]}
 
 
 def true_tokens_to_image(model: Blip3o, params, images, tokens, start, key_numbers, *, num_inference_steps: int, guidance_scale, shift):

@@ -13,7 +13,7 @@ import numpy as np
 
 from blip3o_jax import checkpoint, generate, shipped
 from blip3o_jax.config import ConfigError, nearest
-from blip3o_jax.convert import published
+from blip3o_jax.convert import converted, published
 from blip3o_jax.mesh import BATCH, batch_shards, make_mesh
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.sharding import shardings
@@ -70,7 +70,7 @@ def find_checkpoint(name: str) -> pathlib.Path:
     if (folder / "config.json").is_file() or checkpoint.is_workdir(folder):
         return folder
     if folder.is_dir():
-        raise ConfigError(f"{name} holds neither config.json (the published layout) nor checkpoints (a training run).")
+        raise ConfigError(f"{name} holds neither config.json (a published or converted model) nor checkpoints (a training run).")
     raise ConfigError(f"No checkpoint {str(name)!r}, neither a folder nor an embedded name; {nearest(str(name), embedded)}")
 
 
@@ -131,7 +131,7 @@ class Pipeline:
 def load(
     name: str = "emoji_64", mesh: dict[str, int] | None = None, dtype: str = "auto", batch_size: int | None = None, devices=None
 ) -> Pipeline:
-    """A checkpoint by embedded name, published PyTorch folder or training workdir, placed on the mesh and ready to generate.
+    """A checkpoint by embedded name, published or converted folder or training workdir, placed on the mesh and ready to generate.
 
     mesh: sizes of the axes data, fsdp and tensor over `devices` (all by default). dtype: "auto" is float32 on CPU and bfloat16
     elsewhere, for weights and compute. batch_size: images made at once, by default four on CPU and otherwise eight, per part of the
@@ -142,16 +142,17 @@ def load(
     mesh = make_mesh(mesh, devices)
     on_cpu = jax.default_backend() == "cpu"
     dtype = ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype
-    if (folder / "config.json").is_file():
-        config, params = published.load_published(folder, dtype=dtype, shardings=lambda tree: shardings(tree, mesh))
+    if not checkpoint.is_workdir(folder):  # whose config.json is the run's
+        load_folder = converted.load_converted if converted.is_converted(folder) else published.load_published
+        config, params = load_folder(folder, dtype=dtype, shardings=lambda tree: shardings(tree, mesh))
         tokenizer = folder / "tokenizer.json"
     else:
         from blip3o_jax.train.config import TrainConfig, from_dict
 
         saved, params = checkpoint.load_run(folder)
         run = from_dict(TrainConfig, saved)
-        if run.stage != "joint":
-            raise ConfigError(f"{folder} is a run of stage {run.stage!r}; only a 'joint' run can generate.")
+        if not run.whole_model:
+            raise ConfigError(f"{folder} is a run of stage {run.stage!r}; only a 'joint' or 'grpo' run can generate.")
         config = run.blip3o()
         tokenizer = tokenizer_of(config.name)
         params = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), params)

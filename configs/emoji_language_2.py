@@ -16,12 +16,13 @@ def get_config() -> ConfigDict:
             "preset": "emoji_64",
             "batch_size": 32,
             "seed": 2,
-            "num_steps": 3600,
+            "num_steps": 1800,
             "init": {"ta_tok": "runs/tokenizer", "qwen3": "runs/joint"},
             "data": {
-                "num_train": 120000,
-                "row_length": 112,
-                "weights": {"single_object": 1.5, "two_object": 1.5, "counting": 1.5, "colors": 1.5, "position": 3.0, "color_attr": 4.0},
+                "num_train": 60000,
+                "row_length": 116,
+                "weights": {"single_object": 2.0, "two_object": 1.5, "counting": 1.0, "colors": 1.0, "position": 3.0, "color_attr": 3.0},
+                "extra": 0.5,
                 "named_ground": 0.75,
             },
             "optimizer": {
@@ -33,7 +34,7 @@ def get_config() -> ConfigDict:
                 "ema_decay": 0.995,
             },
             "loss": {"flow_fraction": 0.0, "text_weight": 0.0},
-            "eval_every": 600,
+            "eval_every": 900,
             "checkpoint_every": 300,
         }
     )

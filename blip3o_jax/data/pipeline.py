@@ -27,7 +27,12 @@ def dataset(cfg: TrainConfig, data_dir: str, split: str, tokenizer: texts.Text |
     """Records of a split of `emoji_scenes`, transformed for the stage; without shuffling or batching."""
     data = cfg.data
     world = builder.EmojiScenesConfig(
-        train=data.num_train, seed=data.seed, text=data.text_fraction, weights=data.weights or WEIGHTS, named_ground=data.named_ground
+        train=data.num_train,
+        seed=data.seed,
+        text=data.text_fraction,
+        weights=data.weights or WEIGHTS,
+        extra=data.extra,
+        named_ground=data.named_ground,
     )
     source = builder.open_source(data_dir, split, world)
     if tokenizer is None:

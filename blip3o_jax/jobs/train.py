@@ -42,14 +42,15 @@ def read_config(name: str, overrides: list[str]) -> TrainConfig:
 
 
 def load_part(directory: str, part: str) -> dict:
-    """One part's params from a training run or a published checkpoint."""
+    """One part's params from a training run or a published or converted checkpoint."""
     from blip3o_jax import checkpoint
-    from blip3o_jax.convert import published
+    from blip3o_jax.convert import converted, published
     from blip3o_jax.pipeline import find_checkpoint
 
     folder = find_checkpoint(directory)
     if not checkpoint.is_workdir(folder):
-        return published.load_published(folder, dtype="float32", parts=(part,))[1][part]
+        load = converted.load_converted if converted.is_converted(folder) else published.load_published
+        return load(folder, dtype="float32", parts=(part,))[1][part]
     params = checkpoint.load_run(folder)[1]
     if part not in params:
         raise ConfigError(f"{directory} holds no {part!r}, only {', '.join(sorted(params))}.")
@@ -89,6 +90,8 @@ def run(config: str, workdir: str, overrides: list[str]) -> None:
     from blip3o_jax.train import loop
 
     cfg = read_config(config, overrides)
+    if cfg.stage == "grpo":
+        raise ConfigError(f"{config} is of stage 'grpo'; `blip3o-jax grpo` runs that.")
     for directory in cfg.init.values():
         find_checkpoint(directory)  # before anything is made
     folder = open_workdir(cfg, workdir)

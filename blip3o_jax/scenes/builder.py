@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from blip3o_jax.scenes.prompts import NAMED_GROUND, WEIGHTS, sample
+from blip3o_jax.scenes.prompts import EXTRA_SHARE, NAMED_GROUND, WEIGHTS, sample
 from blip3o_jax.scenes.scene import PATCHES, SIZE, compose, patch_words
 
 DESCRIPTION = "64x64 scenes of Noto emoji sprites and short words, with prompts and metadata in GenEval's schema; see blip3o_jax/scenes."
@@ -20,7 +20,7 @@ DESCRIPTION = "64x64 scenes of Noto emoji sprites and short words, with prompts 
 
 @dataclasses.dataclass
 class EmojiScenesConfig(tfds.core.BuilderConfig):
-    """What to draw: sizes of the splits, seed, shares of written words, tags and named grounds. Its name tells all apart."""
+    """What to draw: sizes of the splits, seed, shares of written words, tags, extra kinds and named grounds. Its name tells all apart."""
 
     name: str = ""  # follows from the rest
     train: int = 60_000
@@ -28,11 +28,12 @@ class EmojiScenesConfig(tfds.core.BuilderConfig):
     seed: int = 0
     text: float = 0.1
     weights: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict(WEIGHTS))
+    extra: float = EXTRA_SHARE
     named_ground: float = NAMED_GROUND
 
     def __post_init__(self):
         self.weights = dict(self.weights)
-        drawn = json.dumps([self.text, sorted(self.weights.items()), self.named_ground])
+        drawn = json.dumps([self.text, sorted(self.weights.items()), self.extra, self.named_ground])
         self.name = f"train{self.train}_heldout{self.heldout}_seed{self.seed}_{hashlib.sha256(drawn.encode()).hexdigest()[:8]}"
 
 
@@ -40,7 +41,7 @@ class EmojiScenes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Record i of a split is prompts.sample(seed, i, split): image, prompt, metadata (JSON) and patches (indices of scene.PATCH_WORDS)."""
 
     name = "emoji_scenes"
-    VERSION = tfds.core.Version("1.0.0")  # to be raised when art, words or sampling change
+    VERSION = tfds.core.Version("1.1.0")  # to be raised when art, words or sampling change
     BUILDER_CONFIGS = [EmojiScenesConfig()]  # noqa: RUF012, TFDS's own convention
 
     code_path = None  # no checksums to look for; TFDS 4.9.10 would need importlib_resources, which it does not declare
@@ -63,7 +64,8 @@ class EmojiScenes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _generate_examples(self, split: str, number: int) -> Iterator[tuple[int, dict[str, Any]]]:
         config = self.builder_config
         for index in range(number):
-            metadata, scene = sample(config.seed, index, split, config.weights, text=config.text, named_ground=config.named_ground)
+            shares = {"text": config.text, "extra": config.extra, "named_ground": config.named_ground}
+            metadata, scene = sample(config.seed, index, split, config.weights, **shares)
             yield (
                 index,
                 {

@@ -16,6 +16,9 @@ RELATIONS = ("left of", "right of", "above", "below")
 # Share of each tag; two colours at once are the hardest to learn.
 WEIGHTS = {"single_object": 1.0, "two_object": 1.5, "counting": 1.5, "colors": 2.0, "position": 2.0, "color_attr": 3.0}
 TAGS = tuple(WEIGHTS)
+# Kinds that GenEval does not know, and their shares: coloured things counted or placed, three things, three or four coloured things.
+EXTRA = {"counting": 1.0, "position": 2.0, "two_object": 2.0, "color_attr": 3.0}
+EXTRA_SHARE = 0.15  # of training prompts
 PHOTO, NAMED_GROUND = 0.15, 0.5  # shares of prompts; GenEval's own prompts begin with "a photo of"
 NUMBER_OF_SPLIT = {"train": 0, "heldout": 1}
 
@@ -30,13 +33,13 @@ def sample(
     weights: Mapping[str, float] = WEIGHTS,
     *,
     text: float = 0.0,
-    extra: float = 0.15,
+    extra: float = EXTRA_SHARE,
     named_ground: float = NAMED_GROUND,
 ) -> tuple[dict, Scene]:
     """A prompt's metadata and its scene; the same for the same arguments, whatever was drawn before.
 
     metadata: tag, include, exclude (counting), prompt; ground where the prompt names it; word for the tag "text";
-    extra=True for kinds that GenEval does not know (counted or placed things with a colour, three different things).
+    extra=True for the kinds of EXTRA.
     split: "train" never composes a held-out combination, "heldout" always asks for one. weights: tag -> share.
     text: share of prompts for a written word. extra: share of extra kinds, training only. named_ground: share that names the ground.
     Raises ConfigError for an unknown split or tag.
@@ -52,7 +55,7 @@ def sample(
         return _write(rng, training, named_ground)
     tag = _pick(rng, list(weights), np.array(list(weights.values())) / sum(weights.values()))
     if training and rng.random() < extra:
-        tag = _pick(rng, ["counting", "position", "two_object"])
+        tag = _pick(rng, list(EXTRA), np.array(list(EXTRA.values())) / sum(EXTRA.values()))
         return _make(rng, tag, split, named_ground, extra=True)
     return _make(rng, tag, split, named_ground, photo=training and rng.random() < PHOTO)
 
@@ -98,7 +101,9 @@ def _nouns(rng: Rng, tag: str, extra: bool) -> list[Noun]:
     if tag == "counting":
         name, color = _pick(rng, list(OBJECTS)), _pick(rng, list(COLORS)) if extra else None
         return [(name, color)] * int(_pick(rng, list(COUNTS)))
-    number = {"single_object": 1, "colors": 1, "two_object": 3 if extra else 2}.get(tag, 2)
+    number = 1 if tag in ("single_object", "colors") else 2
+    if extra and tag != "position":
+        number = 3 if tag == "two_object" else int(rng.integers(3, 5))
     names = [OBJECTS[i] for i in rng.choice(len(OBJECTS), number, replace=False)]
     colored = tag in ("colors", "color_attr") or (tag == "position" and extra)
     colors = [COLORS[i] for i in rng.choice(len(COLORS), number, replace=False)] if colored else [None] * number

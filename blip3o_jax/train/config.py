@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from blip3o_jax import config as model_config
 from blip3o_jax.config import ConfigError, nearest
 
-STAGES = ("autoencoder", "tokenizer", "joint")
+STAGES = ("autoencoder", "tokenizer", "joint", "grpo")
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class DataConfig:
     seed: int = 0
     text_fraction: float = 0.0  # share of scenes that show a word
     weights: dict = field(default_factory=dict)  # tag -> share of the training prompts; empty: scenes.prompts.WEIGHTS
+    extra: float = 0.15  # share of the training prompts of kinds that GenEval does not know: scenes.prompts.EXTRA
     named_ground: float = 0.5  # share of the training prompts that name the ground
     row_length: int = 0  # tokens of a training row; 0: the longest prompt that the model allows, and its image
     reader_threads: int = 1
@@ -54,6 +55,19 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class GrpoConfig:
+    """Group-relative policy optimisation (spec S7): `batch_size` pictures an update, `num_generations` of each prompt."""
+
+    num_generations: int = 16
+    temperature: float = 1.0
+    num_inference_steps: int = 30
+    guidance_scale: float | None = 2.0  # None: rendered without guidance, at half the cost
+    beta: float = 0.001  # weight of the divergence from the starting policy; 0 saves its forward pass
+    epsilon: float = 0.2
+    strict: float = 0.0  # share of the strict verdict in the reward; the rest is GenEval's dense score
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run. `init` names where parts come from: {"dc_ae": DIR} with a published or a training-run directory; others start at random."""
 
@@ -75,6 +89,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
 
     def __post_init__(self):
         checks = (
@@ -84,12 +99,20 @@ class TrainConfig:
             (self.remat in ("none", "full", "dots"), f"remat is none, full or dots, not {self.remat!r}."),
             (0 <= self.loss.flow_fraction <= 1, f"loss.flow_fraction is in [0, 1], not {self.loss.flow_fraction}."),
             (self.loss.text_weight >= 0, f"loss.text_weight is at least 0, not {self.loss.text_weight}."),
+            (0 <= self.data.extra <= 1, f"data.extra is in [0, 1], not {self.data.extra}."),
             (0 <= self.data.named_ground <= 1, f"data.named_ground is in [0, 1], not {self.data.named_ground}."),
             (
                 self.optimizer.warmup_steps < self.num_steps,
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} must be below num_steps {self.num_steps}.",
             ),
             (0 <= self.loss.condition_dropout < 1, f"loss.condition_dropout is in [0, 1), not {self.loss.condition_dropout}."),
+            (
+                self.stage != "grpo" or (self.grpo.num_generations > 1 and self.batch_size % self.grpo.num_generations == 0),
+                f"batch_size {self.batch_size} is no multiple of grpo.num_generations {self.grpo.num_generations}, 2 or more.",
+            ),
+            (0 <= self.grpo.strict <= 1, f"grpo.strict is in [0, 1], not {self.grpo.strict}."),
+            (self.grpo.beta >= 0, f"grpo.beta is at least 0, not {self.grpo.beta}."),
+            (self.grpo.temperature > 0, f"grpo.temperature is above 0, not {self.grpo.temperature}."),
             (0 <= self.optimizer.ema_decay < 1, f"optimizer.ema_decay is in [0, 1), not {self.optimizer.ema_decay}."),
         )
         for holds, message in checks:
@@ -103,6 +126,11 @@ class TrainConfig:
         """The model's config: the preset with the run's changes."""
         return model_config.replace(model_config.preset(self.preset), **self.model)
 
+    @property
+    def whole_model(self) -> bool:
+        """Whether the run holds every part, so that its checkpoints can generate and be converted."""
+        return self.stage in ("joint", "grpo")
+
     def trainable(self, path: str) -> bool:
         """Whether the parameter at "part/.../leaf" is trained in this stage (S6.1)."""
         part = path.split("/")[0]
@@ -110,6 +138,8 @@ class TrainConfig:
             return part == "dc_ae"
         if self.stage == "tokenizer":
             return part == "ta_tok" and not path.endswith("regularizer/embedding")
+        if self.stage == "grpo":
+            return part == "qwen3"
         if part == "sana":
             return self.trainable_sana == "all" or "caption" in path
         return part in ("qwen3", "diffusion_connector")
@@ -126,12 +156,14 @@ def from_dict(cls, values, prefix: str = ""):
         kind = types[key]
         if dataclasses.is_dataclass(kind):
             value = from_dict(kind, value, f"{prefix}{key}.")
-        elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+        elif kind in (float, float | None) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
+        elif value is None and type(None) in typing.get_args(kind):
+            pass
         elif kind is dict:
             value = dict(value)
         elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ConfigError(f"Config key {prefix + key!r} wants {kind.__name__}, not {value!r}.")
+            raise ConfigError(f"Config key {prefix + key!r} wants {getattr(kind, '__name__', kind)}, not {value!r}.")
         built[key] = value
     missing = [n for n, f in fields.items() if n not in built and f.default is f.default_factory is dataclasses.MISSING]
     if missing:

@@ -17,6 +17,7 @@ PARTS = {
     "autoencoder": ("dc_ae",),
     "tokenizer": ("ta_tok",),
     "joint": ("qwen3", "diffusion_connector", "sana", "ta_tok", "dc_ae"),
+    "grpo": ("qwen3", "diffusion_connector", "sana", "ta_tok", "dc_ae"),
 }
 
 

@@ -1,0 +1,36 @@
+"""`blip3o-jax grpo`: config file -> checked config -> prompts and judge of the embedded world -> loop."""
+
+import json
+
+from blip3o_jax.config import ConfigError
+from blip3o_jax.jobs.train import load_part, open_workdir, read_config
+
+HELDOUT_SEED = 2  # of the prompts shown while training; the benchmark draws from seed 1
+
+
+def run(config: str, workdir: str, overrides: list[str]) -> None:
+    """Trains; prints the last held-out numbers as one JSON line."""
+    from blip3o_jax.pipeline import enable_compilation_cache, find_checkpoint, tokenizer_of
+    from blip3o_jax.rl import loop
+    from blip3o_jax.rl.rewards import scene_rewards
+    from blip3o_jax.scenes import prompts
+    from blip3o_jax.text import Text, load_tokenizer
+
+    cfg = read_config(config, overrides)
+    if cfg.stage != "grpo":
+        raise ConfigError(f"{config} is of stage {cfg.stage!r}; `blip3o-jax train` runs that.")
+    for directory in cfg.init.values():
+        find_checkpoint(directory)  # before anything is made
+    model, data = cfg.blip3o(), cfg.data
+    text = Text(load_tokenizer(tokenizer_of(model.name)), model.vocab, model.max_prompt_tokens)
+    folder = open_workdir(cfg, workdir)
+    enable_compilation_cache()
+    count, shares = cfg.batch_size // cfg.grpo.num_generations, {"extra": data.extra, "named_ground": data.named_ground}
+
+    def asked(step: int) -> list[dict]:
+        weights = data.weights or prompts.WEIGHTS
+        return [prompts.sample(data.seed, step * count + i, "train", weights, **shares)[0] for i in range(count)]
+
+    heldout = [prompts.sample(HELDOUT_SEED, i, "heldout", dict.fromkeys(prompts.TAGS, 1.0))[0] for i in range(min(64, cfg.batch_size))]
+    result = loop.run(cfg, folder, asked, heldout, text, lambda images, m: scene_rewards(images, m, cfg.grpo.strict), load_part)
+    print(json.dumps(result))

@@ -1,0 +1,30 @@
+"""Stage 7 of the embedded model: GRPO. The transformer is rewarded for what the judge sees in the pictures; all else is frozen.
+
+blip3o-jax grpo --config emoji_grpo --workdir runs/grpo
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "stage": "grpo",
+            "preset": "emoji_64",
+            "batch_size": 64,
+            "num_steps": 250,
+            "init": dict.fromkeys(("qwen3", "diffusion_connector", "sana", "ta_tok", "dc_ae"), "runs/joint_2"),
+            "data": {
+                "seed": 5,
+                "row_length": 116,
+                "weights": {"single_object": 1.5, "two_object": 1.5, "counting": 1.0, "colors": 1.0, "position": 2.5, "color_attr": 3.0},
+                "extra": 0.2,
+                "named_ground": 0.6,
+            },
+            "grpo": {"num_generations": 8, "num_inference_steps": 8, "guidance_scale": None, "beta": 0.01, "strict": 0.5},
+            "optimizer": {"learning_rate": 1e-4, "final_learning_rate": 2e-5, "warmup_steps": 5, "b2": 0.98, "ema_decay": 0.9},
+            "log_every": 5,
+            "eval_every": 50,
+            "checkpoint_every": 50,
+        }
+    )
