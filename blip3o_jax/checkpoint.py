@@ -6,8 +6,11 @@ The data position is the step itself.
 
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 
 import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from blip3o_jax.config import ConfigError
 from blip3o_jax.sharding import join
@@ -62,29 +65,64 @@ def restore(manager, state, frozen):
     return {**model, **saved["optimizer"]}, frozen
 
 
-def load_run(workdir) -> tuple[dict, dict]:
-    """(config as nested dicts, weights) of a run's newest checkpoint, on the host; the average of the weights where one was kept.
+@dataclasses.dataclass(frozen=True)
+class RunLeaf:
+    """An array of a run's checkpoint, unread, under `keys` in its tree."""
 
-    Raises ConfigError when there is no whole checkpoint or it cannot be read.
-    """
-    import numpy as np
+    folder: pathlib.Path
+    keys: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def layers(self, stacked: bool) -> Iterator[np.ndarray]:
+        """The array, or its layers along the first axis. Orbax wrote the array whole, so it is whole in memory meanwhile."""
+        item, wanted = 0, self.keys
+        for key in reversed(wanted):
+            item = {key: item}
+        array = _read(self.folder, item)
+        for key in wanted:
+            array = array[key]
+        yield from array if stacked else (array,)
+
+
+def _read(folder: pathlib.Path, item: dict) -> dict:
+    """The arrays at the leaves of `item`, on the host; ConfigError when they cannot be read."""
+    import orbax.checkpoint as ocp
+
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    try:
+        with ocp.PyTreeCheckpointer() as reader:
+            return reader.restore(folder, args=ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True))
+    except (ValueError, KeyError, OSError) as error:
+        raise ConfigError(f"The checkpoint {folder} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def open_run(workdir) -> tuple[dict, dict[str, RunLeaf], int]:
+    """(config as nested dicts, arrays by "part/.../leaf", step) of a run's newest checkpoint; of the average of the weights where one
+    was kept. Nothing is read yet. Raises ConfigError when there is no whole checkpoint or it cannot be read."""
     import orbax.checkpoint as ocp
 
     if not is_workdir(workdir):
         raise ConfigError(f"{workdir} holds no training checkpoint.")
     manager = open_manager(workdir, create=False)
     step = manager.latest_step()
-    folder = pathlib.Path(workdir).absolute() / "checkpoints" / str(step)
+    folder = pathlib.Path(workdir).absolute() / "checkpoints" / str(step) / "model"
     try:
         config = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
         with ocp.PyTreeCheckpointer() as reader:
-            tree = reader.metadata(folder / "model").item_metadata.tree
-            wanted = {"frozen": tree.get("frozen", {}), "params": tree.get("ema", tree["params"])}
-            if "ema" in tree:
-                wanted["ema"] = wanted.pop("params")
-            item = jax.tree.map(lambda _: 0, wanted)
-            restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-            saved = reader.restore(folder / "model", args=ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True))
+            tree = reader.metadata(folder).item_metadata.tree
     except (ValueError, KeyError, OSError) as error:
         raise ConfigError(f"The checkpoint {folder} cannot be read: {str(error).splitlines()[0]}") from error
+    leaves = {}
+    for group in ("frozen", "ema" if "ema" in tree else "params"):
+        for keys, leaf in flatten_dict(tree.get(group, {})).items():
+            leaves["/".join(keys)] = RunLeaf(folder, (group, *keys), tuple(leaf.shape), np.dtype(leaf.dtype))
+    return config, leaves, step
+
+
+def load_run(workdir) -> tuple[dict, dict]:
+    """(config as nested dicts, weights) of a run's newest checkpoint, on the host; as `open_run` otherwise."""
+    config, leaves, _ = open_run(workdir)
+    folder = next(iter(leaves.values())).folder
+    saved = _read(folder, unflatten_dict({leaf.keys: 0 for leaf in leaves.values()}))
     return config, join(*saved.values())

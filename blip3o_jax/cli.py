@@ -20,16 +20,28 @@ def _train(args) -> None:
     train.run(args.config, args.workdir, args.overrides)
 
 
+def _grpo(args) -> None:
+    from blip3o_jax.jobs import grpo
+
+    grpo.run(args.config, args.workdir, args.overrides)
+
+
 def _evaluate(args) -> None:
     from blip3o_jax.jobs import evaluate
 
     evaluate.run(args)
 
 
-def _export(args) -> None:
-    from blip3o_jax.jobs import export
+def _to_jax(args) -> None:
+    from blip3o_jax.jobs import convert
 
-    export.run(args.source, args.destination, args.dtype, args.overwrite)
+    convert.run_to_jax(args)
+
+
+def _to_torch(args) -> None:
+    from blip3o_jax.jobs import convert
+
+    convert.run_to_torch(args)
 
 
 def _model_options(parser) -> None:
@@ -47,6 +59,30 @@ def _model_options(parser) -> None:
     parser.add_argument("--mesh", default="", help="e.g. data=4,fsdp=2")
 
 
+def _convert_options(directions) -> None:
+    dtypes = ["keep", "float32", "bfloat16", "float16"]
+    job = directions.add_parser("to-jax", help="a published checkpoint, or the parts of one, for JAX on any mesh")
+    job.add_argument("source", metavar="SRC", nargs="?", help="folder in the published layout; left out when the four parts are named")
+    job.add_argument("destination", metavar="DST")
+    job.add_argument("--ar", metavar="DIR", help="Qwen3 of transformers")
+    job.add_argument("--dit", metavar="DIR", help="SANA of diffusers: the repository, or its transformer/")
+    job.add_argument("--vae", metavar="DIR", help="its autoencoder, if not in vae/ of --dit")
+    job.add_argument("--tokenizer", metavar="FILE.pth|DIR", help="TA-Tok's ta_tok.pth")
+    job.add_argument("--dtype", default="keep", choices=dtypes, help="of the result (default: each tensor's own)")
+    job.add_argument("--mesh", default="", help="e.g. fsdp=8: cut the files as that mesh reads them; any other may read them too")
+    job.add_argument("--new-vocabulary", choices=["mean", "projected-codebook"], help="how a plain Qwen3 gets its image tokens")
+    job.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
+    job.set_defaults(run=_to_jax)
+
+    job = directions.add_parser("to-torch", help="a converted checkpoint or a training run in the published PyTorch layout")
+    job.add_argument("source", metavar="SRC", help="folder of to-jax, or training workdir")
+    job.add_argument("destination", metavar="DST")
+    job.add_argument("--dtype", default="keep", choices=dtypes, help="of the result (default: each parameter's own)")
+    job.add_argument("--max-shard-bytes", type=float, default=5e9, help="size of a file (default: %(default).0f)")
+    job.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
+    job.set_defaults(run=_to_torch)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(prog="blip3o-jax", description="BLIP3o-NEXT in JAX: text to image, training and evaluation.")
@@ -60,10 +96,11 @@ def build_parser() -> argparse.ArgumentParser:
     _model_options(job)
     job.set_defaults(run=_generate)
 
-    job = jobs.add_parser("train", help="train from a config; resumes if the workdir holds a checkpoint")
-    job.add_argument("--config", required=True, help="a config file or the name of a shipped one")
-    job.add_argument("--workdir", required=True)
-    job.set_defaults(run=_train)
+    for name, run, what in (("train", _train, "train from a config"), ("grpo", _grpo, "reinforce the transformer by rewards")):
+        job = jobs.add_parser(name, help=f"{what}; resumes if the workdir holds a checkpoint")
+        job.add_argument("--config", required=True, help="a config file or the name of a shipped one")
+        job.add_argument("--workdir", required=True)
+        job.set_defaults(run=run)
 
     job = jobs.add_parser("evaluate", help="score a checkpoint; prints one JSON line last")
     job.add_argument("benchmark", choices=["scenes"])
@@ -72,12 +109,8 @@ def build_parser() -> argparse.ArgumentParser:
     _model_options(job)
     job.set_defaults(run=_evaluate)
 
-    job = jobs.add_parser("export", help="a training run as a checkpoint in the published PyTorch layout")
-    job.add_argument("source", metavar="WORKDIR")
-    job.add_argument("destination", metavar="DIR")
-    job.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
-    job.add_argument("--overwrite", action="store_true")
-    job.set_defaults(run=_export)
+    job = jobs.add_parser("convert", help="PyTorch checkpoints in and out; prints one JSON report last")
+    _convert_options(job.add_subparsers(dest="direction", metavar="DIRECTION", required=True))
     return parser
 
 
@@ -86,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     args.overrides = [item for item in rest if item.startswith("--config.")]
-    if unknown := [item for item in rest if item not in args.overrides or args.job != "train"]:
+    if unknown := [item for item in rest if item not in args.overrides or args.job not in ("train", "grpo")]:
         parser.error(f"unknown argument {unknown[0]}")
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(lambda record: record.name.startswith("blip3o_jax") or record.levelno >= logging.ERROR)

@@ -39,7 +39,13 @@ def test_help_answers_without_importing_jax():
         (["evaluate", "scenes", "--num-prompts", "0"], "at least"),
         (["train", "--config", "emoji_jiont", "--workdir", "x"], "did you mean 'emoji_joint'"),
         (["train", "--config", "emoji_joint", "--workdir", "x"], "No checkpoint 'runs/autoencoder'"),
-        (["export", "nowhere", "x"], "No checkpoint"),
+        (["convert", "to-torch", "nowhere", "x"], "No checkpoint"),
+        (["convert", "to-torch", "emoji_64", "x"], "emoji_64 is in the published layout already"),
+        (["convert", "to-torch", "emoji_64", "x", "--max-shard-bytes", "0"], "at least 1"),
+        (["convert", "to-jax", "nowhere", "x"], "nowhere is not a directory"),
+        (["convert", "to-jax", "x"], "--ar is missing"),
+        (["convert", "to-jax", "nowhere", "x", "--mesh", "fsdp=-1"], "sizes are positive"),
+        (["convert", "to-jax", "nowhere", "nowhere/x"], "lie in each other"),
     ],
 )
 def test_bad_input_is_one_sentence_exit_2_and_nothing_left(argv, sentence, capsys, tmp_path, monkeypatch):

@@ -78,15 +78,15 @@ def _same_values(a: Stored, b: Stored) -> bool:
     return all(np.array_equal(*(x.rows(rows.start, rows.stop).astype(np.float32) for x in (a, b))) for rows in blocks)
 
 
-def resolve_lm_head(cfg: Blip3oConfig, stored: Mapping[str, Stored]) -> tuple[Blip3oConfig, dict[str, str]]:
-    """(config, {name: reason} of what is not needed). A tied model's file may repeat the embedding as lm_head, which is then not needed;
-    when the two differ, the model is not tied."""
-    if not cfg.qwen3.tie_word_embeddings or LM_HEAD not in stored:
-        return cfg, {}
+def resolve_lm_head(tied: bool, stored: Mapping[str, Stored]) -> tuple[bool, dict[str, str]]:
+    """(whether the model is tied, {name: reason} of what is not needed). A tied model's file may repeat the embedding as lm_head, which is
+    then not needed; when the two differ, the model is not tied."""
+    if not tied or LM_HEAD not in stored or EMBEDDING not in stored:
+        return tied, {}
     if _same_values(stored[LM_HEAD], stored[EMBEDDING]):
-        return cfg, {LM_HEAD: "repeats the embedding, to which it is tied"}
+        return True, {LM_HEAD: "repeats the embedding, to which it is tied"}
     log.warning("%s differs from the embedding, so the two are not tied, whatever config.json says.", LM_HEAD)
-    return replace(cfg, **{"qwen3.tie_word_embeddings": False}), {}
+    return False, {}
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,8 @@ def load_published(
     """
     directory, dtype = Path(directory), float_dtype(dtype)
     cfg, stored = open_published(directory)
-    cfg, repeated = resolve_lm_head(cfg, stored)
+    tied, repeated = resolve_lm_head(cfg.qwen3.tie_word_embeddings, stored)
+    cfg = replace(cfg, **{"qwen3.tie_word_embeddings": tied})
     stored = {name: tensor for name, tensor in stored.items() if name not in repeated}
     found = match(directory, cfg, stored, parts or parts_of(cfg))
     log.info("%s: %d tensors, %d of them not needed.", directory, len(stored), len(found.ignored))

@@ -52,5 +52,6 @@ def ignored(cfg: TaTokConfig) -> dict[str, str]:
         "encoder.post_layernorm.*": unused,
         "encoder.head.*": "pools the encoder's output, and TA-Tok does not pool",
         "decoder.vision_model.head.*": "pools the decoder's output, and TA-Tok does not pool",
+        "teacher.*": "the encoder that TA-Tok learned from, which encoding does not use",
         "scale_layer.*": "buffers that map pixels from [0,1]; this model takes pixels in [-1,1]",
     }

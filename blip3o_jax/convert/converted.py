@@ -1,0 +1,72 @@
+"""A directory of `convert to-jax`: params/ (Orbax), config.json and the tokenizer as in the published layout, convert.json (its origin)."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from blip3o_jax.config import Blip3oConfig, ConfigError, replace
+from blip3o_jax.convert.config_json import EMBEDDING, check_family, config_from_json
+from blip3o_jax.convert.orbax_io import Leaf, open_leaves
+from blip3o_jax.convert.published import CONFIG_LIMIT, about, float_dtype
+from blip3o_jax.convert.rules import flatten, unflatten
+from blip3o_jax.convert.safetensors_io import read_json
+from blip3o_jax.models.blip3o import Blip3o, parts_of
+
+PARAMS = "params"
+LM_HEAD = "qwen3/lm_head/kernel"
+
+
+def is_converted(directory: str | Path) -> bool:
+    """Whether the directory is one of `convert to-jax`."""
+    return (Path(directory) / PARAMS / "_METADATA").is_file()
+
+
+def open_converted(directory: Path) -> tuple[Blip3oConfig, dict[str, Leaf]]:
+    """(configuration, arrays by path), none read yet; ConfigError when config.json and the arrays contradict each other."""
+    file = directory / "config.json"
+    fields, leaves = read_json(file, CONFIG_LIMIT), open_leaves(directory / PARAMS)
+    with about(file):
+        check_family(fields)
+        embedding = leaves.get("qwen3/embed_tokens/embedding")
+        shapes = {EMBEDDING: embedding.shape} if embedding else {}
+        cfg = config_from_json(fields, shapes, directory.resolve().name)
+    if LM_HEAD in leaves:
+        cfg = replace(cfg, **{"qwen3.tie_word_embeddings": False})
+    needed = {path: tuple(leaf.shape) for path, leaf in flatten(Blip3o(cfg).abstract(parts_of(cfg))).items()}
+    stored = {path: leaf.shape for path, leaf in leaves.items()}
+    if wrong := sorted(path for path in needed.keys() | stored.keys() if needed.get(path) != stored.get(path)):
+        shape = f"has shape {stored[wrong[0]]}" if wrong[0] in stored else "is missing"
+        raise ConfigError(f"{directory / PARAMS}: parameter {wrong[0]} {shape}, and config.json implies {needed.get(wrong[0])}.")
+    return cfg, leaves
+
+
+def load_converted(
+    directory: str | Path,
+    dtype: Any = "float32",
+    shardings: Callable[[dict], dict] | None = None,
+    parts: tuple[str, ...] | None = None,
+) -> tuple[Blip3oConfig, dict]:
+    """The configuration and the parameters (of `parts`, or all) as `dtype`, restored by Orbax, each host its own shards.
+
+    `shardings` is a function from the abstract parameters to a tree of shardings; without it the leaves are numpy arrays.
+    """
+    import orbax.checkpoint as ocp
+
+    directory, dtype = Path(directory).absolute(), float_dtype(dtype)
+    cfg, leaves = open_converted(directory)
+    chosen = {path: leaf for path, leaf in leaves.items() if path.split("/")[0] in (parts or parts_of(cfg))}
+    item = unflatten({path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in chosen.items()})
+    if shardings is None:
+        restore_args = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype), item)
+    else:
+        placed = shardings(item)
+        restore_args = jax.tree.map(lambda leaf, place: ocp.ArrayRestoreArgs(sharding=place, dtype=dtype), item, placed)
+    args = ocp.args.PyTreeRestore(jax.tree.map(lambda _: 0, item), restore_args=restore_args, partial_restore=True)
+    try:
+        with ocp.PyTreeCheckpointer() as reader:
+            return cfg, reader.restore(directory / PARAMS, args=args)
+    except (ValueError, KeyError, OSError) as error:
+        raise ConfigError(f"{directory / PARAMS} cannot be read: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,244 @@
+"""`blip3o-jax convert to-jax` and `to-torch`: PyTorch checkpoints in, and back out.
+
+Both hold one tensor at a time. The result's convert.json says where it came from; the same, shorter, is printed as one JSON line last.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import pathlib
+import resource
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+from jax.sharding import AbstractMesh
+from tqdm import tqdm
+
+from blip3o_jax import __version__, checkpoint
+from blip3o_jax.config import Blip3oConfig, ConfigError
+from blip3o_jax.convert import orbax_io, sources
+from blip3o_jax.convert.config_json import config_to_json
+from blip3o_jax.convert.converted import PARAMS, is_converted, open_converted
+from blip3o_jax.convert.published import CONFIG_LIMIT, float_dtype, published_rules
+from blip3o_jax.convert.rules import Rule, flatten, leaf_to_tensor, tensor_to_leaf
+from blip3o_jax.convert.safetensors_io import Entry, read_json, write_tensors
+from blip3o_jax.convert.sources import Source, open_source
+from blip3o_jax.jobs.output import new_folder
+from blip3o_jax.mesh import AXES, parse_mesh
+from blip3o_jax.models.blip3o import Blip3o, parts_of
+from blip3o_jax.pipeline import find_checkpoint, tokenizer_of
+from blip3o_jax.sharding import spec
+
+REPORT = "convert.json"
+REPORT_LIMIT = 64 << 20  # bytes
+KEEP = "keep"
+
+log = logging.getLogger(__name__)
+
+
+def run_to_jax(args) -> None:
+    """SRC, or the parts that flags name -> the directory DST."""
+    began = time.perf_counter()
+    dtype = None if args.dtype == KEEP else float_dtype(args.dtype)
+    mesh = {"data": 1, "fsdp": 1, "tensor": 1, **parse_mesh(args.mesh)}
+    if min(mesh.values()) < 1:
+        raise ConfigError(f"--mesh {args.mesh!r}: sizes are positive here, where no devices say what is left.")
+    flags = {flag: getattr(args, flag) for flag, _ in sources.GROUPS.values()}
+    _apart(args.destination, [path for path in (args.source, *flags.values()) if path])
+    with new_folder(args.destination, REPORT, args.overwrite) as folder:
+        source = open_source(args.source, flags, args.new_vocabulary, pathlib.Path(args.destination).absolute().name)
+        dtypes = _leaf_dtypes(source, dtype)
+        parts = _write_params(folder / PARAMS, source, dtypes, AbstractMesh(tuple(mesh[axis] for axis in AXES), AXES))
+        _carry(folder, source.carried, source.texts)
+        report = _origin("to-jax") | {
+            "source": {label: str(path) for label, path in source.folders.items()},
+            "dtype": args.dtype,
+            "mesh": args.mesh,
+            "parameters": sum(part["parameters"] for part in parts.values()),
+            "tensors": {"used": sum(part["tensors"] for part in parts.values()), "ignored": len(source.ignored), "made": len(source.made)},
+            "ignored": source.ignored,
+            "made": source.made,
+        }
+        files = {"parts": parts, "carried": sorted({*source.carried, *source.texts}), "files": _hashes(source.files)}
+        (folder / REPORT).write_text(json.dumps({**report, **files}, indent=1) + "\n")
+        size = _size(folder)
+    print(json.dumps({**report, "checkpoint": args.destination, "bytes": size, **_cost(began)}))
+
+
+def run_to_torch(args) -> None:
+    """SRC, a directory of `to-jax` or a joint training run -> the published layout at DST."""
+    began = time.perf_counter()
+    if not args.max_shard_bytes >= 1:
+        raise ConfigError(f"--max-shard-bytes is at least 1, not {args.max_shard_bytes}.")
+    dtype = None if args.dtype == KEEP else float_dtype(args.dtype)
+    folder = find_checkpoint(args.source)
+    _apart(args.destination, [folder])
+    with new_folder(args.destination, REPORT, args.overwrite) as target:
+        origin: dict[str, Any] = {}
+        if checkpoint.is_workdir(folder):
+            cfg, leaves, origin["step"] = _open_run(folder)
+            carried, texts = {"tokenizer.json": tokenizer_of(cfg.name)}, {}
+        elif is_converted(folder):
+            cfg, leaves = open_converted(folder)
+            origin = read_json(folder / REPORT, REPORT_LIMIT) if (folder / REPORT).is_file() else {}
+            names = [file.name for file in folder.iterdir() if file.name in sources.TOKENIZER_FILES or sources.LICENCE.search(file.name)]
+            carried, texts = {name: folder / name for name in names}, _config_text(folder, origin.get("dtype"), dtype)
+        else:
+            raise ConfigError(f"{args.source} is in the published layout already.")
+        rules = published_rules(cfg)
+        entries = {
+            name: Entry(rule.tensor_shape(leaves[rule.path].shape), dtype or leaves[rule.path].dtype)
+            for rule in rules
+            for name in rule.names(leaves[rule.path].shape)
+        }
+        _need_space(target, sum(entry.size for entry in entries.values()), args.destination)
+        tensors = tqdm(
+            _tensors(rules, leaves), total=len(entries), desc=f"Writing {args.destination}", unit="tensor", delay=3, disable=None
+        )
+        write_tensors(target, entries, tensors, args.max_shard_bytes)
+        texts = texts or {"config.json": _json(config_to_json(cfg, (dtype or leaves["qwen3/norm/scale"].dtype).name))}
+        _carry(target, carried, texts)
+        report = _origin("to-torch") | {
+            "source": str(args.source),
+            "dtype": args.dtype,
+            "preset": cfg.name,
+            "parameters": sum(math.prod(entry.shape) for entry in entries.values()),
+            "tensors": len(entries),
+            "dtypes": dict(Counter(entry.dtype.name for entry in entries.values())),
+            "ignored_on_the_way_in": origin.get("ignored", {}),
+        }
+        (target / REPORT).write_text(_json({**report, "carried": sorted({*carried, *texts}), "origin": origin}))
+        size = _size(target)
+    print(json.dumps({**report, "checkpoint": args.destination, "bytes": size, **_cost(began)}))
+
+
+def _leaf_dtypes(source: Source, dtype: np.dtype | None) -> dict[str, np.dtype]:
+    """Each parameter's dtype by path: `dtype`, or that of its tensors; ConfigError when stacked layers differ or hold no floats."""
+    shapes, found = flatten(source.match.abstract), {}
+    for rule in source.match.rules:
+        stored = [source.tensors[name] for name in rule.names(shapes[rule.path].shape)]
+        for tensor in stored:
+            if tensor.dtype != stored[0].dtype and dtype is None:
+                first = f"{stored[0].name!r} {stored[0].dtype}"
+                raise ConfigError(f"{tensor} is {tensor.dtype} and {first}, which are one parameter here; give --dtype.")
+        found[rule.path] = dtype or stored[0].dtype
+    return found
+
+
+def _write_params(folder: pathlib.Path, source: Source, dtypes: Mapping[str, np.dtype], mesh: AbstractMesh) -> dict[str, dict]:
+    """Writes the Orbax checkpoint layer by layer; returns {part: numbers}."""
+    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(source.match.abstract).items()}
+    size = sum(math.prod(shapes[path]) * dtypes[path].itemsize for path in shapes)
+    if shutil.disk_usage(folder.parent).free < size:
+        log.warning("The parameters take up to %.1f GB, more than is free at %s; they may not fit.", size / 1e9, folder.parent.parent)
+    orbax_io.save_tree(folder, dtypes)
+    parts: dict[str, dict] = {part: {"tensors": 0, "parameters": 0, "bytes": 0} for part in parts_of(source.config)}
+    total = sum(len(list(rule.names(shapes[rule.path]))) for rule in source.match.rules)
+    with tqdm(total=total, desc="Converting", unit="tensor", delay=3, disable=None) as progress:
+        for rule in source.match.rules:
+            shape, dtype = shapes[rule.path], dtypes[rule.path]
+            axes = [*spec(rule.path, shape, mesh), *[None] * len(shape)][: len(shape)]
+            shards = tuple(mesh.shape[axis] if axis else 1 for axis in axes)
+            chunks = orbax_io.chunk_shape(shape, dtype.itemsize, rule.stacked, shards)
+            store = orbax_io.create(folder, rule.path, shape, dtype, chunks)
+            for i, name in enumerate(rule.names(shape)):
+                tensor = source.tensors[name]
+                values = tensor_to_leaf(tensor.raw(), shape, rule, name)
+                orbax_io.write(store[i] if rule.stacked else store, values, dtype, str(tensor))
+                del values
+                progress.update()
+            part = parts[rule.path.split("/")[0]]
+            part["tensors"] += i + 1
+            part["parameters"] += math.prod(shape)
+            part["bytes"] += math.prod(shape) * dtype.itemsize
+    return parts
+
+
+def _open_run(workdir: pathlib.Path) -> tuple[Blip3oConfig, dict[str, Any], int]:
+    """(configuration, arrays by path, step) of a joint training run."""
+    from blip3o_jax.train.config import TrainConfig, from_dict
+
+    saved, leaves, step = checkpoint.open_run(workdir)
+    run = from_dict(TrainConfig, saved)
+    if run.stage != "joint":
+        raise ConfigError(f"{workdir} is a run of stage {run.stage!r}; only a 'joint' run holds the whole model.")
+    cfg = run.blip3o()
+    needed = {path: tuple(leaf.shape) for path, leaf in flatten(Blip3o(cfg).abstract(parts_of(cfg))).items()}
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    if shapes != needed:
+        path = min(path for path in shapes.keys() | needed.keys() if shapes.get(path) != needed.get(path))
+        raise ConfigError(f"{workdir}: parameter {path} has shape {shapes.get(path)}, and {cfg.name} needs {needed.get(path)}.")
+    return cfg, leaves, step
+
+
+def _tensors(rules: list[Rule], leaves: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """(torch name, tensor) in the order of the rules, one layer in memory at a time."""
+    for rule in rules:
+        leaf = leaves[rule.path]
+        for name, layer in zip(rule.names(leaf.shape), leaf.layers(rule.stacked), strict=True):
+            yield name, leaf_to_tensor(layer, rule)
+
+
+def _config_text(folder: pathlib.Path, dtype_in: str | None, dtype: np.dtype | None) -> dict[str, str]:
+    """{"config.json": its text}: the file's own, but for the dtype that it names where one conversion or the other changed that."""
+    text = (folder / "config.json").read_text(encoding="utf-8")
+    name = dtype.name if dtype else dtype_in
+    if name in (None, KEEP):
+        return {"config.json": text}
+    fields = read_json(folder / "config.json", CONFIG_LIMIT)
+    return {"config.json": _json(fields | {key: name for key in ("torch_dtype", "dtype") if key in fields})}
+
+
+def _apart(destination: str, folders: list) -> None:
+    """ConfigError when the result would lie in what it is made from, or the other way round: overwriting would remove the source."""
+    target = pathlib.Path(destination).resolve()
+    for folder in folders:
+        source = pathlib.Path(folder).resolve()
+        if target == source or target in source.parents or source in target.parents:
+            raise ConfigError(f"{destination} and the source {folder} lie in each other; name another folder.")
+
+
+def _need_space(folder: pathlib.Path, size: int, destination: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise ConfigError(f"{destination} needs {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free.")
+
+
+def _carry(folder: pathlib.Path, carried: Mapping[str, pathlib.Path], texts: Mapping[str, str]) -> None:
+    for name, file in carried.items():
+        shutil.copyfile(file, folder / name)
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _hashes(files: set[pathlib.Path]) -> dict[str, dict]:
+    """{file: its size and SHA-256} of what was read."""
+    found = {}
+    for file in tqdm(sorted(files), desc="Hashing the source", unit="file", delay=3, disable=None):
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        found[str(file)] = {"bytes": file.stat().st_size, "sha256": digest}
+    return found
+
+
+def _origin(direction: str) -> dict[str, str]:
+    return {"conversion": direction, "converter": f"blip3o_jax {__version__}", "time": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
+def _cost(began: float) -> dict[str, float]:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return {"seconds": round(time.perf_counter() - began, 1), "peak_memory_bytes": peak}
+
+
+def _size(folder: pathlib.Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _json(fields: Mapping[str, Any]) -> str:
+    return json.dumps(fields, indent=2) + "\n"
