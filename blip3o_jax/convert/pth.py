@@ -182,7 +182,14 @@ def _lies_within(place: Place, size: int) -> bool:
     return bool(items) and all(type(n) is int and n >= 0 for n in numbers) and place.offset + math.prod(place.shape) * items[0] <= size
 
 
-def _flat(args: dict[str, Any], depth: int = 8) -> dict[str, Any]:
-    """Nested dicts to one level, by the last key; the outermost wins."""
-    inner = [_flat(value, depth - 1) for value in args.values() if isinstance(value, dict) and depth]
-    return {key: value for fields in (*inner, args) for key, value in fields.items() if not isinstance(value, dict)}
+def _flat(args: dict[str, Any]) -> dict[str, Any]:
+    """Nested dicts to one level, by the last key; the outermost wins. Each dict is visited once, whatever holds it."""
+    flat: dict[str, Any] = {}
+    level, seen = [args], set()
+    while level:
+        fields = level.pop(0)
+        if id(fields) not in seen:
+            seen.add(id(fields))
+            level += [value for value in fields.values() if isinstance(value, dict)]
+            flat = {**{key: value for key, value in fields.items() if not isinstance(value, dict)}, **flat}
+    return flat
