@@ -85,7 +85,7 @@ def write(store: Any, values: np.ndarray, dtype: np.dtype, where: str) -> None:
     for start in range(0, len(values), rows):
         block = np.ascontiguousarray(finite(values[start : start + rows], dtype, where))
         with _disk_errors("the parameters cannot be written"):
-            store[start : start + rows].write(block).result()
+            store[start : start + len(block)].write(block).result()
 
 
 def open_leaves(folder: Path) -> dict[str, Leaf]:

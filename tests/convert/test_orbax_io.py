@@ -69,6 +69,19 @@ def test_files_are_cut_by_layer_and_shard(folder):
     assert orbax_io.chunk_shape((28, 128), 2, True, (1, 1)) == (1, 128)
 
 
+def test_an_array_of_many_blocks(tmp_path, monkeypatch):
+    """The last block has fewer rows than the others; so has the last shard."""
+    monkeypatch.setattr(orbax_io, "BLOCK", 64)
+    value = np.arange(23 * 5, dtype=np.float32).reshape(23, 5)
+    orbax_io.save_tree(tmp_path / "params", {"a": value.dtype})
+    chunks = orbax_io.chunk_shape(value.shape, 4, False, (1, 2))
+    assert chunks == (3, 3)
+    orbax_io.write(orbax_io.create(tmp_path / "params", "a", value.shape, value.dtype, chunks), value, value.dtype, "a")
+    (back,) = orbax_io.open_leaves(tmp_path / "params")["a"].layers(False)
+    np.testing.assert_array_equal(back, value)
+    np.testing.assert_array_equal(ocp.StandardCheckpointer().restore(tmp_path / "params")["a"], value)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

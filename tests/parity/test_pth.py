@@ -1,8 +1,11 @@
-"""Files of the real torch.save, read without torch."""
+"""Files of the real torch.save, read without torch; and the files that the parts' own classes write, converted and back."""
+
+import json
 
 import numpy as np
 import pytest
 
+from blip3o_jax.cli import main
 from blip3o_jax.config import ConfigError
 from blip3o_jax.convert.pth import open_ta_tok
 
@@ -46,3 +49,56 @@ def test_what_is_no_plain_tensor_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"since PyTorch 1\.6"):
         open_ta_tok(tmp_path / "x.pth")
     assert [file.name for file in tmp_path.iterdir()] == ["x.pth"]
+
+
+def save_upstream(folder):
+    """The authors' own classes write their own files: {flag: path} and {published name: tensor}."""
+    torch, transformers, diffusers = map(pytest.importorskip, ("torch", "transformers", "diffusers"))
+    import make_dc_ae
+    import make_qwen3
+    import make_sana
+    import make_ta_tok
+    from tokenizers import Tokenizer, models
+
+    torch.manual_seed(0)
+    words = ["<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", *map(str, range(24))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="0"))
+    tokenizer.add_special_tokens(words[:6])
+    qwen3 = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**make_qwen3.FIELDS, tie_word_embeddings=True)).bfloat16()
+    qwen3.save_pretrained(folder / "qwen3")
+    tokenizer.save(str(folder / "qwen3" / "tokenizer.json"))
+    sizes = make_sana.SIZES | {"out_channels": 4, "qk_norm": "rms_norm_across_heads"}
+    sana = diffusers.SanaTransformer2DModel(**sizes)
+    sana.save_pretrained(folder / "sana" / "transformer", max_shard_size="40KB")
+    fields = dict(make_dc_ae.VARIANTS["published"])
+    shared = {f"{half}_{key}": value for key, value in fields.pop("shared").items() for half in ("encoder", "decoder")}
+    types = {"decoder_norm_types": "rms_norm", "decoder_act_fns": "silu"}
+    dc_ae = diffusers.AutoencoderDC(latent_channels=4, attention_head_dim=8, scaling_factor=0.5, **shared, **fields, **types)
+    dc_ae.save_pretrained(folder / "sana" / "vae")
+    ta_tok = {make_ta_tok.published(name): value for name, value in make_ta_tok.TaTok().state_dict().items()}
+    args = {"input_size": make_ta_tok.ENCODER["image_size"], "teacher": "google/siglip2-so400m-patch14-384", "pool_scale": 1}
+    torch.save({"model": {"args": args, "sd": ta_tok}}, folder / "ta_tok.pth")
+    named = {name: value for name, value in qwen3.state_dict().items() if name != "lm_head.weight"}
+    for prefix, tensors in (("sana", sana.state_dict()), ("sana_vae", dc_ae.state_dict()), ("vision_tower.vision_tower", ta_tok)):
+        named |= {f"model.{prefix}.{name}": value for name, value in tensors.items()}
+    return {"--ar": folder / "qwen3", "--dit": folder / "sana", "--tokenizer": folder / "ta_tok.pth"}, named
+
+
+def test_the_authors_own_files_come_back_to_torch(tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    parts, named = save_upstream(tmp_path)
+    argv = [str(item) for pair in parts.items() for item in pair]
+    assert main(["convert", "to-jax", *argv, "--new-vocabulary", "mean", str(tmp_path / "jax")]) == 0
+    assert main(["convert", "to-torch", str(tmp_path / "jax"), str(tmp_path / "back")]) == 0
+    report = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    ours = {name for name in back if name.startswith("model.diffusion_connector.")}
+    assert set(back) - ours == set(named) - set(report["ignored_on_the_way_in"])
+    for name in set(back) - ours - {"model.embed_tokens.weight"}:
+        assert back[name].dtype == named[name].dtype, name
+        assert torch.equal(back[name], named[name]), name
+    rows = back["model.embed_tokens.weight"]
+    assert rows.shape == (35 + 64, 24)
+    assert torch.equal(rows[:32], named["model.embed_tokens.weight"][:32])
