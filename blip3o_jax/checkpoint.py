@@ -15,6 +15,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from blip3o_jax.config import ConfigError
 from blip3o_jax.sharding import join
 
+PIECE = 64 << 20  # bytes of an array that are one file's piece; whoever reads the array holds it once and a piece, not twice
+
 
 def open_manager(workdir, keep: int = 1, create: bool = True):
     """Orbax's manager of a workdir's checkpoints."""
@@ -37,10 +39,11 @@ def save(manager, config, state, frozen) -> None:
     model = {"params": state["params"], "frozen": frozen}
     if "ema" in state:
         model["ema"] = state["ema"]
+    pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=PIECE), model)
     manager.save(
         int(state["step"]),
         args=ocp.args.Composite(
-            model=ocp.args.StandardSave(model),
+            model=ocp.args.StandardSave(model, save_args=pieces),
             optimizer=ocp.args.StandardSave({"step": state["step"], "opt_state": state["opt_state"]}),
             config=ocp.args.JsonSave(dataclasses.asdict(config)),
         ),
@@ -75,7 +78,7 @@ class RunLeaf:
     dtype: np.dtype
 
     def layers(self, stacked: bool) -> Iterator[np.ndarray]:
-        """The array, or its layers along the first axis. Orbax wrote the array whole, so it is whole in memory meanwhile."""
+        """The array, or its layers along the first axis; the array is whole in memory meanwhile."""
         item, wanted = 0, self.keys
         for key in reversed(wanted):
             item = {key: item}

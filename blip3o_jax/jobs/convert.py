@@ -5,7 +5,6 @@ Both hold one tensor at a time. The result's convert.json says where it came fro
 
 import hashlib
 import json
-import logging
 import math
 import pathlib
 import resource
@@ -26,7 +25,7 @@ from blip3o_jax.convert import orbax_io, sources
 from blip3o_jax.convert.config_json import config_to_json
 from blip3o_jax.convert.converted import PARAMS, is_converted, open_converted
 from blip3o_jax.convert.published import CONFIG_LIMIT, float_dtype, published_rules
-from blip3o_jax.convert.rules import Rule, flatten, leaf_to_tensor, tensor_to_leaf
+from blip3o_jax.convert.rules import Rule, Shape, flatten, leaf_to_tensor, tensor_to_leaf
 from blip3o_jax.convert.safetensors_io import Entry, read_json, write_tensors
 from blip3o_jax.convert.sources import Source, open_source
 from blip3o_jax.jobs.output import new_folder
@@ -37,9 +36,8 @@ from blip3o_jax.sharding import spec
 
 REPORT = "convert.json"
 REPORT_LIMIT = 64 << 20  # bytes
+FILE_COST = 16 << 10  # bytes that a file takes on disk at least, and its folder
 KEEP = "keep"
-
-log = logging.getLogger(__name__)
 
 
 def run_to_jax(args) -> None:
@@ -54,7 +52,11 @@ def run_to_jax(args) -> None:
     with new_folder(args.destination, REPORT, args.overwrite) as folder:
         source = open_source(args.source, flags, args.new_vocabulary, pathlib.Path(args.destination).absolute().name)
         dtypes = _leaf_dtypes(source, dtype)
-        parts = _write_params(folder / PARAMS, source, dtypes, AbstractMesh(tuple(mesh[axis] for axis in AXES), AXES))
+        shapes = {path: tuple(leaf.shape) for path, leaf in flatten(source.match.abstract).items()}
+        size = sum(math.prod(shape) * dtypes[path].itemsize for path, shape in shapes.items())
+        # Compression takes a tenth to a quarter off; half is out of the question, so that is the time to say so.
+        _need_space(folder, size // 2 + len(shapes) * FILE_COST, args.destination)
+        parts = _write_params(folder / PARAMS, source, shapes, dtypes, AbstractMesh(tuple(mesh[axis] for axis in AXES), AXES))
         _carry(folder, source.carried, source.texts)
         report = _origin("to-jax") | {
             "source": {label: str(path) for label, path in source.folders.items()},
@@ -131,12 +133,10 @@ def _leaf_dtypes(source: Source, dtype: np.dtype | None) -> dict[str, np.dtype]:
     return found
 
 
-def _write_params(folder: pathlib.Path, source: Source, dtypes: Mapping[str, np.dtype], mesh: AbstractMesh) -> dict[str, dict]:
+def _write_params(
+    folder: pathlib.Path, source: Source, shapes: Mapping[str, Shape], dtypes: Mapping[str, np.dtype], mesh: AbstractMesh
+) -> dict[str, dict]:
     """Writes the Orbax checkpoint layer by layer; returns {part: numbers}."""
-    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(source.match.abstract).items()}
-    size = sum(math.prod(shapes[path]) * dtypes[path].itemsize for path in shapes)
-    if shutil.disk_usage(folder.parent).free < size:
-        log.warning("The parameters take up to %.1f GB, more than is free at %s; they may not fit.", size / 1e9, folder.parent.parent)
     orbax_io.save_tree(folder, dtypes)
     parts: dict[str, dict] = {part: {"tensors": 0, "parameters": 0, "bytes": 0} for part in parts_of(source.config)}
     total = sum(len(list(rule.names(shapes[rule.path]))) for rule in source.match.rules)
@@ -207,7 +207,7 @@ def _apart(destination: str, folders: list) -> None:
 def _need_space(folder: pathlib.Path, size: int, destination: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise ConfigError(f"{destination} needs {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free.")
+        raise ConfigError(f"{destination} needs at least {size / 1e9:.3g} GB, and its disk has {free / 1e9:.3g} GB free.")
 
 
 def _carry(folder: pathlib.Path, carried: Mapping[str, pathlib.Path], texts: Mapping[str, str]) -> None:

@@ -6,12 +6,14 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from blip3o_jax import checkpoint as checkpoints
 from blip3o_jax.cli import main
 from blip3o_jax.convert import orbax_io, safetensors_io
 from blip3o_jax.convert.converted import load_converted
@@ -19,7 +21,9 @@ from blip3o_jax.convert.published import load_published
 from blip3o_jax.convert.rules import flatten
 from blip3o_jax.jobs.train import load_part
 from blip3o_jax.mesh import make_mesh
-from blip3o_jax.sharding import shardings
+from blip3o_jax.sharding import shardings, split
+from blip3o_jax.shipped import ASSETS
+from blip3o_jax.train.config import TrainConfig
 
 TA_TOK = "model.vision_tower.vision_tower."
 IGNORED = {
@@ -159,6 +163,22 @@ def test_an_editing_checkpoint_keeps_its_connector(published, tmp_path, capsys):
     assert "is not part of the model" in refused(capsys, "to-jax", published, tmp_path / "again")
 
 
+def test_a_training_run_comes_out(tmp_path, capsys):
+    """Every weight of the embedded model, saved as a joint run does, against the embedded file itself."""
+    run, workdir = TrainConfig(stage="joint"), tmp_path / "run"
+    trained, frozen = split(load_published(ASSETS / "emoji_64")[1], run.trainable)
+    manager = checkpoints.open_manager(workdir)
+    checkpoints.save(manager, run, {"step": jnp.int32(3), "params": trained, "opt_state": {"count": jnp.int32(3)}}, frozen)
+    manager.wait_until_finished()
+    (workdir / "config.json").write_text(json.dumps({"stage": "joint"}))  # the run's own, not a model's
+    report = convert(capsys, "to-torch", workdir, tmp_path / "back", "--dtype", "float16")
+    assert report["preset"] == "emoji_64"
+    assert json.loads((tmp_path / "back" / "convert.json").read_text())["origin"] == {"step": 3}
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (ASSETS / "emoji_64" / name).read_bytes()
+    assert main(["convert", "to-jax", str(workdir), str(tmp_path / "jax")]) == 2
+
+
 def set_tensors(**changes):
     def damage(folder):
         tensors = load_file(folder / "model.safetensors") | changes
@@ -238,7 +258,8 @@ def test_a_full_disk_leaves_nothing(published, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(safetensors_io, "_write", full)
     assert "other cannot be written: No space left on device" in refused(capsys, "to-torch", tmp_path / "jax", tmp_path / "other")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 10))
-    assert "its disk has 0.0 GB free" in refused(capsys, "to-torch", tmp_path / "jax", tmp_path / "other")
+    for source in (("to-torch", tmp_path / "jax"), ("to-jax", published)):
+        assert "its disk has 1e-08 GB free" in refused(capsys, *source, tmp_path / "other")
     assert sorted(tmp_path.iterdir()) == before
 
 
