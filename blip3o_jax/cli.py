@@ -62,7 +62,12 @@ def _model_options(parser) -> None:
 def _convert_options(directions) -> None:
     dtypes = ["keep", "float32", "bfloat16", "float16"]
     job = directions.add_parser("to-jax", help="a published checkpoint, or the parts of one, for JAX on any mesh")
-    job.add_argument("source", metavar="SRC", nargs="?", help="folder in the published layout; left out when the four parts are named")
+    job.add_argument(
+        "source",
+        metavar="SRC",
+        nargs="?",
+        help="folder in the published layout, or an embedded name; left out when the four parts are named",
+    )
     job.add_argument("destination", metavar="DST")
     job.add_argument("--ar", metavar="DIR", help="Qwen3 of transformers")
     job.add_argument("--dit", metavar="DIR", help="SANA of diffusers: the repository, or its transformer/")

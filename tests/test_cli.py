@@ -42,10 +42,11 @@ def test_help_answers_without_importing_jax():
         (["convert", "to-torch", "nowhere", "x"], "No checkpoint"),
         (["convert", "to-torch", "emoji_64", "x"], "emoji_64 is in the published layout already"),
         (["convert", "to-torch", "emoji_64", "x", "--max-shard-bytes", "0"], "at least 1"),
-        (["convert", "to-jax", "nowhere", "x"], "nowhere is not a directory"),
+        (["convert", "to-jax", "nowhere", "x"], "No checkpoint 'nowhere'"),
         (["convert", "to-jax", "x"], "--ar is missing"),
         (["convert", "to-jax", "nowhere", "x", "--mesh", "fsdp=-1"], "sizes are positive"),
-        (["convert", "to-jax", "nowhere", "nowhere/x"], "lie in each other"),
+        (["convert", "to-jax", "emoji_64", "x", "--mesh", "fsdp=7"], "does not divide by the mesh's fsdp=7"),
+        (["convert", "to-jax", "emoji_64", "x", "--dit", "y"], "y holds no config.json"),
     ],
 )
 def test_bad_input_is_one_sentence_exit_2_and_nothing_left(argv, sentence, capsys, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ and wants a whole shard in memory to write it.
 
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -117,7 +118,7 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
     """The JSON object in a file of at most `limit` bytes; ConfigError otherwise, and when a key is there twice."""
     try:
         with path.open("rb") as stream:
-            text = stream.read(limit + 1)
+            text = stream.read(min(os.fstat(stream.fileno()).st_size, limit) + 1)  # Python allocates what it may read
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
     if len(text) > limit:

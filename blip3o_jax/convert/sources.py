@@ -78,7 +78,7 @@ class Source:
     files: set[Path] = field(default_factory=set)
 
 
-def open_source(directory: str | None, flags: dict[str, str | None], new_vocabulary: str | None, name: str) -> Source:
+def open_source(directory: Path | None, flags: dict[str, str | None], new_vocabulary: str | None, name: str) -> Source:
     """Opens a checkpoint, or the upstream parts that `flags` (ar, dit, vae, tokenizer) name; `name` is for a model that has none.
 
     Nothing is read yet but headers and small files. ConfigError for everything that is missing, superfluous or contradictory.
@@ -89,7 +89,7 @@ def open_source(directory: str | None, flags: dict[str, str | None], new_vocabul
         return _from_parts(flags, new_vocabulary, name)
     if new_vocabulary:
         raise ConfigError("--new-vocabulary belongs to a plain Qwen3 given by --ar; a BLIP3o checkpoint has its vocabulary.")
-    return _from_checkpoint(Path(directory), flags)
+    return _from_checkpoint(directory, flags)
 
 
 def _open_parts(flags: dict[str, str | None]) -> dict[str, upstream.Upstream]:
@@ -98,8 +98,6 @@ def _open_parts(flags: dict[str, str | None]) -> dict[str, upstream.Upstream]:
 
 def _from_checkpoint(directory: Path, flags: dict[str, str | None]) -> Source:
     """A checkpoint in the published layout. A flag fills a group that it lacks, and overrides nothing."""
-    if not directory.is_dir():
-        raise ConfigError(f"{directory} is not a directory.")
     file = directory / "config.json"
     fields = read_json(file, CONFIG_LIMIT)
     with about(file):

@@ -48,9 +48,12 @@ def run_to_jax(args) -> None:
     if min(mesh.values()) < 1:
         raise ConfigError(f"--mesh {args.mesh!r}: sizes are positive here, where no devices say what is left.")
     flags = {flag: getattr(args, flag) for flag, _ in sources.GROUPS.values()}
-    _apart(args.destination, [path for path in (args.source, *flags.values()) if path])
+    directory = args.source and find_checkpoint(args.source)
+    if directory and (checkpoint.is_workdir(directory) or is_converted(directory)):
+        raise ConfigError(f"{args.source} is for JAX already; `convert to-torch` takes it.")
+    _apart(args.destination, [path for path in (directory, *flags.values()) if path])
     with new_folder(args.destination, REPORT, args.overwrite) as folder:
-        source = open_source(args.source, flags, args.new_vocabulary, pathlib.Path(args.destination).absolute().name)
+        source = open_source(directory, flags, args.new_vocabulary, pathlib.Path(args.destination).absolute().name)
         dtypes = _leaf_dtypes(source, dtype)
         shapes = {path: tuple(leaf.shape) for path, leaf in flatten(source.match.abstract).items()}
         size = sum(math.prod(shape) * dtypes[path].itemsize for path, shape in shapes.items())

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import shutil
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,15 @@ from safetensors.numpy import load_file, save_file
 
 from blip3o_jax import checkpoint as checkpoints
 from blip3o_jax.cli import main
+from blip3o_jax.config import replace
 from blip3o_jax.convert import orbax_io, safetensors_io
+from blip3o_jax.convert.config_json import config_to_json
 from blip3o_jax.convert.converted import load_converted
-from blip3o_jax.convert.published import load_published
-from blip3o_jax.convert.rules import flatten
+from blip3o_jax.convert.published import load_published, published_rules
+from blip3o_jax.convert.rules import flatten, torch_shapes
 from blip3o_jax.jobs.train import load_part
 from blip3o_jax.mesh import make_mesh
+from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.sharding import shardings, split
 from blip3o_jax.shipped import ASSETS
 from blip3o_jax.train.config import TrainConfig
@@ -176,7 +180,28 @@ def test_a_training_run_comes_out(tmp_path, capsys):
     assert json.loads((tmp_path / "back" / "convert.json").read_text())["origin"] == {"step": 3}
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "back" / name).read_bytes() == (ASSETS / "emoji_64" / name).read_bytes()
-    assert main(["convert", "to-jax", str(workdir), str(tmp_path / "jax")]) == 2
+    assert "is for JAX already" in refused(capsys, "to-jax", workdir, tmp_path / "jax")
+
+
+def test_one_layer_is_held_at_a_time(tmp_path, capsys, cfg):
+    """16 layers with matrices of a megabyte, so that a parameter has 16: numpy's memory at its peak, Python's own included."""
+    qwen3 = {"num_hidden_layers": 16, "hidden_size": 128, "intermediate_size": 2048}
+    cfg = replace(cfg, **{f"qwen3.{key}": value for key, value in qwen3.items()})
+    shapes, rng = torch_shapes(published_rules(cfg), Blip3o(cfg).abstract()), np.random.default_rng(0)
+    tensors = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    (tmp_path / "wide").mkdir()
+    save_file(tensors, tmp_path / "wide" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "wide" / "config.json").write_text(json.dumps(config_to_json(cfg)))
+    del tensors
+    peaks = []
+    for argv in (("to-jax", "wide", "jax"), ("to-torch", "jax", "back")):
+        for overwrite in ((), ("--overwrite",)):  # the first time Python imports and traces
+            tracemalloc.start()
+            convert(capsys, argv[0], tmp_path / argv[1], tmp_path / argv[2], *overwrite)
+            peaks.append(tracemalloc.get_traced_memory()[1] / 1e6)
+            tracemalloc.stop()
+    assert max(peaks[1], peaks[3]) < 8
+    same(tmp_path / "wide", tmp_path / "back")
 
 
 def set_tensors(**changes):
@@ -199,6 +224,11 @@ def cut(folder):
     (folder / "model.safetensors").write_bytes(data[:-100])
 
 
+def no_shard(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": "model-1.safetensors"}}))
+
+
 def twice(folder):
     text = (folder / "config.json").read_text().rstrip()
     (folder / "config.json").write_text(text[:-1] + ', "hidden_size": 24}')
@@ -211,6 +241,8 @@ NORM = "model.layers.1.self_attn.k_norm.weight"
     ("damage", "message"),
     [
         (cut, "model.safetensors is damaged or cut short"),
+        (no_shard, "model.safetensors.index.json places 'model.norm.weight' in model-1.safetensors, which is missing"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "needs either model.safetensors or model.safetensors.index.json"),
         (twice, "the key 'hidden_size' is there twice"),
         (set_tensors(**{NORM: None}), f"tensor '{NORM}' is missing"),
         (set_tensors(**{NORM: np.ones(9, np.float32)}), f"tensor '{NORM}' has shape (9,), and config.json implies (8,)"),
@@ -242,6 +274,8 @@ def test_a_result_is_replaced_only_when_known(published, tmp_path, capsys):
     (target / "mine").unlink()
     convert(capsys, "to-jax", published, target)
     convert(capsys, "to-jax", published, target, "--overwrite")
+    assert "is for JAX already" in refused(capsys, "to-jax", target, tmp_path / "other")
+    assert "lie in each other" in refused(capsys, "to-jax", published, published / "inside")
     assert "lie in each other" in refused(capsys, "to-torch", target, target, "--overwrite")
     assert "lie in each other" in refused(capsys, "to-torch", target, tmp_path, "--overwrite")
 

@@ -104,6 +104,15 @@ def test_damaged_files_are_refused(tmp_path, values, damage):
         open_tensors(tmp_path)
 
 
+def test_a_name_in_a_header_twice_is_refused(tmp_path):
+    """The library takes the last of the two."""
+    entry = '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+    header = f"{{{entry},{entry}}}".encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
+    with pytest.raises(ConfigError, match=r"model\.safetensors is damaged or cut short: .*'a'.* twice"):
+        open_tensors(tmp_path)
+
+
 def _edit_index(folder, **changes):
     index = folder / "model.safetensors.index.json"
     places = json.loads(index.read_text())["weight_map"]
