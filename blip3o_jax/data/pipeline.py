@@ -7,8 +7,10 @@ import jax
 import numpy as np
 
 from blip3o_jax import text as texts
+from blip3o_jax.config import ConfigError
 from blip3o_jax.scenes import builder
 from blip3o_jax.scenes.prompts import WEIGHTS
+from blip3o_jax.scenes.scene import SKETCH_WORDS
 from blip3o_jax.train.config import TrainConfig
 
 
@@ -16,11 +18,20 @@ def _image_record(record) -> dict[str, np.ndarray]:
     return {"images": record["image"], "patches": record["patches"].astype(np.int32)}
 
 
-def _text_record(tokenizer: texts.Text, num_tokens: int, length: int, record) -> dict[str, np.ndarray]:
+def _text_record(tokenizer: texts.Text, num_tokens: int, length: int, sketch_length: int, record) -> dict[str, np.ndarray]:
     """The image and its token row; the image's codes are made on the device and written there."""
     prompt = tokenizer.encode_prompt(record["prompt"].decode())
     tokens, start = tokenizer.training_rows([prompt], np.zeros((1, num_tokens), np.int32), length)
-    return {"images": record["image"], "tokens": tokens[0], "start": start[0]}
+    made = {"images": record["image"], "tokens": tokens[0], "start": start[0]}
+    if sketch_length:
+        kept = np.arange(length) <= start[0]
+        kept[start[0] + 1 : start[0] + 1 + num_tokens] = SKETCH_WORDS[record["patches"].ravel()]
+        if kept.sum() > sketch_length:
+            raise ConfigError(f"A sketch of {kept.sum()} tokens does not fit data.sketch_length {sketch_length}.")
+        # Columns to keep, in order, then some other one, which is marked by its sign.
+        columns = np.argsort(~kept, kind="stable")[:sketch_length]
+        made["columns"] = np.where(kept[columns], columns, -1).astype(np.int32)
+    return made
 
 
 def dataset(cfg: TrainConfig, data_dir: str, split: str, tokenizer: texts.Text | None) -> grain.MapDataset:
@@ -39,7 +50,7 @@ def dataset(cfg: TrainConfig, data_dir: str, split: str, tokenizer: texts.Text |
         return grain.MapDataset.source(source).map(_image_record)
     num_tokens = cfg.blip3o().ta_tok.num_tokens
     length = cfg.data.row_length or tokenizer.max_prompt_tokens + num_tokens + 3
-    return grain.MapDataset.source(source).map(functools.partial(_text_record, tokenizer, num_tokens, length))
+    return grain.MapDataset.source(source).map(functools.partial(_text_record, tokenizer, num_tokens, length, data.sketch_length))
 
 
 def train_batches(cfg: TrainConfig, data_dir: str, tokenizer: texts.Text | None, start: int = 0):

@@ -27,6 +27,9 @@ _FIRST_LOOK = 5 * len(OBJECTS)
 _FIRST_GROUND = _FIRST_LOOK + 4 * len(LOOKS)
 _FIRST_LETTER = _FIRST_GROUND + len(GROUNDS)
 
+# Words of a sprite's first row: what it is, its colour, and again what it is.
+SKETCH_WORDS = np.array([word.split()[-1] in ("0", "1", "2") for word in PATCH_WORDS])
+
 
 @dataclass(frozen=True)
 class Thing:

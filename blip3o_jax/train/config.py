@@ -22,6 +22,7 @@ class DataConfig:
     extra: float = 0.15  # share of the training prompts of kinds that GenEval does not know: scenes.prompts.EXTRA
     named_ground: float = 0.5  # share of the training prompts that name the ground
     row_length: int = 0  # tokens of a training row; 0: the longest prompt that the model allows, and its image
+    sketch_length: int = 0  # not 0: rows are cut to this length; of the image they keep each sprite's first three patches, in their places
     reader_threads: int = 1
 
 
@@ -99,6 +100,10 @@ class TrainConfig:
             (self.remat in ("none", "full", "dots"), f"remat is none, full or dots, not {self.remat!r}."),
             (0 <= self.loss.flow_fraction <= 1, f"loss.flow_fraction is in [0, 1], not {self.loss.flow_fraction}."),
             (self.loss.text_weight >= 0, f"loss.text_weight is at least 0, not {self.loss.text_weight}."),
+            (
+                not self.data.sketch_length or self.loss.flow_fraction == 0,
+                "data.sketch_length cuts the image tokens short, so loss.flow_fraction must be 0.",
+            ),
             (0 <= self.data.extra <= 1, f"data.extra is in [0, 1], not {self.data.extra}."),
             (0 <= self.data.named_ground <= 1, f"data.named_ground is in [0, 1], not {self.data.named_ground}."),
             (

@@ -84,6 +84,12 @@ def cross_entropy(model: Blip3o, params, hidden, labels, weights, chunk: int):
     return jnp.sum(losses), jnp.sum(hits)
 
 
+def keep_columns(tokens, columns, pad_token_id: int):
+    """tokens [B,T] -> (tokens [B,t], positions [B,t]): those at `columns` [B,t], which keep their places; -1 becomes padding."""
+    positions = jnp.maximum(columns, 0)
+    return jnp.where(columns < 0, pad_token_id, jnp.take_along_axis(tokens, positions, axis=1)), positions
+
+
 def joint_loss(model: Blip3o, cfg: TrainConfig, params, batch, key):
     """Cross-entropy over all text and image tokens + velocity error of the diffusion part, 1:1 (S1.3, S5, S6)."""
     config, vocab = model.config, model.config.vocab
@@ -94,10 +100,12 @@ def joint_loss(model: Blip3o, cfg: TrainConfig, params, batch, key):
     codes = model.ta_tok.apply({"params": frozen["ta_tok"]}, view, key=code_key if cfg.loss.stochastic_codes else None, method="encode")
 
     tokens = write_codes(batch["tokens"], batch["start"], codes, vocab.image_start_token_id)
-    valid = targets(tokens, batch["start"], vocab)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    if "columns" in batch:
+        tokens, positions = keep_columns(tokens, batch["columns"], vocab.pad_token_id)
+    valid = targets(tokens, batch["start"], vocab)
     hidden, _ = model.qwen3.apply({"params": params["qwen3"]}, tokens, positions, tokens != vocab.pad_token_id)
-    written = jnp.arange(tokens.shape[1]) > batch["start"][:, None]  # the image and what closes it
+    written = positions > batch["start"][:, None]  # the image and what closes it
     weights = (valid * jnp.where(written, 1.0, cfg.loss.text_weight))[:, 1:]
     ce_sum, hits = cross_entropy(model, params, hidden[:, :-1], tokens[:, 1:], weights, cfg.loss.ce_chunk)
     ce, accuracy = ce_sum / jnp.sum(weights), hits / jnp.sum(weights)

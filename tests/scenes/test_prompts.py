@@ -8,7 +8,7 @@ import pytest
 
 from blip3o_jax.config import ConfigError
 from blip3o_jax.scenes.heldout import held_out
-from blip3o_jax.scenes.prompts import TAGS, sample
+from blip3o_jax.scenes.prompts import EXTRA, TAGS, sample
 from blip3o_jax.scenes.scene import PATCH_WORDS, Scene, Thing, compose, patch_words
 from blip3o_jax.scenes.sprites import GROUNDS, OBJECTS, PLURALS
 
@@ -52,7 +52,7 @@ def test_training_never_composes_held_out():
     samples = [sample(0, i, text=0.1) for i in range(5000)]
     assert [held_out().found(scene) for _, scene in samples] == [[]] * 5000
     kinds = Counter((m["tag"], m.get("extra", False)) for m, _ in samples)
-    assert set(kinds) == {(tag, False) for tag in (*TAGS, "text")} | {(tag, True) for tag in ("counting", "position", "two_object")}
+    assert set(kinds) == {(tag, False) for tag in (*TAGS, "text")} | {(tag, True) for tag in EXTRA}
     assert kinds["color_attr", False] > kinds["single_object", False]
     assert any(m["prompt"].startswith("a photo of") for m, _ in samples)
 

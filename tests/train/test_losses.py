@@ -60,6 +60,20 @@ def test_codes_are_written_behind_s0():
     np.testing.assert_array_equal(written[1], [10, 11, 12, 13, 14, 15, 104, 105, 106, 19])
 
 
+def test_kept_columns_keep_their_places():
+    tokens, positions = losses.keep_columns(np.arange(20, 30)[None], np.array([[0, 1, 4, 8, -1]]), pad_token_id=3)
+    np.testing.assert_array_equal(tokens, [[20, 21, 24, 28, 3]])
+    np.testing.assert_array_equal(positions[0, :4], [0, 1, 4, 8])
+
+
+def test_a_row_of_which_all_is_kept_has_the_same_loss(joint):
+    _, params, batch = joint
+    columns = np.broadcast_to(np.arange(batch["tokens"].shape[1], dtype=np.int32), batch["tokens"].shape)
+    loss = compiled(joint, flow_fraction=0.0)
+    whole, kept = (loss(params, b)[1]["ce"] for b in (batch, {**batch, "columns": columns}))
+    np.testing.assert_allclose(whole, kept, rtol=1e-6)
+
+
 def test_cross_entropy_is_the_weighted_mean_over_all_targets_and_chunks_do_not_change_it(joint):
     model, params, batch = joint
     _, whole = run(joint)
