@@ -1,4 +1,4 @@
-"""Stage 7 of the embedded model: GRPO. The transformer is rewarded for what the judge sees in the pictures; all else is frozen.
+"""Stage 8 of the embedded model: GRPO. The transformer is rewarded for what the judge sees in the pictures; all else is frozen.
 
 blip3o-jax grpo --config emoji_grpo --workdir runs/grpo
 """
@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
             "stage": "grpo",
             "preset": "emoji_64",
             "batch_size": 64,
-            "num_steps": 250,
+            "num_steps": 160,
             "init": dict.fromkeys(("qwen3", "diffusion_connector", "sana", "ta_tok", "dc_ae"), "runs/joint_2"),
             "data": {
                 "seed": 5,
