@@ -201,7 +201,8 @@ def test_every_published_tensor_is_used_or_ignored_with_a_reason(reference, tens
     assert len(weights) == 127
     assert weights - set(tensors) == {name for name in weights if is_ignored(name, TINY)}
     assert len(weights - set(tensors)) == 16 + 2 + 11 + 11 + 2  # last layer, post_layernorm, two heads, scale_layer
-    assert all(any(fnmatchcase(name, pattern) for name in weights) for pattern in ignored(TINY))
+    unseen = {pattern for pattern in ignored(TINY) if not any(fnmatchcase(name, pattern) for name in weights)}
+    assert unseen == {"teacher.*"}  # a copy of the features' teacher, which the module of the fixture does not keep
     assert all(len(reason) > 10 for reason in ignored(TINY).values())
 
 
