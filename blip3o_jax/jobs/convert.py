@@ -169,8 +169,8 @@ def _open_run(workdir: pathlib.Path) -> tuple[Blip3oConfig, dict[str, Any], int]
 
     saved, leaves, step = checkpoint.open_run(workdir)
     run = from_dict(TrainConfig, saved)
-    if run.stage != "joint":
-        raise ConfigError(f"{workdir} is a run of stage {run.stage!r}; only a 'joint' run holds the whole model.")
+    if not run.whole_model:
+        raise ConfigError(f"{workdir} is a run of stage {run.stage!r}; only a 'joint' or 'grpo' run holds the whole model.")
     cfg = run.blip3o()
     needed = {path: tuple(leaf.shape) for path, leaf in flatten(Blip3o(cfg).abstract(parts_of(cfg))).items()}
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
