@@ -1,0 +1,138 @@
+"""A published checkpoint as PyTorch modules: Qwen3ForCausalLM, SanaTransformer2DModel, AutoencoderDC, TA-Tok and the connector."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderDC, SanaTransformer2DModel
+from diffusers.models.normalization import RMSNorm
+from torch import nn
+from transformers import Qwen3Config, Qwen3ForCausalLM, Siglip2VisionConfig, Siglip2VisionModel, SiglipVisionConfig, SiglipVisionModel
+
+from blip3o_jax.config import Blip3oConfig, ConfigError, TaTokConfig, replace
+from blip3o_jax.convert.config_json import dc_ae_json, sana_json
+from blip3o_jax.convert.published import TA_TOK, open_published, published_name, resolve_lm_head
+from blip3o_jax.models.sana import grid_positions
+
+
+class TaTok(nn.Module):
+    """TA-Tok from its description (spec S2.3), around transformers' SigLIP; pixels [B,3,H,W] in [-1,1]."""
+
+    def __init__(self, cfg: TaTokConfig):
+        super().__init__()
+        self.cfg, enc = cfg, cfg.encoder
+        width, dim = enc.hidden_size, cfg.bottleneck_dim
+        act = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": enc.layer_norm_eps}
+        fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+        self.encoder = SiglipVisionModel(SiglipVisionConfig(**{name: getattr(enc, name) for name in fields}, **act))
+        self.decoder = Siglip2VisionModel(
+            Siglip2VisionConfig(
+                hidden_size=width,
+                intermediate_size=cfg.decoder_intermediate_size,
+                num_hidden_layers=cfg.decoder_depth,
+                num_attention_heads=cfg.decoder_num_attention_heads,
+                num_patches=cfg.decoder_num_patches,
+                num_channels=dim,
+                patch_size=1,
+                **act,
+            )
+        )
+        self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh())
+        self.decode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+        self.bottleneck = nn.Module()
+        self.bottleneck.in_linear = nn.Linear(width, dim)
+        self.bottleneck.out_linear = nn.Linear(dim, dim)
+        self.bottleneck.regularizer = nn.Module()
+        self.bottleneck.regularizer.embedding = nn.Embedding(cfg.codebook_size, dim)
+        self.bottleneck.regularizer.embedding_proj = nn.Linear(dim, dim)
+
+    def codebook(self) -> torch.Tensor:
+        """The codes [V,E], unit length."""
+        regularizer = self.bottleneck.regularizer
+        return F.normalize(regularizer.embedding_proj(regularizer.embedding.weight), dim=-1)
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Nearest codes [B,n]."""
+        cfg = self.cfg
+        x = self.encoder(pixels, output_hidden_states=True).hidden_states[cfg.num_encoder_layers]
+        if cfg.pool_scale > 1:
+            square = x.transpose(1, 2).reshape(len(x), -1, cfg.encoder.grid, cfg.encoder.grid)
+            x = F.avg_pool2d(square, cfg.pool_scale, cfg.pool_scale).flatten(2).transpose(1, 2)
+        z = F.normalize(self.bottleneck.in_linear(self.encode_task_layer(x)), dim=-1)
+        return (z @ self.codebook().T).argmax(dim=-1)
+
+
+@dataclass
+class Reference:
+    """The modules of one checkpoint, in evaluation mode."""
+
+    config: Blip3oConfig
+    ar: Qwen3ForCausalLM
+    connector: nn.Sequential
+    sana: SanaTransformer2DModel
+    vae: AutoencoderDC
+    ta_tok: TaTok
+
+
+def build(cfg: Blip3oConfig) -> Reference:
+    """The modules of a configuration, with PyTorch's own initial weights."""
+    q, width = cfg.qwen3, cfg.sana.caption_channels
+    fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    ar = Qwen3Config(
+        **{name: getattr(q, name) for name in (*fields, "head_dim", "rms_norm_eps", "tie_word_embeddings")},
+        hidden_act="silu",
+        rope_parameters={"rope_type": "default", "rope_theta": q.rope_theta},
+        max_position_embeddings=40960,
+        attention_bias=False,
+        use_sliding_window=False,
+        max_window_layers=q.num_hidden_layers,
+        pad_token_id=cfg.vocab.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    known = {name: value for name, value in sana_json(cfg.sana).items() if name != "condition_positions"}
+    sana = SanaTransformer2DModel.from_config(known)
+    if cfg.sana.condition_positions:
+        sana.caption_norm.register_forward_hook(_add_positions(cfg))
+    layers = nn.Linear(q.hidden_size, width), nn.GELU(approximate="tanh"), nn.Linear(width, width), RMSNorm(width, eps=cfg.connector_eps)
+    modules = Qwen3ForCausalLM(ar), nn.Sequential(*layers), sana, AutoencoderDC.from_config(dc_ae_json(cfg.dc_ae)), TaTok(cfg.ta_tok)
+    return Reference(cfg, *(module.eval() for module in modules))
+
+
+def _add_positions(cfg: Blip3oConfig):
+    """Our one addition to SANA: the encoded condition's tokens after the first lie on a grid."""
+
+    def hook(module, inputs, encoded):
+        grid = math.isqrt(encoded.shape[1] - 1)
+        places = np.pad(grid_positions(cfg.sana, grid, grid).reshape(grid * grid, -1), ((1, 0), (0, 0)))
+        return encoded + torch.from_numpy(np.asarray(places, np.float32)).to(encoded.dtype)
+
+    return hook
+
+
+def load(directory: str | Path, dtype: torch.dtype = torch.float32) -> Reference:
+    """The modules with the weights of a folder in the published layout; ConfigError when one of a module's weights is not there."""
+    cfg, stored = open_published(Path(directory))
+    cfg = replace(cfg, **{"qwen3.tie_word_embeddings": resolve_lm_head(cfg.qwen3.tie_word_embeddings, stored)[0]})
+    reference = build(cfg)
+    parts = {
+        "": reference.ar,
+        "model.diffusion_connector.": reference.connector,
+        "model.sana.": reference.sana,
+        "model.sana_vae.": reference.vae,
+        TA_TOK: reference.ta_tok,
+    }
+    for prefix, module in parts.items():
+        for name, target in module.state_dict().items():
+            known = published_name(prefix + name.replace("encoder.vision_model.", "encoder.", 1))
+            if known == "lm_head.weight" and cfg.qwen3.tie_word_embeddings:
+                continue
+            if known in stored:
+                target.copy_(torch.from_numpy(stored[known].read(np.float32)))
+            elif prefix != TA_TOK and name not in ("pos_embed", "patch_embed.pos_embed"):
+                raise ConfigError(f"{directory}: PyTorch's module needs {known!r}, which is not there.")
+        module.to(dtype)
+    return reference
