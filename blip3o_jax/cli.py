@@ -44,6 +44,12 @@ def _to_torch(args) -> None:
     convert.run_to_torch(args)
 
 
+def _verify(args) -> int:
+    from blip3o_jax.jobs import verify
+
+    return verify.run(args)
+
+
 def _model_options(parser) -> None:
     parser.add_argument("--checkpoint", default="emoji_64", help="embedded name, published PyTorch folder, or training workdir")
     parser.add_argument("--out", default="out", help="folder for the results, or NAME.png for one image (default: %(default)s)")
@@ -86,6 +92,15 @@ def _convert_options(directions) -> None:
     job.add_argument("--max-shard-bytes", type=float, default=5e9, help="size of a file (default: %(default).0f)")
     job.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
     job.set_defaults(run=_to_torch)
+
+    job = directions.add_parser("verify", help="whether two copies of a model agree, tensor by tensor and stage by stage; exit 1 if not")
+    job.add_argument("a", metavar="A", help="a checkpoint of any kind: embedded name, published or converted folder, training workdir")
+    job.add_argument("b", metavar="B", help="another")
+    job.add_argument("--torch", action="store_true", help="run A in PyTorch (extra [parity])")
+    job.add_argument("--tolerance", type=float, default=1e-4, help="of a stage, relative to its largest value (default: %(default)s)")
+    job.add_argument("--stages", action="store_true", help="run the stages of a model of more than a billion parameters too")
+    job.add_argument("--report", metavar="FILE", help="write the report with every tensor to a file")
+    job.set_defaults(run=_verify)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -130,13 +145,13 @@ def main(argv: list[str] | None = None) -> int:
     handler.addFilter(lambda record: record.name.startswith("blip3o_jax") or record.levelno >= logging.ERROR)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[handler])
     try:
-        args.run(args)
+        code = args.run(args)
     except ConfigError as error:
         print(f"blip3o-jax: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
+    return code or 0
 
 
 if __name__ == "__main__":

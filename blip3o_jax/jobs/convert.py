@@ -87,7 +87,7 @@ def run_to_torch(args) -> None:
     with new_folder(args.destination, REPORT, args.overwrite) as target:
         origin: dict[str, Any] = {}
         if checkpoint.is_workdir(folder):
-            cfg, leaves, origin["step"] = _open_run(folder)
+            cfg, leaves, origin["step"] = open_run(folder)
             carried, texts = {"tokenizer.json": tokenizer_of(cfg.name)}, {}
         elif is_converted(folder):
             cfg, leaves = open_converted(folder)
@@ -163,7 +163,7 @@ def _write_params(
     return parts
 
 
-def _open_run(workdir: pathlib.Path) -> tuple[Blip3oConfig, dict[str, Any], int]:
+def open_run(workdir: pathlib.Path) -> tuple[Blip3oConfig, dict[str, Any], int]:
     """(configuration, arrays by path, step) of a joint training run."""
     from blip3o_jax.train.config import TrainConfig, from_dict
 
