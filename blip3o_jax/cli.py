@@ -17,7 +17,8 @@ def _generate(args) -> None:
 def _train(args) -> None:
     from blip3o_jax.jobs import train
 
-    train.run(args.config, args.workdir, args.overrides)
+    quirks = train.REFERENCE_QUIRKS if args.reference_quirks else []
+    train.run(args.config, args.workdir, [*args.overrides, *quirks])
 
 
 def _grpo(args) -> None:
@@ -120,7 +121,11 @@ def build_parser() -> argparse.ArgumentParser:
         job = jobs.add_parser(name, help=f"{what}; resumes if the workdir holds a checkpoint")
         job.add_argument("--config", required=True, help="a config file or the name of a shipped one")
         job.add_argument("--workdir", required=True)
-        job.set_defaults(run=run)
+        job.set_defaults(run=run, reference_quirks=False)
+        if name == "train":
+            job.add_argument(
+                "--reference-quirks", action="store_true", help="train as the PyTorch code does: last positions, sampled codes"
+            )
 
     job = jobs.add_parser("evaluate", help="score a checkpoint; prints one JSON line last")
     job.add_argument("benchmark", choices=["scenes"])

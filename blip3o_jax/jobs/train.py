@@ -9,6 +9,9 @@ from blip3o_jax import shipped
 from blip3o_jax.config import ConfigError
 from blip3o_jax.train.config import TrainConfig, from_dict
 
+# What a run must do to follow the original's curves (spec S6.6 no. 1 and 2).
+REFERENCE_QUIRKS = ["--config.loss.last_slice=true", "--config.loss.stochastic_codes=true"]
+
 
 def read_config(name: str, overrides: list[str]) -> TrainConfig:
     """Runs `get_config()` of a config file, applies `--config.a.b=value` overrides and checks the result.

@@ -1,7 +1,7 @@
 import pytest
 
 from blip3o_jax.config import ConfigError
-from blip3o_jax.jobs.train import open_workdir, read_config
+from blip3o_jax.jobs.train import REFERENCE_QUIRKS, open_workdir, read_config
 from blip3o_jax.shipped import CONFIGS
 from blip3o_jax.train.config import TrainConfig, from_dict
 
@@ -64,6 +64,13 @@ def test_missing_key_and_integer_for_float():
 )
 def test_what_each_stage_trains(stage, sana, path, trained):
     assert TrainConfig(stage=stage, trainable_sana=sana).trainable(path) is trained
+
+
+def test_reference_quirks_are_those_of_the_specification():
+    loss = read_config("emoji_joint", REFERENCE_QUIRKS).loss
+    assert (loss.last_slice, loss.stochastic_codes) == (True, True)
+    plain = read_config("emoji_joint", []).loss
+    assert (plain.last_slice, plain.stochastic_codes) == (False, False)
 
 
 def test_a_workdir_of_another_config_is_refused(tmp_path):
