@@ -40,13 +40,20 @@ class Qwen3Config:
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
+    vocab_padding: int = 0  # rows behind the vocabulary, so that a mesh divides it: in memory, never in a published file
 
     def __post_init__(self):
         _need(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"Qwen3: {self.num_attention_heads} query heads do not divide by {self.num_key_value_heads} key-value heads.",
         )
+        _need(self.vocab_padding >= 0, f"Qwen3: vocab_padding is at least 0, not {self.vocab_padding}.")
         _need(self.head_dim % 2 == 0, f"Qwen3: head_dim {self.head_dim} must be even for rotary embedding.")
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding in memory."""
+        return self.vocab_size + self.vocab_padding
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def load(
     dtype = ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype
     if not checkpoint.is_workdir(folder):  # whose config.json is the run's
         load_folder = converted.load_converted if converted.is_converted(folder) else published.load_published
-        config, params = load_folder(folder, dtype=dtype, shardings=lambda tree: shardings(tree, mesh))
+        config, params = load_folder(folder, dtype, lambda tree: shardings(tree, mesh), vocab_multiple=mesh.shape["tensor"])
         tokenizer = folder / "tokenizer.json"
     else:
         from blip3o_jax.train.config import TrainConfig, from_dict

@@ -79,7 +79,7 @@ def config_to_json(cfg: Blip3oConfig, dtype: str = "float32") -> dict[str, Any]:
         "model_type": "blip3o_qwen",
         "architectures": ["blip3oQwenForCausalLM"],
         "torch_dtype": dtype,
-        **dataclasses.asdict(cfg.qwen3),
+        **{name: value for name, value in dataclasses.asdict(cfg.qwen3).items() if name != "vocab_padding"},
         "rope_scaling": None,
         "max_position_embeddings": 40960,
         **QWEN3_FACTS,
@@ -173,7 +173,7 @@ def read_qwen3(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
         raise ConfigError(f"the files hold no matrix {EMBEDDING}.")
     fields = {"tie_word_embeddings": True, "rope_theta": rope.get("rope_theta"), **fields, "vocab_size": shapes[EMBEDDING][0]}
     _agree({name: fields[name] for name in QWEN3_FACTS if name in fields}, QWEN3_FACTS, "it")
-    return _read(Qwen3Config, fields, "it")
+    return _read(Qwen3Config, fields, "it", vocab_padding=0)
 
 
 def check_family(fields: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from blip3o_jax.config import Blip3oConfig, ConfigError, replace
 from blip3o_jax.convert.config_json import EMBEDDING, check_family, config_from_json
 from blip3o_jax.convert.orbax_io import Leaf, open_leaves
+from blip3o_jax.convert.padding import VOCAB_AXIS, fit_vocabulary, padded
 from blip3o_jax.convert.published import CONFIG_LIMIT, about, float_dtype
 from blip3o_jax.convert.rules import flatten, unflatten
 from blip3o_jax.convert.safetensors_io import read_json
@@ -48,25 +49,39 @@ def load_converted(
     dtype: Any = "float32",
     shardings: Callable[[dict], dict] | None = None,
     parts: tuple[str, ...] | None = None,
+    vocab_multiple: int = 1,
 ) -> tuple[Blip3oConfig, dict]:
     """The configuration and the parameters (of `parts`, or all) as `dtype`, restored by Orbax, each host its own shards.
 
-    `shardings` is a function from the abstract parameters to a tree of shardings; without it the leaves are numpy arrays.
+    `shardings` is a function from the abstract parameters to a tree of shardings; without it the leaves are numpy arrays. The embedding is
+    padded to a multiple of `vocab_multiple` rows, which the configuration says.
     """
     import orbax.checkpoint as ocp
 
     directory, dtype = Path(directory).absolute(), float_dtype(dtype)
     cfg, leaves = open_converted(directory)
     chosen = {path: leaf for path, leaf in leaves.items() if path.split("/")[0] in (parts or parts_of(cfg))}
-    item = unflatten({path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in chosen.items()})
+    cfg = padded(cfg, vocab_multiple)
+    shapes = {path: list(leaf.shape) for path, leaf in chosen.items()}
+    for path in shapes.keys() & VOCAB_AXIS.keys():
+        shapes[path][VOCAB_AXIS[path]] = cfg.qwen3.vocab_rows
+    item = unflatten({path: jax.ShapeDtypeStruct(tuple(shape), dtype) for path, shape in shapes.items()})
     if shardings is None:
         restore_args = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype), item)
     else:
         placed = shardings(item)
-        restore_args = jax.tree.map(lambda leaf, place: ocp.ArrayRestoreArgs(sharding=place, dtype=dtype), item, placed)
+
+        def restored(leaf, place):  # Orbax fills what the file lacks with zeros
+            return ocp.ArrayRestoreArgs(sharding=place, dtype=dtype, global_shape=leaf.shape, strict=False)
+
+        restore_args = jax.tree.map(restored, item, placed)
     args = ocp.args.PyTreeRestore(jax.tree.map(lambda _: 0, item), restore_args=restore_args, partial_restore=True)
     try:
         with ocp.PyTreeCheckpointer() as reader:
-            return cfg, reader.restore(directory / PARAMS, args=args)
+            params = reader.restore(directory / PARAMS, args=args)
     except (ValueError, KeyError, OSError) as error:
         raise ConfigError(f"{directory / PARAMS} cannot be read: {str(error).splitlines()[0]}") from error
+    if shardings is None:
+        fitted = {path: fit_vocabulary(path, leaf, cfg.qwen3.vocab_rows) for path, leaf in flatten(params).items()}
+        params = unflatten(fitted)
+    return cfg, params

@@ -22,6 +22,7 @@ from blip3o_jax.config import Blip3oConfig, ConfigError, replace
 from blip3o_jax.convert import ta_tok
 from blip3o_jax.convert.config_json import EMBEDDING, check_family, config_from_json, config_to_json
 from blip3o_jax.convert.dc_ae import dc_ae_rules
+from blip3o_jax.convert.padding import fit_vocabulary, padded
 from blip3o_jax.convert.qwen3 import qwen3_rules
 from blip3o_jax.convert.rules import Rule, flatten, to_jax, torch_shapes, torch_tensors, under
 from blip3o_jax.convert.safetensors_io import Entry, Stored, Tensors, open_tensors, read_json, row_blocks, write_tensors
@@ -141,11 +142,13 @@ def load_published(
     dtype: Any = "float32",
     shardings: Callable[[dict], dict] | Mapping | None = None,
     parts: tuple[str, ...] | None = None,
+    vocab_multiple: int = 1,
 ) -> tuple[Blip3oConfig, dict]:
     """The configuration and the parameters (of `parts`, or all) as `dtype`, read leaf by leaf from float16, bfloat16 or float32 files.
 
     `shardings` is a tree of shardings like the parameters, or a function from the abstract parameters to it; each leaf is placed by it
-    before the next is read. Without it the leaves are numpy arrays. Tensors of parts that are not asked for may be missing.
+    before the next is read. Without it the leaves are numpy arrays. Tensors of parts that are not asked for may be missing. The embedding
+    is padded to a multiple of `vocab_multiple` rows, which the configuration says.
     Raises ConfigError, naming file and tensor, for anything missing, superfluous, damaged, not finite or contradictory.
     """
     directory, dtype = Path(directory), float_dtype(dtype)
@@ -156,11 +159,15 @@ def load_published(
     found = match(directory, cfg, stored, parts or parts_of(cfg))
     log.info("%s: %d tensors, %d of them not needed.", directory, len(stored), len(found.ignored))
     needed = torch_shapes(found.rules, found.abstract)
-    placed = flatten(shardings(found.abstract) if callable(shardings) else shardings or {})
+    chosen = parts or parts_of(cfg)
+    cfg = padded(cfg, vocab_multiple)
+    abstract = Blip3o(cfg).abstract(chosen) if vocab_multiple > 1 else found.abstract
+    placed = flatten(shardings(abstract) if callable(shardings) else shardings or {})
     with tqdm(total=len(found.rules), desc=f"Reading {directory.name}", unit="leaf", delay=3, disable=None) as progress:
 
         def place(path: str, leaf: np.ndarray):
             progress.update()
+            leaf = fit_vocabulary(path, leaf, cfg.qwen3.vocab_rows)
             return jax.make_array_from_callback(leaf.shape, placed[path], lambda index: leaf[index]) if placed else leaf
 
         return cfg, to_jax(found.rules, Tensors({name: stored[name] for name in needed}, dtype), found.abstract, place)

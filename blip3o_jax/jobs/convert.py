@@ -12,6 +12,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -24,6 +25,7 @@ from blip3o_jax.config import Blip3oConfig, ConfigError
 from blip3o_jax.convert import orbax_io, sources
 from blip3o_jax.convert.config_json import config_to_json
 from blip3o_jax.convert.converted import PARAMS, is_converted, open_converted
+from blip3o_jax.convert.padding import VOCAB_AXIS, fit_vocabulary, padded
 from blip3o_jax.convert.published import CONFIG_LIMIT, float_dtype, published_rules
 from blip3o_jax.convert.rules import Rule, Shape, flatten, leaf_to_tensor, tensor_to_leaf
 from blip3o_jax.convert.safetensors_io import Entry, read_json, write_tensors
@@ -172,12 +174,35 @@ def open_run(workdir: pathlib.Path) -> tuple[Blip3oConfig, dict[str, Any], int]:
     if not run.whole_model:
         raise ConfigError(f"{workdir} is a run of stage {run.stage!r}; only a 'joint' or 'grpo' run holds the whole model.")
     cfg = run.blip3o()
+    if cfg.qwen3.vocab_padding:
+        cfg = padded(cfg, 1)
+        leaves |= {path: _WithoutPadding(leaves[path], path, cfg.qwen3.vocab_size) for path in VOCAB_AXIS.keys() & leaves.keys()}
     needed = {path: tuple(leaf.shape) for path, leaf in flatten(Blip3o(cfg).abstract(parts_of(cfg))).items()}
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
     if shapes != needed:
         path = min(path for path in shapes.keys() | needed.keys() if shapes.get(path) != needed.get(path))
         raise ConfigError(f"{workdir}: parameter {path} has shape {shapes.get(path)}, and {cfg.name} needs {needed.get(path)}.")
     return cfg, leaves, step
+
+
+@dataclass(frozen=True)
+class _WithoutPadding:
+    """An array of a run without the rows behind the vocabulary."""
+
+    leaf: checkpoint.RunLeaf
+    path: str
+    rows: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.leaf.dtype
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.rows if axis == VOCAB_AXIS[self.path] else size for axis, size in enumerate(self.leaf.shape))
+
+    def layers(self, stacked: bool) -> Iterator[np.ndarray]:
+        yield from (fit_vocabulary(self.path, layer, self.rows) for layer in self.leaf.layers(stacked))
 
 
 def _tensors(rules: list[Rule], leaves: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:

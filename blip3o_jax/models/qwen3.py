@@ -126,12 +126,12 @@ class Qwen3(nn.Module):
 
     def setup(self):
         cfg = self.cfg
-        self.embed_tokens = Table("embedding", (cfg.vocab_size, cfg.hidden_size), nn.initializers.normal(0.02))
+        self.embed_tokens = Table("embedding", (cfg.vocab_rows, cfg.hidden_size), nn.initializers.normal(0.02))
         block = scan_layers(Block, cfg.num_hidden_layers, (0, nn.broadcast, nn.broadcast), self.remat)
         self.layers = block(cfg, self.dtype, self.attention)
         self.norm = RMSNorm(cfg.rms_norm_eps)
         if not cfg.tie_word_embeddings:
-            self.lm_head = Table("kernel", (cfg.hidden_size, cfg.vocab_size), fan_in_normal(cfg.hidden_size))
+            self.lm_head = Table("kernel", (cfg.hidden_size, cfg.vocab_rows), fan_in_normal(cfg.hidden_size))
 
     def __call__(self, tokens, positions, valid, cache=None):
         """tokens, positions [B,T] int32, valid [B,T] bool (False: padding, on either side) -> (hidden [B,T,D] after the final norm, cache).
@@ -157,7 +157,7 @@ class Qwen3(nn.Module):
         return self.norm(x), cache
 
     def logits(self, hidden, start: int = 0, size: int | None = None):
-        """hidden [...,D] -> f32 logits [...,size] of the ids from `start` on; all to the end when `size` is None.
+        """hidden [...,D] -> f32 logits [...,size] of the ids from `start` on; all of the vocabulary from there when `size` is None.
 
         Raises ConfigError for a range beyond the vocabulary.
         """

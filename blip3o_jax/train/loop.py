@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from blip3o_jax import checkpoint
 from blip3o_jax.config import ConfigError
+from blip3o_jax.convert.padding import fit_vocabulary
 from blip3o_jax.mesh import batch_shards, make_mesh, put_batch
 from blip3o_jax.metrics import MetricWriter
 from blip3o_jax.models.blip3o import Blip3o
@@ -47,7 +49,9 @@ def initial_params(cfg: TrainConfig, model: Blip3o, load_parts: Callable, mesh):
     params = jax.jit(make, out_shardings=shardings(jax.eval_shape(make, key), mesh))(key)
     expected = model.abstract()
     for part, directory in cfg.init.items():
-        loaded = load_parts(directory, part)
+        loaded = flatten_dict(load_parts(directory, part), sep="/")
+        rows = model.config.qwen3.vocab_rows
+        loaded = unflatten_dict({path: fit_vocabulary(f"{part}/{path}", leaf, rows) for path, leaf in loaded.items()}, sep="/")
         want, got = (jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (expected[part], loaded))
         if want != got:
             raise ConfigError(f"init.{part}: the weights in {directory} have other shapes than this run's model.")

@@ -1,0 +1,23 @@
+"""Rows behind the vocabulary. A mesh cuts the embedding along it, and 217,210 divides by next to nothing (spec S4.1)."""
+
+import numpy as np
+
+from blip3o_jax.config import Blip3oConfig, replace
+
+VOCAB_AXIS = {"qwen3/embed_tokens/embedding": 0, "qwen3/lm_head/kernel": 1}  # the vocabulary's, by path
+
+
+def padded(cfg: Blip3oConfig, multiple: int) -> Blip3oConfig:
+    """The configuration whose embedding has a multiple of `multiple` rows."""
+    return replace(cfg, **{"qwen3.vocab_padding": -cfg.qwen3.vocab_size % multiple})
+
+
+def fit_vocabulary(path: str, leaf: np.ndarray, rows: int) -> np.ndarray:
+    """The leaf at `path` with the vocabulary's axis padded by zeros, or cut, to `rows`; any other leaf as it is."""
+    axis = VOCAB_AXIS.get(path)
+    if axis is None or leaf.shape[axis] == rows:
+        return leaf
+    missing = rows - leaf.shape[axis]
+    if missing < 0:
+        return leaf[:rows] if axis == 0 else leaf[:, :rows]
+    return np.pad(leaf, [(0, missing if i == axis else 0) for i in range(leaf.ndim)])
