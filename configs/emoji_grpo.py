@@ -1,4 +1,4 @@
-"""Stage 8 of the embedded model: GRPO. The transformer is rewarded for what the judge sees in the pictures; all else is frozen.
+"""Stage 6 of the embedded model: GRPO. The transformer is rewarded for what the judge sees in the pictures; all else is frozen.
 
 blip3o-jax grpo --config emoji_grpo --workdir runs/grpo
 """
@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
             "preset": "emoji_64",
             "batch_size": 64,
             "num_steps": 160,
-            "init": dict.fromkeys(("qwen3", "diffusion_connector", "sana", "ta_tok", "dc_ae"), "runs/joint_2"),
+            "init": dict.fromkeys(("qwen3", "diffusion_connector", "sana", "ta_tok", "dc_ae"), "runs/joint"),
             "data": {
                 "seed": 5,
                 "row_length": 116,

@@ -5,6 +5,8 @@ import json
 import pathlib
 from dataclasses import asdict
 
+import numpy as np
+
 from blip3o_jax import shipped
 from blip3o_jax.config import ConfigError
 from blip3o_jax.train.config import TrainConfig, from_dict
@@ -42,6 +44,15 @@ def read_config(name: str, overrides: list[str]) -> TrainConfig:
                 raise ConfigError(f"{item}: {parent!r} is a value, not a group of keys.")
         node[last] = value
     return from_dict(TrainConfig, values)
+
+
+def name_ids(text) -> np.ndarray:
+    """The id of the word that names each of the embedded world's codes, -1 where the vocabulary has none."""
+    from blip3o_jax.scenes.scene import PATCH_WORDS
+
+    ids = [text.tokenizer.token_to_id("Ġ" + word.split()[0]) for word in PATCH_WORDS]
+    ids += [None] * (text.vocab.num_image_tokens - len(ids))
+    return np.array([-1 if i is None else i for i in ids], np.int32)
 
 
 def load_part(directory: str, part: str) -> dict:
@@ -104,6 +115,7 @@ def run(config: str, workdir: str, overrides: list[str]) -> None:
     if cfg.stage == "joint":
         model = cfg.blip3o()
         tokenizer = Text(load_tokenizer(tokenizer_of(model.name)), model.vocab, model.max_prompt_tokens)
+    words = name_ids(tokenizer) if cfg.named_tokens else None
     heldout = data.heldout_batch(cfg, data_dir, tokenizer, 64)
-    result = loop.run(cfg, folder, lambda step: data.train_batches(cfg, data_dir, tokenizer, step), heldout, load_part)
+    result = loop.run(cfg, folder, lambda step: data.train_batches(cfg, data_dir, tokenizer, step), heldout, load_part, words)
     print(json.dumps(result))

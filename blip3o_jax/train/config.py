@@ -80,6 +80,7 @@ class TrainConfig:
     num_steps: int = 1000
     trainable_sana: str = "captions"  # or "all": a diffusion transformer without pretrained weights (S6.1)
     init: dict = field(default_factory=dict)
+    named_tokens: bool = False  # joint: image tokens of a fresh transformer start as the words that name them (the embedded world's codes)
     mesh: dict = field(default_factory=dict)
     dtype: str = "auto"  # compute: bfloat16 on accelerators, float32 on CPU
     remat: str = "none"
@@ -104,6 +105,7 @@ class TrainConfig:
                 not self.data.sketch_length or self.loss.flow_fraction == 0,
                 "data.sketch_length cuts the image tokens short, so loss.flow_fraction must be 0.",
             ),
+            (not self.named_tokens or self.stage == "joint", "named_tokens belongs to the joint stage, where the transformer learns."),
             (0 <= self.data.extra <= 1, f"data.extra is in [0, 1], not {self.data.extra}."),
             (0 <= self.data.named_ground <= 1, f"data.named_ground is in [0, 1], not {self.data.named_ground}."),
             (

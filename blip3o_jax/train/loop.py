@@ -28,6 +28,8 @@ from blip3o_jax.train.optimizer import schedule
 
 log = logging.getLogger(__name__)
 
+NAMED = 0.9  # share of the word in the row of an image token that it names
+
 
 def build_model(cfg: TrainConfig) -> Blip3o:
     """The run's modules; compute is bfloat16 on accelerators and float32 on CPU unless the config says otherwise."""
@@ -35,15 +37,30 @@ def build_model(cfg: TrainConfig) -> Blip3o:
     return Blip3o(cfg.blip3o(), dtype=jnp.dtype(default if cfg.dtype == "auto" else cfg.dtype), remat=cfg.remat)
 
 
-def initial_params(cfg: TrainConfig, model: Blip3o, load_parts: Callable, mesh):
-    """Params of the stage's parts on the mesh: those named in `cfg.init` from there, the others at random from the seed."""
+def name_tokens(embedding, image_start: int, words):
+    """embedding [V,D] whose image rows are mostly the rows of the words that name them, and a little of their own: words [codes] holds ids,
+    -1 for a code without one. A text-aligned tokenizer's codes mean words; a transformer that knows so need not find it out."""
+    rows = jax.lax.dynamic_slice_in_dim(embedding, image_start, len(words))
+    named = jnp.where((words < 0)[:, None], rows, NAMED * embedding[jnp.maximum(words, 0)] + (1 - NAMED**2) ** 0.5 * rows)
+    return jax.lax.dynamic_update_slice_in_dim(embedding, named, image_start, axis=0)
+
+
+def initial_params(cfg: TrainConfig, model: Blip3o, load_parts: Callable, mesh, words=None):
+    """Params of the stage's parts on the mesh: those named in `cfg.init` from there, the others at random from the seed.
+
+    `words` [codes] are given with `cfg.named_tokens`, for `name_tokens`.
+    """
     parts = steps.PARTS[cfg.stage]
     if unknown := sorted(set(cfg.init) - set(parts)):
         raise ConfigError(f"init names {unknown[0]!r}, which stage {cfg.stage!r} does not use; its parts: {', '.join(parts)}.")
     fresh = tuple(part for part in parts if part not in cfg.init)
 
     def make(key):
-        return model.init(key, fresh)
+        params = model.init(key, fresh)
+        if cfg.named_tokens and "qwen3" in fresh:
+            table = params["qwen3"]["embed_tokens"]
+            table["embedding"] = name_tokens(table["embedding"], model.config.vocab.image_start_token_id, jnp.asarray(words))
+        return params
 
     key = jax.random.key(cfg.seed)
     params = jax.jit(make, out_shardings=shardings(jax.eval_shape(make, key), mesh))(key)
@@ -66,11 +83,13 @@ def run(
     batches: Callable[[int], Iterator[dict]],
     heldout: dict,
     load_parts: Callable[[str, str], dict],
+    words: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Trains to `cfg.num_steps` and returns the last evaluation; resumes when the workdir holds a checkpoint.
 
     `batches(step)` iterates over host batches from that step on; `heldout` is one host batch; `load_parts(directory, part)` gives a
-    part's params. Raises ConfigError before compilation for anything the config gets wrong, and when the loss stops being finite.
+    part's params; `words` as in `initial_params`. Raises ConfigError before compilation for anything the config gets wrong, and when the
+    loss stops being finite.
     """
     workdir = pathlib.Path(workdir)
     mesh = make_mesh(cfg.mesh)
@@ -80,7 +99,7 @@ def run(
     writer = MetricWriter(workdir)
     manager = checkpoint.open_manager(workdir, cfg.keep_checkpoints)
 
-    params = initial_params(cfg, model, load_parts, mesh)
+    params = initial_params(cfg, model, load_parts, mesh, words)
     abstract = jax.eval_shape(lambda p: steps.init_state(cfg, p), params)
     placed = shardings(abstract, mesh)
     state, frozen = jax.jit(lambda p: steps.init_state(cfg, p), out_shardings=placed)(params)

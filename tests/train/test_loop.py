@@ -6,6 +6,9 @@ import pytest
 
 from blip3o_jax import checkpoint
 from blip3o_jax.config import ConfigError
+from blip3o_jax.jobs.train import name_ids
+from blip3o_jax.pipeline import tokenizer_of
+from blip3o_jax.text import Text, load_tokenizer
 from blip3o_jax.train import loop
 from blip3o_jax.train.config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
 
@@ -51,6 +54,24 @@ def batch_at(step, rows=8):
     rng = np.random.default_rng(step)
     tokens = rng.integers(0, 300, (rows, 16)).astype(np.int32)
     return {"images": rng.integers(0, 256, (rows, 16, 16, 3), np.uint8), "tokens": tokens, "start": np.full(rows, 8, np.int32)}
+
+
+def test_named_image_tokens_start_as_their_words():
+    table = np.random.default_rng(0).standard_normal((10, 64)).astype(np.float32)
+    named = np.asarray(loop.name_tokens(table, 6, np.array([2, -1, 5])))
+    np.testing.assert_array_equal(named[[0, 1, 2, 3, 4, 5, 7, 9]], table[[0, 1, 2, 3, 4, 5, 7, 9]])
+    for row, word in ((6, 2), (8, 5)):
+        np.testing.assert_allclose(named[row], 0.9 * table[word] + 0.19**0.5 * table[row], rtol=1e-5)
+
+
+def test_codes_are_named_by_words_of_the_tokenizer():
+    model = TrainConfig(stage="joint").blip3o()
+    text = Text(load_tokenizer(tokenizer_of("emoji_64")), model.vocab, model.max_prompt_tokens)
+    ids = name_ids(text)
+    assert len(ids) == model.vocab.num_image_tokens
+    assert [text.tokenizer.id_to_token(int(ids[i])) for i in (0, 4, 5)] == ["Ġapple", "Ġapple", "Ġbanana"]
+    assert (ids >= 0).sum() > 150
+    assert ids[-1] == -1
 
 
 def batches(start):
