@@ -333,6 +333,32 @@ def _emoji_64() -> Blip3oConfig:
     )
 
 
+def _mid_128() -> Blip3oConfig:
+    """Between the miniature and the published models, made as the latter are: about 100 M + 100 M parameters, for measuring speed.
+
+    128 px, 16x16 tokens of 4096 codes, 16x16 latents; the text vocabulary is emoji_64's. There are no weights of it.
+    """
+    vocab = dataclasses.replace(_emoji_64().vocab, num_image_tokens=4096)
+    encoder = SiglipConfig(384, 1536, num_hidden_layers=12, num_attention_heads=6, image_size=128, patch_size=8)
+    return Blip3oConfig(
+        name="mid_128",
+        vocab=vocab,
+        qwen3=Qwen3Config(vocab.size, 768, 2304, num_hidden_layers=14, num_attention_heads=12, num_key_value_heads=4, head_dim=64),
+        ta_tok=TaTokConfig(
+            encoder=encoder, bottleneck_dim=512, codebook_size=4096, decoder_num_attention_heads=4, decoder_intermediate_size=1024
+        ),
+        sana=SanaConfig(num_layers=14, num_attention_heads=21, num_cross_attention_heads=6, caption_channels=768, sample_size=16),
+        dc_ae=DcAeConfig(
+            block_types=("ResBlock",) * 2 + ("EfficientViTBlock",) * 2,
+            block_out_channels=(64, 128, 256, 256),
+            encoder_layers_per_block=(1, 1, 2, 2),
+            decoder_layers_per_block=(2, 2, 2, 2),
+            qkv_multiscales=((), (), (5,), (5,)),
+        ),
+        max_prompt_tokens=64,
+    )
+
+
 def _next(name: str, hidden: int, ffn: int) -> Blip3oConfig:
     """BLIP3o-NEXT around a Qwen3 of 28 layers (0.6B: width 1024, 1.7B: width 2048)."""
     return Blip3oConfig(
@@ -351,6 +377,7 @@ def _next(name: str, hidden: int, ffn: int) -> Blip3oConfig:
 
 PRESETS = {
     "emoji_64": _emoji_64,
+    "mid_128": _mid_128,
     "blip3o_next_0_6b": lambda: _next("blip3o_next_0_6b", 1024, 3072),
     "blip3o_next_3b": lambda: _next("blip3o_next_3b", 2048, 6144),
 }

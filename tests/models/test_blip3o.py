@@ -74,6 +74,13 @@ def test_the_parts_are_plain_dicts_with_the_parameters_of_the_paper():
     assert all(type(key) is jax.tree_util.DictKey for path, _ in jax.tree.leaves_with_path(whole) for key in path)
 
 
+def test_the_mid_preset_is_about_100_m_and_100_m():
+    sizes = {part: size(tree) for part, tree in Blip3o(preset("mid_128")).abstract().items()}
+    assert (sizes["qwen3"], sizes["sana"]) == (99_945_472, 103_005_536)
+    config = preset("mid_128")
+    assert (config.image_size, config.ta_tok.num_tokens, config.sana.sample_size) == (128, 256, 16)
+
+
 def test_a_part_does_not_depend_on_the_others():
     model, name = Blip3o(preset("emoji_64")), "diffusion_connector"
     alone = jax.jit(lambda key: model.init(key, (name,)))(jax.random.key(0))
