@@ -51,6 +51,12 @@ def _verify(args) -> int:
     return verify.run(args)
 
 
+def _bench(args) -> int:
+    from blip3o_jax.jobs import bench
+
+    return bench.run(args)
+
+
 def _model_options(parser) -> None:
     parser.add_argument("--checkpoint", default="emoji_64", help="embedded name, published PyTorch folder, or training workdir")
     parser.add_argument("--out", default="out", help="folder for the results, or NAME.png for one image (default: %(default)s)")
@@ -136,6 +142,19 @@ def build_parser() -> argparse.ArgumentParser:
 
     job = jobs.add_parser("convert", help="PyTorch checkpoints in and out; prints one JSON report last")
     _convert_options(job.add_subparsers(dest="direction", metavar="DIRECTION", required=True))
+
+    job = jobs.add_parser("bench", help="how fast each stage is here, against PyTorch if asked; prints one JSON line last")
+    job.add_argument(
+        "--preset", default="emoji_64", help="emoji_64 with its weights, or e.g. mid_128 with random ones (default: %(default)s)"
+    )
+    job.add_argument("--against", choices=["torch"], help="measure PyTorch beside it (extra [parity])")
+    job.add_argument("--batch-size", type=int, default=4)
+    job.add_argument("--num-inference-steps", type=int, default=10)
+    job.add_argument("--repeats", type=int, default=5, help="turns, of which the median counts (default: %(default)s)")
+    job.add_argument("--stages", help="some of decode,denoise,autoencoder,text_to_image,train_step (default: all)")
+    job.add_argument("--out", metavar="FILE.json", help="write the report to a file too")
+    job.add_argument("--overwrite", action="store_true", help="replace an earlier report")
+    job.set_defaults(run=_bench)
     return parser
 
 

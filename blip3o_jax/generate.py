@@ -24,13 +24,12 @@ def fold_keys(numbers):
     return jax.vmap(fold)(numbers)
 
 
-def render(model: Blip3o, params, hidden, keys, num_inference_steps: int, guidance_scale, shift):
-    """Hidden states at `<S0>` and the image tokens [B,n+1,D] -> pixels f32 [B,H,W,3] in [0,1].
+def denoise(model: Blip3o, params, hidden, noise, num_inference_steps: int, guidance_scale, shift):
+    """Hidden states at `<S0>` and the image tokens [B,n+1,D], noise f32 [B,Y,X,C] -> latents f32 [B,Y,X,C].
 
     Connector and caption projection run once; the guidance's unconditional half is hidden states of zeros, before the connector (S5.2).
     A guidance_scale of None leaves that half out.
     """
-    config = model.config
     if guidance_scale is not None:
         hidden = jnp.concatenate([jnp.zeros_like(hidden), hidden])
     condition = model.connector.apply({"params": params["diffusion_connector"]}, hidden)
@@ -39,11 +38,20 @@ def render(model: Blip3o, params, hidden, keys, num_inference_steps: int, guidan
     def velocity(x, t):
         return model.sana.apply({"params": params["sana"]}, x, t, condition, encoded=True)
 
-    side, channels = config.sana.sample_size, config.sana.in_channels
-    noise = jax.vmap(lambda key: jax.random.normal(key, (side, side, channels)))(keys)
-    latents = flow.euler_sample(velocity, noise, flow.sigmas(num_inference_steps, shift), guidance_scale)
+    return flow.euler_sample(velocity, noise, flow.sigmas(num_inference_steps, shift), guidance_scale)
+
+
+def pixels(model: Blip3o, params, latents):
+    """Latents [B,Y,X,C] -> f32 [B,H,W,3] in [0,1]."""
     images = model.dc_ae.apply({"params": params["dc_ae"]}, latents, method="decode_scaled")
     return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
+
+
+def render(model: Blip3o, params, hidden, keys, num_inference_steps: int, guidance_scale, shift):
+    """`denoise` from each key's noise, then `pixels`: hidden states [B,n+1,D] and keys [B] -> f32 [B,H,W,3] in [0,1]."""
+    side, channels = model.config.sana.sample_size, model.config.sana.in_channels
+    noise = jax.vmap(lambda key: jax.random.normal(key, (side, side, channels)))(keys)
+    return pixels(model, params, denoise(model, params, hidden, noise, num_inference_steps, guidance_scale, shift))
 
 
 def text_to_image(

@@ -54,15 +54,27 @@ class TaTok(nn.Module):
         regularizer = self.bottleneck.regularizer
         return F.normalize(regularizer.embedding_proj(regularizer.embedding.weight), dim=-1)
 
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Nearest codes [B,n]."""
+    def encode(self, pixels: torch.Tensor, only_needed: bool = False) -> torch.Tensor:
+        """Nearest codes [B,n]. `only_needed` leaves out the encoder's layers and head behind the state that is quantised."""
         cfg = self.cfg
-        x = self.encoder(pixels, output_hidden_states=True).hidden_states[cfg.num_encoder_layers]
+        if only_needed:
+            x = self.encoder.embeddings(pixels)
+            for layer in self.encoder.encoder.layers[: cfg.num_encoder_layers]:
+                x = layer(x, None)
+        else:
+            x = self.encoder(pixels, output_hidden_states=True).hidden_states[cfg.num_encoder_layers]
         if cfg.pool_scale > 1:
             square = x.transpose(1, 2).reshape(len(x), -1, cfg.encoder.grid, cfg.encoder.grid)
             x = F.avg_pool2d(square, cfg.pool_scale, cfg.pool_scale).flatten(2).transpose(1, 2)
         z = F.normalize(self.bottleneck.in_linear(self.encode_task_layer(x)), dim=-1)
         return (z @ self.codebook().T).argmax(dim=-1)
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """codes [B,n] -> features [B,n,D]: what the original computes whenever it encodes, and BLIP3o-NEXT never looks at."""
+        side, x = math.isqrt(codes.shape[1]), self.bottleneck.out_linear(F.embedding(codes, self.codebook()))
+        shapes = torch.tensor([[side, side]] * len(codes))
+        vit = self.decoder(pixel_values=x, pixel_attention_mask=torch.ones_like(codes), spatial_shapes=shapes).last_hidden_state
+        return self.decode_task_layer(vit)
 
 
 @dataclass

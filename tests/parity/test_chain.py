@@ -12,7 +12,7 @@ from blip3o_jax.convert.published import load_published, published_rules
 from blip3o_jax.convert.rules import to_torch
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.pipeline import find_checkpoint
-from blip3o_jax.text import targets
+from blip3o_jax.synthetic import random_checkpoint
 from blip3o_jax.train import losses
 from blip3o_jax.train.config import LossConfig, OptimizerConfig, TrainConfig
 from blip3o_jax.train.optimizer import optimizer
@@ -48,8 +48,6 @@ def published_like():
 @pytest.fixture(scope="module", params=["emoji_64", "published-like"])
 def sides(request, tmp_path_factory):
     """(model, params, reference)."""
-    from chain import random_checkpoint
-
     from blip3o_jax.reference import modules
 
     torch.set_num_threads(2)
@@ -139,6 +137,8 @@ def test_from_prompt_ids_to_pixels(sides):
 @pytest.fixture(scope="module")
 def training(sides):
     """One joint step on both sides with the same noise: (ours: loss, metrics, grads), (theirs: ce, flow), params, grads by torch name."""
+    from blip3o_jax.reference.training import joint_loss
+
     model, params, ref = sides
     cfg, vocab, n = model.config, model.config.vocab, model.config.ta_tok.num_tokens
     run = TrainConfig(stage="joint", trainable_sana="all", loss=LossConfig(condition_dropout=0.0))
@@ -161,25 +161,16 @@ def training(sides):
 
     _, _, time_key, noise_key = jax.random.split(key, 4)
     side = cfg.sana.sample_size
-    t, sigma = (torch.from_numpy(np.array(x)) for x in flow.sample_timesteps(time_key, 2))
+    sigma = torch.from_numpy(np.array(flow.sample_timesteps(time_key, 2)[1]))
     noise = torch.from_numpy(np.array(jax.random.normal(noise_key, (2, side, side, cfg.sana.in_channels)))).movedim(-1, 1)
     images = torch.from_numpy(batch["images"]).movedim(-1, 1).float() / 127.5 - 1
     view = torch.from_numpy(np.array(losses.tokenizer_view(losses.to_unit(batch["images"]), cfg.ta_tok.encoder.image_size)))
     with torch.no_grad():
         codes = ref.ta_tok.encode(view.movedim(-1, 1))
         x0 = ref.vae.encode(images, return_dict=False)[0] * cfg.dc_ae.scaling_factor
-    rows = torch.from_numpy(tokens).long()
-    for row, at, ids in zip(rows, start, codes, strict=True):
-        row[at + 1 : at + 1 + n] = vocab.image_start_token_id + ids
     for module in (ref.ar, ref.connector, ref.sana):
         module.zero_grad()
-    states = ref.ar.model(rows, attention_mask=(rows != vocab.pad_token_id).long()).last_hidden_state
-    labels = torch.where(torch.from_numpy(np.asarray(targets(tokens, start, vocab))), rows, -100)
-    ce = torch.nn.functional.cross_entropy((states @ ref.ar.lm_head.weight.T)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    hidden = torch.stack([row[at : at + n + 1] for row, at in zip(states, start, strict=True)])
-    noisy = (1 - sigma.view(-1, 1, 1, 1)) * x0 + sigma.view(-1, 1, 1, 1) * noise
-    velocity = ref.sana(noisy, encoder_hidden_states=ref.connector(hidden), timestep=t, return_dict=False)[0]
-    mse = (velocity - (noise - x0)).pow(2).mean()
+    ce, mse = joint_loss(ref, torch.from_numpy(tokens).long(), torch.from_numpy(start), codes, x0, noise, sigma)
     (ce + mse).backward()
     theirs = {f"{name}": p.grad for name, p in ref.ar.named_parameters()}
     theirs |= {f"model.diffusion_connector.{name}": p.grad for name, p in ref.connector.named_parameters()}

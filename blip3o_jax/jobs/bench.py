@@ -1,0 +1,227 @@
+"""`blip3o-jax bench`: how fast each stage is, against PyTorch in the same process if asked, and against what the machine can do."""
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from blip3o_jax import workload
+from blip3o_jax.config import Blip3oConfig, ConfigError, nearest, preset
+from blip3o_jax.convert.published import load_published
+from blip3o_jax.jobs.output import new_file
+from blip3o_jax.jobs.verify import compare_stages
+from blip3o_jax.pipeline import embedded_checkpoints, enable_compilation_cache
+from blip3o_jax.synthetic import random_checkpoint
+
+GEMM, SETTLE, TOLERANCE = 2048, 0.1, 1e-3
+LARGEST = 1_000_000_000  # parameters
+COLUMNS = {"ours": "blip3o_jax", "original": "PyTorch, original's way", "well": "PyTorch done well"}
+
+log = logging.getLogger(__name__)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def median_seconds(call: Callable[[], object], repeats: int = 5) -> float:
+    """After one call to warm up."""
+    call()
+    return statistics.median(seconds(call) for _ in range(repeats))
+
+
+def interleaved(calls: dict[str, Callable[[], object]], repeats: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """(seconds of each call by name, in turns; the share of a core that the process uses while it rests after each).
+
+    The rest lets the thread pool of the side that ran go to sleep; the share says whether it does.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    idle: dict[str, float] = {}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            times[name].append(seconds(call))
+            time.sleep(SETTLE)
+            busy = time.process_time()
+            time.sleep(SETTLE)
+            idle[name] = max(idle.get(name, 0.0), (time.process_time() - busy) / SETTLE)
+    return times, idle
+
+
+def read_bytes_per_second(size: int, threads: int) -> float:
+    """How fast `threads` read an array of `size` bytes again and again: from memory, or from a cache that holds it."""
+    parts = [np.ones(max(1, size // 4 // threads), np.float32) for _ in range(threads)]
+    passes = max(2, int(2e9 / max(size, 1)))
+
+    def read(part):
+        for _ in range(passes):
+            part.max()
+
+    with ThreadPoolExecutor(threads) as pool:
+        taken = median_seconds(lambda: list(pool.map(read, parts)), 3)
+    return sum(part.nbytes for part in parts) * passes / taken
+
+
+def gemm_flops_per_second(size: int = GEMM) -> float:
+    """Of one f32 product of square matrices in XLA."""
+    a = jnp.ones((size, size))
+    product = jax.jit(jnp.matmul)
+    return 2 * size**3 / median_seconds(lambda: jax.block_until_ready(product(a, a)))
+
+
+def limit_seconds(phases: list[workload.Phase], gemm: float, bandwidth: Callable[[int], float]) -> float:
+    """The least time of a stage: in each phase arithmetic or reading, whichever takes longer."""
+    return sum(p.passes * max(p.flops / gemm, p.bytes / bandwidth(int(p.bytes)) if p.bytes else 0.0) for p in phases)
+
+
+def row(times: dict[str, list[float]], limit: float, amount: float, unit: str) -> dict:
+    """One stage: median seconds of every side, value in the unit, how many times faster we are, and the share of the limit we reach."""
+    taken = {name: statistics.median(values) for name, values in times.items()}
+    ratios = {name: taken[name] / taken["ours"] for name in taken if name != "ours"}
+    values = {name: amount / t if amount else t for name, t in taken.items()}
+    least = amount / limit if amount else limit
+    spread = {name: [min(values), max(values)] for name, values in times.items()}
+    return {
+        "unit": unit,
+        "value": values,
+        "ratio": ratios,
+        "limit": least,
+        "share_of_limit": limit / taken["ours"],
+        "seconds": taken,
+        "seconds_min_max": spread,
+    }
+
+
+def table(rows: dict[str, dict]) -> str:
+    """Markdown."""
+    sides = list(next(iter(rows.values()))["value"])
+    head = ["stage", "unit"]
+    for side in sides:
+        head += [COLUMNS[side]] if side == "ours" else [COLUMNS[side], "ours is"]
+    lines = [[*head, "limit", "reached"], ["---"] * (len(head) + 2)]
+    for stage, found in rows.items():
+        cells = [stage, found["unit"]]
+        for side in sides:
+            cells.append(f"{found['value'][side]:.3g}")
+            if side != "ours":
+                cells.append(f"{found['ratio'][side]:.2f}×")
+        lines.append([*cells, f"{found['limit']:.3g}", f"{100 * found['share_of_limit']:.0f} %"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _checked(args) -> tuple[Blip3oConfig, list[str]]:
+    for name in ("batch_size", "num_inference_steps", "repeats"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is at least 1, not {getattr(args, name)}.")
+    stages = args.stages.split(",") if args.stages else list(workload.STAGES)
+    for stage in stages:
+        if stage not in workload.STAGES:
+            raise ConfigError(f"--stages: unknown stage {stage!r}; {nearest(stage, workload.STAGES)}")
+    return preset(args.preset), stages
+
+
+def _torch_side(work: workload.Workload, folder: pathlib.Path, threads: int) -> tuple[dict, float]:
+    try:
+        from blip3o_jax.reference import bench
+    except ImportError as error:
+        raise ConfigError(
+            f"--against torch needs PyTorch, transformers and diffusers ({error.name} is missing): pip install 'blip3o-jax[parity]'."
+        ) from error
+    found = bench.stages(work, folder, threads)
+    return found, bench.gemm_flops_per_second(GEMM, median_seconds)
+
+
+def measure(cfg: Blip3oConfig, folder: pathlib.Path, args, stages: list[str]) -> dict:
+    """The report of all stages of the model in `folder`."""
+    threads = len(os.sched_getaffinity(0))
+    _, params = load_published(folder)
+    work, sizes = workload.make(cfg, args.batch_size, args.num_inference_steps), workload.parameter_counts(params)
+    sides = {"ours": workload.ours(work, params)}
+    gemm = {"xla": gemm_flops_per_second()}
+    if args.against:
+        theirs, gemm["torch"] = _torch_side(work, folder, threads)
+        sides |= theirs
+    bandwidths: dict[int, float] = {}
+
+    def bandwidth(size: int) -> float:
+        if size not in bandwidths:
+            bandwidths[size] = read_bytes_per_second(size, threads)
+        return bandwidths[size]
+
+    rows, agreement, idle = {}, {}, {}
+    for stage in stages:
+        log.info("Measuring %s.", stage)
+        calls = {name: side[stage] for name, side in sides.items()}
+        first = {name: call() for name, call in calls.items()}
+        for name in first.keys() - {"ours"}:
+            agreement[f"{stage}, {name}"] = compare_stages(
+                {k: first[name][k] for k in first["ours"].keys() & first[name]}, first["ours"], TOLERANCE
+            )
+        for call in calls.values():
+            call()  # the first call of PyTorch's also allocates
+        times, resting = interleaved(calls, args.repeats)
+        idle = {name: max(idle.get(name, 0.0), share) for name, share in resting.items()}
+        limit = limit_seconds(workload.phases(work, stage, sizes), max(gemm.values()), bandwidth)
+        rows[stage] = row(times, limit, *workload.amount(work, stage))
+    return {
+        "preset": cfg.name,
+        "batch_size": args.batch_size,
+        "num_inference_steps": args.num_inference_steps,
+        "repeats": args.repeats,
+        "threads": threads,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "stages": rows,
+        "agreement": agreement,
+        "gemm_gflops": {name: value / 1e9 for name, value in gemm.items()},
+        "read_gb_per_second": {f"{size / 1e6:.1f} MB": value / 1e9 for size, value in sorted(bandwidths.items())},
+        "cores_used_at_rest": idle,
+    }
+
+
+@contextlib.contextmanager
+def _weights(cfg: Blip3oConfig):
+    """The embedded checkpoint of this name, or a random one that is gone afterwards."""
+    if cfg.name in embedded_checkpoints():
+        yield embedded_checkpoints()[cfg.name]
+        return
+    from blip3o_jax.models.blip3o import Blip3o
+
+    count = sum(leaf.size for leaf in jax.tree.leaves(Blip3o(cfg).abstract()))
+    if count > LARGEST:
+        raise ConfigError(f"{cfg.name} has {count:,} parameters; bench makes random weights up to {LARGEST:,}.")
+    with tempfile.TemporaryDirectory(prefix="blip3o-bench-") as folder:
+        random_checkpoint(pathlib.Path(folder) / cfg.name, cfg)
+        yield pathlib.Path(folder) / cfg.name
+
+
+def run(args) -> int:
+    """Prints a table and one JSON line; 1 when the sides' results differ, so that they did not do the same work."""
+    cfg, stages = _checked(args)
+    enable_compilation_cache()
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(new_file(args.out, args.overwrite)) if args.out else None
+        folder = stack.enter_context(_weights(cfg))
+        report = measure(cfg, folder, args, stages)
+        if out:
+            out.write_text(json.dumps(report, indent=1) + "\n")
+    agree = all(found["agree"] for rows in report["agreement"].values() for found in rows.values())
+    gemm = ", ".join(f"{name} {value:.0f}" for name, value in report["gemm_gflops"].items())
+    reading = ", ".join(f"{value:.0f} at {size}" for size, value in report["read_gb_per_second"].items())
+    print(f"{cfg.name}, batch {args.batch_size}, {args.num_inference_steps} steps, float32, {report['threads']} threads, ", end="")
+    print(f"median of {args.repeats}; GEMM GFLOP/s: {gemm}; reading GB/s: {reading}")
+    print(table(report["stages"]))
+    if report["agreement"]:
+        print("Results agree." if agree else f"Results DIFFER: {report['agreement']}")
+    print(json.dumps(report | {"agree": agree}))
+    return 0 if agree else 1
