@@ -6,24 +6,9 @@ from dataclasses import dataclass, field
 
 from blip3o_jax import config as model_config
 from blip3o_jax.config import ConfigError, nearest
+from blip3o_jax.train.data_config import DataConfig
 
 STAGES = ("autoencoder", "tokenizer", "joint", "grpo")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The `emoji_scenes` TFDS builder: written once under `data_dir`, then read at random by Grain."""
-
-    data_dir: str = ""  # empty: `scenes` under the workdir
-    num_train: int = 60000
-    seed: int = 0
-    text_fraction: float = 0.0  # share of scenes that show a word
-    weights: dict = field(default_factory=dict)  # tag -> share of the training prompts; empty: scenes.prompts.WEIGHTS
-    extra: float = 0.15  # share of the training prompts of kinds that GenEval does not know: scenes.prompts.EXTRA
-    named_ground: float = 0.5  # share of the training prompts that name the ground
-    row_length: int = 0  # tokens of a training row; 0: the longest prompt that the model allows, and its image
-    sketch_length: int = 0  # not 0: rows are cut to this length; of the image they keep each sprite's first three patches, in their places
-    reader_threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -106,8 +91,14 @@ class TrainConfig:
                 "data.sketch_length cuts the image tokens short, so loss.flow_fraction must be 0.",
             ),
             (not self.named_tokens or self.stage == "joint", "named_tokens belongs to the joint stage, where the transformer learns."),
-            (0 <= self.data.extra <= 1, f"data.extra is in [0, 1], not {self.data.extra}."),
-            (0 <= self.data.named_ground <= 1, f"data.named_ground is in [0, 1], not {self.data.named_ground}."),
+            (
+                not self.data.sources or self.stage == "joint",
+                f"data.sources are images with captions, which stage {self.stage!r} does not read; leave them empty.",
+            ),
+            (
+                not self.data.cache or not self.loss.stochastic_codes,
+                "data.cache holds each image's likeliest codes, so loss.stochastic_codes must be false.",
+            ),
             (
                 self.optimizer.warmup_steps < self.num_steps,
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} must be below num_steps {self.num_steps}.",
@@ -167,6 +158,11 @@ def from_dict(cls, values, prefix: str = ""):
             value = float(value)
         elif value is None and type(None) in typing.get_args(kind):
             pass
+        elif typing.get_origin(kind) is tuple and isinstance(value, list | tuple) and all(isinstance(v, dict) for v in value):
+            item = typing.get_args(kind)[0]
+            value = tuple(from_dict(item, v, f"{prefix}{key}[{i}].") for i, v in enumerate(value))
+        elif typing.get_origin(kind) is tuple:
+            raise ConfigError(f"Config key {prefix + key!r} wants a list of groups of keys, not {value!r}.")
         elif kind is dict:
             value = dict(value)
         elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
