@@ -51,6 +51,24 @@ def _verify(args) -> int:
     return verify.run(args)
 
 
+def _data_check(args) -> None:
+    from blip3o_jax.jobs import data
+
+    data.run_check(args)
+
+
+def _data_stats(args) -> None:
+    from blip3o_jax.jobs import data
+
+    data.run_stats(args)
+
+
+def _data_cache(args) -> None:
+    from blip3o_jax.jobs import data_cache
+
+    data_cache.run(args)
+
+
 def _bench(args) -> int:
     from blip3o_jax.jobs import bench
 
@@ -110,6 +128,28 @@ def _convert_options(directions) -> None:
     job.set_defaults(run=_verify)
 
 
+def _data_options(tasks) -> None:
+    job = tasks.add_parser("check", help="read a mixture: what cannot be used, sizes, shapes, duplicates, lengths of captions")
+    job.add_argument("--limit", type=int, default=0, metavar="N", help="records of each source, evenly spread (default: all)")
+    job.add_argument("--out", required=True, help="folder for report.json, the list of problems and the plots")
+    job.add_argument("--overwrite", action="store_true", help="replace an earlier report")
+    job.set_defaults(run=_data_check)
+
+    job = tasks.add_parser("stats", help="how fast a mixture is read, by number of reader threads")
+    job.add_argument("--threads", default="1,2,4", help="numbers of threads to try (default: %(default)s)")
+    job.add_argument("--batches", type=int, default=20, metavar="N", help="batches to read with each (default: %(default)s)")
+    job.set_defaults(run=_data_stats)
+
+    job = tasks.add_parser("cache", help="codes and latents of a mixture, for training without image encoders; goes on where it stopped")
+    job.add_argument("--out", required=True, help="folder of the cache, for data.cache")
+    job.add_argument("--latents", default="float32", choices=["float32", "bfloat16"], help="how latents are kept (default: %(default)s)")
+    job.add_argument("--shard-records", type=int, default=4096, help="records of a file (default: %(default)s)")
+    job.add_argument("--batch-size", type=int, default=32, help="images encoded at once on a host (default: %(default)s)")
+    job.set_defaults(run=_data_cache)
+    for name in ("check", "stats", "cache"):
+        tasks.choices[name].add_argument("--config", required=True, help="a config file or the name of a shipped one")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(prog="blip3o-jax", description="BLIP3o-NEXT in JAX: text to image, training and evaluation.")
@@ -143,6 +183,9 @@ def build_parser() -> argparse.ArgumentParser:
     job = jobs.add_parser("convert", help="PyTorch checkpoints in and out; prints one JSON report last")
     _convert_options(job.add_subparsers(dest="direction", metavar="DIRECTION", required=True))
 
+    job = jobs.add_parser("data", help="look at a mixture of training data, time it, cache it; prints one JSON line last")
+    _data_options(job.add_subparsers(dest="task", metavar="TASK", required=True))
+
     job = jobs.add_parser("bench", help="how fast each stage is here, against PyTorch if asked; prints one JSON line last")
     job.add_argument(
         "--preset", default="emoji_64", help="emoji_64 with its weights, or e.g. mid_128 with random ones (default: %(default)s)"
@@ -163,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     args.overrides = [item for item in rest if item.startswith("--config.")]
-    if unknown := [item for item in rest if item not in args.overrides or args.job not in ("train", "grpo")]:
+    if unknown := [item for item in rest if item not in args.overrides or args.job not in ("train", "grpo", "data")]:
         parser.error(f"unknown argument {unknown[0]}")
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(lambda record: record.name.startswith("blip3o_jax") or record.levelno >= logging.ERROR)

@@ -154,7 +154,7 @@ def load(
         if not run.whole_model:
             raise ConfigError(f"{folder} is a run of stage {run.stage!r}; only a 'joint' or 'grpo' run can generate.")
         config = run.blip3o()
-        tokenizer = tokenizer_of(config.name)
+        tokenizer = run.data.tokenizer or tokenizer_of(config.name)
         params = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), params)
         params = jax.tree.map(jax.device_put, params, shardings(params, mesh))
     text = Text(load_tokenizer(tokenizer), config.vocab, config.max_prompt_tokens)

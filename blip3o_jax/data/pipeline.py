@@ -1,6 +1,7 @@
-"""The embedded world as batches: TFDS records read at random by Grain. What is in batch s is a pure function of (seed, s)."""
+"""Batches of a run: of the embedded world (TFDS), or of a mixture of sources. What is in batch s is a pure function of (seed, s)."""
 
 import functools
+import pathlib
 
 import grain
 import jax
@@ -8,6 +9,10 @@ import numpy as np
 
 from blip3o_jax import text as texts
 from blip3o_jax.config import ConfigError
+from blip3o_jax.data.cache import open_cached
+from blip3o_jax.data.mixture import HeldOut, HostRows, Mixture, whole_weights
+from blip3o_jax.data.sources import first_record, open_source
+from blip3o_jax.data.transform import Rows, Tally
 from blip3o_jax.scenes import builder
 from blip3o_jax.scenes.prompts import WEIGHTS
 from blip3o_jax.scenes.scene import SKETCH_WORDS
@@ -34,6 +39,11 @@ def _text_record(tokenizer: texts.Text, num_tokens: int, length: int, sketch_len
     return made
 
 
+def row_length(cfg: TrainConfig, tokenizer: texts.Text) -> int:
+    """Tokens of a training row: prompt, image and its end."""
+    return cfg.data.row_length or tokenizer.max_prompt_tokens + cfg.blip3o().ta_tok.num_tokens + 3
+
+
 def dataset(cfg: TrainConfig, data_dir: str, split: str, tokenizer: texts.Text | None) -> grain.MapDataset:
     """Records of a split of `emoji_scenes`, transformed for the stage; without shuffling or batching."""
     data = cfg.data
@@ -48,22 +58,76 @@ def dataset(cfg: TrainConfig, data_dir: str, split: str, tokenizer: texts.Text |
     source = builder.open_source(data_dir, split, world)
     if tokenizer is None:
         return grain.MapDataset.source(source).map(_image_record)
-    num_tokens = cfg.blip3o().ta_tok.num_tokens
-    length = cfg.data.row_length or tokenizer.max_prompt_tokens + num_tokens + 3
+    num_tokens, length = cfg.blip3o().ta_tok.num_tokens, row_length(cfg, tokenizer)
     return grain.MapDataset.source(source).map(functools.partial(_text_record, tokenizer, num_tokens, length, data.sketch_length))
 
 
-def train_batches(cfg: TrainConfig, data_dir: str, tokenizer: texts.Text | None, start: int = 0):
-    """Endless iterator of this host's part of batch `start`, `start + 1`, ...: shuffled anew every epoch."""
-    records = dataset(cfg, data_dir, "train", tokenizer).seed(cfg.seed).shuffle().repeat()
-    host, hosts = jax.process_index(), jax.process_count()
-    batches = records[host::hosts].batch(cfg.batch_size // hosts)
+def open_sources(cfg: TrainConfig) -> list:
+    """The mixture's sources, from their cache where the run names one; ConfigError for what is missing, empty or an edit, or too small."""
+    opener = functools.partial(open_cached, cfg.data.cache) if cfg.data.cache else open_source
+    sources = [opener(spec) for spec in cfg.data.sources]
+    for spec, source in zip(cfg.data.sources, sources, strict=True):
+        if not cfg.data.cache and first_record(source).inputs:
+            raise ConfigError(f"data.sources: {spec.path!r} holds edits, which can be checked but not yet trained on; leave it out.")
+    if sources:
+        HeldOut(sources[0], cfg.data.heldout, kept=True)
+    return sources
+
+
+def _rows(cfg: TrainConfig, tokenizer: texts.Text, tally: Tally, source) -> Rows:
+    model, data = cfg.blip3o(), cfg.data
+    sizes = model.image_size, model.ta_tok.encoder.image_size
+    length = row_length(cfg, tokenizer)
+    if length < tokenizer.max_prompt_tokens + model.ta_tok.num_tokens + 3:
+        raise ConfigError(
+            f"data.row_length {length} does not hold a prompt of {tokenizer.max_prompt_tokens} tokens and its image; 0 finds the length."
+        )
+    return Rows(source, tokenizer, model.ta_tok.num_tokens, length, sizes, data.crop, data.long_captions, tally)
+
+
+def mixture(cfg: TrainConfig, sources: list, tokenizer: texts.Text, tally: Tally) -> Mixture:
+    """The endless training rows of opened sources; the first without its held-out records."""
+    data = cfg.data
+    first, *others = sources
+    trained = [HeldOut(first, data.heldout, kept=False), *others]
+    weights = [s.weight for s in data.sources]
+    if not any(weights):
+        weights = [s.repeat * len(source) for s, source in zip(data.sources, trained, strict=True)]
+    readers = [_rows(cfg, tokenizer, tally, source) for source in trained]
+    return Mixture(readers, [len(s) for s in trained], [s.blocks for s in trained], whole_weights(weights), cfg.seed)
+
+
+def tally_of(cfg: TrainConfig, workdir) -> Tally:
+    """An account that names bad records under the workdir, if there is one, in a file of this host's."""
+    return Tally(cfg.data.max_bad_fraction, workdir and pathlib.Path(workdir) / f"bad_records.{jax.process_index()}.jsonl")
+
+
+def train_batches(cfg: TrainConfig, data_dir: str, tokenizer: texts.Text | None, start: int = 0, sources=None, workdir=None):
+    """Endless iterator of this host's rows of batch `start`, `start + 1`, ...: shuffled anew every epoch.
+
+    The rows of all hosts in turn are the batch of a single host. `sources` are those of `open_sources`, if opened before; bad records
+    are named under the workdir. ConfigError, while iterating too, when the data are not fit to train on.
+    """
+    hosts = jax.process_count()
+    if cfg.batch_size % hosts:
+        raise ConfigError(f"batch_size {cfg.batch_size} does not divide by {hosts} hosts.")
+    if cfg.data.sources:
+        records = mixture(cfg, sources or open_sources(cfg), tokenizer, tally_of(cfg, workdir))
+    else:
+        records = dataset(cfg, data_dir, "train", tokenizer).seed(cfg.seed).shuffle().repeat()
+    rows = HostRows(records, cfg.batch_size, jax.process_index(), hosts)
+    batches = grain.MapDataset.source(rows).batch(cfg.batch_size // hosts)
     options = grain.ReadOptions(num_threads=cfg.data.reader_threads, prefetch_buffer_size=4)
     iterator = iter(batches.to_iter_dataset(options))
     iterator.set_state({"next_index": start})
     return iterator
 
 
-def heldout_batch(cfg: TrainConfig, data_dir: str, tokenizer: texts.Text | None, count: int) -> dict[str, np.ndarray]:
-    """The first `count` records of the held-out split."""
-    return next(iter(dataset(cfg, data_dir, "heldout", tokenizer)[:count].batch(count)))
+def heldout_batch(cfg: TrainConfig, data_dir: str, tokenizer: texts.Text | None, count: int, sources=None) -> dict[str, np.ndarray]:
+    """The first `count` records that are held out; of a mixture at most `data.heldout`. Otherwise as `train_batches`."""
+    if not cfg.data.sources:
+        return next(iter(dataset(cfg, data_dir, "heldout", tokenizer)[:count].batch(count)))
+    source = HeldOut((sources or open_sources(cfg))[0], cfg.data.heldout, kept=True)
+    row = _rows(cfg, tokenizer, tally_of(cfg, None), source)
+    rows = [row(i) for i in range(min(count, len(source)))]
+    return {name: np.stack([r[name] for r in rows]) for name in rows[0]}

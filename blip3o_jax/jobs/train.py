@@ -55,6 +55,15 @@ def name_ids(text) -> np.ndarray:
     return np.array([-1 if i is None else i for i in ids], np.int32)
 
 
+def open_tokenizer(cfg: TrainConfig):
+    """The Text that a run's captions are written with: of `data.tokenizer`, or of the preset."""
+    from blip3o_jax.pipeline import tokenizer_of
+    from blip3o_jax.text import Text, load_tokenizer
+
+    model = cfg.blip3o()
+    return Text(load_tokenizer(cfg.data.tokenizer or tokenizer_of(model.name)), model.vocab, model.max_prompt_tokens)
+
+
 def load_part(directory: str, part: str) -> dict:
     """One part's params from a training run or a published or converted checkpoint."""
     from blip3o_jax import checkpoint
@@ -99,8 +108,9 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 def run(config: str, workdir: str, overrides: list[str]) -> None:
     """Trains; prints the last evaluation as one JSON line."""
     from blip3o_jax.data import pipeline as data
-    from blip3o_jax.pipeline import enable_compilation_cache, find_checkpoint, tokenizer_of
-    from blip3o_jax.text import Text, load_tokenizer
+    from blip3o_jax.data.cache import check_cache
+    from blip3o_jax.jobs.data_cache import encoder_params
+    from blip3o_jax.pipeline import enable_compilation_cache, find_checkpoint
     from blip3o_jax.train import loop
 
     cfg = read_config(config, overrides)
@@ -108,14 +118,18 @@ def run(config: str, workdir: str, overrides: list[str]) -> None:
         raise ConfigError(f"{config} is of stage 'grpo'; `blip3o-jax grpo` runs that.")
     for directory in cfg.init.values():
         find_checkpoint(directory)  # before anything is made
+    tokenizer = open_tokenizer(cfg) if cfg.stage == "joint" else None
+    sources = data.open_sources(cfg)
+    if cfg.data.cache:
+        check_cache(cfg, encoder_params(cfg, load_part))
     folder = open_workdir(cfg, workdir)
     enable_compilation_cache()
     data_dir = cfg.data.data_dir or str(folder.parent / "scenes")
-    tokenizer = None
-    if cfg.stage == "joint":
-        model = cfg.blip3o()
-        tokenizer = Text(load_tokenizer(tokenizer_of(model.name)), model.vocab, model.max_prompt_tokens)
     words = name_ids(tokenizer) if cfg.named_tokens else None
-    heldout = data.heldout_batch(cfg, data_dir, tokenizer, 64)
-    result = loop.run(cfg, folder, lambda step: data.train_batches(cfg, data_dir, tokenizer, step), heldout, load_part, words)
+    heldout = data.heldout_batch(cfg, data_dir, tokenizer, 64, sources)
+
+    def batches(step):
+        return data.train_batches(cfg, data_dir, tokenizer, step, sources, folder)
+
+    result = loop.run(cfg, folder, batches, heldout, load_part, words)
     print(json.dumps(result))

@@ -2,7 +2,8 @@
 
 A batch holds `images` uint8 [B,H,W,3]; the tokenizer's also `patches` int [B,h,w], the class of the word that names each patch; the
 joint stage's `tokens` int32 [B,T], templated prompt and image right-padded, with the image's codes still open, and `start` [B], where
-`<S0>` stands.
+`<S0>` stands. For the joint stage, `view` uint8 [B,h,w,3] may be what the tokenizer sees instead of `images`, and from a cache `codes`
+int32 [B,n] and `latents` [B,Y,X,C] take the place of both, so that no image is encoded.
 """
 
 import jax
@@ -90,14 +91,26 @@ def keep_columns(tokens, columns, pad_token_id: int):
     return jnp.where(columns < 0, pad_token_id, jnp.take_along_axis(tokens, positions, axis=1)), positions
 
 
+def encode_codes(model: Blip3o, params, batch, key=None):
+    """Codes int32 [B,n] of a batch's `view`, or of its `images` at the tokenizer's resolution; sampled if there is a key."""
+    view = tokenizer_view(to_unit(batch.get("view", batch["images"])), model.config.ta_tok.encoder.image_size)
+    return model.ta_tok.apply({"params": params["ta_tok"]}, view, key=key, method="encode")
+
+
+def encode_latents(model: Blip3o, params, images):
+    """uint8 [B,H,W,3] -> latents f32 [B,Y,X,C], scaled as SANA takes them."""
+    return model.dc_ae.apply({"params": params["dc_ae"]}, to_unit(images), method="encode_scaled").astype(jnp.float32)
+
+
 def joint_loss(model: Blip3o, cfg: TrainConfig, params, batch, key):
     """Cross-entropy over all text and image tokens + velocity error of the diffusion part, 1:1 (S1.3, S5, S6)."""
     config, vocab = model.config, model.config.vocab
     code_key, drop_key, time_key, noise_key = jax.random.split(key, 4)
     frozen = jax.lax.stop_gradient(params)
-    images = to_unit(batch["images"])
-    view = tokenizer_view(images, config.ta_tok.encoder.image_size)
-    codes = model.ta_tok.apply({"params": frozen["ta_tok"]}, view, key=code_key if cfg.loss.stochastic_codes else None, method="encode")
+    if "codes" in batch:
+        codes = batch["codes"]
+    else:
+        codes = encode_codes(model, frozen, batch, code_key if cfg.loss.stochastic_codes else None)
 
     tokens = write_codes(batch["tokens"], batch["start"], codes, vocab.image_start_token_id)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -117,7 +130,8 @@ def joint_loss(model: Blip3o, cfg: TrainConfig, params, batch, key):
     condition = condition_slice(hidden[:rows], batch["start"][:rows], config.num_condition_tokens, last=cfg.loss.last_slice)
     condition = flow.drop_condition(drop_key, condition, cfg.loss.condition_dropout)
     condition = model.connector.apply({"params": params["diffusion_connector"]}, condition)
-    x0 = model.dc_ae.apply({"params": frozen["dc_ae"]}, images[:rows], method="encode_scaled").astype(jnp.float32)
+    latents = batch["latents"][:rows] if "latents" in batch else encode_latents(model, frozen, batch["images"][:rows])
+    x0 = latents.astype(jnp.float32)  # a cache may hold bfloat16
     t, sigma = flow.sample_timesteps(time_key, rows)
     noise = jax.random.normal(noise_key, x0.shape)
     velocity = model.sana.apply({"params": params["sana"]}, flow.add_noise(x0, noise, sigma), t, condition)

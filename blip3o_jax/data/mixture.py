@@ -1,0 +1,137 @@
+"""The order of records: what stands at position i is a pure function of (seed, i), whatever the number of hosts."""
+
+import functools
+import math
+import sys
+from fractions import Fraction
+
+import grain
+import numpy as np
+
+from blip3o_jax.config import ConfigError
+
+WINDOW = 4  # blocks whose records are shuffled together
+
+
+def whole_weights(weights) -> tuple[int, ...]:
+    """Weights in the same proportions as whole numbers without a common factor: 0.7 and 0.3 are 7 and 3, exactly."""
+    exact = [Fraction(str(w)) for w in weights]
+    scale = math.lcm(*(w.denominator for w in exact))
+    whole = [int(w * scale) for w in exact]
+    return tuple(w // math.gcd(*whole) for w in whole)
+
+
+def place(i: int, weights: tuple[int, ...]) -> tuple[int, int]:
+    """Position of a mixture -> (source, how many of that source came before).
+
+    The first source gets every position where the whole part of i w / sum(w) grows, the others share the rest in the same way, so each
+    run of sum(w) positions holds exactly w of each source, evenly spread. (grain.MapDataset.mix does so too, but rounds weights to a
+    hundredth of the smallest.)
+    """
+    total = sum(weights)
+    for source, weight in enumerate(weights):
+        # Those of this source among the first i, rounded up so that it starts.
+        before, with_it = (-(-n * weight // total) for n in (i, i + 1))
+        if with_it > before:
+            return source, before
+        i, total = i - before, total - weight
+    raise AssertionError("the last source takes every position that is left")
+
+
+def shuffled(size: int, seed: int):
+    """Position -> record in [0, size): every epoch of `size` positions holds each record once, in an order of its own."""
+    order = grain.MapDataset.range(size).seed(seed).shuffle().repeat()
+    return lambda position: int(order[position])
+
+
+def shuffled_blocks(starts: np.ndarray, size: int, seed: int):
+    """As `shuffled`, for records that are read a block at a time: blocks in random order, and records among those of `WINDOW` blocks."""
+    lengths = np.diff([*starts, size])
+
+    @functools.lru_cache(2)
+    def epoch_order(epoch: int):
+        order = np.random.default_rng([seed, epoch]).permutation(len(starts))
+        return order, np.concatenate([[0], np.cumsum(lengths[order])])
+
+    @functools.lru_cache(4)
+    def window_order(epoch: int, window: int):
+        order, ends = epoch_order(epoch)
+        blocks = order[window * WINDOW : (window + 1) * WINDOW]
+        records = np.concatenate([np.arange(starts[b], starts[b] + lengths[b]) for b in blocks])
+        return ends[window * WINDOW], np.random.default_rng([seed, epoch, window]).permutation(records)
+
+    def record(position: int) -> int:
+        epoch, position = divmod(position, size)
+        block = int(np.searchsorted(epoch_order(epoch)[1], position, "right")) - 1
+        first, records = window_order(epoch, block // WINDOW)
+        return int(records[position - first])
+
+    return record
+
+
+class HeldOut:
+    """`count` records of a source, evenly spread, or all the others (`kept=False`), numbered anew."""
+
+    def __init__(self, source, count: int, kept: bool):
+        self.source, self.count, self.kept, self.stride = source, count, kept, len(source) // count
+        if self.stride < 2:
+            raise ConfigError(f"data.heldout {count} leaves too few of the first source's {len(source)} records; at most half.")
+
+    def __len__(self) -> int:
+        return self.count if self.kept else len(self.source) - self.count
+
+    def index(self, i: int) -> int:
+        """The record's number in the source: each stride's first is held out."""
+        if self.kept:
+            return i * self.stride
+        stride, offset = divmod(i, self.stride - 1)
+        return stride * self.stride + 1 + offset if stride < self.count else i + self.count
+
+    @property
+    def blocks(self) -> np.ndarray | None:
+        starts = self.source.blocks
+        if starts is None or self.kept:
+            return None
+        held = np.minimum(-(-np.asarray(starts) // self.stride), self.count)  # held-out records before each block
+        return np.unique(starts - held)
+
+    def key(self, i: int) -> str:
+        return self.source.key(self.index(i))
+
+    def __getitem__(self, i: int):
+        return self.source[self.index(i)]
+
+
+class Mixture:
+    """Endless: position -> what `readers[source]` gives for the record there. Weights as `place` takes them.
+
+    readers: one per source, a function of the record's number; sizes, blocks: number of records, and where their blocks start or None.
+    """
+
+    def __init__(self, readers, sizes, blocks, weights: tuple[int, ...], seed: int):
+        self.readers, self.weights = readers, weights
+        self.orders = [
+            shuffled(size, seed + k) if starts is None else shuffled_blocks(starts, size, seed + k)
+            for k, (size, starts) in enumerate(zip(sizes, blocks, strict=True))
+        ]
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, i: int):
+        source, position = place(i, self.weights)
+        return self.readers[source](self.orders[source](position))
+
+
+class HostRows:
+    """This host's rows of every batch of an endless sequence of records: row r of the whole batch is the same, whatever the hosts."""
+
+    def __init__(self, records, batch_size: int, host: int, hosts: int):
+        self.records, self.batch_size, self.rows, self.first = records, batch_size, batch_size // hosts, host * (batch_size // hosts)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, i: int):
+        batch, row = divmod(i, self.rows)
+        return self.records[batch * self.batch_size + self.first + row]

@@ -1,0 +1,73 @@
+"""What a source gives: one record. And the files that sources are made of, on disk or in a bucket (through etils.epath)."""
+
+import glob
+import os
+import posixpath
+from dataclasses import dataclass
+
+from blip3o_jax.config import ConfigError
+
+MAGIC = "*?["
+
+
+class RecordError(Exception):
+    """One record cannot be used; the message says why, without its key."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """An image with its caption; or an edit: `inputs` are the images before, `caption` the instruction, `image` the result. All encoded."""
+
+    key: str
+    caption: str
+    image: bytes
+    inputs: tuple[bytes, ...] = ()
+
+
+def expand(pattern: str) -> list[str]:
+    """The files of a path or glob pattern, sorted; ConfigError when there are none."""
+    if "://" in pattern:
+        found = _remote(pattern)
+    elif any(c in pattern for c in MAGIC) and not os.path.exists(pattern):
+        found = sorted(glob.glob(pattern, recursive=True))
+    else:
+        found = [pattern] if os.path.isfile(pattern) else []
+    if not found:
+        raise ConfigError(f"data.sources: no file at {pattern!r}; name a file or a pattern that matches some.")
+    return found
+
+
+def _remote(pattern: str) -> list[str]:
+    from etils import epath
+
+    parts = pattern.split("/")
+    magic = [i for i, part in enumerate(parts) if any(c in part for c in MAGIC)]
+    try:
+        if not magic:
+            return [pattern] if epath.Path(pattern).exists() else []
+        folder = epath.Path("/".join(parts[: magic[0]]))
+        return sorted(str(path) for path in folder.glob("/".join(parts[magic[0] :])))
+    except Exception as error:  # whatever the bucket's client raises
+        raise ConfigError(f"data.sources: {pattern!r} cannot be listed: {type(error).__name__}: {error}.") from error
+
+
+def open_binary(path: str):
+    """The file, for reading."""
+    if "://" not in path:
+        return open(path, "rb")
+    from etils import epath
+
+    return epath.Path(path).open("rb")
+
+
+def read_bytes(path: str) -> bytes:
+    """The file's contents; RecordError when they cannot be read."""
+    try:
+        with open_binary(path) as file:
+            return file.read()
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read ({error.strerror or error})") from error
+
+
+def base_name(path: str) -> str:
+    return posixpath.basename(path.replace(os.sep, "/"))

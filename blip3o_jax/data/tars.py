@@ -1,0 +1,193 @@
+"""WebDataset tars, read at random: a tar's headers are read once, in order, and its offsets kept in NAME.tar.index beside it.
+
+A record is a run of members that share their name up to the first dot of its last part: KEY.jpg|jpeg|png|webp, KEY.txt and perhaps
+KEY.json, as BLIP3o-Pretrain-* are laid out. Other members are no concern of ours.
+"""
+
+import bisect
+import hashlib
+import itertools
+import json
+import logging
+import os
+import pathlib
+import tarfile
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from blip3o_jax.config import ConfigError
+from blip3o_jax.data.records import Record, RecordError, base_name, expand, open_binary
+from blip3o_jax.train.data_config import SourceConfig
+
+VERSION = 1
+BLOCK = 512
+PARTS = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "text", "json": "json"}
+INDEXERS = 8  # tars whose headers are read at once; what counts is the latency of the disk
+
+log = logging.getLogger(__name__)
+
+
+class TarSource:
+    """Records of all tars of a pattern, in the order of their names."""
+
+    blocks = None  # reading one record costs as much as any other
+
+    def __init__(self, spec: SourceConfig):
+        self.paths, self.caption_field = expand(spec.path), spec.caption_field
+        with ThreadPoolExecutor(INDEXERS) as pool:
+            self.indexes = list(pool.map(open_index, self.paths))
+        self.ends = list(itertools.accumulate(len(index) for index in self.indexes))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def _find(self, i: int) -> tuple[str, np.void]:
+        tar = bisect.bisect_right(self.ends, i)
+        return self.paths[tar], self.indexes[tar][i - (self.ends[tar - 1] if tar else 0)]
+
+    def key(self, i: int) -> str:
+        path, row = self._find(i)
+        return f"{base_name(path)}:{row['key'].decode()}"
+
+    def __getitem__(self, i: int) -> Record:
+        path, row = self._find(i)
+        caption = "json" if self.caption_field else "text"
+        for part in ("image", caption):
+            if row[part][1] < 0:
+                raise RecordError(f"no {'txt' if part == 'text' else part} in the tar")
+        try:
+            with open_binary(path) as file:
+                image, written = (_span(file, *row[part]) for part in ("image", caption))
+        except OSError as error:
+            raise RecordError(f"{path} cannot be read ({error.strerror or error})") from error
+        return Record(self.key(i), self._caption(written), image)
+
+    def _caption(self, written: bytes) -> str:
+        try:
+            if not self.caption_field:
+                return written.decode().strip()
+            return str(json.loads(written)[self.caption_field]).strip()
+        except (ValueError, KeyError, TypeError) as error:
+            what = f"json without {self.caption_field!r}" if self.caption_field else "txt that is not UTF-8"
+            raise RecordError(what) from error
+
+
+def _span(file, start: int, size: int) -> bytes:
+    file.seek(start)
+    data = file.read(int(size))
+    if len(data) < size:
+        raise RecordError("the tar has become shorter")
+    return data
+
+
+def open_index(tar: str) -> np.ndarray:
+    """The offsets of a tar's records, from the index file if that is of this very tar, else from the tar. ConfigError for a damaged tar."""
+    version = _version(tar)
+    places = _index_files(tar)
+    for file in places:
+        if (index := _load(file, version)) is not None:
+            return index
+    index = read_headers(tar)
+    for file in places:
+        try:
+            _store(file, version, index)
+            return _load(file, version)
+        except OSError:
+            continue  # the next place; in memory at last
+    log.warning("The index of %s can be kept neither beside it nor in the cache folder; it is made anew in every run.", tar)
+    return index
+
+
+def read_headers(tar: str) -> np.ndarray:
+    """Reads a tar's headers in order: key and, of each part, (offset, size), (-1, -1) where it is missing."""
+    rows, end = [], 0
+    try:
+        with open_binary(tar) as raw, tarfile.open(fileobj=raw, mode="r:") as members:
+            for member in members:
+                members.members = []  # it would keep them all
+                if member.isfile():
+                    _add(rows, member)
+                end = member.offset_data + (-(-member.size // BLOCK) * BLOCK if member.isfile() else 0)
+            raw.seek(end)
+            beyond = raw.read(BLOCK)
+    except (tarfile.TarError, EOFError) as error:
+        raise ConfigError(f"{tar} is no whole uncompressed tar ({error}); copy it again or unpack its compression.") from error
+    except OSError as error:
+        raise ConfigError(f"{tar} cannot be read: {error.strerror or error}.") from error
+    if beyond.strip(b"\0") or (end % BLOCK and rows):  # tarfile takes a damaged header for the end
+        raise ConfigError(f"{tar} is damaged at byte {end}, after {len(rows)} records; copy it again.")
+    width = max((len(key) for key, _ in rows), default=1)
+    index = np.full(len(rows), -1, [("key", f"S{width}"), ("image", "<i8", 2), ("text", "<i8", 2), ("json", "<i8", 2)])
+    for row, (key, parts) in zip(index, rows, strict=True):
+        row["key"] = key
+        for part, span in parts.items():
+            row[part] = span
+    return index
+
+
+def _add(rows: list, member: tarfile.TarInfo) -> None:
+    """Puts a member into its record, the last one of `rows` or a new one."""
+    folder, _, name = member.name.rpartition("/")
+    base, _, extension = name.partition(".")
+    part = PARTS.get(extension.lower())
+    if not base or part is None:
+        return
+    key = f"{folder}/{base}".lstrip("/").encode()
+    if not rows or rows[-1][0] != key or part in rows[-1][1]:
+        rows.append((key, {}))
+    rows[-1][1][part] = member.offset_data, member.size
+
+
+def _version(tar: str) -> dict:
+    """What an index must agree with."""
+    if "://" in tar:
+        from etils import epath
+
+        stat = epath.Path(tar).stat()
+        return {"version": VERSION, "size": stat.length, "mtime": int(stat.mtime)}
+    stat = os.stat(tar)
+    return {"version": VERSION, "size": stat.st_size, "mtime": stat.st_mtime_ns}
+
+
+def _index_files(tar: str) -> list[pathlib.Path]:
+    """Beside the tar, and where that is not writable."""
+    root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "blip3o_jax" / "tars"
+    remote = "://" in tar
+    name = hashlib.sha256((tar if remote else os.path.abspath(tar)).encode()).hexdigest()[:32]
+    cached = root / f"{name}.index"
+    return [cached] if remote else [pathlib.Path(f"{tar}.index"), cached]
+
+
+def _load(file: pathlib.Path, version: dict) -> np.ndarray | None:
+    """The index in a file: a line of JSON, then the array; None when there is none or it is of another state of the tar."""
+    try:
+        with file.open("rb") as stream:
+            head = json.loads(stream.readline())
+            offset = stream.tell()
+        if head.pop("version_of") != version:
+            return None
+        dtype = np.dtype([(name, kind, *map(tuple, shape)) for name, kind, *shape in head["dtype"]])
+        if file.stat().st_size != offset + head["records"] * dtype.itemsize:
+            return None
+        if not head["records"]:
+            return np.zeros(0, dtype)
+        return np.memmap(file, dtype, "r", offset, (head["records"],))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _store(file: pathlib.Path, version: dict, index: np.ndarray) -> None:
+    """Whole or not at all, whoever else writes it meanwhile."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    head = {"version_of": version, "records": len(index), "dtype": index.dtype.descr}
+    handle, temporary = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(json.dumps(head).encode() + b"\n")
+            stream.write(index.tobytes())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    finally:
+        pathlib.Path(temporary).unlink(missing_ok=True)

@@ -1,0 +1,152 @@
+"""A record to arrays: decoding, the crop, the caption's length. And the account of what could not be used as it was."""
+
+import io
+import json
+import logging
+import pathlib
+import threading
+
+import numpy as np
+from PIL import Image
+
+from blip3o_jax.config import ConfigError
+from blip3o_jax.data.records import Record, RecordError
+from blip3o_jax.text import Text, t2i_prompt
+
+FEWEST = 1000  # records before the share of bad ones is trusted
+
+log = logging.getLogger(__name__)
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Encoded bytes -> RGB; RecordError when they are damaged."""
+    try:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except Exception as error:  # decoders of images raise what they please
+        raise RecordError(f"the image cannot be decoded ({str(error) or type(error).__name__})") from error
+
+
+def centre_crop(image: Image.Image, size: int) -> np.ndarray:
+    """uint8 [size,size,3]: the shorter side resized (bilinear, antialiased), then the middle of the longer one (S6.4)."""
+    width, height = image.size
+    if width <= height:
+        width, height = size, max(size, int(size * height / width))
+    else:
+        width, height = max(size, int(size * width / height)), size
+    image = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def squash(image: Image.Image, size: int) -> np.ndarray:
+    """uint8 [size,size,3]: the whole frame, whatever its shape, as the PyTorch code shows it to the tokenizer (bicubic; S6.4)."""
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def prompt_length(tokenizer: Text, caption: str) -> int:
+    """Tokens of the templated caption."""
+    return len(tokenizer.tokenizer.encode(t2i_prompt(caption), add_special_tokens=False).ids)
+
+
+def fit_caption(tokenizer: Text, caption: str) -> str:
+    """The longest beginning of the caption, by its tokens, whose prompt is no longer than the model allows."""
+    encoding = tokenizer.tokenizer.encode(caption, add_special_tokens=False)
+    keep = len(encoding.ids)
+    while keep > 0 and (over := prompt_length(tokenizer, caption) - tokenizer.max_prompt_tokens) > 0:
+        keep -= over
+        caption = caption[: encoding.offsets[keep - 1][1]].rstrip() if keep > 0 else ""
+    return caption
+
+
+class Tally:
+    """Counts of records read, bad, and of captions cut or dropped; thread-safe.
+
+    A bad record is named in `path` (a line of JSON: key, reason) once. Raises ConfigError once they are more than `max_fraction` of
+    those read, of which a thousand are assumed at least.
+    """
+
+    def __init__(self, max_fraction: float, path: pathlib.Path | None = None):
+        self.max_fraction, self.path = max_fraction, path
+        self.counts = {"read": 0, "bad": 0, "truncated": 0, "dropped": 0, "bytes": 0}
+        self._named, self._lock = set(), threading.Lock()
+
+    def add(self, **counts: int) -> None:
+        with self._lock:
+            for name, count in counts.items():
+                self.counts[name] += count
+                total = self.counts[name]
+                if name in ("truncated", "dropped") and total & (total - 1) == 0:  # at powers of two
+                    log.info("Captions too long for the prompt: %d %s of %d records read.", total, name, self.counts["read"])
+
+    def bad(self, key: str, reason: str) -> None:
+        with self._lock:
+            self.counts["bad"] += 1
+            if key not in self._named:
+                self._named.add(key)
+                log.warning("Record %s is not used: %s.", key, reason)
+                if self.path:
+                    with self.path.open("a") as file:
+                        file.write(json.dumps({"key": key, "reason": reason}) + "\n")
+            if self.counts["bad"] > self.max_fraction * max(self.counts["read"], FEWEST):
+                where = f"; {self.path} names them" if self.path else ""
+                raise ConfigError(
+                    f"{self.counts['bad']} of {self.counts['read']} records cannot be used, more than data.max_bad_fraction "
+                    f"{self.max_fraction} (the last: {key}: {reason}){where}."
+                )
+
+
+class Rows:
+    """Record number -> the arrays of a training row. What stands for a bad record is the next good one of the source.
+
+    `source` gives Records, or the cache's dicts with `codes` and `latents`. Rows hold `tokens` int32 [length] with the image's codes
+    open, `start` int32, and `images` uint8 [size,size,3] (with crop "original" also `view`, the tokenizer's) or `codes` and `latents`.
+    """
+
+    ATTEMPTS = 100
+
+    def __init__(self, source, tokenizer: Text, num_tokens: int, length: int, sizes: tuple[int, int], crop: str, long: str, tally: Tally):
+        self.source, self.tokenizer, self.num_tokens, self.length = source, tokenizer, num_tokens, length
+        self.sizes, self.crop, self.long, self.tally = sizes, crop, long, tally
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __call__(self, i: int) -> dict[str, np.ndarray]:
+        for attempt in range(self.ATTEMPTS):
+            number = (i + attempt) % len(self.source)
+            self.tally.add(read=1)
+            try:
+                if (row := self._row(self.source[number])) is not None:
+                    return row
+            except RecordError as error:
+                self.tally.bad(self.source.key(number), str(error))
+        raise ConfigError(f"None of {self.ATTEMPTS} records from {self.source.key(i)} on can be used; see `blip3o-jax data check`.")
+
+    def _row(self, record) -> dict[str, np.ndarray] | None:
+        cached = isinstance(record, dict)
+        caption = record["caption"] if cached else record.caption
+        if prompt_length(self.tokenizer, caption) > self.tokenizer.max_prompt_tokens:
+            if self.long == "drop":
+                return self.tally.add(dropped=1)
+            self.tally.add(truncated=1)
+            caption = fit_caption(self.tokenizer, caption)
+        try:
+            prompt = self.tokenizer.encode_prompt(caption)
+        except ConfigError as error:
+            raise RecordError(str(error).rstrip(".")) from error
+        tokens, start = self.tokenizer.training_rows([prompt], np.zeros((1, self.num_tokens), np.int32), self.length)
+        row = {"tokens": tokens[0], "start": start[0]}
+        if cached:
+            self.tally.add(bytes=record["codes"].nbytes + record["latents"].nbytes)
+            return row | {"codes": record["codes"], "latents": record["latents"]}
+        self.tally.add(bytes=len(record.image))
+        return row | image_arrays(record, self.sizes, self.crop)
+
+
+def image_arrays(record: Record, sizes: tuple[int, int], crop: str) -> dict[str, np.ndarray]:
+    """`images` uint8 [size,size,3] and, with the original's crop, `view`; `sizes` are those of the autoencoder and of the tokenizer."""
+    image = decode_image(record.image)
+    arrays = {"images": centre_crop(image, sizes[0])}
+    if crop == "original":
+        arrays["view"] = squash(image, sizes[1])
+    return arrays

@@ -1,0 +1,150 @@
+"""`blip3o-jax data cache`: the tokenizer and the autoencoder over a mixture, a shard at a time; what is there already stays."""
+
+import json
+import logging
+import pathlib
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from blip3o_jax.config import ConfigError
+from blip3o_jax.data import cache
+from blip3o_jax.data.records import RecordError
+from blip3o_jax.data.transform import Tally, image_arrays
+from blip3o_jax.mesh import BATCH, make_mesh
+from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.train.config import TrainConfig
+
+log = logging.getLogger(__name__)
+
+
+def encoder_params(cfg: TrainConfig, load_part: Callable[[str, str], dict]) -> dict:
+    """The run's `ta_tok` and `dc_ae` at its start, float32 on the host: from `init`, or at random from the seed as the loop makes them."""
+    made = {}
+    for part in ("ta_tok", "dc_ae"):
+        if part in cfg.init:
+            params = load_part(cfg.init[part], part)
+        else:
+            params = Blip3o(cfg.blip3o()).init(jax.random.key(cfg.seed), (part,))[part]
+        made[part] = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+    return made
+
+
+def make_encoder(cfg: TrainConfig, params: dict, batch_size: int):
+    """list of image arrays -> (codes int32 [b,n], latents f32 [b,Y,X,C]), `batch_size` images at a time over this host's devices."""
+    from blip3o_jax.train import losses
+    from blip3o_jax.train.loop import build_model
+
+    mesh = make_mesh(devices=jax.local_devices())
+    if batch_size % mesh.size:
+        raise ConfigError(f"--batch-size {batch_size} does not divide by the {mesh.size} devices of this host.")
+    model, place = build_model(cfg), jax.NamedSharding(mesh, BATCH)
+    params = jax.device_put(params, jax.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+
+    @jax.jit
+    def encode(params, batch):
+        return losses.encode_codes(model, params, batch), losses.encode_latents(model, params, batch["images"])
+
+    def run(images: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+        padded = images + [images[-1]] * (batch_size - len(images))
+        batch = {name: np.stack([image[name] for image in padded]) for name in images[0]}
+        codes, latents = jax.device_get(encode(params, jax.device_put(batch, place)))
+        return codes[: len(images)], latents[: len(images)]
+
+    return run
+
+
+def shard_records(source, numbers, decode, encode, tally: Tally, dtype, batch_size: int):
+    """The cached records of some record numbers, in order: encoded, or with the reason why not."""
+
+    def load(number):
+        tally.add(read=1)
+        try:
+            record = source[number]
+            return record.key, record.caption, decode(record)
+        except RecordError as error:
+            tally.bad(source.key(number), str(error))
+            return source.key(number), None, str(error)
+
+    with ThreadPoolExecutor(4) as pool:
+        for start in range(0, len(numbers), batch_size):
+            loaded = list(pool.map(load, numbers[start : start + batch_size]))
+            good = [arrays for _, caption, arrays in loaded if caption is not None]
+            made = iter(zip(*encode(good), strict=True)) if good else iter(())
+            for key, caption, arrays in loaded:
+                if caption is None:
+                    yield {"key": key, "error": arrays}
+                    continue
+                codes, latents = next(made)
+                yield {"key": key, "caption": caption, "codes": codes.astype(np.int32), "latents": latents.astype(dtype)}
+
+
+def begin(folder: pathlib.Path, wanted: dict) -> None:
+    """Makes the folder and writes its description; ConfigError when it holds another cache or something else."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "cache.json").exists():
+            if others := sorted(p.name for p in folder.iterdir() if not p.name.startswith((".", "bad_records"))):
+                raise ConfigError(f"{folder} holds {others[0]} and no cache.json; name another folder.")
+            temporary = folder / f".cache.json.{jax.process_index()}"
+            temporary.write_text(json.dumps(wanted, indent=1) + "\n")
+            temporary.replace(folder / "cache.json")
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written: {error.strerror}.") from error
+    found = cache.read_description(str(folder))
+    if found != wanted:
+        differs = cache.difference(found, wanted) or "other fields"
+        raise ConfigError(f"{folder} holds a cache made otherwise ({differs}); name another folder.")
+
+
+def run(args) -> None:
+    """Writes the shards that are missing; several hosts share them by number. Prints one JSON line."""
+    from blip3o_jax.data.pipeline import open_sources
+    from blip3o_jax.jobs.train import load_part, read_config
+    from blip3o_jax.pipeline import enable_compilation_cache, find_checkpoint
+
+    cfg = read_config(args.config, [*args.overrides, "--config.data.cache="])
+    for name in ("shard_records", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is at least 1, not {getattr(args, name)}.")
+    if not cfg.data.sources:
+        raise ConfigError(f"{args.config} names no data.sources, so there is nothing to cache.")
+    for directory in cfg.init.values():
+        find_checkpoint(directory)
+    sources = open_sources(cfg)
+    params = encoder_params(cfg, load_part)
+    wanted = cache.describe(cfg, params) | {
+        "latents": args.latents,
+        "shard_records": args.shard_records,
+        "sources": [cache.source_entry(spec, len(source)) for spec, source in zip(cfg.data.sources, sources, strict=True)],
+    }
+    folder, host, hosts = pathlib.Path(args.out), jax.process_index(), jax.process_count()
+    encode = make_encoder(cfg, params, args.batch_size)
+    begin(folder, wanted)
+    enable_compilation_cache()
+    model = cfg.blip3o()
+    sizes = model.image_size, model.ta_tok.encoder.image_size
+    names = [
+        (s, k, name) for s, source in enumerate(sources) for k, name in enumerate(cache.shard_names(s, len(source), args.shard_records))
+    ]
+    todo = [item for item in names[host::hosts] if not (folder / item[2]).exists()]
+    log.info("%d of %d shards are to be made on host %d of %d.", len(todo), len(names), host, hosts)
+    tally = Tally(cfg.data.max_bad_fraction, folder / f"bad_records.{host}.jsonl")
+    dtype, began = jnp.dtype(args.latents), time.perf_counter()
+    for done, (s, k, name) in enumerate(todo, 1):
+        numbers = range(k * args.shard_records, min(len(sources[s]), (k + 1) * args.shard_records))
+
+        def decode(record):
+            return image_arrays(record, sizes, cfg.data.crop)
+
+        cache.write_shard(folder / name, shard_records(sources[s], numbers, decode, encode, tally, dtype, args.batch_size))
+        rate = tally.counts["read"] / (time.perf_counter() - began)
+        eta = (time.perf_counter() - began) / done * (len(todo) - done) / 60
+        log.info("shard %d/%d %s, %.1f records/s, eta %.0f min", done, len(todo), name, rate, eta)
+    size = sum(file.stat().st_size for file in folder.glob("*.array_record"))
+    report = {"cache": str(folder), "shards": len(names), "made": len(todo), "bytes": size}
+    print(json.dumps(report | {name: tally.counts[name] for name in ("read", "bad")}))
