@@ -194,7 +194,7 @@ def build_parser() -> argparse.ArgumentParser:
     job.add_argument("--batch-size", type=int, default=4)
     job.add_argument("--num-inference-steps", type=int, default=10)
     job.add_argument("--repeats", type=int, default=5, help="turns, of which the median counts (default: %(default)s)")
-    job.add_argument("--stages", help="some of decode,denoise,autoencoder,text_to_image,train_step (default: all)")
+    job.add_argument("--stages", help="some of decode,denoise,autoencoder,text_to_image,train_step,cached_train_step (default: all)")
     job.add_argument("--out", metavar="FILE.json", help="write the report to a file too")
     job.add_argument("--overwrite", action="store_true", help="replace an earlier report")
     job.set_defaults(run=_bench)

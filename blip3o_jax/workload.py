@@ -11,11 +11,11 @@ import numpy as np
 from blip3o_jax import decode, flops, flow, generate
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.models.blip3o import Blip3o
-from blip3o_jax.train import steps
+from blip3o_jax.train import losses, steps
 from blip3o_jax.train.config import LossConfig, OptimizerConfig, TrainConfig
 
 GUIDANCE, LEARNING_RATE, WEIGHT_DECAY = 2.0, 1e-5, 0.1
-STAGES = ("decode", "denoise", "autoencoder", "text_to_image", "train_step")
+STAGES = ("decode", "denoise", "autoencoder", "text_to_image", "train_step", "cached_train_step")
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,14 @@ def ours(work: Workload, params) -> dict[str, Callable[[], dict]]:
         "denoise": stage(lambda *a, **k: {"latents": denoise(*a, **k)}, states=work.states, noise=work.noise),
         "autoencoder": stage(lambda *a, **k: {"pixels": pixels(*a, **k)}, latents=work.noise),
         "text_to_image": stage(whole, prompt=work.prompt, valid=work.valid, noise=work.noise),
-        "train_step": _training(model, params, work),
+        "train_step": _training(model, params, work, cached=False),
+        "cached_train_step": _training(model, params, work, cached=True),
     }
 
 
-def _training(model: Blip3o, params, work: Workload) -> Callable[[], dict]:
-    cfg, batch = train_config(), jax.device_put({"images": work.images, "tokens": work.tokens, "start": work.start})
+def _training(model: Blip3o, params, work: Workload, cached: bool) -> Callable[[], dict]:
+    """`cached`: codes and latents come with the batch, as `blip3o-jax data cache` makes them, and no image is encoded."""
+    cfg, batch = train_config(), {"images": work.images, "tokens": work.tokens, "start": work.start}
     step = jax.jit(functools.partial(steps.train_step, model, cfg), donate_argnums=0)
     kept: dict = {}
 
@@ -125,7 +127,12 @@ def _training(model: Blip3o, params, work: Workload) -> Callable[[], dict]:
         if not kept:  # here, so that the state takes memory only when this stage is measured
             state, kept["frozen"] = steps.init_state(cfg, params)
             kept["state"] = jax.tree.map(jnp.copy, state)
-        kept["state"], metrics = step(kept["state"], kept["frozen"], batch)
+            if cached:
+                images = batch.pop("images")
+                batch["codes"] = losses.encode_codes(model, params, {"images": images})
+                batch["latents"] = losses.encode_latents(model, params, images)
+            kept["batch"] = jax.device_put(batch)
+        kept["state"], metrics = step(kept["state"], kept["frozen"], kept["batch"])
         jax.block_until_ready(kept["state"])
         return {name: np.asarray(metrics[name]) for name in ("ce", "flow")}
 
@@ -169,8 +176,12 @@ def phases(work: Workload, stage: str, sizes: dict[str, int]) -> list[Phase]:
     if stage == "autoencoder":
         return [Phase(1, flops.dc_ae_decode(cfg.dc_ae, batch, cfg.sana.sample_size), 4 * sizes["decoder"])]
     trained, frozen = sizes["qwen3"] + sizes["sana"] + sizes["diffusion_connector"], sizes["ta_tok_encoder"] + sizes["encoder"]
+    arithmetic = flops.joint_step(cfg, batch, work.tokens.shape[1])
+    if stage == "cached_train_step":
+        arithmetic -= flops.ta_tok_encode(cfg.ta_tok, batch) + flops.dc_ae_encode(cfg.dc_ae, batch, cfg.sana.sample_size)
+        frozen = 0
     # Weights are read forwards and backwards; gradients are written; AdamW reads four numbers a parameter and writes three.
-    return [Phase(1, flops.joint_step(cfg, batch, work.tokens.shape[1]), 4 * (10 * trained + frozen))]
+    return [Phase(1, arithmetic, 4 * (10 * trained + frozen))]
 
 
 def parameter_counts(params) -> dict[str, int]:
