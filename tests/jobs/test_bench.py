@@ -1,0 +1,75 @@
+"""`bench`: limits and ratios by hand, a run of our side, and against PyTorch that both do the same work."""
+
+import json
+
+import numpy as np
+import pytest
+
+from blip3o_jax import workload
+from blip3o_jax.cli import main
+from blip3o_jax.config import preset
+from blip3o_jax.jobs import bench
+
+
+def test_a_phase_takes_arithmetic_or_reading_whichever_is_longer():
+    phases = [workload.Phase(passes=2, flops=100.0, bytes=10.0), workload.Phase(passes=3, flops=10.0, bytes=100.0)]
+    assert bench.limit_seconds(phases, gemm=10.0, bandwidth=lambda size: 20.0) == pytest.approx(2 * 10.0 + 3 * 5.0)
+    assert bench.limit_seconds([workload.Phase(1, 50.0, 0)], gemm=10.0, bandwidth=lambda size: 1.0) == 5.0
+
+
+def test_a_row_takes_medians_and_says_how_many_times_faster_we_are():
+    found = bench.row({"ours": [2.0, 1.0, 9.0], "well": [3.0, 4.0, 5.0]}, limit=1.0, amount=10.0, unit="tokens/s")
+    assert found["ratio"] == {"well": 2.0}
+    assert found["value"] == {"ours": 5.0, "well": 2.5}
+    assert (found["limit"], found["share_of_limit"]) == (10.0, 0.5)
+    assert "| decode | tokens/s | 5 | 2.5 | 2.00× | 10 | 50 % |" in bench.table({"decode": found})
+
+
+def test_the_limit_of_decoding_grows_with_the_weights_read_for_every_token():
+    cfg = preset("emoji_64")
+    work = workload.make(cfg, batch_size=1, num_inference_steps=2)
+    sizes = dict.fromkeys(("layers", "sana", "decoder"), 1000)
+    prefill, tokens = workload.phases(work, "decode", sizes)
+    assert tokens.passes == cfg.ta_tok.num_tokens == 64
+    more = workload.phases(work, "decode", sizes | {"layers": 2000})[1]
+    assert more.bytes - tokens.bytes == 4 * 1000
+    assert prefill.flops > tokens.flops  # 64 prompt tokens at once against one
+
+
+def test_our_side_alone(capsys):
+    assert main(["bench", "--batch-size", "1", "--num-inference-steps", "1", "--repeats", "1", "--stages", "decode,autoencoder"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(report["stages"]) == {"decode", "autoencoder"}
+    decode = report["stages"]["decode"]
+    assert decode["value"]["ours"] == pytest.approx(64 / decode["seconds"]["ours"])
+    assert 0 < decode["share_of_limit"]
+    assert report["agreement"] == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--stages", "decod"], "decode"),
+        (["--batch-size", "0"], "at least 1"),
+        (["--preset", "mid_12"], "mid_128"),
+        (["--preset", "blip3o_next_3b"], "random weights up to"),
+    ],
+)
+def test_bad_input_is_one_sentence(options, words, capsys):
+    assert main(["bench", *options]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parity
+def test_both_sides_do_the_same_work(capsys):
+    options = ["--against", "torch", "--batch-size", "2", "--num-inference-steps", "2", "--repeats", "1"]
+    assert main(["bench", *options]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["agree"]
+    assert set(report["stages"]["train_step"]["ratio"]) == {"original", "well"}
+    assert {name.split(", ")[1] for name in report["agreement"]} == {"original", "well"}
+    worst = max(values["relative"] for rows in report["agreement"].values() for values in rows.values() if "relative" in values)
+    assert np.isfinite(worst)
+    assert worst < bench.TOLERANCE
