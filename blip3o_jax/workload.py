@@ -129,8 +129,8 @@ def _training(model: Blip3o, params, work: Workload, cached: bool) -> Callable[[
             kept["state"] = jax.tree.map(jnp.copy, state)
             if cached:
                 images = batch.pop("images")
-                batch["codes"] = losses.encode_codes(model, params, {"images": images})
-                batch["latents"] = losses.encode_latents(model, params, images)
+                batch["codes"] = jax.jit(functools.partial(losses.encode_codes, model))(params, {"images": images})
+                batch["latents"] = jax.jit(functools.partial(losses.encode_latents, model))(params, images)
             kept["batch"] = jax.device_put(batch)
         kept["state"], metrics = step(kept["state"], kept["frozen"], kept["batch"])
         jax.block_until_ready(kept["state"])

@@ -97,22 +97,22 @@ def mixture(cfg: TrainConfig, sources: list, tokenizer: texts.Text, tally: Tally
     return Mixture(readers, [len(s) for s in trained], [s.blocks for s in trained], whole_weights(weights), cfg.seed)
 
 
-def tally_of(cfg: TrainConfig, workdir) -> Tally:
+def tally_of(cfg: TrainConfig, workdir=None) -> Tally:
     """An account that names bad records under the workdir, if there is one, in a file of this host's."""
     return Tally(cfg.data.max_bad_fraction, workdir and pathlib.Path(workdir) / f"bad_records.{jax.process_index()}.jsonl")
 
 
-def train_batches(cfg: TrainConfig, data_dir: str, tokenizer: texts.Text | None, start: int = 0, sources=None, workdir=None):
+def train_batches(cfg: TrainConfig, data_dir: str, tokenizer: texts.Text | None, start: int = 0, sources=None, tally=None):
     """Endless iterator of this host's rows of batch `start`, `start + 1`, ...: shuffled anew every epoch.
 
-    The rows of all hosts in turn are the batch of a single host. `sources` are those of `open_sources`, if opened before; bad records
-    are named under the workdir. ConfigError, while iterating too, when the data are not fit to train on.
+    The rows of all hosts in turn are the batch of a single host. `sources` are those of `open_sources`, if opened before; `tally`, as of
+    `tally_of`, counts what is read of them. ConfigError, while iterating too, when the data are not fit to train on.
     """
     hosts = jax.process_count()
     if cfg.batch_size % hosts:
         raise ConfigError(f"batch_size {cfg.batch_size} does not divide by {hosts} hosts.")
     if cfg.data.sources:
-        records = mixture(cfg, sources or open_sources(cfg), tokenizer, tally_of(cfg, workdir))
+        records = mixture(cfg, sources or open_sources(cfg), tokenizer, tally or tally_of(cfg))
     else:
         records = dataset(cfg, data_dir, "train", tokenizer).seed(cfg.seed).shuffle().repeat()
     rows = HostRows(records, cfg.batch_size, jax.process_index(), hosts)
@@ -123,11 +123,13 @@ def train_batches(cfg: TrainConfig, data_dir: str, tokenizer: texts.Text | None,
     return iterator
 
 
-def heldout_batch(cfg: TrainConfig, data_dir: str, tokenizer: texts.Text | None, count: int, sources=None) -> dict[str, np.ndarray]:
+def heldout_batch(
+    cfg: TrainConfig, data_dir: str, tokenizer: texts.Text | None, count: int, sources=None, tally=None
+) -> dict[str, np.ndarray]:
     """The first `count` records that are held out; of a mixture at most `data.heldout`. Otherwise as `train_batches`."""
     if not cfg.data.sources:
         return next(iter(dataset(cfg, data_dir, "heldout", tokenizer)[:count].batch(count)))
     source = HeldOut((sources or open_sources(cfg))[0], cfg.data.heldout, kept=True)
-    row = _rows(cfg, tokenizer, tally_of(cfg, None), source)
+    row = _rows(cfg, tokenizer, tally or tally_of(cfg), source)
     rows = [row(i) for i in range(min(count, len(source)))]
     return {name: np.stack([r[name] for r in rows]) for name in rows[0]}

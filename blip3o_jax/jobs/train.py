@@ -126,10 +126,11 @@ def run(config: str, workdir: str, overrides: list[str]) -> None:
     enable_compilation_cache()
     data_dir = cfg.data.data_dir or str(folder.parent / "scenes")
     words = name_ids(tokenizer) if cfg.named_tokens else None
-    heldout = data.heldout_batch(cfg, data_dir, tokenizer, 64, sources)
+    tally = data.tally_of(cfg, folder)
+    heldout = data.heldout_batch(cfg, data_dir, tokenizer, 64, sources, tally)
 
     def batches(step):
-        return data.train_batches(cfg, data_dir, tokenizer, step, sources, folder)
+        return data.train_batches(cfg, data_dir, tokenizer, step, sources, tally)
 
     result = loop.run(cfg, folder, batches, heldout, load_part, words)
     print(json.dumps(result))

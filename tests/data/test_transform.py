@@ -78,7 +78,7 @@ def run(tmp_path, made):
 
 
 def numbers(cfg, tokenizer, count, workdir=None, start=0):
-    batches = pipeline.train_batches(cfg, "", tokenizer, start, workdir=workdir)
+    batches = pipeline.train_batches(cfg, "", tokenizer, start, tally=pipeline.tally_of(cfg, workdir))
     return [n for _ in range(count) for n in next(batches)["images"][:, 0, 0, 0].tolist()]
 
 

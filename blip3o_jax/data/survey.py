@@ -1,0 +1,121 @@
+"""What a source holds, record by record: what cannot be used and why, sizes, perceptual hashes, lengths of captions."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from blip3o_jax.config import ConfigError
+from blip3o_jax.data.records import Record, RecordError
+from blip3o_jax.data.transform import decode_image, fit_caption, prompt_length
+from blip3o_jax.text import Text, edit_prompt
+
+NEAR = 3  # bits of 64 in which the hashes of near duplicates differ at most
+BANDS = NEAR + 1  # of two such hashes at least one band agrees
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One record; `problem` is "" when it can be used. `hash` is `dhash`, `tokens` the templated caption's without source images."""
+
+    key: str
+    problem: str
+    width: int = 0
+    height: int = 0
+    hash: int = 0
+    tokens: int = 0
+    inputs: int = 0
+
+
+def dhash(image: Image.Image) -> int:
+    """64 bits: of the image shrunk to 9x8 in grey, whether each pixel is brighter than the one to its right."""
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BILINEAR), np.int16)
+    return int.from_bytes(np.packbits(grey[:, :-1] > grey[:, 1:]).tobytes(), "big")
+
+
+def look(source, i: int, tokenizer: Text) -> Seen:
+    """Record i, decoded and tokenised as training would."""
+    key = source.key(i)
+    try:
+        record = source[i]
+        image = decode_image(record.image)
+        for data in record.inputs:
+            decode_image(data)
+        tokens = _tokens(record, tokenizer)
+    except RecordError as error:
+        return Seen(key, str(error))
+    return Seen(key, "", *image.size, dhash(image), tokens, len(record.inputs))
+
+
+def _tokens(record: Record, tokenizer: Text) -> int:
+    try:
+        tokenizer.encode_prompt(fit_caption(tokenizer, record.caption))
+    except ConfigError as error:
+        raise RecordError(str(error).rstrip(".")) from error
+    if record.inputs:
+        return len(tokenizer.tokenizer.encode(edit_prompt(record.caption, len(record.inputs), 0), add_special_tokens=False).ids)
+    return prompt_length(tokenizer, record.caption)
+
+
+def survey(source, tokenizer: Text, limit: int, threads: int, progress: Callable[[Iterator], Iterator]) -> list[Seen]:
+    """Looks at all records, or at `limit` evenly spread."""
+    count = min(limit or len(source), len(source))
+    numbers = [i * len(source) // count for i in range(count)]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(progress(pool.map(lambda i: look(source, i, tokenizer), numbers)))
+
+
+def duplicates(hashes: np.ndarray) -> tuple[list[list[int]], list[list[int]]]:
+    """uint64 [n] -> (groups of equal hashes, groups that also join those at most `NEAR` bits apart); positions, in order."""
+    unique, inverse = np.unique(hashes, return_inverse=True)
+    parents = np.arange(len(unique))
+
+    def root(i: int) -> int:
+        while parents[i] != i:
+            parents[i] = parents[parents[i]]
+            i = parents[i]
+        return i
+
+    width = 64 // BANDS
+    for band in range(BANDS):
+        values = (unique >> np.uint64(band * width)) & np.uint64(2**width - 1)
+        order = np.argsort(values, kind="stable")
+        for bucket in np.split(order, np.flatnonzero(np.diff(values[order])) + 1):
+            for k, i in enumerate(bucket[:-1]):
+                others = bucket[k + 1 :]
+                for j in others[np.bitwise_count(unique[others] ^ unique[i]) <= NEAR]:
+                    parents[root(int(j))] = root(int(i))
+    joined = np.array([root(i) for i in range(len(unique))], np.int64)
+    return _groups(inverse), _groups(joined[inverse] if len(unique) else inverse)
+
+
+def _groups(labels: np.ndarray) -> list[list[int]]:
+    order = np.argsort(labels, kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+    return sorted(part.tolist() for part in parts if len(part) > 1)
+
+
+def quantiles(values) -> dict[str, float]:
+    """Least, 5 %, middle, 95 % and greatest."""
+    names, shares = ("min", "p5", "median", "p95", "max"), (0, 0.05, 0.5, 0.95, 1)
+    return {} if not len(values) else dict(zip(names, np.quantile(np.asarray(values, float), shares).tolist(), strict=True))
+
+
+def summary(seen: list[Seen], image_size: int, max_prompt_tokens: int) -> dict:
+    """Counts and quantiles of one source's records."""
+    good = [s for s in seen if not s.problem]
+    sides = np.array([min(s.width, s.height) for s in good])
+    tokens = np.array([s.tokens for s in good])
+    return {
+        "looked_at": len(seen),
+        "usable": len(good),
+        "bad": len(seen) - len(good),
+        "edits": sum(s.inputs > 0 for s in good),
+        "shorter_side": quantiles(sides),
+        "smaller_than_the_run": int((sides < image_size).sum()),
+        "aspect_ratio": quantiles([s.width / s.height for s in good]),
+        "prompt_tokens": quantiles(tokens),
+        "longer_than_the_prompt": int((tokens > max_prompt_tokens).sum()),
+    }
