@@ -7,7 +7,7 @@ import pathlib
 import threading
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from blip3o_jax.config import ConfigError
 from blip3o_jax.data.records import Record, RecordError
@@ -22,6 +22,8 @@ def decode_image(data: bytes) -> Image.Image:
     """Encoded bytes -> RGB; RecordError when they are damaged."""
     try:
         return Image.open(io.BytesIO(data)).convert("RGB")
+    except UnidentifiedImageError as error:  # whose text names an address in memory
+        raise RecordError("the image cannot be decoded (its format is unknown)") from error
     except Exception as error:  # decoders of images raise what they please
         raise RecordError(f"the image cannot be decoded ({str(error) or type(error).__name__})") from error
 
@@ -139,6 +141,8 @@ class Rows:
         if cached:
             self.tally.add(bytes=record["codes"].nbytes + record["latents"].nbytes)
             return row | {"codes": record["codes"], "latents": record["latents"]}
+        if record.inputs:
+            raise RecordError("it is an edit, which cannot be trained on yet")
         self.tally.add(bytes=len(record.image))
         return row | image_arrays(record, self.sizes, self.crop)
 
