@@ -45,8 +45,10 @@ def describe(cfg: TrainConfig, params) -> dict:
     return json.loads(json.dumps(made_with))
 
 
-def source_entry(spec: SourceConfig, records: int) -> dict:
-    return {name: getattr(spec, name) for name in PLACE} | {"records": records}
+def source_entry(spec: SourceConfig, source) -> dict:
+    """A source's place in cache.json. Its blocks decide its order, so they are kept too."""
+    blocks = None if source.blocks is None else [int(start) for start in source.blocks]
+    return {name: getattr(spec, name) for name in PLACE} | {"records": len(source), "blocks": blocks}
 
 
 def shard_names(source: int, records: int, shard_records: int) -> list[str]:
@@ -101,11 +103,10 @@ def write_shard(file: pathlib.Path, records) -> None:
 class CachedSource:
     """Records of one source: dicts of key, caption, codes int32 [n], latents float [Y,X,C] as SANA takes them; RecordError for bad ones."""
 
-    blocks = None
-
-    def __init__(self, files: list[pathlib.Path]):
+    def __init__(self, files: list[pathlib.Path], blocks: list[int] | None):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+        self.blocks = None if blocks is None else np.array(blocks)
         try:
             self.source = ArrayRecordDataSource([str(file) for file in files])
         except Exception as error:  # array_record's own errors are not public
@@ -141,7 +142,7 @@ def open_cached(folder: str, spec: SourceConfig) -> CachedSource:
         raise ConfigError(
             f"data.cache: {len(missing)} of {len(files)} shards of {spec.path!r} are missing in {folder}; run `data cache` to the end."
         )
-    source = CachedSource(files)
+    source = CachedSource(files, entry["blocks"])
     if len(source) != entry["records"]:
         raise ConfigError(f"data.cache: {folder} holds {len(source)} records of {spec.path!r}, not {entry['records']}; make it anew.")
     return source

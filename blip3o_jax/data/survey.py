@@ -1,5 +1,6 @@
 """What a source holds, record by record: what cannot be used and why, sizes, perceptual hashes, lengths of captions."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,17 +15,23 @@ from blip3o_jax.text import Text, edit_prompt
 
 NEAR = 3  # bits of 64 in which the hashes of near duplicates differ at most
 BANDS = NEAR + 1  # of two such hashes at least one band agrees
+CELLS, NEAR_CELLS = 8, 16  # and of a thumbnail of 8x8 cells none by more than this; a flat picture's hash says too little
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One record; `problem` is "" when it can be used. `hash` is `dhash`, `tokens` the templated caption's without source images."""
+    """One record; `problem` is "" when it can be used. `tokens` are the templated caption's, without source images.
+
+    `pixels` is a 64-bit hash of all pixels, `hash` is `dhash`, `thumbnail` the RGB bytes of `CELLS` x `CELLS` cells.
+    """
 
     key: str
     problem: str
     width: int = 0
     height: int = 0
+    pixels: int = 0
     hash: int = 0
+    thumbnail: bytes = b""
     tokens: int = 0
     inputs: int = 0
 
@@ -46,7 +53,9 @@ def look(source, i: int, tokenizer: Text) -> Seen:
         tokens = _tokens(record, tokenizer)
     except RecordError as error:
         return Seen(key, str(error))
-    return Seen(key, "", *image.size, dhash(image), tokens, len(record.inputs))
+    pixels = int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=8).digest(), "big")
+    thumbnail = image.resize((CELLS, CELLS), Image.Resampling.BOX).tobytes()
+    return Seen(key, "", *image.size, pixels, dhash(image), thumbnail, tokens, len(record.inputs))
 
 
 def _tokens(record: Record, tokenizer: Text) -> int:
@@ -67,10 +76,17 @@ def survey(source, tokenizer: Text, limit: int, threads: int, progress: Callable
         return list(progress(pool.map(lambda i: look(source, i, tokenizer), numbers)))
 
 
-def duplicates(hashes: np.ndarray) -> tuple[list[list[int]], list[list[int]]]:
-    """uint64 [n] -> (groups of equal hashes, groups that also join those at most `NEAR` bits apart); positions, in order."""
-    unique, inverse = np.unique(hashes, return_inverse=True)
-    parents = np.arange(len(unique))
+def equal_groups(seen: list[Seen]) -> list[list[int]]:
+    """Positions of records with the same pixels, a list for each picture that is there more than once."""
+    return _groups(np.array([s.pixels for s in seen], np.uint64))
+
+
+def near_groups(seen: list[Seen]) -> list[list[int]]:
+    """The same for pictures that look alike: hash and thumbnail are near, or there is a chain of such pairs."""
+    _, first, inverse = np.unique(np.array([s.pixels for s in seen], np.uint64), return_index=True, return_inverse=True)
+    hashes = np.array([seen[i].hash for i in first], np.uint64)
+    cells = np.array([np.frombuffer(seen[i].thumbnail, np.uint8) for i in first], np.int16).reshape(len(first), 3 * CELLS**2)
+    parents = np.arange(len(first))
 
     def root(i: int) -> int:
         while parents[i] != i:
@@ -80,15 +96,16 @@ def duplicates(hashes: np.ndarray) -> tuple[list[list[int]], list[list[int]]]:
 
     width = 64 // BANDS
     for band in range(BANDS):
-        values = (unique >> np.uint64(band * width)) & np.uint64(2**width - 1)
+        values = (hashes >> np.uint64(band * width)) & np.uint64(2**width - 1)
         order = np.argsort(values, kind="stable")
         for bucket in np.split(order, np.flatnonzero(np.diff(values[order])) + 1):
             for k, i in enumerate(bucket[:-1]):
                 others = bucket[k + 1 :]
-                for j in others[np.bitwise_count(unique[others] ^ unique[i]) <= NEAR]:
+                others = others[np.bitwise_count(hashes[others] ^ hashes[i]) <= NEAR]
+                for j in others[np.abs(cells[others] - cells[i]).max(axis=1, initial=0) <= NEAR_CELLS]:
                     parents[root(int(j))] = root(int(i))
-    joined = np.array([root(i) for i in range(len(unique))], np.int64)
-    return _groups(inverse), _groups(joined[inverse] if len(unique) else inverse)
+    joined = np.array([root(i) for i in range(len(first))], np.int64)
+    return _groups(joined[inverse] if len(first) else inverse)
 
 
 def _groups(labels: np.ndarray) -> list[list[int]]:

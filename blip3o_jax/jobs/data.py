@@ -53,11 +53,11 @@ def run_check(args) -> None:
             rows.append(row | survey.summary(seen, model.image_size, model.max_prompt_tokens) | {"examples": examples})
             log.info("%s: %d of %d records looked at, %d cannot be used.", spec.path, len(seen), len(source), len(bad))
         good = [s for seen in found for s in seen if not s.problem]
-        equal, near = survey.duplicates(np.array([s.hash for s in good], np.uint64))
+        near = survey.near_groups(good)
         _write_lines(folder / "problems.jsonl", ({"key": s.key, "reason": s.problem} for seen in found for s in seen if s.problem))
         _write_lines(folder / "duplicates.jsonl", ([good[i].key for i in group] for group in near))
         _plots(folder, good, model)
-        report = {"sources": rows, "duplicates": _counted(equal), "near_duplicates": _counted(near), "hash": "dHash, 64 bits"}
+        report = {"sources": rows, "duplicates": _counted(survey.equal_groups(good)), "near_duplicates": _counted(near)}
         (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
 

@@ -120,7 +120,7 @@ def run(args) -> None:
     wanted = cache.describe(cfg, params) | {
         "latents": args.latents,
         "shard_records": args.shard_records,
-        "sources": [cache.source_entry(spec, len(source)) for spec, source in zip(cfg.data.sources, sources, strict=True)],
+        "sources": [cache.source_entry(spec, source) for spec, source in zip(cfg.data.sources, sources, strict=True)],
     }
     folder, host, hosts = pathlib.Path(args.out), jax.process_index(), jax.process_count()
     encode = make_encoder(cfg, params, args.batch_size)

@@ -33,22 +33,33 @@ def test_the_hash_outlives_scaling_and_compression_but_tells_pictures_apart():
     assert survey.dhash(ramp.transpose(Image.Transpose.FLIP_LEFT_RIGHT)) == 2**64 - 1
 
 
-def test_duplicates_are_those_of_comparing_all_with_all():
+def seen(pixels, hash_, cell=100):
+    return survey.Seen("", "", pixels=int(pixels), hash=int(hash_), thumbnail=bytes([cell] * 192))
+
+
+def test_near_pictures_are_those_of_comparing_all_with_all():
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 2**64, 300, np.uint64)
     for i in range(0, 200, 10):  # of some, copies in which 0 to 5 bits differ
         flips = rng.choice(64, i // 10 % 6, replace=False)
         hashes[i + 1] = hashes[i] ^ np.uint64(sum(1 << int(b) for b in flips))
-    equal, near = survey.duplicates(hashes)
     close = np.bitwise_count(hashes[:, None] ^ hashes) <= survey.NEAR
-    assert equal == [[i, i + 1] for i in range(0, 200, 60)]
-    assert near == [np.flatnonzero(row).tolist() for row in np.unique(close[close.sum(1) > 1], axis=0)[::-1]]
-    assert survey.duplicates(np.zeros(0, np.uint64)) == ([], [])
+    expected = [np.flatnonzero(row).tolist() for row in close if row.sum() > 1][::2]
+    assert survey.near_groups([seen(i, h) for i, h in enumerate(hashes)]) == expected
+    assert len(expected) == 14
+    assert survey.near_groups([]) == survey.equal_groups([]) == []
 
 
-def test_a_chain_of_near_hashes_is_one_group():
-    steps = [0, 0b111, 0b111000 | 0b111]  # the ends differ in 6 bits
-    assert survey.duplicates(np.array(steps, np.uint64))[1] == [[0, 1, 2]]
+def test_equal_pixels_are_equal_and_a_chain_of_near_ones_is_one_group():
+    hashes = [0, 0b111, 0b111111]  # the ends differ in 6 bits
+    chain = [seen(i, h) for i, h in enumerate(hashes)]
+    assert survey.near_groups(chain) == [[0, 1, 2]]
+    assert survey.equal_groups(chain) == []
+    assert survey.equal_groups([*chain, chain[1]]) == [[1, 3]]
+
+
+def test_flat_pictures_of_different_colours_are_not_near():
+    assert survey.near_groups([seen(0, 0, 100), seen(1, 0, 116), seen(2, 0, 133)]) == [[0, 1]]
 
 
 @pytest.fixture(scope="module")
