@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from blip3o_jax.config import ConfigError
+from blip3o_jax.models.layers import platform
 
-IMPLEMENTATIONS = ("xla", "cudnn", "splash")
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 LANES = 128  # the width of a TPU register, in which splash attention counts its blocks
 
 
@@ -23,17 +24,32 @@ class Causal(NamedTuple):
         return jnp.tril(jnp.ones((length, length), bool)) & self.valid[:, None, None, :]
 
 
+def best_implementation(q, mask) -> str:
+    """The kernel of the platform that `jax.set_mesh` names, where it takes these arguments, else "xla". Without a mesh always "xla": the
+    compiler does not know by itself how to cut a kernel."""
+    if not isinstance(mask, Causal) or jax.sharding.get_abstract_mesh().empty:
+        return "xla"
+    whole = q.shape[1] % LANES == q.shape[3] % LANES == 0
+    if platform() == "tpu" and whole:
+        return "splash"
+    if platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
+        return "cudnn"
+    return "xla"
+
+
 @jax.named_scope("attention")
 def attention(q, k, v, mask, scale: float, implementation: str = "xla"):
     """softmax(scale * q k^T) v, [B,T,N,H]: q [B,T,N,H], k and v [B,S,K,H]; key-value head j serves the N/K query heads from j*N/K on.
 
     `mask` is None, bool broadcastable to [B,1|N,T,S] (True: may be seen), or `Causal`. A row that may see nothing comes out finite and
-    meaningless. "xla" runs anywhere. "cudnn" is the GPU's fused kernel, for bf16 and f16. "splash" is the TPU's, for `Causal` only: it
-    takes T and H in multiples of 128, and under `jax.set_mesh` it runs on shards, heads cut along the mesh axis "tensor" and the batch
-    along all others. Raises ConfigError for an unknown implementation or a shape that it does not take.
+    meaningless. "auto" is `best_implementation`. "xla" runs anywhere. "cudnn" is the GPU's fused kernel, for bf16 and f16. "splash" is
+    the TPU's, for `Causal` only: it takes T and H in multiples of 128, and under `jax.set_mesh` it runs on shards, heads cut along the
+    mesh axis "tensor" and the batch along all others. Raises ConfigError for an unknown implementation or a shape that it does not take.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ConfigError(f"Unknown attention implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}.")
+    if implementation == "auto":
+        implementation = best_implementation(q, mask)
     if implementation == "splash":
         if not isinstance(mask, Causal):
             raise ConfigError("Splash attention is for causal self-attention; use the implementation 'xla' here.")

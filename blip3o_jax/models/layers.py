@@ -25,9 +25,16 @@ def fan_in_normal(fan_in: int):
     return nn.initializers.normal(fan_in**-0.5)
 
 
+def platform() -> str:
+    """What a program is traced for, "cpu", "gpu" or "tpu": the devices of the mesh of `jax.set_mesh`, which may be those of a topology
+    that is not here; without one, this machine's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def on_cpu() -> bool:
     """Whether programs are compiled for the CPU, whose XLA wants a few things said differently to be fast."""
-    return jax.default_backend() == "cpu"
+    return platform() == "cpu"
 
 
 REMAT = {

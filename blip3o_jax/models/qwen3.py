@@ -122,7 +122,7 @@ class Qwen3(nn.Module):
     cfg: Qwen3Config
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
-    attention: str = "xla"
+    attention: str = "auto"
 
     def setup(self):
         cfg = self.cfg

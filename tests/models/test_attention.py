@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AxisType
 
 from blip3o_jax.config import ConfigError
-from blip3o_jax.models.attention import Causal, attention, linear_attention
+from blip3o_jax.models.attention import Causal, attention, best_implementation, linear_attention
+from blip3o_jax.models.layers import on_cpu, platform
 
 
 def normal(seed, *shape):
@@ -97,7 +98,7 @@ def test_splash_values_and_gradients(interpreted, length, shards):
 def test_errors_name_what_is_wrong():
     q = jnp.zeros((1, 100, 2, 128))
     valid = jnp.ones((1, 100), bool)
-    with pytest.raises(ConfigError, match=r"'flash'.*xla, cudnn, splash"):
+    with pytest.raises(ConfigError, match=r"'flash'.*auto, xla, cudnn, splash"):
         attention(q, q, q, None, 1.0, "flash")
     with pytest.raises(ConfigError, match="causal"):
         attention(q, q, q, None, 1.0, "splash")
@@ -123,3 +124,23 @@ def test_linear_attention_sums_in_f32():
     out = linear_attention(ones[:, :1], ones, ones, eps=257.0)
     assert out.dtype == jnp.bfloat16
     assert float(out[0, 0, 0, 0]) == 0.5
+
+
+def test_the_meshs_platform_chooses_the_kernel(monkeypatch):
+    """A mesh of devices that are not here is what the program is traced for; without a mesh nothing is cut, so no kernel."""
+    mask = Causal(jnp.ones((1, 128), bool))
+    whole, short = jnp.zeros((1, 128, 2, 128), jnp.bfloat16), jnp.zeros((1, 100, 2, 128), jnp.bfloat16)
+    assert best_implementation(whole, mask) == "xla"
+    shape = {"axis_names": ("data",), "axis_types": (AxisType.Auto,)}
+    chosen = {}
+    for name in ("cpu", "gpu", "tpu"):
+        device = jax.sharding.AbstractDevice(device_kind=name, num_cores=None, platform=name)
+        mesh = jax.sharding.AbstractMesh((1,), **shape, abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert (platform(), on_cpu()) == (name, name == "cpu")
+            chosen[name] = [
+                best_implementation(q, m) for q, m in ((whole, mask), (short, mask), (whole.astype("float32"), mask), (whole, None))
+            ]
+    assert chosen["cpu"] == ["xla"] * 4
+    assert chosen["gpu"] == ["cudnn", "cudnn", "xla", "xla"]
+    assert chosen["tpu"] == ["splash", "xla", "splash", "xla"]
