@@ -1,4 +1,4 @@
-"""Stage 5 of the embedded model: the transformer writes tokens (cross-entropy), its states condition the diffusion part (velocity loss).
+"""Stage 7 of the embedded model: the transformer writes tokens (cross-entropy), its states condition the diffusion part (velocity loss).
 
 blip3o-jax train --config emoji_joint --workdir runs/joint
 """
@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
             "seed": 2,  # another order of the scenes than the stages before saw
             "num_steps": 1500,
             "trainable_sana": "all",  # there is no pretrained one
-            "init": {"dc_ae": "runs/autoencoder", "ta_tok": "runs/tokenizer", "qwen3": "runs/language"},
+            "init": {"dc_ae": "runs/autoencoder", "ta_tok": "runs/tokenizer", "qwen3": "runs/picture"},
             "data": {
                 "num_train": 60000,
                 "row_length": 116,

@@ -1,5 +1,6 @@
-"""Batches of a run: of the embedded world (TFDS), or of a mixture of sources. What is in batch s is a pure function of (seed, s)."""
+"""Batches of a run: of the embedded world, or of a mixture of sources. What is in batch s is a pure function of (seed, s)."""
 
+import dataclasses
 import functools
 import pathlib
 
@@ -14,9 +15,12 @@ from blip3o_jax.data.mixture import HeldOut, HostRows, Mixture, whole_weights
 from blip3o_jax.data.sources import first_record, open_source
 from blip3o_jax.data.transform import Rows, Tally
 from blip3o_jax.scenes import builder
+from blip3o_jax.scenes.exercises import exercise
 from blip3o_jax.scenes.prompts import WEIGHTS
 from blip3o_jax.scenes.scene import SKETCH_WORDS
 from blip3o_jax.train.config import TrainConfig
+
+UNSEEN_SEED = 1 << 32  # of the exercises that a run is measured by; no run's own seed
 
 
 def _image_record(record) -> dict[str, np.ndarray]:
@@ -42,6 +46,12 @@ def _text_record(tokenizer: texts.Text, num_tokens: int, length: int, sketch_len
 def row_length(cfg: TrainConfig, tokenizer: texts.Text) -> int:
     """Tokens of a training row: prompt, image and its end."""
     return cfg.data.row_length or tokenizer.max_prompt_tokens + cfg.blip3o().ta_tok.num_tokens + 3
+
+
+def exercises(cfg: TrainConfig, tokenizer: texts.Text, seed: int) -> grain.MapDataset:
+    """Rows of the practice stage, each made when it is asked for; prompts may be as long as a row."""
+    long = dataclasses.replace(tokenizer, max_prompt_tokens=cfg.data.row_length)
+    return grain.MapDataset.range(np.iinfo(np.int32).max).map(functools.partial(exercise, long, cfg.data, seed))
 
 
 def dataset(cfg: TrainConfig, data_dir: str, split: str, tokenizer: texts.Text | None) -> grain.MapDataset:
@@ -113,6 +123,8 @@ def train_batches(cfg: TrainConfig, data_dir: str, tokenizer: texts.Text | None,
         raise ConfigError(f"batch_size {cfg.batch_size} does not divide by {hosts} hosts.")
     if cfg.data.sources:
         records = mixture(cfg, sources or open_sources(cfg), tokenizer, tally or tally_of(cfg))
+    elif cfg.stage == "practice":
+        records = exercises(cfg, tokenizer, cfg.seed)
     else:
         records = dataset(cfg, data_dir, "train", tokenizer).seed(cfg.seed).shuffle().repeat()
     rows = HostRows(records, cfg.batch_size, jax.process_index(), hosts)
@@ -127,6 +139,8 @@ def heldout_batch(
     cfg: TrainConfig, data_dir: str, tokenizer: texts.Text | None, count: int, sources=None, tally=None
 ) -> dict[str, np.ndarray]:
     """The first `count` records that are held out; of a mixture at most `data.heldout`. Otherwise as `train_batches`."""
+    if cfg.stage == "practice":
+        return next(iter(exercises(cfg, tokenizer, UNSEEN_SEED)[:count].batch(count)))
     if not cfg.data.sources:
         return next(iter(dataset(cfg, data_dir, "heldout", tokenizer)[:count].batch(count)))
     source = HeldOut((sources or open_sources(cfg))[0], cfg.data.heldout, kept=True)

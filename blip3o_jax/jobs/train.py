@@ -118,7 +118,7 @@ def run(config: str, workdir: str, overrides: list[str]) -> None:
         raise ConfigError(f"{config} is of stage 'grpo'; `blip3o-jax grpo` runs that.")
     for directory in cfg.init.values():
         find_checkpoint(directory)  # before anything is made
-    tokenizer = open_tokenizer(cfg) if cfg.stage == "joint" else None
+    tokenizer = open_tokenizer(cfg) if cfg.stage in ("practice", "joint") else None
     sources = data.open_sources(cfg)
     if cfg.data.cache:
         check_cache(cfg, encoder_params(cfg, load_part))

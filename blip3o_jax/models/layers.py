@@ -84,6 +84,7 @@ class Linear(nn.Module):
     use_bias: bool = False
     dtype: jnp.dtype = jnp.float32
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
+    std: float | None = None  # of fresh weights; None keeps the scale of the input
 
     @nn.compact
     def __call__(self, x):
@@ -91,7 +92,7 @@ class Linear(nn.Module):
         axes = inputs.split(",")[1]
         sizes = dict(zip(axes, self.shape, strict=True))
         fan_in = math.prod(sizes[axis] for axis in axes if axis not in output)
-        kernel = self.param("kernel", fan_in_normal(fan_in), self.shape)
+        kernel = self.param("kernel", nn.initializers.normal(fan_in**-0.5 if self.std is None else self.std), self.shape)
         y = product(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
             bias = self.param("bias", self.bias_init, tuple(sizes[a] for a in output if a in sizes))

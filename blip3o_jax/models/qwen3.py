@@ -18,6 +18,8 @@ from blip3o_jax.config import ConfigError, Qwen3Config
 from blip3o_jax.models.attention import Causal, attention
 from blip3o_jax.models.layers import Linear, RMSNorm, apply_rotary, fan_in_normal, rotary_angles, scan_layers
 
+STD = 0.02  # of fresh weights, as transformers': what a layer adds is small beside a token's own vector, so that words stay known
+
 
 def init_cache(cfg: Qwen3Config, batch: int, length: int, dtype) -> dict[str, jax.Array]:
     """An empty key-value cache for `length` tokens: k, v [L,B,S,K,H], valid [B,S], and index, where all rows write next.
@@ -61,9 +63,9 @@ class SelfAttention(nn.Module):
     def __call__(self, x, layer, angles, mask, cache):
         cfg, width, head_dim = self.cfg, self.cfg.hidden_size, self.cfg.head_dim
         heads, kv_heads = (cfg.num_attention_heads, head_dim), (cfg.num_key_value_heads, head_dim)
-        q = Linear("btd,dnh->btnh", (width, *heads), dtype=self.dtype, name="q_proj")(x)
-        k = Linear("btd,dkh->btkh", (width, *kv_heads), dtype=self.dtype, name="k_proj")(x)
-        v = Linear("btd,dkh->btkh", (width, *kv_heads), dtype=self.dtype, name="v_proj")(x)
+        q = Linear("btd,dnh->btnh", (width, *heads), dtype=self.dtype, std=STD, name="q_proj")(x)
+        k = Linear("btd,dkh->btkh", (width, *kv_heads), dtype=self.dtype, std=STD, name="k_proj")(x)
+        v = Linear("btd,dkh->btkh", (width, *kv_heads), dtype=self.dtype, std=STD, name="v_proj")(x)
         q = apply_rotary(RMSNorm(cfg.rms_norm_eps, name="q_norm")(q), angles)
         k = apply_rotary(RMSNorm(cfg.rms_norm_eps, name="k_norm")(k), angles)
         implementation = self.implementation
@@ -73,7 +75,7 @@ class SelfAttention(nn.Module):
             k, v = (lax.dynamic_index_in_dim(cache[name], layer, keepdims=False) for name in ("k", "v"))
             implementation = "xla"  # one query a row: reading the cache is the cost, and fused kernels want square shapes
         x = attention(q, k, v, mask, head_dim**-0.5, implementation)
-        return Linear("btnh,nhd->btd", (*heads, width), dtype=self.dtype, name="o_proj")(x), cache
+        return Linear("btnh,nhd->btd", (*heads, width), dtype=self.dtype, std=STD, name="o_proj")(x), cache
 
 
 class Mlp(nn.Module):
@@ -85,9 +87,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
         width, hidden = self.cfg.hidden_size, self.cfg.intermediate_size
-        gate = Linear("btd,df->btf", (width, hidden), dtype=self.dtype, name="gate_proj")(x)
-        up = Linear("btd,df->btf", (width, hidden), dtype=self.dtype, name="up_proj")(x)
-        return Linear("btf,fd->btd", (hidden, width), dtype=self.dtype, name="down_proj")(nn.silu(gate) * up)
+        gate = Linear("btd,df->btf", (width, hidden), dtype=self.dtype, std=STD, name="gate_proj")(x)
+        up = Linear("btd,df->btf", (width, hidden), dtype=self.dtype, std=STD, name="up_proj")(x)
+        return Linear("btf,fd->btd", (hidden, width), dtype=self.dtype, std=STD, name="down_proj")(nn.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -126,7 +128,7 @@ class Qwen3(nn.Module):
 
     def setup(self):
         cfg = self.cfg
-        self.embed_tokens = Table("embedding", (cfg.vocab_rows, cfg.hidden_size), nn.initializers.normal(0.02))
+        self.embed_tokens = Table("embedding", (cfg.vocab_rows, cfg.hidden_size), nn.initializers.normal(STD))
         block = scan_layers(Block, cfg.num_hidden_layers, (0, nn.broadcast, nn.broadcast), self.remat)
         self.layers = block(cfg, self.dtype, self.attention)
         self.norm = RMSNorm(cfg.rms_norm_eps)

@@ -111,10 +111,21 @@ def _nouns(rng: Rng, tag: str, extra: bool) -> list[Noun]:
     return list(zip(names, colors, strict=True))
 
 
+def _phrases(nouns: list[Noun]) -> list[str]:
+    return [_with_article(f"{color} {name}" if color else name) for name, color in nouns]
+
+
+def describe(nouns: list[Noun], ground: str | None = None) -> str:
+    """Words for things: "a red key, a hat and a blue cat on gray"."""
+    phrases = _phrases(nouns)
+    phrase = " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)
+    return phrase + (f" on {ground}" if ground else "")
+
+
 def _metadata(tag: str, nouns: list[Noun], relation: str | None, ground: str | None, extra: bool, photo: bool) -> dict:
     """GenEval's dictionary and the prompt's words."""
     include = [{"class": name, "count": 1} | ({"color": color} if color else {}) for name, color in nouns]
-    phrases = [_with_article(f"{color} {name}" if color else name) for name, color in nouns]
+    phrases = _phrases(nouns)
     metadata = {"tag": tag, "include": include}
     if tag == "counting":
         name, color = nouns[0]
@@ -126,7 +137,7 @@ def _metadata(tag: str, nouns: list[Noun], relation: str | None, ground: str | N
         metadata["include"] = [include[1], include[0] | {"position": [relation, 0]}]
         phrase = f"{phrases[0]} {relation} {phrases[1]}"
     else:
-        phrase = " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)
+        phrase = describe(nouns)
     metadata["prompt"] = ("a photo of " if photo else "") + phrase + (f" on {ground}" if ground else "")
     if ground:
         metadata["ground"] = ground

@@ -8,7 +8,7 @@ from blip3o_jax import config as model_config
 from blip3o_jax.config import ConfigError, nearest
 from blip3o_jax.train.data_config import DataConfig
 
-STAGES = ("autoencoder", "tokenizer", "joint", "grpo")
+STAGES = ("autoencoder", "tokenizer", "practice", "joint", "grpo")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ class TrainConfig:
     num_steps: int = 1000
     trainable_sana: str = "captions"  # or "all": a diffusion transformer without pretrained weights (S6.1)
     init: dict = field(default_factory=dict)
-    named_tokens: bool = False  # joint: image tokens of a fresh transformer start as the words that name them (the embedded world's codes)
+    named_tokens: bool = (
+        False  # practice: image tokens of a fresh transformer start as the words that name them (the embedded world's codes)
+    )
     mesh: dict = field(default_factory=dict)
     dtype: str = "auto"  # compute: bfloat16 on accelerators, float32 on CPU
     remat: str = "none"
@@ -90,7 +92,11 @@ class TrainConfig:
                 not self.data.sketch_length or self.loss.flow_fraction == 0,
                 "data.sketch_length cuts the image tokens short, so loss.flow_fraction must be 0.",
             ),
-            (not self.named_tokens or self.stage == "joint", "named_tokens belongs to the joint stage, where the transformer learns."),
+            (not self.named_tokens or self.stage == "practice", "named_tokens belongs to the practice stage, where a transformer starts."),
+            (
+                bool(self.data.exercises) == (self.stage == "practice"),
+                "data.exercises are what the practice stage trains on, and no other stage does.",
+            ),
             (
                 not self.data.sources or self.stage == "joint",
                 f"data.sources are images with captions, which stage {self.stage!r} does not read; leave them empty.",
@@ -136,7 +142,7 @@ class TrainConfig:
             return part == "dc_ae"
         if self.stage == "tokenizer":
             return part == "ta_tok" and not path.endswith("regularizer/embedding")
-        if self.stage == "grpo":
+        if self.stage in ("practice", "grpo"):
             return part == "qwen3"
         if part == "sana":
             return self.trainable_sana == "all" or "caption" in path

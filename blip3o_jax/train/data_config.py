@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from blip3o_jax.config import ConfigError, nearest
 
 KINDS = ("webdataset", "parquet", "jsonl", "array_record")
+EXERCISES = ("recital", "dictation", "sketch", "picture")  # of scenes.exercises
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class DataConfig:
     weights: dict = field(default_factory=dict)  # tag -> share of the training prompts; empty: scenes.prompts.WEIGHTS
     extra: float = 0.15  # share of the training prompts of kinds that GenEval does not know: scenes.prompts.EXTRA
     named_ground: float = 0.5  # share of the training prompts that name the ground
+    exercises: dict = field(default_factory=dict)  # practice: kind of scenes.exercises -> share of the rows
     row_length: int = 0  # tokens of a training row; 0: the longest prompt that the model allows, and its image
     sketch_length: int = 0  # not 0: rows are cut to this length; of the image they keep each sprite's first three patches, in their places
     reader_threads: int = 1
@@ -57,6 +59,8 @@ class DataConfig:
         checks = (
             (0 <= self.extra <= 1, f"data.extra is in [0, 1], not {self.extra}."),
             (0 <= self.named_ground <= 1, f"data.named_ground is in [0, 1], not {self.named_ground}."),
+            (not self.exercises or self.row_length > 0, "data.exercises need data.row_length, the tokens of a row."),
+            (not self.exercises or sum(self.exercises.values()) > 0, f"data.exercises are shares, not {self.exercises}."),
             (self.reader_threads >= 1, f"data.reader_threads is at least 1, not {self.reader_threads}."),
             (all(weighted) or not any(weighted), "Either every source of data.sources has a weight above 0, or none."),
             (not any(weighted) or all(s.repeat == 1 for s in self.sources), "data.sources have weights or repeats, not both."),
@@ -70,3 +74,6 @@ class DataConfig:
         for holds, message in checks:
             if not holds:
                 raise ConfigError(message)
+        for kind in self.exercises:
+            if kind not in EXERCISES:
+                raise ConfigError(f"Unknown exercise {kind!r}; {nearest(kind, EXERCISES)}")

@@ -17,8 +17,8 @@ SHEET_ROWS, SHEET_COLUMNS = 4, 8
 
 
 def make_evaluate(model: Blip3o, cfg: TrainConfig):
-    """(weights, held-out host batch) -> (numbers by name, uint8 picture); compiled once."""
-    stage = {"autoencoder": _autoencoder, "tokenizer": _tokenizer, "joint": _joint}[cfg.stage]
+    """(weights, held-out host batch) -> (numbers by name, uint8 picture, or None where there is nothing to see); compiled once."""
+    stage = {"autoencoder": _autoencoder, "tokenizer": _tokenizer, "practice": _practice, "joint": _joint}[cfg.stage]
     return stage(model, cfg)
 
 
@@ -58,6 +58,14 @@ def _tokenizer(model: Blip3o, cfg: TrainConfig):
         return _prefixed(measure(params, batch)), sheet(_first(batch)["images"], SHEET_COLUMNS)
 
     return evaluate
+
+
+def _practice(model: Blip3o, cfg: TrainConfig):
+    @jax.jit
+    def measure(params, batch):
+        return losses.practice_loss(model, cfg, params, batch, None)[1]
+
+    return lambda params, batch: (_prefixed(measure(params, batch)), None)
 
 
 def _joint(model: Blip3o, cfg: TrainConfig):

@@ -141,7 +141,8 @@ def run(
         if now % cfg.eval_every == 0 or now == cfg.num_steps:
             result, picture = evaluate(steps.weights(state, frozen), heldout)
             writer.write(now, result)
-            writer.write_image(now, "sheet", picture)
+            if picture is not None:
+                writer.write_image(now, "sheet", picture)
             log.info("held out at step %d: %s", now, json.dumps(result))
             began, last = time.perf_counter(), now
         if now % cfg.checkpoint_every == 0 or now == cfg.num_steps:

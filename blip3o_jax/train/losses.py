@@ -1,9 +1,10 @@
-"""The three losses, pure functions (model, run config, params, batch, key) -> (loss, metrics). All sums are f32.
+"""The losses of the stages, pure functions (model, run config, params, batch, key) -> (loss, metrics). All sums are f32.
 
 A batch holds `images` uint8 [B,H,W,3]; the tokenizer's also `patches` int [B,h,w], the class of the word that names each patch; the
 joint stage's `tokens` int32 [B,T], templated prompt and image right-padded, with the image's codes still open, and `start` [B], where
 `<S0>` stands. For the joint stage, `view` uint8 [B,h,w,3] may be what the tokenizer sees instead of `images`, and from a cache `codes`
-int32 [B,n] and `latents` [B,Y,X,C] take the place of both, so that no image is encoded.
+int32 [B,n] and `latents` [B,Y,X,C] take the place of both, so that no image is encoded. The practice stage's rows have no image:
+`tokens` and `positions` int32 [B,T] and `weights` f32 [B,T].
 """
 
 import jax
@@ -83,6 +84,17 @@ def cross_entropy(model: Blip3o, params, hidden, labels, weights, chunk: int):
     parts = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), (hidden, labels, weights))
     losses, hits = jax.lax.map(jax.checkpoint(lambda part: rows(*part)), parts)
     return jnp.sum(losses), jnp.sum(hits)
+
+
+def practice_loss(model: Blip3o, cfg: TrainConfig, params, batch, key):
+    """Weighted cross-entropy of the transformer over given rows; `accuracy` counts by the same weights."""
+    tokens = batch["tokens"]
+    valid = tokens != model.config.vocab.pad_token_id
+    hidden, _ = model.qwen3.apply({"params": params["qwen3"]}, tokens, batch["positions"], valid)
+    weights = batch["weights"][:, 1:]
+    loss, hits = cross_entropy(model, params, hidden[:, :-1], tokens[:, 1:], weights, cfg.loss.ce_chunk)
+    total = jnp.sum(weights)
+    return loss / total, {"loss": loss / total, "accuracy": hits / total}
 
 
 def keep_columns(tokens, columns, pad_token_id: int):

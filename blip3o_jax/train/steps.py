@@ -12,10 +12,16 @@ from blip3o_jax.train import losses
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.optimizer import optimizer, update_ema
 
-LOSSES = {"autoencoder": losses.autoencoder_loss, "tokenizer": losses.tokenizer_loss, "joint": losses.joint_loss}
+LOSSES = {
+    "autoencoder": losses.autoencoder_loss,
+    "tokenizer": losses.tokenizer_loss,
+    "practice": losses.practice_loss,
+    "joint": losses.joint_loss,
+}
 PARTS = {
     "autoencoder": ("dc_ae",),
     "tokenizer": ("ta_tok",),
+    "practice": ("qwen3",),
     "joint": ("qwen3", "diffusion_connector", "sana", "ta_tok", "dc_ae"),
     "grpo": ("qwen3", "diffusion_connector", "sana", "ta_tok", "dc_ae"),
 }

@@ -1,0 +1,102 @@
+"""Exercises: what their rows say, that they are a function of (seed, index), and that they keep held-out combinations to themselves."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from blip3o_jax.config import ConfigError, preset
+from blip3o_jax.pipeline import tokenizer_of
+from blip3o_jax.scenes import exercises
+from blip3o_jax.scenes.heldout import held_out
+from blip3o_jax.scenes.scene import PATCH_WORDS
+from blip3o_jax.scenes.sprites import COLORS, OBJECTS
+from blip3o_jax.text import Text, load_tokenizer
+from blip3o_jax.train.data_config import DataConfig
+
+MODEL = preset("emoji_64")
+TEXT = Text(load_tokenizer(tokenizer_of("emoji_64")), MODEL.vocab, 120)
+
+
+def rows(kind: str, count: int = 100, seed: int = 0, **data) -> list[tuple[list[str], list[int], np.ndarray]]:
+    """(words of the prompt, codes, row) of some rows of one kind."""
+    config = DataConfig(exercises={kind: 1.0}, row_length=116, **data)
+    found = []
+    for index in range(count):
+        row = exercises.exercise(TEXT, config, seed, index)
+        written = row["tokens"][row["tokens"] != MODEL.vocab.pad_token_id].tolist()
+        codes = [i - MODEL.vocab.image_start_token_id for i in written if i >= MODEL.vocab.image_start_token_id]
+        words = [TEXT.tokenizer.id_to_token(i).removeprefix("Ġ") for i in written if i < MODEL.vocab.image_start_token_id]
+        found.append((words, codes, row))
+    return found
+
+
+def names(codes: list[int]) -> list[str]:
+    return [PATCH_WORDS[code].split()[0] for code in codes]
+
+
+def test_a_recital_says_its_words_again_in_either_order():
+    orders = set()
+    for words, _, row in rows("recital", 40):
+        written = row["tokens"][row["tokens"] != MODEL.vocab.pad_token_id].tolist()
+        said = [exercises._said(TEXT).get(word, word) for word in written[: exercises.RECITED]]
+        backwards = written[exercises.RECITED + 1] == MODEL.vocab.scale_start_token_id
+        assert written[-exercises.RECITED :] == (said[::-1] if backwards else said)
+        assert row["weights"].sum() == exercises.RECITED
+        assert row["weights"][len(written) - 1] == 1 and row["weights"][len(written) - exercises.RECITED - 1] == 0
+        assert len(set(written[: exercises.RECITED])) == exercises.RECITED
+        orders.add(backwards)
+    assert orders == {True, False}
+
+
+def test_a_dictation_gives_each_thing_the_colour_of_the_prompt():
+    for words, codes, row in rows("dictation"):
+        asked = {(words[i + 1], word) for i, word in enumerate(words) if word in COLORS and words[i + 1] in OBJECTS}
+        looks = [i for i, code in enumerate(codes) if names([code])[0] in COLORS and i and names([codes[i - 1]])[0] in OBJECTS]
+        assert {(names([codes[i - 1]])[0], names([codes[i]])[0]) for i in looks} == asked
+        assert (row["weights"] == 1).sum() == len(asked) == len(looks)
+
+
+def test_a_sketch_keeps_the_places_of_the_picture():
+    for (words, codes, sketch), (same, whole, picture) in zip(rows("sketch", 40), rows("picture", 40), strict=True):
+        assert words == [w for w in same if w != "<im_end>"]
+        start = int(np.flatnonzero(picture["weights"])[0])
+        assert len(whole) == 64 and picture["weights"].sum() == 65
+        drawn = sketch["positions"][start : start + len(codes)] - start
+        assert [whole[place] for place in drawn] == codes
+        assert sketch["weights"].sum() == len(codes) and len(codes) % 3 == 0
+
+
+@pytest.mark.parametrize("kind", ["recital", "dictation", "sketch"])
+def test_rows_are_a_function_of_seed_and_index(kind):
+    first, again, other = (rows(kind, 5, seed) for seed in (3, 3, 4))
+    for a, b, c in zip(first, again, other, strict=True):
+        assert all(np.array_equal(a[2][name], b[2][name]) for name in a[2])
+        assert not np.array_equal(a[2]["tokens"], c[2]["tokens"])
+
+
+def test_no_row_pairs_what_is_held_out():
+    held = held_out()
+    for words, codes, _ in rows("recital", 200):
+        said = {*words, *names(codes)}
+        assert not any(set(pair) <= said for pair in (*held.pairs, *held.colors, *held.grounds))
+    for words, _, _ in rows("dictation", 300):
+        things = [w for w in words if w in OBJECTS]
+        colored = {(words[i + 1], w) for i, w in enumerate(words) if w in COLORS and words[i + 1] in OBJECTS}
+        assert not colored & held.colors
+        assert not any(set(pair) <= set(things) for pair in held.pairs)
+
+
+def test_a_row_that_is_too_short_is_named():
+    data = DataConfig(exercises={"recital": 1.0}, row_length=20)
+    with pytest.raises(ConfigError, match="recital of 3[34] tokens does not fit data.row_length 20"):
+        exercises.exercise(TEXT, data, 0, 0)
+
+
+def test_bad_shares():
+    with pytest.raises(ConfigError, match="Unknown exercise 'recitals'; did you mean 'recital'"):
+        DataConfig(exercises={"recitals": 1.0}, row_length=40)
+    with pytest.raises(ConfigError, match="need data.row_length"):
+        DataConfig(exercises={"recital": 1.0})
+    with pytest.raises(ConfigError, match="shares"):
+        dataclasses.replace(DataConfig(), exercises={"recital": 0.0}, row_length=40)
