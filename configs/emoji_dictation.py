@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
             "preset": "emoji_64",
             "batch_size": 64,
             "seed": 1,
-            "num_steps": 300,
+            "num_steps": 400,
             "init": {"qwen3": "runs/recital"},
             "data": {
                 "exercises": {"recital": 0.2, "dictation": 0.8},
@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
             },
             "optimizer": {
                 "learning_rate": 2e-3,
-                "final_learning_rate": 7e-4,
+                "final_learning_rate": 2e-3,
                 "warmup_steps": 30,
                 "b2": 0.98,
                 "weight_decay": 0.01,

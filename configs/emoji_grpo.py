@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
             "data": {
                 "seed": 5,
                 "row_length": 116,
-                "weights": {"single_object": 1.5, "two_object": 1.5, "counting": 1.0, "colors": 1.0, "position": 2.5, "color_attr": 3.0},
+                "weights": {"single_object": 1.5, "two_object": 1.5, "counting": 1.5, "colors": 1.0, "position": 2.5, "color_attr": 2.5},
                 "extra": 0.2,
                 "named_ground": 0.6,
             },

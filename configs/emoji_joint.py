@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
             "data": {
                 "num_train": 60000,
                 "row_length": 116,
-                "weights": {"single_object": 1.5, "two_object": 1.5, "counting": 1.5, "colors": 1.5, "position": 2.5, "color_attr": 3.0},
+                "weights": {"single_object": 1.5, "two_object": 1.5, "counting": 2.0, "colors": 1.5, "position": 2.5, "color_attr": 2.5},
                 "extra": 0.25,
                 "named_ground": 0.9,
             },

@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
             "data": {
                 "exercises": {"recital": 0.05, "dictation": 0.15, "picture": 0.8},
                 "row_length": 116,
-                "weights": {"single_object": 1.5, "two_object": 1.5, "counting": 1.5, "colors": 1.0, "position": 3.0, "color_attr": 4.0},
+                "weights": {"single_object": 1.5, "two_object": 1.5, "counting": 2.0, "colors": 1.0, "position": 3.0, "color_attr": 2.5},
                 "extra": 0.4,
                 "named_ground": 0.95,
             },

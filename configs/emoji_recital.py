@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
             },
             "optimizer": {
                 "learning_rate": 2e-3,
-                "final_learning_rate": 1e-3,
+                "final_learning_rate": 2e-4,
                 "warmup_steps": 30,
                 "b2": 0.98,
                 "weight_decay": 0.01,

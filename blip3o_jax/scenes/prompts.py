@@ -115,17 +115,19 @@ def _phrases(nouns: list[Noun]) -> list[str]:
     return [_with_article(f"{color} {name}" if color else name) for name, color in nouns]
 
 
-def describe(nouns: list[Noun], ground: str | None = None) -> str:
-    """Words for things: "a red key, a hat and a blue cat on gray"."""
+def describe(nouns: list[Noun], relation: str | None = None, ground: str | None = None) -> str:
+    """Words for things: "a red key, a hat and a blue cat on gray", or "a hat left of a cat"."""
     phrases = _phrases(nouns)
-    phrase = " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)
+    if relation:
+        phrase = f"{phrases[0]} {relation} {phrases[1]}"
+    else:
+        phrase = " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)
     return phrase + (f" on {ground}" if ground else "")
 
 
 def _metadata(tag: str, nouns: list[Noun], relation: str | None, ground: str | None, extra: bool, photo: bool) -> dict:
     """GenEval's dictionary and the prompt's words."""
     include = [{"class": name, "count": 1} | ({"color": color} if color else {}) for name, color in nouns]
-    phrases = _phrases(nouns)
     metadata = {"tag": tag, "include": include}
     if tag == "counting":
         name, color = nouns[0]
@@ -135,7 +137,7 @@ def _metadata(tag: str, nouns: list[Noun], relation: str | None, ground: str | N
     elif tag == "position":
         # as in GenEval's file: first the thing to relate to, then the one that has the position
         metadata["include"] = [include[1], include[0] | {"position": [relation, 0]}]
-        phrase = f"{phrases[0]} {relation} {phrases[1]}"
+        phrase = describe(nouns, relation)
     else:
         phrase = describe(nouns)
     metadata["prompt"] = ("a photo of " if photo else "") + phrase + (f" on {ground}" if ground else "")

@@ -9,6 +9,7 @@ from blip3o_jax.config import ConfigError, preset
 from blip3o_jax.pipeline import tokenizer_of
 from blip3o_jax.scenes import exercises
 from blip3o_jax.scenes.heldout import held_out
+from blip3o_jax.scenes.prompts import RELATIONS
 from blip3o_jax.scenes.scene import PATCH_WORDS
 from blip3o_jax.scenes.sprites import COLORS, OBJECTS
 from blip3o_jax.text import Text, load_tokenizer
@@ -37,13 +38,14 @@ def names(codes: list[int]) -> list[str]:
 
 def test_a_recital_says_its_words_again_in_either_order():
     orders = set()
-    for words, _, row in rows("recital", 40):
+    for _, _, row in rows("recital", 40):
         written = row["tokens"][row["tokens"] != MODEL.vocab.pad_token_id].tolist()
         said = [exercises._said(TEXT).get(word, word) for word in written[: exercises.RECITED]]
         backwards = written[exercises.RECITED + 1] == MODEL.vocab.scale_start_token_id
         assert written[-exercises.RECITED :] == (said[::-1] if backwards else said)
         assert row["weights"].sum() == exercises.RECITED
-        assert row["weights"][len(written) - 1] == 1 and row["weights"][len(written) - exercises.RECITED - 1] == 0
+        assert row["weights"][len(written) - 1] == 1
+        assert row["weights"][len(written) - exercises.RECITED - 1] == 0
         assert len(set(written[: exercises.RECITED])) == exercises.RECITED
         orders.add(backwards)
     assert orders == {True, False}
@@ -51,20 +53,37 @@ def test_a_recital_says_its_words_again_in_either_order():
 
 def test_a_dictation_gives_each_thing_the_colour_of_the_prompt():
     for words, codes, row in rows("dictation"):
-        asked = {(words[i + 1], word) for i, word in enumerate(words) if word in COLORS and words[i + 1] in OBJECTS}
-        looks = [i for i, code in enumerate(codes) if names([code])[0] in COLORS and i and names([codes[i - 1]])[0] in OBJECTS]
-        assert {(names([codes[i - 1]])[0], names([codes[i]])[0]) for i in looks} == asked
-        assert (row["weights"] == 1).sum() == len(asked) == len(looks)
+        said = names(codes)
+        asked = {(word, words[i - 1] if words[i - 1] in COLORS else "natural") for i, word in enumerate(words) if word in OBJECTS}
+        firsts = [i for i, code in enumerate(codes) if PATCH_WORDS[code] in {f"{name} 0" for name in OBJECTS}]
+        assert {(said[i], said[i + 1]) for i in firsts} == asked
+        assert all(said[i + 2] == said[i] for i in firsts)
+        weights = row["weights"][row["tokens"] >= MODEL.vocab.image_start_token_id]
+        assert all(weights[i + 1] == 1 for i in firsts)
+
+
+def test_a_dictation_of_a_relation_says_first_what_comes_first():
+    found = set()
+    for words, codes, _ in rows("dictation", 200):
+        things = [w for w in words if w in OBJECTS]
+        relation = next((r for r in RELATIONS if r.split()[0] in words), None)
+        if relation:
+            found.add(relation)
+            said = [name for name in names(codes) if name in OBJECTS]
+            assert [said[0], said[-1]] == (things if relation in ("left of", "above") else things[::-1])
+    assert found == set(RELATIONS)
 
 
 def test_a_sketch_keeps_the_places_of_the_picture():
     for (words, codes, sketch), (same, whole, picture) in zip(rows("sketch", 40), rows("picture", 40), strict=True):
         assert words == [w for w in same if w != "<im_end>"]
         start = int(np.flatnonzero(picture["weights"])[0])
-        assert len(whole) == 64 and picture["weights"].sum() == 65
+        assert len(whole) == 64
+        assert picture["weights"].sum() == 65
         drawn = sketch["positions"][start : start + len(codes)] - start
         assert [whole[place] for place in drawn] == codes
-        assert sketch["weights"].sum() == len(codes) and len(codes) % 3 == 0
+        assert sketch["weights"].sum() == len(codes)
+        assert len(codes) % 3 == 0
 
 
 @pytest.mark.parametrize("kind", ["recital", "dictation", "sketch"])
@@ -89,14 +108,14 @@ def test_no_row_pairs_what_is_held_out():
 
 def test_a_row_that_is_too_short_is_named():
     data = DataConfig(exercises={"recital": 1.0}, row_length=20)
-    with pytest.raises(ConfigError, match="recital of 3[34] tokens does not fit data.row_length 20"):
+    with pytest.raises(ConfigError, match=r"recital of 3[34] tokens does not fit data.row_length 20"):
         exercises.exercise(TEXT, data, 0, 0)
 
 
 def test_bad_shares():
     with pytest.raises(ConfigError, match="Unknown exercise 'recitals'; did you mean 'recital'"):
         DataConfig(exercises={"recitals": 1.0}, row_length=40)
-    with pytest.raises(ConfigError, match="need data.row_length"):
+    with pytest.raises(ConfigError, match=r"need data.row_length"):
         DataConfig(exercises={"recital": 1.0})
     with pytest.raises(ConfigError, match="shares"):
         dataclasses.replace(DataConfig(), exercises={"recital": 0.0}, row_length=40)
