@@ -1,4 +1,4 @@
-"""Stage 8 of the embedded model: GRPO. The transformer is rewarded for what the judge sees in the pictures; all else is frozen.
+"""Stage 7 of the embedded model: GRPO. The transformer is rewarded for what the judge sees in the pictures; all else is frozen.
 
 blip3o-jax grpo --config emoji_grpo --workdir runs/grpo
 """

@@ -1,4 +1,4 @@
-"""Stage 7 of the embedded model: the transformer writes tokens (cross-entropy), its states condition the diffusion part (velocity loss).
+"""Stage 6 of the embedded model: the transformer writes tokens (cross-entropy), its states condition the diffusion part (velocity loss).
 
 blip3o-jax train --config emoji_joint --workdir runs/joint
 """

@@ -1,4 +1,4 @@
-"""Stage 6 of the embedded model: whole rows, still without the diffusion part, so that it sees more than twice as many prompts a minute.
+"""Stage 5 of the embedded model: whole rows, still without the diffusion part, so that it sees more than twice as many prompts a minute.
 
     blip3o-jax train --config emoji_picture --workdir runs/picture
 
@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
             "num_steps": 800,
             "init": {"qwen3": "runs/sketch"},
             "data": {
-                "exercises": {"recital": 0.05, "dictation": 0.15, "picture": 0.8},
+                "exercises": {"picture": 1.0},
                 "row_length": 116,
                 "weights": {"single_object": 1.5, "two_object": 1.5, "counting": 2.0, "colors": 1.0, "position": 3.0, "color_attr": 2.5},
                 "extra": 0.4,

@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
             "preset": "emoji_64",
             "batch_size": 64,
             "seed": 0,
-            "num_steps": 150,
+            "num_steps": 250,
             "named_tokens": True,
             "data": {
                 "exercises": {"recital": 1.0},
@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
             },
             "optimizer": {
                 "learning_rate": 2e-3,
-                "final_learning_rate": 2e-4,
+                "final_learning_rate": 1e-3,
                 "warmup_steps": 30,
                 "b2": 0.98,
                 "weight_decay": 0.01,

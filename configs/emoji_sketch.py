@@ -1,4 +1,4 @@
-"""Stage 5 of the embedded model: prompts of all kinds, and of their images the first three patches of each sprite.
+"""Stage 4 of the embedded model: prompts of all kinds, and of their images the first three patches of each sprite.
 
     blip3o-jax train --config emoji_sketch --workdir runs/sketch
 
@@ -17,17 +17,17 @@ def get_config() -> ConfigDict:
             "batch_size": 64,
             "seed": 2,
             "num_steps": 400,
-            "init": {"qwen3": "runs/dictation"},
+            "init": {"qwen3": "runs/recital"},
             "data": {
-                "exercises": {"recital": 0.05, "dictation": 0.3, "sketch": 0.65},
+                "exercises": {"recital": 0.1, "sketch": 0.9},
                 "row_length": 84,
-                "weights": {"single_object": 1.0, "two_object": 1.5, "counting": 0.5, "colors": 1.0, "position": 3.0, "color_attr": 4.0},
+                "weights": {"single_object": 1.0, "two_object": 1.5, "counting": 0.5, "colors": 1.0, "position": 3.0, "color_attr": 3.0},
                 "extra": 0.6,
                 "named_ground": 0.95,
             },
             "optimizer": {
-                "learning_rate": 1e-3,
-                "final_learning_rate": 3e-4,
+                "learning_rate": 2e-3,
+                "final_learning_rate": 7e-4,
                 "warmup_steps": 30,
                 "b2": 0.98,
                 "weight_decay": 0.01,

@@ -41,7 +41,7 @@ class EmojiScenes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Record i of a split is prompts.sample(seed, i, split): image, prompt, metadata (JSON) and patches (indices of scene.PATCH_WORDS)."""
 
     name = "emoji_scenes"
-    VERSION = tfds.core.Version("1.1.0")  # to be raised when art, words or sampling change
+    VERSION = tfds.core.Version("1.2.0")  # to be raised when art, words or sampling change
     BUILDER_CONFIGS = [EmojiScenesConfig()]  # noqa: RUF012, TFDS's own convention
 
     code_path = None  # no checksums to look for; TFDS 4.9.10 would need importlib_resources, which it does not declare

@@ -165,13 +165,14 @@ def _write(rng: Rng, training: bool, named_ground: float) -> tuple[dict, Scene]:
 
 @lru_cache
 def _layouts(number: int, relation: str | None) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """All places for `number` things, in any order; with a relation, ordered (first is `relation` second) and beyond doubt."""
+    """All places for `number` things. They follow each other as one reads, row by row, in the order in which the prompt names them; with a
+    relation, first is `relation` second beyond doubt, and the left or upper one comes first."""
     cells = [(row, column) for row in range(POSITIONS) for column in range(POSITIONS)]
     if relation is not None:
         # GenEval's rule wants a direction within 60 degrees; here the other way is at most half as far, as people draw it.
         holds: dict[str, Callable[[int, int], bool]] = {
-            "left of": lambda down, right: right <= -SPAN and 2 * abs(down) <= -right,
-            "right of": lambda down, right: right >= SPAN and 2 * abs(down) <= right,
+            "left of": lambda down, right: right <= -SPAN and 0 <= 2 * -down <= -right,
+            "right of": lambda down, right: right >= SPAN and 0 <= 2 * down <= right,
             "above": lambda down, right: down <= -SPAN and 2 * abs(right) <= -down,
             "below": lambda down, right: down >= SPAN and 2 * abs(right) <= down,
         }
@@ -185,8 +186,7 @@ def _layouts(number: int, relation: str | None) -> tuple[tuple[tuple[int, int], 
 
 def _cells(rng: Rng, number: int, relation: str | None) -> list[tuple[int, int]]:
     layouts = _layouts(number, relation)
-    cells = list(layouts[rng.integers(len(layouts))])
-    return cells if relation else [cells[i] for i in rng.permutation(number)]
+    return list(layouts[rng.integers(len(layouts))])
 
 
 def _with_article(phrase: str) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from blip3o_jax.config import ConfigError, nearest
 
 KINDS = ("webdataset", "parquet", "jsonl", "array_record")
-EXERCISES = ("recital", "dictation", "sketch", "picture")  # of scenes.exercises
+EXERCISES = ("recital", "sketch", "picture")  # of scenes.exercises
 
 
 @dataclass(frozen=True)
