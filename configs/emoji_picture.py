@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
             "preset": "emoji_64",
             "batch_size": 32,
             "seed": 3,
-            "num_steps": 800,
+            "num_steps": 500,
             "init": {"qwen3": "runs/sketch"},
             "data": {
                 "exercises": {"picture": 1.0},

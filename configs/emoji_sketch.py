@@ -2,8 +2,7 @@
 
     blip3o-jax train --config emoji_sketch --workdir runs/sketch
 
-In a whole row, which word is meant is a few bits among a hundred tokens, most of them ground. Without the exercises of the stages before,
-which go on beside it, what they taught is lost within a hundred steps.
+In a whole row, which word is meant is a few bits among a hundred tokens, most of them ground; here it is all there is.
 """
 
 from ml_collections import ConfigDict

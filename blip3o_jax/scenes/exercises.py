@@ -4,9 +4,9 @@
     sketch     a scene's prompt, then each sprite's first three patches, at their places
     picture    a scene's prompt and all of its image
 
-To say a word again, and to say of a thing the word that stood before it, is what Qwen3 brings along from text. A transformer that starts at
-random does not find it in pictures: which of two colours is whose is one bit among a hundred tokens, and the pairs of training are learned
-by heart before. In a recital nothing can be learned by heart.
+To say words again, one after the other from either end, is what Qwen3 brings along from text. A transformer that starts at random finds it
+in a recital within a hundred steps, as there is nothing to learn by heart, and then in sketches and pictures, whose things follow the order
+of the prompt (prompts._layouts). In pictures alone it is hidden: which of two colours is whose is one bit among a hundred tokens.
 
 No row holds a held-out combination.
 """
@@ -23,7 +23,7 @@ from blip3o_jax.text import Text
 from blip3o_jax.train.data_config import EXERCISES, DataConfig
 
 RECITED = 16  # words of a recital
-IMAGE = 64  # places of an image, over which what is said is spread
+IMAGE = 64  # tokens of a picture
 
 Row = tuple[list[int], list[int], list[float]]  # ids, places, and what the prediction of each id counts
 
