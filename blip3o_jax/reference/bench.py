@@ -33,8 +33,8 @@ def stages(work: Workload, folder: Path, threads: int) -> dict[str, dict[str, Ca
 
 
 def _stages(work: Workload, ref: modules.Reference, well: bool) -> dict[str, Callable[[], dict]]:
-    prompt, valid = torch.from_numpy(work.prompt).long(), torch.from_numpy(work.valid)
-    states, noise = torch.from_numpy(work.states), torch.from_numpy(work.noise).movedim(-1, 1).contiguous()
+    prompt, valid = torch.tensor(work.prompt).long(), torch.tensor(work.valid)
+    states, noise = torch.tensor(work.states), torch.tensor(work.noise).movedim(-1, 1).contiguous()
 
     def write():
         codes, kept = pipeline.greedy_tokens(ref, prompt, valid, image_range_only=well)
@@ -67,9 +67,9 @@ def _given(run: Callable[[], dict], mode) -> Callable[[], dict]:
 
 
 def _training(work: Workload, ref: modules.Reference, well: bool) -> Callable[[], dict]:
-    rows, start = torch.from_numpy(work.tokens).long(), torch.from_numpy(work.start)
-    images = torch.from_numpy(work.images).movedim(-1, 1).float() / 127.5 - 1
-    noise, sigma = torch.from_numpy(work.training_noise).movedim(-1, 1).contiguous(), torch.from_numpy(work.sigma)
+    rows, start = torch.tensor(work.tokens).long(), torch.tensor(work.start)
+    images = torch.tensor(work.images).movedim(-1, 1).float() / 127.5 - 1
+    noise, sigma = torch.tensor(work.training_noise).movedim(-1, 1).contiguous(), torch.tensor(work.sigma)
     kept: dict = {}
 
     def begin():
