@@ -2,8 +2,8 @@
 
     blip3o-jax train --config emoji_picture --workdir runs/picture
 
-The joint stage starts from its weights. Cost: 7 minutes on two CPU cores. Result on unseen rows: cross-entropy 0.11, most of it where things
-stand, which no prompt tells.
+The joint stage starts from its weights. Cost: 7 minutes on two CPU cores. Result on unseen rows: cross-entropy 0.11, most of it for where
+things stand, which no prompt tells.
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,8 @@
 
     blip3o-jax train --config emoji_sketch --workdir runs/sketch
 
-In a whole row, which word is meant is a few bits among a hundred tokens, most of them ground; here it is all there is. Cost: 7 minutes on two
-CPU cores. Result: 99.8 % of the tokens of unseen rows.
+In a whole row, which word is meant is a few bits among a hundred tokens, most of them ground; here it is all there is.
+Cost: 7 minutes on two CPU cores. Result: 99.8 % of the tokens of unseen rows.
 """
 
 from ml_collections import ConfigDict
