@@ -203,7 +203,7 @@ def test_a_cache_of_other_encoders_or_sources_is_refused_before_anything_is_made
 
 def test_encoders_are_known_by_their_weights(folder):
     cfg = config(folder)
-    params = encoder_params(cfg, load_part)
+    params = jax.tree.map(np.array, encoder_params(cfg, load_part))  # copies, which may be written to
     before = cache.describe(cfg, params)
     assert before == cache.describe(cfg, encoder_params(cfg, load_part))
     leaf = jax.tree.leaves(params["dc_ae"]["encoder"])[0]

@@ -70,6 +70,6 @@ def test_both_sides_do_the_same_work(capsys):
     assert report["agree"]
     assert set(report["stages"]["train_step"]["ratio"]) == {"original", "well"}
     assert {name.split(", ")[1] for name in report["agreement"]} == {"original", "well"}
-    worst = max(values["relative"] for rows in report["agreement"].values() for values in rows.values() if "relative" in values)
+    worst = max(values["max_rel"] for rows in report["agreement"].values() for values in rows.values() if "max_rel" in values)
     assert np.isfinite(worst)
     assert worst < bench.TOLERANCE
