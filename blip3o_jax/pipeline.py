@@ -171,9 +171,12 @@ def tokenizer_of(preset: str) -> pathlib.Path:
 
 
 def identity(folder: pathlib.Path) -> str:
-    """Name and content hash of a checkpoint, for metadata: of config.json and the weight files' sizes and first bytes."""
+    """Name and content hash of a checkpoint, for metadata: of sizes and first bytes of the JSON files, but for convert.json, which
+    has a date, and of the weight files."""
     digest = hashlib.sha256()
     for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in (".json", ".safetensors")):
+        if file.name == "convert.json":
+            continue
         digest.update(f"{file.relative_to(folder)}:{file.stat().st_size}".encode())
         with file.open("rb") as stream:
             digest.update(stream.read(1 << 20))

@@ -1,5 +1,6 @@
 """What a source gives: one record. And the files that sources are made of, on disk or in a bucket (through etils.epath)."""
 
+import bisect
 import glob
 import os
 import posixpath
@@ -22,6 +23,12 @@ class Record:
     caption: str
     image: bytes
     inputs: tuple[bytes, ...] = ()
+
+
+def locate(ends: list[int], i: int) -> tuple[int, int]:
+    """Record i of pieces laid end to end -> (piece, record in it); `ends` are the running totals of the pieces' records."""
+    piece = bisect.bisect_right(ends, i)
+    return piece, i - (ends[piece - 1] if piece else 0)
 
 
 def expand(pattern: str) -> list[str]:

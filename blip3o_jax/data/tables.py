@@ -1,6 +1,5 @@
 """Parquet with image bytes, jsonl with image paths, and folders that TFDS wrote, read at random."""
 
-import bisect
 import itertools
 import json
 import os
@@ -11,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from blip3o_jax.config import ConfigError, nearest
-from blip3o_jax.data.records import Record, RecordError, base_name, expand, open_binary, read_bytes
+from blip3o_jax.data.records import Record, RecordError, base_name, expand, locate, open_binary, read_bytes
 from blip3o_jax.train.data_config import SourceConfig
 
 CAPTIONS = ("caption", "text", "txt", "prompt")  # the usual names, the first that is there
@@ -53,22 +52,18 @@ class ParquetSource:
         self.groups = [(f, g) for f, file in enumerate(self.files) for g in range(file.metadata.num_row_groups)]
         self.ends = list(itertools.accumulate(self.files[f].metadata.row_group(g).num_rows for f, g in self.groups))
         self.blocks = np.array([0, *self.ends[:-1]])
+        self.file_ends = list(itertools.accumulate(file.metadata.num_rows for file in self.files))
         self._kept, self._lock = OrderedDict(), threading.Lock()
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
-    def _find(self, i: int) -> tuple[int, int]:
-        group = bisect.bisect_right(self.ends, i)
-        return group, i - int(self.blocks[group])
-
     def key(self, i: int) -> str:
-        group, _ = self._find(i)
-        first = next(g for g, (f, _) in enumerate(self.groups) if f == self.groups[group][0])
-        return f"{base_name(self.paths[self.groups[group][0]])}:{i - int(self.blocks[first])}"
+        file, row = locate(self.file_ends, i)
+        return f"{base_name(self.paths[file])}:{row}"
 
     def __getitem__(self, i: int) -> Record:
-        group, row = self._find(i)
+        group, row = locate(self.ends, i)
         table = self._group(group)
         image, caption = (table.column(name)[row].as_py() for name in (self.image, self.caption))
         image = image.get("bytes") if isinstance(image, dict) else image
@@ -112,16 +107,12 @@ class JsonlSource:
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def _find(self, i: int) -> tuple[int, int]:
-        file = bisect.bisect_right(self.ends, i)
-        return file, i - (self.ends[file - 1] if file else 0)
-
     def key(self, i: int) -> str:
-        file, line = self._find(i)
+        file, line = locate(self.ends, i)
         return f"{base_name(self.paths[file])}:{line + 1}"
 
     def __getitem__(self, i: int) -> Record:
-        file, line = self._find(i)
+        file, line = locate(self.ends, i)
         start, end = (int(x) for x in self.offsets[file][line : line + 2])
         try:
             with open_binary(self.paths[file]) as stream:

@@ -4,7 +4,6 @@ A record is a run of members that share their name up to the first dot of its la
 KEY.json, as BLIP3o-Pretrain-* are laid out. Other members are no concern of ours.
 """
 
-import bisect
 import hashlib
 import itertools
 import json
@@ -18,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from blip3o_jax.config import ConfigError
-from blip3o_jax.data.records import Record, RecordError, base_name, expand, open_binary
+from blip3o_jax.data.records import Record, RecordError, base_name, expand, locate, open_binary
 from blip3o_jax.train.data_config import SourceConfig
 
 VERSION = 1
@@ -44,8 +43,8 @@ class TarSource:
         return self.ends[-1]
 
     def _find(self, i: int) -> tuple[str, np.void]:
-        tar = bisect.bisect_right(self.ends, i)
-        return self.paths[tar], self.indexes[tar][i - (self.ends[tar - 1] if tar else 0)]
+        tar, row = locate(self.ends, i)
+        return self.paths[tar], self.indexes[tar][row]
 
     def key(self, i: int) -> str:
         path, row = self._find(i)

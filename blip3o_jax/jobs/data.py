@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 def _mixture(args) -> TrainConfig:
     cfg = read_config(args.config, args.overrides)
     if not cfg.data.sources:
-        raise ConfigError(f"{args.config} names no data.sources; the embedded world needs no check.")
+        raise ConfigError(f"{args.config} names no data.sources, so there is no mixture to read.")
     return cfg
 
 

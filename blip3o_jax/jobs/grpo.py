@@ -3,7 +3,7 @@
 import json
 
 from blip3o_jax.config import ConfigError
-from blip3o_jax.jobs.train import load_part, open_workdir, read_config
+from blip3o_jax.jobs.train import load_part, own_workdir, read_config
 
 HELDOUT_SEED = 2  # of the prompts shown while training; the benchmark draws from seed 1
 
@@ -23,8 +23,6 @@ def run(config: str, workdir: str, overrides: list[str]) -> None:
         find_checkpoint(directory)  # before anything is made
     model, data = cfg.blip3o(), cfg.data
     text = Text(load_tokenizer(tokenizer_of(model.name)), model.vocab, model.max_prompt_tokens)
-    folder = open_workdir(cfg, workdir)
-    enable_compilation_cache()
     count, shares = cfg.batch_size // cfg.grpo.num_generations, {"extra": data.extra, "named_ground": data.named_ground}
 
     def asked(step: int) -> list[dict]:
@@ -32,5 +30,11 @@ def run(config: str, workdir: str, overrides: list[str]) -> None:
         return [prompts.sample(data.seed, step * count + i, "train", weights, **shares)[0] for i in range(count)]
 
     heldout = [prompts.sample(HELDOUT_SEED, i, "heldout", dict.fromkeys(prompts.TAGS, 1.0))[0] for i in range(min(64, cfg.batch_size))]
-    result = loop.run(cfg, folder, asked, heldout, text, lambda images, m: scene_rewards(images, m, cfg.grpo.strict), load_part)
+
+    def reward(images, metadata):
+        return scene_rewards(images, metadata, cfg.grpo.strict)
+
+    with own_workdir(cfg, workdir) as folder:
+        enable_compilation_cache()
+        result = loop.run(cfg, folder, asked, heldout, text, reward, load_part)
     print(json.dumps(result))

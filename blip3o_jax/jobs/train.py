@@ -1,11 +1,11 @@
 """`blip3o-jax train`: config file -> checked config -> data -> loop."""
 
+import contextlib
 import importlib.util
 import json
 import pathlib
+from collections.abc import Iterator
 from dataclasses import asdict
-
-import numpy as np
 
 from blip3o_jax import shipped
 from blip3o_jax.config import ConfigError
@@ -44,15 +44,6 @@ def read_config(name: str, overrides: list[str]) -> TrainConfig:
                 raise ConfigError(f"{item}: {parent!r} is a value, not a group of keys.")
         node[last] = value
     return from_dict(TrainConfig, values)
-
-
-def name_ids(text) -> np.ndarray:
-    """The id of the word that names each of the embedded world's codes, -1 where the vocabulary has none."""
-    from blip3o_jax.scenes.scene import PATCH_WORDS
-
-    ids = [text.tokenizer.token_to_id("Ġ" + word.split()[0]) for word in PATCH_WORDS]
-    ids += [None] * (text.vocab.num_image_tokens - len(ids))
-    return np.array([-1 if i is None else i for i in ids], np.int32)
 
 
 def open_tokenizer(cfg: TrainConfig):
@@ -98,6 +89,23 @@ def open_workdir(cfg: TrainConfig, workdir: str) -> pathlib.Path:
     return folder
 
 
+@contextlib.contextmanager
+def own_workdir(cfg: TrainConfig, workdir: str) -> Iterator[pathlib.Path]:
+    """`open_workdir` around a run. One that a wrong input ends before it has metrics or a checkpoint leaves no config there, so that the
+    mended command may take the same folder."""
+    from blip3o_jax.checkpoint import is_workdir
+
+    folder = open_workdir(cfg, workdir)
+    try:
+        yield folder
+    except ConfigError:
+        if not (folder / "metrics.jsonl").exists() and not is_workdir(folder):
+            (folder / "config.json").unlink()
+            with contextlib.suppress(OSError):  # it holds something else
+                folder.rmdir()
+        raise
+
+
 def _flat(tree: dict, prefix: str = "") -> dict:
     flat = {}
     for key, value in tree.items():
@@ -111,6 +119,7 @@ def run(config: str, workdir: str, overrides: list[str]) -> None:
     from blip3o_jax.data.cache import check_cache
     from blip3o_jax.jobs.data_cache import encoder_params
     from blip3o_jax.pipeline import enable_compilation_cache, find_checkpoint
+    from blip3o_jax.scenes.exercises import name_ids
     from blip3o_jax.train import loop
 
     cfg = read_config(config, overrides)
@@ -122,15 +131,15 @@ def run(config: str, workdir: str, overrides: list[str]) -> None:
     sources = data.open_sources(cfg)
     if cfg.data.cache:
         check_cache(cfg, encoder_params(cfg, load_part))
-    folder = open_workdir(cfg, workdir)
-    enable_compilation_cache()
-    data_dir = cfg.data.data_dir or str(folder.parent / "scenes")
     words = name_ids(tokenizer) if cfg.named_tokens else None
-    tally = data.tally_of(cfg, folder)
-    heldout = data.heldout_batch(cfg, data_dir, tokenizer, 64, sources, tally)
+    with own_workdir(cfg, workdir) as folder:
+        enable_compilation_cache()
+        data_dir = cfg.data.data_dir or str(folder.parent / "scenes")
+        tally = data.tally_of(cfg, folder)
+        heldout = data.heldout_batch(cfg, data_dir, tokenizer, 64, sources, tally)
 
-    def batches(step):
-        return data.train_batches(cfg, data_dir, tokenizer, step, sources, tally)
+        def batches(step):
+            return data.train_batches(cfg, data_dir, tokenizer, step, sources, tally)
 
-    result = loop.run(cfg, folder, batches, heldout, load_part, words)
+        result = loop.run(cfg, folder, batches, heldout, load_part, words)
     print(json.dumps(result))

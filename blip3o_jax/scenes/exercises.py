@@ -8,7 +8,7 @@ To say words again, one after the other from either end, is what Qwen3 brings al
 in a recital within a hundred steps, as there is nothing to learn by heart, and then in sketches and pictures, whose things follow the order
 of the prompt (prompts._layouts). In pictures alone it is hidden: which of two colours is whose is one bit among a hundred tokens.
 
-No row holds a held-out combination.
+No scene holds a held-out combination, and no recital both words of one (of things, of thing and colour, of thing and ground).
 """
 
 from functools import lru_cache
@@ -35,23 +35,35 @@ def _forbidden() -> frozenset[frozenset[str]]:
     return frozenset(map(frozenset, (*held.pairs, *held.colors, *held.grounds)))
 
 
+def name_ids(text: Text) -> np.ndarray:
+    """The id of the word that names each of the embedded world's codes, -1 where the vocabulary has none."""
+    ids = [text.tokenizer.token_to_id("Ġ" + word.split()[0]) for word in PATCH_WORDS]
+    ids += [None] * (text.vocab.num_image_tokens - len(ids))
+    return np.array([-1 if i is None else i for i in ids], np.int32)
+
+
 @lru_cache
 def _said(text: Text) -> dict[int, int]:
     """Id of a word -> id of the first image token that is named by it."""
     found: dict[int, int] = {}
-    for code, name in enumerate(PATCH_WORDS):
-        word = text.tokenizer.token_to_id("Ġ" + name.split()[0])
-        if word is not None:
+    for code, word in enumerate(name_ids(text).tolist()):
+        if word >= 0:
             found.setdefault(word, text.vocab.image_start_token_id + code)
     return found
+
+
+@lru_cache
+def _words(text: Text) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of the words that image tokens say, and of all others."""
+    said = _said(text)
+    return np.array(list(said)), np.array([i for i in range(256, text.vocab.pad_token_id) if i not in said])
 
 
 def _recital(rng: np.random.Generator, text: Text) -> Row:
     said, forbidden = _said(text), _forbidden()
     words: list[int] = []
     names: list[str] = []
-    known = list(said)
-    others = [i for i in range(256, text.vocab.pad_token_id) if i not in said]
+    known, others = _words(text)
     while len(words) < RECITED:
         word = int(rng.choice(known if rng.random() < 0.75 else others))
         name = text.tokenizer.id_to_token(word).removeprefix("Ġ")

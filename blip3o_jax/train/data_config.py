@@ -1,5 +1,6 @@
 """The data of a run as frozen dataclasses: the embedded world, or a mixture of sources on disk."""
 
+import math
 from dataclasses import dataclass, field
 
 from blip3o_jax.config import ConfigError, nearest
@@ -60,7 +61,6 @@ class DataConfig:
             (0 <= self.extra <= 1, f"data.extra is in [0, 1], not {self.extra}."),
             (0 <= self.named_ground <= 1, f"data.named_ground is in [0, 1], not {self.named_ground}."),
             (not self.exercises or self.row_length > 0, "data.exercises need data.row_length, the tokens of a row."),
-            (not self.exercises or sum(self.exercises.values()) > 0, f"data.exercises are shares, not {self.exercises}."),
             (self.reader_threads >= 1, f"data.reader_threads is at least 1, not {self.reader_threads}."),
             (all(weighted) or not any(weighted), "Either every source of data.sources has a weight above 0, or none."),
             (not any(weighted) or all(s.repeat == 1 for s in self.sources), "data.sources have weights or repeats, not both."),
@@ -74,6 +74,8 @@ class DataConfig:
         for holds, message in checks:
             if not holds:
                 raise ConfigError(message)
-        for kind in self.exercises:
+        for kind, share in self.exercises.items():
             if kind not in EXERCISES:
                 raise ConfigError(f"Unknown exercise {kind!r}; {nearest(kind, EXERCISES)}")
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < math.inf:
+                raise ConfigError(f"data.exercises are shares above 0, not {share!r} ({kind}).")

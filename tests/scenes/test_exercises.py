@@ -108,3 +108,6 @@ def test_bad_shares():
         DataConfig(exercises={"recital": 1.0})
     with pytest.raises(ConfigError, match="shares"):
         dataclasses.replace(DataConfig(), exercises={"recital": 0.0}, row_length=40)
+    for share in (-1.0, "1", True, float("nan")):
+        with pytest.raises(ConfigError, match="shares above 0"):
+            DataConfig(exercises={"sketch": 2.0, "recital": share}, row_length=40)

@@ -1,5 +1,6 @@
 import pytest
 
+from blip3o_jax.cli import main
 from blip3o_jax.config import ConfigError
 from blip3o_jax.jobs.train import REFERENCE_QUIRKS, open_workdir, read_config
 from blip3o_jax.shipped import CONFIGS
@@ -78,3 +79,14 @@ def test_a_workdir_of_another_config_is_refused(tmp_path):
     open_workdir(TrainConfig(stage="joint"), tmp_path / "run")
     with pytest.raises(ConfigError, match="seed: 0 there, 1 here"):
         open_workdir(TrainConfig(stage="joint", seed=1), tmp_path / "run")
+
+
+def test_a_wrong_input_leaves_no_config_in_the_workdir(tmp_path, capsys):
+    argv = ["train", "--config", "emoji_recital", "--workdir", str(tmp_path / "run")]
+    assert main([*argv, "--config.data.row_length=20"]) == 2
+    assert "does not fit data.row_length 20" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()  # a run that has come further keeps its config
+    assert main([*argv, "--config.data.row_length=20"]) == 2
+    assert (tmp_path / "run" / "config.json").exists()

@@ -6,8 +6,8 @@ import pytest
 
 from blip3o_jax import checkpoint
 from blip3o_jax.config import ConfigError
-from blip3o_jax.jobs.train import name_ids
 from blip3o_jax.pipeline import tokenizer_of
+from blip3o_jax.scenes.exercises import name_ids
 from blip3o_jax.text import Text, load_tokenizer
 from blip3o_jax.train import loop
 from blip3o_jax.train.config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
