@@ -17,7 +17,6 @@ from blip3o_jax.data.transform import Rows, Tally
 from blip3o_jax.scenes import builder
 from blip3o_jax.scenes.exercises import exercise
 from blip3o_jax.scenes.prompts import WEIGHTS
-from blip3o_jax.scenes.scene import SKETCH_WORDS
 from blip3o_jax.train.config import TrainConfig
 
 UNSEEN_SEED = 1 << 32  # of the exercises that a run is measured by; no run's own seed
@@ -27,20 +26,11 @@ def _image_record(record) -> dict[str, np.ndarray]:
     return {"images": record["image"], "patches": record["patches"].astype(np.int32)}
 
 
-def _text_record(tokenizer: texts.Text, num_tokens: int, length: int, sketch_length: int, record) -> dict[str, np.ndarray]:
+def _text_record(tokenizer: texts.Text, num_tokens: int, length: int, record) -> dict[str, np.ndarray]:
     """The image and its token row; the image's codes are made on the device and written there."""
     prompt = tokenizer.encode_prompt(record["prompt"].decode())
     tokens, start = tokenizer.training_rows([prompt], np.zeros((1, num_tokens), np.int32), length)
-    made = {"images": record["image"], "tokens": tokens[0], "start": start[0]}
-    if sketch_length:
-        kept = np.arange(length) <= start[0]
-        kept[start[0] + 1 : start[0] + 1 + num_tokens] = SKETCH_WORDS[record["patches"].ravel()]
-        if kept.sum() > sketch_length:
-            raise ConfigError(f"A sketch of {kept.sum()} tokens does not fit data.sketch_length {sketch_length}.")
-        # Columns to keep, in order, then some other one, which is marked by its sign.
-        columns = np.argsort(~kept, kind="stable")[:sketch_length]
-        made["columns"] = np.where(kept[columns], columns, -1).astype(np.int32)
-    return made
+    return {"images": record["image"], "tokens": tokens[0], "start": start[0]}
 
 
 def row_length(cfg: TrainConfig, tokenizer: texts.Text) -> int:
@@ -69,7 +59,7 @@ def dataset(cfg: TrainConfig, data_dir: str, split: str, tokenizer: texts.Text |
     if tokenizer is None:
         return grain.MapDataset.source(source).map(_image_record)
     num_tokens, length = cfg.blip3o().ta_tok.num_tokens, row_length(cfg, tokenizer)
-    return grain.MapDataset.source(source).map(functools.partial(_text_record, tokenizer, num_tokens, length, data.sketch_length))
+    return grain.MapDataset.source(source).map(functools.partial(_text_record, tokenizer, num_tokens, length))
 
 
 def open_sources(cfg: TrainConfig) -> list:

@@ -31,9 +31,7 @@ class LossConfig:
     """What each stage's loss may vary; fields of other stages are ignored by a stage that has no use for them."""
 
     condition_dropout: float = 0.1  # joint: whole samples whose condition is zeroed before the connector
-    text_weight: float = 1.0  # joint: weight of a prompt token's cross-entropy against an image token's 1
     flow_weight: float = 1.0  # joint: weight of the velocity loss against the cross-entropy's 1
-    flow_fraction: float = 1.0  # joint: share of the batch that also enters the diffusion part; 0 trains the transformer alone
     last_slice: bool = False  # joint: condition on the row's last positions, as the PyTorch code does (S6.6 no. 1)
     stochastic_codes: bool = False  # joint: sample the tokenizer's codes, as the PyTorch code does (S6.6 no. 2)
     ce_chunk: int = 0  # joint: rows of logits held at once, 0 for all
@@ -86,12 +84,6 @@ class TrainConfig:
             (self.trainable_sana in ("captions", "all"), f"trainable_sana is 'captions' or 'all', not {self.trainable_sana!r}."),
             (self.dtype in ("auto", "float32", "bfloat16"), f"dtype is auto, float32 or bfloat16, not {self.dtype!r}."),
             (self.remat in ("none", "full", "dots"), f"remat is none, full or dots, not {self.remat!r}."),
-            (0 <= self.loss.flow_fraction <= 1, f"loss.flow_fraction is in [0, 1], not {self.loss.flow_fraction}."),
-            (self.loss.text_weight >= 0, f"loss.text_weight is at least 0, not {self.loss.text_weight}."),
-            (
-                not self.data.sketch_length or self.loss.flow_fraction == 0,
-                "data.sketch_length cuts the image tokens short, so loss.flow_fraction must be 0.",
-            ),
             (not self.named_tokens or self.stage == "practice", "named_tokens belongs to the practice stage, where a transformer starts."),
             (
                 bool(self.data.exercises) == (self.stage == "practice"),

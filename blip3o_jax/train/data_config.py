@@ -45,7 +45,6 @@ class DataConfig:
     named_ground: float = 0.5  # share of the training prompts that name the ground
     exercises: dict = field(default_factory=dict)  # practice: kind of scenes.exercises -> share of the rows
     row_length: int = 0  # tokens of a training row; 0: the longest prompt that the model allows, and its image
-    sketch_length: int = 0  # not 0: rows are cut to this length; of the image they keep each sprite's first three patches, in their places
     reader_threads: int = 1
     sources: tuple[SourceConfig, ...] = ()  # not empty: these in place of the embedded world
     tokenizer: str = ""  # a tokenizer.json that fits the preset; empty: the one that travels with it
@@ -69,7 +68,6 @@ class DataConfig:
             (self.long_captions in ("truncate", "drop"), f"data.long_captions is 'truncate' or 'drop', not {self.long_captions!r}."),
             (0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction is in [0, 1], not {self.max_bad_fraction}."),
             (not self.cache or self.sources, "data.cache holds the records of data.sources, which is empty; name the sources."),
-            (not self.sources or not self.sketch_length, "data.sketch_length belongs to the embedded world, not to data.sources."),
         )
         for holds, message in checks:
             if not holds:

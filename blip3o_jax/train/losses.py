@@ -97,12 +97,6 @@ def practice_loss(model: Blip3o, cfg: TrainConfig, params, batch, key):
     return loss / total, {"loss": loss / total, "accuracy": hits / total}
 
 
-def keep_columns(tokens, columns, pad_token_id: int):
-    """tokens [B,T] -> (tokens [B,t], positions [B,t]): those at `columns` [B,t], which keep their places; -1 becomes padding."""
-    positions = jnp.maximum(columns, 0)
-    return jnp.where(columns < 0, pad_token_id, jnp.take_along_axis(tokens, positions, axis=1)), positions
-
-
 def encode_codes(model: Blip3o, params, batch, key=None):
     """Codes int32 [B,n] of a batch's `view`, or of its `images` at the tokenizer's resolution; sampled if there is a key."""
     view = tokenizer_view(to_unit(batch.get("view", batch["images"])), model.config.ta_tok.encoder.image_size)
@@ -126,27 +120,19 @@ def joint_loss(model: Blip3o, cfg: TrainConfig, params, batch, key):
 
     tokens = write_codes(batch["tokens"], batch["start"], codes, vocab.image_start_token_id)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    if "columns" in batch:
-        tokens, positions = keep_columns(tokens, batch["columns"], vocab.pad_token_id)
-    valid = targets(tokens, batch["start"], vocab)
     hidden, _ = model.qwen3.apply({"params": params["qwen3"]}, tokens, positions, tokens != vocab.pad_token_id)
-    written = positions > batch["start"][:, None]  # the image and what closes it
-    weights = (valid * jnp.where(written, 1.0, cfg.loss.text_weight))[:, 1:]
+    weights = targets(tokens, batch["start"], vocab)[:, 1:].astype(jnp.float32)
     ce_sum, hits = cross_entropy(model, params, hidden[:, :-1], tokens[:, 1:], weights, cfg.loss.ce_chunk)
     ce, accuracy = ce_sum / jnp.sum(weights), hits / jnp.sum(weights)
 
-    metrics = {"ce": ce, "accuracy": accuracy}
-    rows = round(tokens.shape[0] * cfg.loss.flow_fraction)
-    if rows == 0:
-        return ce, {"loss": ce, **metrics}
-    condition = condition_slice(hidden[:rows], batch["start"][:rows], config.num_condition_tokens, last=cfg.loss.last_slice)
+    condition = condition_slice(hidden, batch["start"], config.num_condition_tokens, last=cfg.loss.last_slice)
     condition = flow.drop_condition(drop_key, condition, cfg.loss.condition_dropout)
     condition = model.connector.apply({"params": params["diffusion_connector"]}, condition)
-    latents = batch["latents"][:rows] if "latents" in batch else encode_latents(model, frozen, batch["images"][:rows])
+    latents = batch["latents"] if "latents" in batch else encode_latents(model, frozen, batch["images"])
     x0 = latents.astype(jnp.float32)  # a cache may hold bfloat16
-    t, sigma = flow.sample_timesteps(time_key, rows)
+    t, sigma = flow.sample_timesteps(time_key, len(x0))
     noise = jax.random.normal(noise_key, x0.shape)
     velocity = model.sana.apply({"params": params["sana"]}, flow.add_noise(x0, noise, sigma), t, condition)
     mse = jnp.mean(flow.flow_loss(velocity, x0, noise))
     loss = ce + cfg.loss.flow_weight * mse
-    return loss, {"loss": loss, **metrics, "flow": mse, "latent_std": jnp.std(x0)}
+    return loss, {"loss": loss, "ce": ce, "accuracy": accuracy, "flow": mse, "latent_std": jnp.std(x0)}

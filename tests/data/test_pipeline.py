@@ -3,12 +3,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from blip3o_jax.config import ConfigError
 from blip3o_jax.data import pipeline
 from blip3o_jax.pipeline import tokenizer_of
 from blip3o_jax.scenes import prompts, scene
 from blip3o_jax.text import Text, load_tokenizer
-from blip3o_jax.train.config import DataConfig, LossConfig, TrainConfig
+from blip3o_jax.train.config import DataConfig, TrainConfig
 
 CFG = TrainConfig(stage="joint", batch_size=4, data=DataConfig(num_train=16, row_length=112))
 
@@ -51,21 +50,6 @@ def test_rows_hold_the_prompt_and_room_for_the_image(data_dir, tokenizer):
     assert after[0] == tokenizer.vocab.image_end_tag_id
     assert after[1] == tokenizer.vocab.eos_token_id
     assert (after[3:] == tokenizer.vocab.pad_token_id).all()
-
-
-def test_a_sketch_keeps_the_prompt_and_the_first_row_of_every_sprite(data_dir, tokenizer):
-    cfg = dataclasses.replace(CFG, data=DataConfig(num_train=16, sketch_length=60), loss=LossConfig(flow_fraction=0.0))
-    record = pipeline.dataset(cfg, data_dir, "train", tokenizer)[7]
-    _, drawn = prompts.sample(0, 7, "train")
-    kept = [c for c in record["columns"] if c >= 0]
-    image = sorted(record["start"] + 1 + 8 * t.row + t.column + i for t in drawn.things for i in range(3))
-    assert kept == [*range(record["start"] + 1), *image]
-    assert len(record["columns"]) == 60
-    short = dataclasses.replace(cfg, data=DataConfig(num_train=16, sketch_length=30))
-    with pytest.raises(ConfigError, match=r"does not fit data\.sketch_length 30"):
-        pipeline.dataset(short, data_dir, "train", tokenizer)[7]
-    with pytest.raises(ConfigError, match="flow_fraction must be 0"):
-        TrainConfig(stage="joint", data=DataConfig(sketch_length=60))
 
 
 def test_a_batch_is_a_function_of_seed_and_step(data_dir):

@@ -33,7 +33,6 @@ def test_overrides_reach_nested_keys_and_the_model():
         (["--config.stage=jiont"], "did you mean 'joint'"),
         (["--config.num_steps=40"], "warmup_steps 50 must be below num_steps 40"),
         (["--config.data.named_ground=2"], "named_ground is in"),
-        (["--config.loss.text_weight=-1"], "text_weight is at least 0"),
     ],
 )
 def test_what_a_config_gets_wrong_is_named(overrides, message):
