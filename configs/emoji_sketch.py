@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
             "data": {
                 "exercises": {"recital": 0.1, "sketch": 0.9},
                 "row_length": 84,
-                "weights": {"single_object": 1.0, "two_object": 1.5, "counting": 0.5, "colors": 1.0, "position": 3.0, "color_attr": 3.0},
+                "weights": {"single_object": 1.0, "two_object": 1.5, "counting": 1.5, "colors": 1.0, "position": 3.0, "color_attr": 3.0},
                 "extra": 0.6,
                 "named_ground": 0.95,
             },
