@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip3o_jax import generate
+from blip3o_jax.compilation import jit
 from blip3o_jax.metrics import sheet
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.text import left_pad
@@ -31,7 +32,7 @@ def _first(batch, count: int = SHEET_ROWS * SHEET_COLUMNS):
 
 
 def _autoencoder(model: Blip3o, cfg: TrainConfig):
-    @jax.jit
+    @jit
     def reconstruct(params, images):
         params = {"params": params["dc_ae"]}
         images = losses.to_unit(images)
@@ -50,7 +51,7 @@ def _autoencoder(model: Blip3o, cfg: TrainConfig):
 
 
 def _tokenizer(model: Blip3o, cfg: TrainConfig):
-    @jax.jit
+    @jit
     def measure(params, batch):
         return losses.tokenizer_loss(model, cfg, params, batch, None)[1]
 
@@ -61,7 +62,7 @@ def _tokenizer(model: Blip3o, cfg: TrainConfig):
 
 
 def _practice(model: Blip3o, cfg: TrainConfig):
-    @jax.jit
+    @jit
     def measure(params, batch):
         return losses.practice_loss(model, cfg, params, batch, None)[1]
 
@@ -69,11 +70,11 @@ def _practice(model: Blip3o, cfg: TrainConfig):
 
 
 def _joint(model: Blip3o, cfg: TrainConfig):
-    @jax.jit
+    @jit
     def measure(params, batch):
         return losses.joint_loss(model, cfg, params, batch, jax.random.key(0))[1]
 
-    sampler = jax.jit(functools.partial(generate.text_to_image, model, num_inference_steps=20, top_k=1200))
+    sampler = jit(functools.partial(generate.text_to_image, model, num_inference_steps=20, top_k=1200))
 
     def evaluate(params, batch):
         shown = _first(batch)
