@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from blip3o_jax.config import Blip3oConfig, ConfigError, nearest
 from blip3o_jax.models.dc_ae import DcAe
-from blip3o_jax.models.layers import Linear, RMSNorm, gelu_tanh
+from blip3o_jax.models.layers import Linear, RMSNorm, gelu_tanh, keep_rows
 from blip3o_jax.models.qwen3 import Qwen3
 from blip3o_jax.models.sana import Sana
 from blip3o_jax.models.ta_tok import TaTok
@@ -46,7 +46,7 @@ class Connector(nn.Module):
 
         y = gelu_tanh(linear("linear_1", x.shape[-1])(x))
         y = linear("linear_2", self.features)(y)
-        return RMSNorm(self.eps, scale_init=nn.initializers.constant(CAPTION_RMS), name="norm")(y)
+        return keep_rows(RMSNorm(self.eps, scale_init=nn.initializers.constant(CAPTION_RMS), name="norm")(y))
 
 
 def condition_slice(hidden, start, n: int, last: bool = False):

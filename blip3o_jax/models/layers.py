@@ -13,7 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jax.sharding import PartitionSpec as P
+
 from blip3o_jax.config import ConfigError
+
+ROWS = ("data", "fsdp")  # the mesh axes that a batch is cut along
 
 
 def gelu_tanh(x):
@@ -35,6 +39,36 @@ def platform() -> str:
 def on_cpu() -> bool:
     """Whether programs are compiled for the CPU, whose XLA wants a few things said differently to be fast."""
     return platform() == "cpu"
+
+
+def cut(x, *axes):
+    """x, laid out by the mesh axes named for its own: an axis without a name is whole on every device. Without the mesh of `jax.set_mesh`,
+    or one that lacks the batch's axes, x itself. An axis whose size the mesh does not divide is left to the compiler."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(ROWS) <= set(mesh.axis_names):
+        return x
+
+    def place(size, names):
+        names = tuple(name for name in (names if isinstance(names, tuple) else (names,)) if name in mesh.axis_names)
+        return names if size % math.prod(mesh.shape[name] for name in names) == 0 else P.UNCONSTRAINED
+
+    axes += (None,) * (x.ndim - len(axes))
+    return jax.lax.with_sharding_constraint(x, P(*map(place, x.shape, axes)))
+
+
+def keep_rows(x, *axes):
+    """x [B,...] cut along the batch and by `axes` along the others. Said where activations begin and at each block's end: left to itself
+    XLA lets them follow the weights, cuts the model width instead and computes the whole batch on every device."""
+    return cut(x, ROWS, *axes)
+
+
+def lookup(table, ids, dtype):
+    """table [V,D], ids [B,T] -> rows [B,T,D] in `dtype`.
+
+    A device looks up its part of the width for all rows of its fsdp group, and the results change places: otherwise every device would
+    gather the whole table.
+    """
+    return keep_rows(cut(table[cut(ids, "data")].astype(dtype), "data", None, "fsdp"))
 
 
 REMAT = {

@@ -16,7 +16,7 @@ from jax import lax
 
 from blip3o_jax.config import ConfigError, Qwen3Config
 from blip3o_jax.models.attention import Causal, attention
-from blip3o_jax.models.layers import Linear, RMSNorm, apply_rotary, fan_in_normal, rotary_angles, scan_layers
+from blip3o_jax.models.layers import Linear, RMSNorm, apply_rotary, fan_in_normal, keep_rows, lookup, rotary_angles, scan_layers
 
 STD = 0.02  # of fresh weights, as transformers': what a layer adds is small beside a token's own vector, so that words stay known
 
@@ -111,7 +111,7 @@ class Block(nn.Module):
         x = x + y
         y = RMSNorm(eps, name="post_attention_layernorm")(x)
         x = x + Mlp(self.cfg, self.dtype, name="mlp")(y)
-        return (x, cache), None
+        return (keep_rows(x), cache), None
 
 
 class Qwen3(nn.Module):
@@ -149,14 +149,14 @@ class Qwen3(nn.Module):
             cache = cache | {"valid": lax.dynamic_update_slice(cache["valid"], valid, (0, index))}
             written = jnp.arange(cache["valid"].shape[1]) <= index + jnp.arange(length)[:, None]  # [T,S]
             mask = written & cache["valid"][:, None, None, :]
-        x = self.embed_tokens()[tokens].astype(self.dtype)
+        x = lookup(self.embed_tokens(), tokens, self.dtype)
         angles = rotary_angles(positions, cfg.head_dim, cfg.rope_theta)
         (x, cache), _ = self.layers((x, cache), jnp.arange(cfg.num_hidden_layers), angles, mask)
         if cache is not None:
             cache = cache | {"index": index + length}
         if self.is_initializing() and not cfg.tie_word_embeddings:
             self.lm_head()  # only `logits` reads it, but it must exist
-        return self.norm(x), cache
+        return keep_rows(self.norm(x)), cache
 
     def logits(self, hidden, start: int = 0, size: int | None = None):
         """hidden [...,D] -> f32 logits [...,size] of the ids from `start` on; all of the vocabulary from there when `size` is None.
@@ -172,4 +172,5 @@ class Qwen3(nn.Module):
         else:
             equation, table = "...d,dv->...v", self.lm_head()[:, start:stop]
         with jax.named_scope("logits"):
-            return jnp.einsum(equation, hidden.astype(self.dtype), table.astype(self.dtype), preferred_element_type=jnp.float32)
+            logits = jnp.einsum(equation, hidden.astype(self.dtype), table.astype(self.dtype), preferred_element_type=jnp.float32)
+            return keep_rows(logits, *(None,) * (logits.ndim - 2), "tensor")

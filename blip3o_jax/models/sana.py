@@ -15,7 +15,7 @@ import numpy as np
 
 from blip3o_jax.config import ConfigError, SanaConfig
 from blip3o_jax.models.attention import attention, linear_attention
-from blip3o_jax.models.layers import Conv2d, Linear, RMSNorm, gelu_tanh, layer_norm, scan_layers, timestep_embedding
+from blip3o_jax.models.layers import Conv2d, Linear, RMSNorm, gelu_tanh, keep_rows, layer_norm, scan_layers, timestep_embedding
 
 QK_NORM_EPS = 1e-5
 CAPTION_NORM_EPS = 1e-5
@@ -150,7 +150,7 @@ class Block(nn.Module):
             x = x + self.attn2(tokens(x), keys_values).reshape(x.shape)
         with jax.named_scope("mix_ffn"):
             x = x + gated(self.ff(modulate(x, shift2, scale2, eps)), gate2)
-        return x, None
+        return keep_rows(x), None
 
 
 class CaptionProjection(nn.Module):
@@ -198,7 +198,7 @@ class Sana(nn.Module):
                     raise ConfigError(f"SANA with condition_positions takes a first token and a square of others, not {y.shape[1]} tokens.")
                 places = grid_positions(self.cfg, grid, grid).reshape(-1, y.shape[-1])
                 y = (y + np.pad(places, ((1, 0), (0, 0)))).astype(y.dtype)
-            return y
+            return keep_rows(y)
 
     def keys_values(self, condition):
         """condition [B,S,caption] -> keys and values [L,B,S,N,H] of every block's cross-attention, for `step`: neither latents nor time
@@ -214,11 +214,11 @@ class Sana(nn.Module):
         return self._velocity(latents, t, self.transformer_blocks.step, keys_values)
 
     def _velocity(self, latents, t, blocks, condition):
-        x = self.patch_embed(latents)
+        x = keep_rows(self.patch_embed(latents))
         if self.cfg.interpolation_scale is not None:
             x = (x + grid_positions(self.cfg, *latents.shape[1:3])).astype(self.dtype)
         e, modulation = self.time_embed(t)
         x, _ = blocks(x, condition, modulation)
         shift, scale = jnp.moveaxis(self.scale_shift_table.astype(jnp.float32) + e[:, None], 1, 0)
         with jax.named_scope("output"):
-            return self.proj_out(modulate(x, shift, scale, OUT_NORM_EPS))
+            return keep_rows(self.proj_out(modulate(x, shift, scale, OUT_NORM_EPS)))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from blip3o_jax.config import ConfigError, SiglipConfig
 from blip3o_jax.models.attention import attention
-from blip3o_jax.models.layers import LayerNorm, Linear, gelu_tanh, scan_layers
+from blip3o_jax.models.layers import LayerNorm, Linear, gelu_tanh, keep_rows, scan_layers
 
 position_init = nn.initializers.normal(0.02)
 
@@ -56,7 +56,7 @@ class Block(nn.Module):
             x = x + SelfAttention(self.num_heads, self.dtype, name="self_attn")(LayerNorm(self.eps, name="layer_norm1")(x))
         with jax.named_scope("mlp"):
             x = x + Mlp(self.mlp_hidden, self.dtype, name="mlp")(LayerNorm(self.eps, name="layer_norm2")(x))
-        return x, None
+        return keep_rows(x), None
 
 
 def blocks(num_layers: int, num_heads: int, mlp_hidden: int, eps: float, dtype, name: str | None = None):
@@ -86,6 +86,6 @@ class SiglipEncoder(nn.Module):
         x = Linear("byixjc,ijcd->byxd", shape, True, self.dtype, name="patch_embedding")(patches)
         x = x.reshape(-1, cfg.grid**2, cfg.hidden_size)
         positions = self.param("position_embedding", position_init, (cfg.grid**2, cfg.hidden_size))
-        x = x + positions.astype(self.dtype)
+        x = keep_rows(x + positions.astype(self.dtype))
         layers = blocks(self.num_layers, cfg.num_attention_heads, cfg.intermediate_size, cfg.layer_norm_eps, self.dtype, name="layers")
         return layers(x, None)[0]
