@@ -75,6 +75,12 @@ def _bench(args) -> int:
     return bench.run(args)
 
 
+def _plan(args) -> int:
+    from blip3o_jax.jobs import plan
+
+    return plan.run(args)
+
+
 def _model_options(parser) -> None:
     parser.add_argument("--checkpoint", default="emoji_64", help="embedded name, published PyTorch folder, or training workdir")
     parser.add_argument("--out", default="out", help="folder for the results, or NAME.png for one image (default: %(default)s)")
@@ -186,6 +192,19 @@ def build_parser() -> argparse.ArgumentParser:
     job = jobs.add_parser("data", help="look at a mixture of training data, time it, cache it; prints one JSON line last")
     _data_options(job.add_subparsers(dest="task", metavar="TASK", required=True))
 
+    job = jobs.add_parser(
+        "plan", help="compile a config's step for a TPU topology that is not here: memory, time, cost; one JSON line last"
+    )
+    job.add_argument("--config", required=True, help="a config file or the name of a shipped one; NAME:TOPOLOGY where it knows several")
+    job.add_argument("--topology", help="e.g. v5e:16x16, v5p:4x4x8, v6e:4x4, tpu7x:2x2x1 (default: the config's)")
+    job.add_argument("--generate", type=int, metavar="N", help="plan generation instead, N images a device at once")
+    job.add_argument("--num-inference-steps", type=int, default=30, help="of generation (default: %(default)s)")
+    job.add_argument("--search", action="store_true", help="over rows a device and remat; the best that fits")
+    job.add_argument("--mfu", type=float, default=0.4, help="share of the peak that the time is for (default: %(default)s)")
+    job.add_argument("--price", type=float, metavar="DOLLARS", help="of a chip-hour")
+    job.add_argument("--depth", type=int, metavar="N", help="layers of each transformer, for a quick look (default: all)")
+    job.set_defaults(run=_plan)
+
     job = jobs.add_parser("bench", help="how fast each stage is here, against PyTorch if asked; prints one JSON line last")
     job.add_argument(
         "--preset", default="emoji_64", help="emoji_64 with its weights, or e.g. mid_128 with random ones (default: %(default)s)"
@@ -206,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     args.overrides = [item for item in rest if item.startswith("--config.")]
-    if unknown := [item for item in rest if item not in args.overrides or args.job not in ("train", "grpo", "data")]:
+    if unknown := [item for item in rest if item not in args.overrides or args.job not in ("train", "grpo", "data", "plan")]:
         parser.error(f"unknown argument {unknown[0]}")
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(lambda record: record.name.startswith("blip3o_jax") or record.levelno >= logging.ERROR)

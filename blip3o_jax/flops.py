@@ -105,10 +105,20 @@ def ta_tok_encode(cfg: TaTokConfig, rows: int) -> int:
     return siglip(cfg.encoder, cfg.num_encoder_layers, rows) + 2 * choice
 
 
-def joint_step(cfg: Blip3oConfig, batch: int, length: int) -> int:
-    """A training step on rows of `length` tokens, all of the diffusion part trained: three forwards' worth for what is trained (the
-    backward pass is two), one for the frozen tokenizer and autoencoder. Attention is counted as causal, half of the square."""
+def text_to_image(cfg: Blip3oConfig, batch: int, prompt: int, num_inference_steps: int) -> int:
+    """Tokens, latents with guidance (two rows an image) and pixels of `batch` images."""
+    condition = cfg.num_condition_tokens
+    once = connector(cfg, 2 * batch * condition) + sana_condition(cfg.sana, 2 * batch * condition)
+    latents = once + num_inference_steps * sana(cfg.sana, 2 * batch, condition)
+    return decode(cfg, batch, prompt) + latents + dc_ae_decode(cfg.dc_ae, batch, cfg.sana.sample_size)
+
+
+def joint_step(cfg: Blip3oConfig, batch: int, length: int, whole_sana: bool = True) -> int:
+    """A training step on rows of `length` tokens: three forwards' worth for what is trained (the backward pass is two), two for SANA's
+    blocks where only the captions' way into them is trained, and one for the frozen tokenizer and autoencoder. Attention is counted as
+    causal, half of the square."""
     n = batch * cfg.num_condition_tokens
-    trained = qwen3(cfg.qwen3, batch * length, (length + 1) / 2, cfg.qwen3.vocab_size)
-    trained += connector(cfg, n) + sana_condition(cfg.sana, n) + sana(cfg.sana, batch, cfg.num_condition_tokens)
-    return 3 * trained + ta_tok_encode(cfg.ta_tok, batch) + dc_ae_encode(cfg.dc_ae, batch, cfg.sana.sample_size)
+    trained = qwen3(cfg.qwen3, batch * length, (length + 1) / 2, cfg.qwen3.vocab_size) + connector(cfg, n)
+    diffusion = sana_condition(cfg.sana, n) + sana(cfg.sana, batch, cfg.num_condition_tokens)
+    encoders = ta_tok_encode(cfg.ta_tok, batch) + dc_ae_encode(cfg.dc_ae, batch, cfg.sana.sample_size)
+    return 3 * trained + (3 if whole_sana else 2) * diffusion + encoders

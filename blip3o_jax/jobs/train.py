@@ -18,14 +18,17 @@ REFERENCE_QUIRKS = ["--config.loss.last_slice=true", "--config.loss.stochastic_c
 def read_config(name: str, overrides: list[str]) -> TrainConfig:
     """Runs `get_config()` of a config file, applies `--config.a.b=value` overrides and checks the result.
 
-    Values are read as JSON where they are JSON, else as text.
+    "NAME:TOPOLOGY" runs `get_config(TOPOLOGY)`. Values are read as JSON where they are JSON, else as text.
     """
+    name, _, topology = name.partition(":")
     path = shipped.find_config(name)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        values = module.get_config().to_dict()
+        values = module.get_config(*filter(None, [topology])).to_dict()
+    except ConfigError:
+        raise
     except Exception as error:
         raise ConfigError(f"{path} gives no config: {type(error).__name__}: {error}.") from error
     for item in overrides:

@@ -67,6 +67,7 @@ class TrainConfig:
         False  # practice: image tokens of a fresh transformer start as the words that name them (the embedded world's codes)
     )
     mesh: dict = field(default_factory=dict)
+    topology: str = ""  # the TPUs that mesh and remat are chosen for, e.g. "v5e:16x16": what `blip3o-jax plan` compiles for
     dtype: str = "auto"  # compute: bfloat16 on accelerators, float32 on CPU
     remat: str = "none"
     log_every: int = 50
