@@ -42,7 +42,7 @@ RESERVED = 0.26  # GiB of each device that the runtime keeps
 
 def open_topology(name: str) -> tuple[list, Chip]:
     """The devices of e.g. "v5e:4x4", none of which is here, and their chip; ConfigError for an unknown one or without libtpu."""
-    kind, _, layout = name.partition(":")
+    kind = name.partition(":")[0]
     known = [f"{kind}:{layout}" for kind, chip in CHIPS.items() for layout in chip.layouts]
     if name not in known:
         raise ConfigError(f"Unknown topology {name!r}; known: {', '.join(known)}.")

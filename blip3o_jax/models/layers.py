@@ -12,7 +12,6 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-
 from jax.sharding import PartitionSpec as P
 
 from blip3o_jax.config import ConfigError
