@@ -1,0 +1,180 @@
+"""Whether a job can start on this host, before it costs anything: one line a check, exit code 0 or 1. Run it on all hosts at once.
+
+    python launch/preflight.py --workdir /mnt/runs/pretrain_3b --config pretrain_3b:v5e:16x16
+
+A check that hangs, as a pod does that lacks a host, fails after --timeout seconds. Processes find each other as those of a run do
+(mesh.start_processes). Exit code 75 is never given: what fails here fails again.
+"""
+
+import argparse
+import contextlib
+import glob
+import importlib.metadata
+import math
+import os
+import platform
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGES = ("blip3o-jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "libtpu")
+DEVICES = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
+
+
+class CheckError(Exception):
+    """What is wrong and what to do, in a sentence."""
+
+
+def say(name: str, verdict: str, what: str) -> None:
+    print(f"{socket.gethostname()} {name}: {verdict}, {what}", flush=True)
+
+
+@contextlib.contextmanager
+def deadline(name: str, seconds: float) -> Iterator[None]:
+    """Ends the process when the body takes longer: a collective without its partners listens to nothing else."""
+
+    def end():
+        say(name, "FAILED", f"no answer within {seconds:g} s; a host is missing, or a disk or the network does not answer")
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def versions(args) -> str:
+    found = []
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    if not found or not found[0].startswith("blip3o-jax"):
+        raise CheckError("blip3o-jax is not installed for this Python; pip install it on every host")
+    return f"Python {platform.python_version()}, {', '.join(found)}"
+
+
+def workdir(args) -> str:
+    """A file of this host's is written, read and removed."""
+    folder = Path(args.workdir)
+    if "://" in args.workdir:
+        raise CheckError(f"{args.workdir} is a bucket's address; mount it and give the folder")
+    kept = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    mark = kept / f".preflight-{socket.gethostname()}-{uuid.uuid4().hex}"
+    began = time.perf_counter()
+    try:
+        mark.write_bytes(bytes(1 << 20))
+        size = len(mark.read_bytes())
+        mark.unlink()
+    except OSError as error:
+        raise CheckError(f"{kept} cannot be written: {error.strerror}") from error
+    if size != 1 << 20:
+        raise CheckError(f"{kept} gave back {size} of {1 << 20} bytes")
+    return f"{kept} is written and read, 1 MiB in {time.perf_counter() - began:.2f} s"
+
+
+def data(args) -> str:
+    """The first bytes of the first file of everything that the config reads: its cache, or its sources, and what parts come from."""
+    if not args.config:
+        return "no --config, nothing to look for"
+    from blip3o_jax.config import ConfigError
+    from blip3o_jax.jobs.train import read_config
+
+    try:
+        cfg = read_config(args.config, [])
+    except ConfigError as error:
+        raise CheckError(str(error)) from error
+    patterns = [cfg.data.cache] if cfg.data.cache else [source.path for source in cfg.data.sources]
+    patterns += [cfg.data.tokenizer, *sorted(set(cfg.init.values()))]
+    patterns = [pattern for pattern in patterns if pattern]
+    for pattern in patterns:
+        found = (path for path in map(Path, sorted(glob.glob(pattern))) if path.exists())
+        first = next((file for path in found for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()), None)
+        if first is None:
+            raise CheckError(f"{pattern} names no file on this host; mount it or change the config")
+        try:
+            with open(first, "rb") as file:
+                file.read(4096)
+        except OSError as error:
+            raise CheckError(f"{first} cannot be read: {error.strerror}") from error
+    return f"{', '.join(patterns) or 'the config reads no files'}"
+
+
+def processes(args) -> str:
+    from blip3o_jax.config import ConfigError
+    from blip3o_jax.mesh import start_processes
+
+    try:
+        start_processes(int(args.timeout))
+    except ConfigError as error:
+        raise CheckError(str(error)) from error
+    import jax
+
+    if args.processes and jax.process_count() != args.processes:
+        raise CheckError(f"{jax.process_count()} processes found each other, not {args.processes}; start one on every host")
+    return f"this is {jax.process_index()} of {jax.process_count()}"
+
+
+def devices(args) -> str:
+    """All are there, of one kind, and those that the config is for."""
+    import jax
+
+    kinds = sorted({device.device_kind for device in jax.devices()})
+    found = f"{jax.local_device_count()} of {jax.device_count()} devices are local, {' and '.join(kinds)}"
+    if len(kinds) > 1 or jax.local_device_count() * jax.process_count() != jax.device_count():
+        raise CheckError(f"{found}; all hosts must have as many of the same")
+    if args.topology:
+        chip, _, layout = args.topology.partition(":")
+        wanted = (2 if chip == "tpu7x" else 1) * math.prod(int(side) for side in layout.split("x"))
+        if (jax.device_count(), kinds) != (wanted, [DEVICES.get(chip, chip)]):
+            raise CheckError(f"{found}; {args.topology} has {wanted} of {DEVICES.get(chip, chip)}")
+    return found
+
+
+def all_reduce(args) -> str:
+    """The sum over all devices of the number of each."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    count = jax.device_count()
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("all",))
+    cut, whole = (jax.NamedSharding(mesh, jax.P(axes)) for axes in ("all", None))
+    mine = jax.make_array_from_callback((count,), cut, lambda index: np.arange(count, dtype=np.float32)[index])
+    began = time.perf_counter()
+    total = float(jax.jit(jnp.sum, out_shardings=whole)(mine))
+    if total != count * (count - 1) / 2:
+        raise CheckError(f"the sum of 0 to {count - 1} over all devices came out as {total:g}; a link is broken")
+    return f"{count} devices add up, {time.perf_counter() - began:.2f} s"
+
+
+CHECKS = (versions, workdir, data, processes, devices, all_reduce)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--config", help="whose data must be there")
+    parser.add_argument("--topology", help="devices that must be there, e.g. v5e:16x16")
+    parser.add_argument("--processes", type=int, help="that must be there")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds of each check (default: %(default)s)")
+    args = parser.parse_args(argv)
+    for check in CHECKS:
+        name = check.__name__
+        try:
+            with deadline(name, args.timeout + 10):  # a check's own limit says more
+                say(name, "ok", check(args))
+        except CheckError as error:
+            say(name, "FAILED", str(error))
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
