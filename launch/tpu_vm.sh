@@ -99,11 +99,15 @@ install() {
 
 # The job on all hosts; their output is this script's. gcloud does not hand on exit codes of hosts, so the first one keeps its own.
 run() {
-  local job='' word
+  local job='' preflight='' before='' word
   for word in "$@"; do
     job+=" $(printf '%q' "$word")"
+    [[ $before =~ ^--(config|workdir)$ ]] && preflight+=" $before $(printf '%q' "$word")"
+    before=$word
   done
-  on_all "rm -f blip3o.exit; cd blip3o_jax; source launch/env/tpu.env; source launch/venv.sh; blip3o-jax$job; code=\$?; echo \$code > ~/blip3o.exit; exit \$code"
+  job="blip3o-jax$job"
+  [[ $preflight != *--workdir* ]] || job="python launch/preflight.py$preflight && $job"
+  on_all "rm -f blip3o.exit; cd blip3o_jax; source launch/env/tpu.env; source launch/venv.sh; $job; code=\$?; echo \$code > ~/blip3o.exit; exit \$code"
   $dry_run && return 0
   local code
   code=$(gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=0 --quiet --command='cat blip3o.exit' 2>/dev/null)

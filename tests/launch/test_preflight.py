@@ -1,0 +1,87 @@
+"""Preflight for real: alone, as two processes of a SLURM step on loopback, and with what it must find wrong."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PREFLIGHT = Path(__file__).resolve().parents[2] / "launch" / "preflight.py"
+
+
+def start(workdir, *options: str, **variables: str) -> subprocess.Popen:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "BLIP3O_", "XLA_FLAGS"))}
+    command = [sys.executable, PREFLIGHT, "--workdir", str(workdir), *options]
+    return subprocess.Popen(command, env=inherited | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def outcome(process: subprocess.Popen) -> tuple[int, list[str]]:
+    """(exit code, lines without the host's name)."""
+    printed, _ = process.communicate(timeout=240)
+    return process.returncode, [line.partition(" ")[2] for line in printed.splitlines()]
+
+
+def slurm(process: int, count: int, job: int) -> dict[str, str]:
+    """The variables that srun sets and jax.distributed reads."""
+    return {
+        "SLURM_JOB_ID": str(job),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_NTASKS": str(count),
+        "SLURM_PROCID": str(process),
+        "SLURM_LOCALID": str(process),
+    }
+
+
+def test_two_processes_of_a_slurm_step_add_up(tmp_path):
+    job = random.Random(os.getpid()).randrange(1 << 20)  # jax takes the coordinator's port from it
+    started = [start(tmp_path / "run", "--processes", "2", "--timeout", "120", **slurm(i, 2, job)) for i in range(2)]
+    for i, (code, lines) in enumerate(map(outcome, started)):
+        assert code == 0, lines
+        assert [line.split(":")[0] for line in lines] == ["versions", "workdir", "data", "processes", "devices", "all_reduce"]
+        assert lines[3] == f"processes: ok, this is {i} of 2"
+        assert "1 of 2 devices are local" in lines[4]
+        assert "2 devices add up" in lines[5]
+    assert list(tmp_path.iterdir()) == []  # nothing is left, and the workdir is the run's to make
+
+
+def test_a_missing_process_is_told_in_time(tmp_path):
+    began = time.monotonic()
+    code, lines = outcome(start(tmp_path, "--timeout", "5", **slurm(0, 2, random.Random(os.getpid() + 1).randrange(1 << 20))))
+    assert code == 1
+    assert lines[-1].startswith("processes: FAILED")
+    assert time.monotonic() - began < 90
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A config whose only source is a file beside it."""
+    values = {"stage": "joint", "data": {"sources": [{"kind": "jsonl", "path": str(tmp_path / "data" / "*.jsonl")}]}}
+    file = tmp_path / "mine.py"
+    file.write_text(f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({values!r})\n")
+    return file
+
+
+def test_data_must_be_there_and_devices_as_planned(tmp_path, config):
+    code, lines = outcome(start(tmp_path, "--config", str(config)))
+    assert code == 1
+    assert lines[-1].startswith("data: FAILED")
+    assert "data/*.jsonl names no file" in lines[-1]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_text(json.dumps({"image": "a.png", "caption": "a"}))
+    code, lines = outcome(start(tmp_path, "--config", str(config), "--topology", "v5e:2x2"))
+    assert code == 1
+    assert lines[2].startswith("data: ok")
+    assert "v5e:2x2 has 4 of TPU v5 lite" in lines[-1]
+
+
+@pytest.mark.parametrize(("workdir", "sentence"), [("/proc/nothing/here", "cannot be written"), ("gs://bucket/run", "a bucket's address")])
+def test_a_workdir_that_cannot_be_one(workdir, sentence):
+    code, lines = outcome(start(workdir))
+    assert code == 1
+    assert lines[-1].startswith("workdir: FAILED")
+    assert sentence in lines[-1]
