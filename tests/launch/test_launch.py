@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from blip3o_jax.train.stop import RESTART
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
@@ -149,7 +148,9 @@ def test_slurm_starts_again_after_the_code_for_it_only(tmp_path):
     """srun and scontrol played by scripts: the first step is preflight, the second the run."""
     calls = tmp_path / "calls"
     for name in ("srun", "scontrol"):
-        (tmp_path / name).write_text(f'#!/usr/bin/env bash\necho "{name} $*" >> {calls}\n[[ $* != *train* ]] || exit "$CODE"\n')
+        (tmp_path / name).write_text(
+            f'#!/usr/bin/env bash\necho "{name} $*" >> {calls}\n[[ $* != *"blip3o-jax train"* ]] || exit "$CODE"\n'
+        )
         (tmp_path / name).chmod(0o755)
     variables = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
