@@ -3,8 +3,8 @@
     blip3o-jax data cache --config sft_3b --out cache/sft
     blip3o-jax train --config sft_3b:v5e:16x16 --workdir gs://BUCKET/sft_3b
 
-128 images a step, 7,000 steps, as on the project's page: several passes over the data, so they are encoded once, into a cache. Two chips share an
-image where a pod has more chips than a step has images.
+128 images a step, 7,000 steps, as on the project's page: several passes over the data, so they are encoded once, into a cache. Two chips
+share an image where a pod has more chips than a step has images.
 PLANNED
 """
 

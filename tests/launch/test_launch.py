@@ -1,4 +1,4 @@
-"""The launchers as far as they can be held without a cloud: shellcheck, fields, a gcloud that a script plays, flags that the compilers know."""
+"""The launchers as far as they can be held without a cloud: shellcheck, fields, a gcloud that a script plays, flags that XLA knows."""
 
 import math
 import os

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -20,9 +21,10 @@ def start(workdir, *options: str, **variables: str) -> subprocess.Popen:
 
 
 def outcome(process: subprocess.Popen) -> tuple[int, list[str]]:
-    """(exit code, lines without the host's name)."""
+    """(exit code, its own lines without the host's name in front)."""
     printed, _ = process.communicate(timeout=240)
-    return process.returncode, [line.partition(" ")[2] for line in printed.splitlines()]
+    host = f"{socket.gethostname()} "
+    return process.returncode, [line.removeprefix(host) for line in printed.splitlines() if line.startswith(host)]
 
 
 def slurm(process: int, count: int, job: int) -> dict[str, str]:

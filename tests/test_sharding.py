@@ -1,0 +1,97 @@
+"""Where things are: the table of parameters on every mesh of the shipped configs, and what XLA does with activations, seen in its program."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from blip3o_jax.communication import sizes
+from blip3o_jax.config import ConfigError, preset, replace
+from blip3o_jax.mesh import BATCH, make_mesh
+from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.models.layers import cut, keep_rows, lookup
+from blip3o_jax.plan import lower_step
+from blip3o_jax.sharding import spec
+from blip3o_jax.train.config import DataConfig, TrainConfig
+
+MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}]
+
+
+def test_the_pin_is_nothing_without_a_mesh_or_with_another():
+    x = jnp.ones((8, 4))
+    assert keep_rows(x) is x
+    with jax.set_mesh(jax.make_mesh((8,), ("all",), axis_types=(jax.sharding.AxisType.Auto,))):
+        assert jax.jit(keep_rows)(x).shape == x.shape
+
+
+def test_an_axis_that_does_not_divide_is_left_to_the_compiler():
+    with jax.set_mesh(make_mesh({"data": 2, "fsdp": 2, "tensor": 2})) as mesh:
+        place = jax.jit(lambda x: cut(x, ("data", "fsdp"), None, "tensor"))(jnp.ones((8, 3, 6))).sharding
+        assert place.is_equivalent_to(jax.NamedSharding(mesh, jax.P(("data", "fsdp"), None, "tensor")), 3)
+        odd = jax.jit(lambda x: cut(x, ("data", "fsdp"), None, "tensor"))(jnp.ones((3, 3, 5)))
+        np.testing.assert_array_equal(odd, 1)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_lookup_and_its_gradient_on_any_mesh(sizes):
+    rng = np.random.default_rng(0)
+    table, probe = rng.standard_normal((26, 16), np.float32), rng.standard_normal((8, 6, 16), np.float32)
+    ids = rng.integers(0, 26, (8, 6))
+
+    def loss(table, ids):
+        rows = lookup(table, ids, jnp.float32)
+        return jnp.sum(rows * probe), rows
+
+    expected = np.zeros_like(table)
+    np.add.at(expected, ids, probe)
+    with jax.set_mesh(make_mesh(sizes)) as mesh:
+        placed = jax.device_put(table, jax.NamedSharding(mesh, jax.P("tensor", "fsdp")))
+        gradient, rows = jax.jit(jax.grad(loss, has_aux=True))(placed, jax.device_put(ids, jax.NamedSharding(mesh, BATCH)))
+    np.testing.assert_array_equal(rows, table[ids])
+    np.testing.assert_allclose(gradient, expected, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def program() -> str:
+    """The step of a small model, all of whose sizes differ, for 8 devices: what XLA made of it."""
+    wide = {"qwen3.hidden_size": 320, "qwen3.intermediate_size": 704, "sana.caption_channels": 448}
+    layers = {"qwen3.num_hidden_layers": 2, "sana.num_layers": 2, "ta_tok.encoder.num_hidden_layers": 2}
+    cfg = TrainConfig("joint", model=wide | layers, batch_size=16, remat="full", dtype="float32")
+    # Codes and latents from a cache, which here is only a name: the encoders are not what this looks at.
+    data = DataConfig(row_length=160)
+    object.__setattr__(data, "cache", "cache")
+    with_cache = dataclasses.replace(cfg, data=data)
+    return lower_step(with_cache, make_mesh({"fsdp": 8})).lowered.compile().as_text()
+
+
+def collectives_of(program: str, kind: str) -> list[str]:
+    return re.findall(rf"= (\S+) {kind}\(", program)
+
+
+def test_no_device_computes_the_whole_batch(program):
+    """Rows of all devices (16) of hidden states, of a layer's inside, of logits: none may exist. Before activations were pinned all did."""
+    vocabulary = preset("emoji_64").qwen3.vocab_size
+    for wide in (320, 704, vocabulary, 448, 480):
+        assert not re.search(rf"f32\[16,(160|159|65|64|8,8),{wide}\]", program), wide
+    assert re.search(r"f32\[2,160,320\]", program)  # two rows a device
+
+
+def test_the_token_table_is_gathered_for_the_logits_only(program):
+    rows = preset("emoji_64").qwen3.vocab_rows
+    gathered = [line for line in program.splitlines() if re.search(rf"= f32\[{rows},320\]\S* all-gather\(", line)]
+    assert gathered
+    assert all("logits" in line for line in gathered)
+    # The lookup's results change places: 16 rows of 160 tokens, an eighth of the width.
+    moved = [sum(sizes(shape)) for shape in re.findall(r"= (\(.*?\)) all-to-all\(", program)]
+    assert moved
+    assert max(moved) == 16 * 160 * 320 // 8 * 4
+
+
+def test_what_does_not_divide_names_the_axis():
+    mesh = make_mesh({"fsdp": 8})
+    with pytest.raises(ConfigError, match="an axis of 12 does not divide by the mesh's fsdp=8"):
+        spec("sana/transformer_blocks/attn1/to_q/kernel", (2, 12, 3, 4), mesh)
+    assert Blip3o(replace(preset("emoji_64"), **{"sana.num_layers": 2})).abstract()["sana"]
