@@ -7,7 +7,7 @@ from jax.sharding import AxisType
 
 from blip3o_jax.communication import collectives, sizes
 
-# An all-gather in three pieces that share channel 5, inside a loop of 28; a reduce-scatter as a TPU writes it; a permute in a loop of 4 in that.
+# An all-gather in two pieces that share channel 5 in a loop of 28, a permute in a loop of 4 inside that, a reduce-scatter as TPUs write it.
 TPU = """
 %fused.1 (param_0: bf16[8,128]) -> (bf16[8,128], bf16[64,128]) {
   %all-gather.1 = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather(%param_0), channel_id=5, dimensions={0}
