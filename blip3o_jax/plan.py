@@ -122,7 +122,9 @@ def lower_step(cfg: TrainConfig, mesh) -> Program:
         state, frozen = jax.eval_shape(lambda: steps.init_state(cfg, model.init(jax.random.key(0), PARTS[cfg.stage])))
         state, frozen = _placed(state, mesh), _placed(frozen, mesh)
         lowered = steps.compile_step(model, cfg, jax.tree.map(lambda x: x.sharding, state)).lower(state, frozen, batch)
-    kinds = {"parameters": state["params"], "optimizer": state["opt_state"], "average": state.get("ema"), "frozen": frozen, "batch": batch}
+    names = {"params": "parameters", "opt_state": "optimizer", "ema": "average"}
+    kinds = {kind: state.get(name) for name, kind in names.items()} | {"frozen": frozen, "batch": batch}
+    kinds["counters"] = {name: tree for name, tree in state.items() if name not in names}
     return Program(lowered, (state, frozen, batch), kinds, step_flops(cfg, batch), cfg.batch_size)
 
 

@@ -101,14 +101,12 @@ def test_search_prefers_less_computed_again_and_then_more_rows(monkeypatch):
     tried, fitting = [], {("dots", 1), ("dots", 2), ("full", 1), ("full", 2), ("full", 4)}
 
     def planned(program, *rest):
-        remat, rows = program
         tried.append(program)
-        fits = program in fitting
-        return {"bytes": {"total": rows << 30}, "fits": fits}
+        return {"bytes": {"total": 1 << 30}, "fits": program in fitting}
 
     monkeypatch.setattr("blip3o_jax.jobs.plan.planned", planned)
     monkeypatch.setattr(plan, "lower_step", lambda cfg, mesh: (cfg.remat, cfg.batch_size // 8 // cfg.accumulate))
-    cfg, found = search(small(batch_size=64), make_mesh({"fsdp": 8}), [], CHIP, argparse.Namespace())
+    cfg, _ = search(small(batch_size=64), make_mesh({"fsdp": 8}), [], CHIP, argparse.Namespace())
     assert (cfg.remat, cfg.accumulate, cfg.batch_size) == ("dots", 4, 64)
     assert tried == [("none", 1), ("dots", 1), ("dots", 2), ("dots", 4)]
     fitting.clear()
