@@ -1,11 +1,15 @@
-"""Training checkpoints by Orbax: WORKDIR/checkpoints/STEP/{model,optimizer,config}, asynchronous, atomic, the newest N kept.
+"""Training checkpoints by Orbax: WORKDIR/checkpoints/STEP/{model,optimizer,config,notes}, asynchronous, atomic, the newest N kept.
 
-`model` is {"params", "frozen"[, "ema"]} and can be read alone; `optimizer` is {"step", "opt_state"}; `config` the run's config as JSON.
-The data position is the step itself.
+`model` is {"params", "frozen"[, "ema"]} and can be read alone; `optimizer` is {"step", "opt_state", "guard"}; `config` the run's config
+and `notes` the clock's totals as JSON. The data position is the step itself, and so is the state of every random key.
+A folder appears under its number when everything in it is written; one that was killed on the way is swept out by the next run.
 """
 
+import contextlib
 import dataclasses
+import logging
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 import jax
@@ -13,45 +17,94 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from blip3o_jax.config import ConfigError
+from blip3o_jax.mesh import first_alone
 from blip3o_jax.sharding import join
+
+log = logging.getLogger(__name__)
+
+OPTIMIZER = ("step", "opt_state", "guard")  # of the state, beside the weights
 
 PIECE = 64 << 20  # bytes of an array that are one file's piece; whoever reads the array holds it once and a piece, not twice
 
 
 def open_manager(workdir, keep: int = 1, create: bool = True):
-    """Orbax's manager of a workdir's checkpoints."""
+    """Orbax's manager of a workdir's checkpoints. Of those with the name of a whole one that were half deleted, none counts; a manager that
+    may `create` sweeps them out. ConfigError when the folder cannot be written."""
     import orbax.checkpoint as ocp
 
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create)
-    return ocp.CheckpointManager(pathlib.Path(workdir).absolute() / "checkpoints", options=options)
+    folder = pathlib.Path(workdir).absolute() / "checkpoints"
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create, cleanup_tmp_directories=create, read_only=not create)
+    try:
+        if create:
+            with first_alone("the checkpoints"):
+                for broken in _folders(folder) - _whole(folder):
+                    log.warning("%s is not whole and is removed.", broken)
+                    shutil.rmtree(broken, ignore_errors=True)
+        return ocp.CheckpointManager(folder, options=options)
+    except OSError as error:
+        raise ConfigError(f"The checkpoints {folder} cannot be written: {error.strerror}.") from error
+
+
+def _folders(folder: pathlib.Path) -> set[pathlib.Path]:
+    return {child for child in folder.iterdir() if child.name.isdigit()} if folder.is_dir() else set()
+
+
+def _whole(folder: pathlib.Path) -> set[pathlib.Path]:
+    """The checkpoints with all their items, each with the file that Orbax writes last."""
+    files = ("_CHECKPOINT_METADATA", "model/manifest.ocdbt", "model/_METADATA", "optimizer/manifest.ocdbt", "config/metadata")
+    return {child for child in _folders(folder) if all((child / file).is_file() for file in files)}
 
 
 def is_workdir(directory) -> bool:
     """Whether the directory is a training run's with at least one whole checkpoint."""
-    folder = pathlib.Path(directory) / "checkpoints"
-    return folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir())
+    return bool(_whole(pathlib.Path(directory) / "checkpoints"))
 
 
-def save(manager, config, state, frozen) -> None:
-    """Saves in the background under the state's step."""
+@contextlib.contextmanager
+def _writing(manager):
+    """Says in one sentence what went wrong while a checkpoint was written, which may have been the one before."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ConfigError(f"A checkpoint cannot be written to {manager.directory}: {reason[:300]}; those before it are whole.") from error
+
+
+def save(manager, config, state, frozen, notes: dict) -> None:
+    """Saves in the background under the state's step; `notes` come back from `restore`. The arrays may be donated when this returns.
+
+    ConfigError when this checkpoint or the one before it cannot be written.
+    """
     import orbax.checkpoint as ocp
 
     model = {"params": state["params"], "frozen": frozen}
     if "ema" in state:
         model["ema"] = state["ema"]
     pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=PIECE), model)
-    manager.save(
-        int(state["step"]),
-        args=ocp.args.Composite(
-            model=ocp.args.StandardSave(model, save_args=pieces),
-            optimizer=ocp.args.StandardSave({"step": state["step"], "opt_state": state["opt_state"]}),
-            config=ocp.args.JsonSave(dataclasses.asdict(config)),
-        ),
-    )
+    with _writing(manager):
+        manager.save(
+            int(state["step"]),
+            args=ocp.args.Composite(
+                model=ocp.args.StandardSave(model, save_args=pieces),
+                optimizer=ocp.args.StandardSave({name: state[name] for name in OPTIMIZER}),
+                config=ocp.args.JsonSave(dataclasses.asdict(config)),
+                notes=ocp.args.JsonSave(notes),
+            ),
+            force=True,
+        )
+
+
+def finish(manager) -> None:
+    """Waits until everything is written; ConfigError when it cannot be."""
+    with _writing(manager):
+        manager.wait_until_finished()
 
 
 def restore(manager, state, frozen):
-    """The newest checkpoint onto the placement of (state, frozen), which may be arrays or abstract ones with shardings."""
+    """(state, frozen, notes) of the newest checkpoint, onto the placement of (state, frozen): arrays, or abstract ones with shardings.
+
+    ConfigError when it cannot be read, or is of other arrays.
+    """
     import orbax.checkpoint as ocp
 
     def abstract(tree):
@@ -60,12 +113,21 @@ def restore(manager, state, frozen):
     model = {"params": abstract(state["params"]), "frozen": abstract(frozen)}
     if "ema" in state:
         model["ema"] = abstract(state["ema"])
-    optimizer = abstract({"step": state["step"], "opt_state": state["opt_state"]})
-    args = ocp.args.Composite(model=ocp.args.StandardRestore(model), optimizer=ocp.args.StandardRestore(optimizer))
-    saved = manager.restore(manager.latest_step(), args=args)
-    model = saved["model"]
+    optimizer = abstract({name: state[name] for name in OPTIMIZER})
+    args = ocp.args.Composite(
+        model=ocp.args.StandardRestore(model), optimizer=ocp.args.StandardRestore(optimizer), notes=ocp.args.JsonRestore()
+    )
+    step = manager.latest_step()
+    try:
+        saved = manager.restore(step, args=args)
+    except (ValueError, KeyError, OSError) as error:
+        raise ConfigError(
+            f"The checkpoint {manager.directory / str(step)} cannot be read: {str(error).strip().splitlines()[0][:300]} "
+            "Move it away, and the run goes on from the one before."
+        ) from error
+    model = dict(saved["model"])
     frozen = model.pop("frozen")
-    return {**model, **saved["optimizer"]}, frozen
+    return {**model, **saved["optimizer"]}, frozen, saved["notes"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,62 +3,20 @@ import json
 import jax
 import numpy as np
 import pytest
+from tiny import batch_at, batches, config
 
 from blip3o_jax import checkpoint
 from blip3o_jax.config import ConfigError
 from blip3o_jax.pipeline import tokenizer_of
 from blip3o_jax.scenes.exercises import name_ids
 from blip3o_jax.text import Text, load_tokenizer
-from blip3o_jax.train import loop
-from blip3o_jax.train.config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
-
-SMALL = {
-    "qwen3.num_hidden_layers": 1,
-    "qwen3.hidden_size": 32,
-    "qwen3.intermediate_size": 32,
-    "sana.num_layers": 1,
-    "sana.num_attention_heads": 2,
-    "sana.attention_head_dim": 16,
-    "sana.num_cross_attention_heads": 2,
-    "sana.cross_attention_head_dim": 16,
-    "sana.sample_size": 2,
-    "ta_tok.encoder.num_hidden_layers": 1,
-    "ta_tok.encoder.image_size": 16,
-    "ta_tok.decoder_depth": 1,
-    "dc_ae.block_out_channels": (8, 8, 8, 16),
-    "dc_ae.encoder_layers_per_block": (0, 1, 1, 1),
-    "dc_ae.decoder_layers_per_block": (0, 1, 1, 1),
-}
-
-
-def config(**changes):
-    return TrainConfig(
-        **{
-            "stage": "joint",
-            "model": SMALL,
-            "batch_size": 8,
-            "num_steps": 6,
-            "trainable_sana": "all",
-            "log_every": 1,
-            "eval_every": 6,
-            "checkpoint_every": 3,
-            "data": DataConfig(),
-            "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=1, ema_decay=0.9, eps=1e-4),
-            "loss": LossConfig(),
-            **changes,
-        }
-    )
-
-
-def batch_at(step, rows=8):
-    rng = np.random.default_rng(step)
-    tokens = rng.integers(0, 300, (rows, 16)).astype(np.int32)
-    return {"images": rng.integers(0, 256, (rows, 16, 16, 3), np.uint8), "tokens": tokens, "start": np.full(rows, 8, np.int32)}
+from blip3o_jax.train import loop, start
+from blip3o_jax.train.config import TrainConfig
 
 
 def test_named_image_tokens_start_as_their_words():
     table = np.random.default_rng(0).standard_normal((10, 64)).astype(np.float32)
-    named = np.asarray(loop.name_tokens(table, 6, np.array([2, -1, 5])))
+    named = np.asarray(start.name_tokens(table, 6, np.array([2, -1, 5])))
     np.testing.assert_array_equal(named[[0, 1, 2, 3, 4, 5, 7, 9]], table[[0, 1, 2, 3, 4, 5, 7, 9]])
     for row, word in ((6, 2), (8, 5)):
         np.testing.assert_allclose(named[row], 0.9 * table[word] + 0.19**0.5 * table[row], rtol=1e-5)
@@ -72,12 +30,6 @@ def test_codes_are_named_by_words_of_the_tokenizer():
     assert [text.tokenizer.id_to_token(int(ids[i])) for i in (0, 4, 5)] == ["Ġapple", "Ġapple", "Ġbanana"]
     assert (ids >= 0).sum() > 150
     assert ids[-1] == -1
-
-
-def batches(start):
-    while True:
-        yield batch_at(start)
-        start += 1
 
 
 def train(cfg, workdir):
@@ -107,8 +59,8 @@ def test_resuming_gives_the_bits_of_an_uninterrupted_run(uninterrupted, tmp_path
     run = tmp_path / "run"
     stop_after = checkpoint.save
 
-    def killed(manager, cfg, state, frozen):
-        stop_after(manager, cfg, state, frozen)
+    def killed(manager, cfg, state, frozen, notes):
+        stop_after(manager, cfg, state, frozen, notes)
         manager.wait_until_finished()
         raise KeyboardInterrupt
 
