@@ -9,10 +9,10 @@ import json
 import pathlib
 import time
 
-import jax
 import numpy as np
 
 from blip3o_jax.config import ConfigError
+from blip3o_jax.mesh import is_first
 
 
 class MetricWriter:
@@ -20,7 +20,7 @@ class MetricWriter:
 
     def __init__(self, workdir):
         self.path = pathlib.Path(workdir) / "metrics.jsonl"
-        self.silent = jax.process_index() > 0
+        self.silent = not is_first()
         self.board = None
         if importlib.util.find_spec("tensorboard") and not self.silent:
             from tensorboard.summary.writer.event_file_writer import EventFileWriter

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip3o_jax import checkpoint, generate
-from blip3o_jax.config import ConfigError
 from blip3o_jax.mesh import check_batch, make_mesh, put_batch
 from blip3o_jax.metrics import sheet
 from blip3o_jax.rl import grpo
@@ -42,8 +41,6 @@ def run(
     drawn at every evaluation, batch_size at most; `reward(images, metadata)` gives rewards and numbers to log. Raises ConfigError for
     what the config gets wrong and as the supervised loop does; rewards count as waiting for data.
     """
-    if jax.process_count() > 1:
-        raise ConfigError("GRPO runs in one process; rewards are not yet gathered from several.")
     began, workdir, mesh = time.time(), pathlib.Path(workdir), make_mesh(cfg.mesh)
     check_batch(cfg.batch_size, mesh)
     model, manager = start.build_model(cfg), checkpoint.open_manager(workdir, cfg.keep_checkpoints)

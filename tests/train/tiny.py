@@ -22,6 +22,8 @@ SMALL = {
     "dc_ae.decoder_layers_per_block": (0, 1, 1, 1),
 }
 
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=1, ema_decay=0.9, eps=1e-4)  # eps: Adam would blow up what is rounding
+
 
 def config(**changes):
     return TrainConfig(
@@ -35,7 +37,7 @@ def config(**changes):
             "eval_every": 6,
             "checkpoint_every": 3,
             "data": DataConfig(),
-            "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=1, ema_decay=0.9, eps=1e-4),
+            "optimizer": OPTIMIZER,
             "loss": LossConfig(),
             **changes,
         }
