@@ -37,7 +37,7 @@ def open_manager(workdir, keep: int = 1, create: bool = True):
     try:
         if create:
             with first_alone("the checkpoints"):
-                for broken in _folders(folder) - _whole(folder):
+                for broken in _folders(folder) - whole(folder):
                     log.warning("%s is not whole and is removed.", broken)
                     shutil.rmtree(broken, ignore_errors=True)
         return ocp.CheckpointManager(folder, options=options)
@@ -49,15 +49,15 @@ def _folders(folder: pathlib.Path) -> set[pathlib.Path]:
     return {child for child in folder.iterdir() if child.name.isdigit()} if folder.is_dir() else set()
 
 
-def _whole(folder: pathlib.Path) -> set[pathlib.Path]:
-    """The checkpoints with all their items, each with the file that Orbax writes last."""
+def whole(folder: pathlib.Path) -> set[pathlib.Path]:
+    """The checkpoints below `folder` with all their items, each with the file that Orbax writes last."""
     files = ("_CHECKPOINT_METADATA", "model/manifest.ocdbt", "model/_METADATA", "optimizer/manifest.ocdbt", "config/metadata")
     return {child for child in _folders(folder) if all((child / file).is_file() for file in files)}
 
 
 def is_workdir(directory) -> bool:
     """Whether the directory is a training run's with at least one whole checkpoint."""
-    return bool(_whole(pathlib.Path(directory) / "checkpoints"))
+    return bool(whole(pathlib.Path(directory) / "checkpoints"))
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ def initial_params(cfg: TrainConfig, model: Blip3o, load_parts: Callable, mesh, 
 
     key = jax.random.key(cfg.seed)
     params = jax.jit(make, out_shardings=shardings(jax.eval_shape(make, key), mesh))(key)
-    expected = model.abstract()
+    expected = model.abstract(tuple(cfg.init))
     for part, directory in cfg.init.items():
         loaded = flatten_dict(load_parts(directory, part), sep="/")
         rows = model.config.qwen3.vocab_rows

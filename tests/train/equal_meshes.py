@@ -88,10 +88,9 @@ def two_processes(name: str, num_steps: int):
         out = str(pathlib.Path(folder) / "result.npz")
         command = [sys.executable, __file__, "--worker", name, "--steps", str(num_steps), "--out", out]
         common = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "BLIP3O_COORDINATOR": address}
-        running = [
-            subprocess.Popen(command, env=common | {"BLIP3O_NUM_PROCESSES": "2", "BLIP3O_PROCESS_ID": str(i)}) for i in range(2)
-        ]
-        if any([process.wait() for process in running]):
+        running = [subprocess.Popen(command, env=common | {"BLIP3O_NUM_PROCESSES": "2", "BLIP3O_PROCESS_ID": str(i)}) for i in range(2)]
+        codes = [process.wait() for process in running]
+        if any(codes):
             raise SystemExit(f"{name}: a process failed.")
         found = np.load(out)
         return found["losses"], found["params"]
