@@ -29,36 +29,18 @@ NUM_STEPS, EVERY, LONGEST = 120, 5, 60.0  # steps of a run, between checkpoints;
 
 def train(workdir: pathlib.Path) -> None:
     """The run, by the loop that `blip3o-jax train` uses, on random rows."""
-    from tiny import OPTIMIZER, SMALL
+    from tiny import from_step, practice, rows_at
 
     from blip3o_jax.mesh import batch_hosts, make_mesh
     from blip3o_jax.train import loop
-    from blip3o_jax.train.config import DataConfig, TrainConfig
 
-    cfg = TrainConfig(
-        stage="practice",
-        model=SMALL,
-        batch_size=8,
-        num_steps=NUM_STEPS,
-        log_every=EVERY,
-        eval_every=NUM_STEPS,
-        checkpoint_every=EVERY,
-        data=DataConfig(exercises={"recital": 1.0}, row_length=16),
-        optimizer=OPTIMIZER,
-    )
+    cfg = practice(num_steps=NUM_STEPS, log_every=EVERY, eval_every=NUM_STEPS, checkpoint_every=EVERY)
     host, hosts = batch_hosts(make_mesh())
 
-    def batch(step, host=0, hosts=1):
-        tokens = np.random.default_rng(step).integers(0, 300, (8, 16)).astype(np.int32)
-        whole = {"tokens": tokens, "positions": np.tile(np.arange(16, dtype=np.int32), (8, 1)), "weights": np.ones((8, 16), np.float32)}
-        return {name: x[host * 8 // hosts : (host + 1) * 8 // hosts] for name, x in whole.items()}
+    def mine(step):
+        return {name: x[host * 8 // hosts : (host + 1) * 8 // hosts] for name, x in rows_at(step).items()}
 
-    def batches(step):
-        while True:
-            yield batch(step, host, hosts)
-            step += 1
-
-    loop.run(cfg, workdir, batches, batch(10**6), load_parts=None)
+    loop.run(cfg, workdir, from_step(mine), rows_at(10**6), load_parts=None)
 
 
 def process(workdir: pathlib.Path, index: int, count: int, port: int) -> None:
