@@ -7,8 +7,10 @@ A folder appears under its number when everything in it is written; one that was
 
 import contextlib
 import dataclasses
+import json
 import logging
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator
 
@@ -27,32 +29,31 @@ OPTIMIZER = ("step", "opt_state", "guard")  # of the state, beside the weights
 PIECE = 64 << 20  # bytes of an array that are one file's piece; whoever reads the array holds it once and a piece, not twice
 
 
-def open_manager(workdir, keep: int = 1, create: bool = True):
-    """Orbax's manager of a workdir's checkpoints. Of those with the name of a whole one that were half deleted, none counts; a manager that
-    may `create` sweeps them out. ConfigError when the folder cannot be written."""
+def open_manager(workdir, keep: int = 1):
+    """Orbax's manager of a workdir's checkpoints; those that are not whole are removed. ConfigError when the folder cannot be written."""
     import orbax.checkpoint as ocp
 
     folder = pathlib.Path(workdir).absolute() / "checkpoints"
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create, cleanup_tmp_directories=create, read_only=not create)
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep)
     try:
-        if create:
-            with first_alone("the checkpoints"):
-                for broken in _folders(folder) - whole(folder):
-                    log.warning("%s is not whole and is removed.", broken)
-                    shutil.rmtree(broken, ignore_errors=True)
+        with first_alone("the checkpoints"):
+            for broken in {*_numbered(folder), *folder.glob("*.orbax-checkpoint-tmp*")} - whole(folder):
+                log.warning("%s is not whole and is removed.", broken)
+                shutil.rmtree(broken, ignore_errors=True)
         return ocp.CheckpointManager(folder, options=options)
     except OSError as error:
         raise ConfigError(f"The checkpoints {folder} cannot be written: {error.strerror}.") from error
 
 
-def _folders(folder: pathlib.Path) -> set[pathlib.Path]:
+def _numbered(folder: pathlib.Path) -> set[pathlib.Path]:
     return {child for child in folder.iterdir() if child.name.isdigit()} if folder.is_dir() else set()
 
 
 def whole(folder: pathlib.Path) -> set[pathlib.Path]:
     """The checkpoints below `folder` with all their items, each with the file that Orbax writes last."""
-    files = ("_CHECKPOINT_METADATA", "model/manifest.ocdbt", "model/_METADATA", "optimizer/manifest.ocdbt", "config/metadata")
-    return {child for child in _folders(folder) if all((child / file).is_file() for file in files)}
+    files = ["_CHECKPOINT_METADATA", "config/metadata"]
+    files += [f"{item}/{file}" for item in ("model", "optimizer") for file in ("_METADATA", "manifest.ocdbt")]
+    return {child for child in _numbered(folder) if all((child / file).is_file() for file in files)}
 
 
 def is_workdir(directory) -> bool:
@@ -66,8 +67,10 @@ def _writing(manager):
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ConfigError(f"A checkpoint cannot be written to {manager.directory}: {reason[:300]}; those before it are whole.") from error
+        text = str(error).strip()
+        known = re.search(r"No space left on device|Disk quota exceeded|Read-only file system|Permission denied", text)
+        reason = known[0] if known else text.splitlines()[0][:200]
+        raise ConfigError(f"A checkpoint cannot be written to {manager.directory}: {reason}; those before it are whole.") from error
 
 
 def save(manager, config, state, frozen, notes: dict) -> None:
@@ -167,13 +170,13 @@ def open_run(workdir) -> tuple[dict, dict[str, RunLeaf], int]:
     was kept. Nothing is read yet. Raises ConfigError when there is no whole checkpoint or it cannot be read."""
     import orbax.checkpoint as ocp
 
-    if not is_workdir(workdir):
+    folders = whole(pathlib.Path(workdir).absolute() / "checkpoints")
+    if not folders:
         raise ConfigError(f"{workdir} holds no training checkpoint.")
-    manager = open_manager(workdir, create=False)
-    step = manager.latest_step()
-    folder = pathlib.Path(workdir).absolute() / "checkpoints" / str(step) / "model"
+    newest = max(folders, key=lambda folder: int(folder.name))
+    folder, step = newest / "model", int(newest.name)
     try:
-        config = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+        config = json.loads((newest / "config" / "metadata").read_text())
         with ocp.PyTreeCheckpointer() as reader:
             tree = reader.metadata(folder).item_metadata.tree
     except (ValueError, KeyError, OSError) as error:

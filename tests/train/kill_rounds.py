@@ -98,14 +98,15 @@ def newest(workdir: pathlib.Path) -> int:
     return max((int(folder.name) for folder in whole(workdir / "checkpoints")), default=0)
 
 
-def until_killed(workdir: pathlib.Path, count: int, rng: random.Random, span: float) -> str:
-    """One start of the run, killed at a random moment; says when: "finished", "writing" a checkpoint, or "between".
+def until_killed(workdir: pathlib.Path, count: int, rng: random.Random, span: float | None) -> str:
+    """One start of the run, killed at a random moment within `span` seconds, or never; says when: "writing" a checkpoint, "between", or
+    not at all, "finished".
 
     Half of the time the first checkpoint after a random moment is waited for, and struck. RuntimeError when a process fails by itself.
     """
     port, began = free_port(), time.monotonic()
     children = [fork(workdir / f"log.{i}", process, workdir, i, count, port) for i in range(count)]
-    moment, aimed, delay = began + rng.uniform(0, span), rng.random() < 0.5, rng.uniform(0, 0.2)
+    moment, aimed, delay = began + (rng.uniform(0, span) if span else 1e9), rng.random() < 0.5, rng.uniform(0, 0.2)
     ended = {}
     while len(ended) < count and not (time.monotonic() > moment and (not aimed or temporary(workdir))):
         for child in children:
@@ -113,7 +114,7 @@ def until_killed(workdir: pathlib.Path, count: int, rng: random.Random, span: fl
                 ended[child] = os.waitstatus_to_exitcode(found[1])
         if any(ended.values()) or time.monotonic() > began + LONGEST:
             [os.kill(child, signal.SIGKILL) for child in children if child not in ended]
-            raise RuntimeError(f"A process failed or hung by itself ({ended}): see {workdir}/log.*")
+            raise RuntimeError(f"A process failed or hung by itself: {tail(workdir)}")
         time.sleep(0.001)
     if len(ended) == count:
         return "finished"
@@ -127,6 +128,10 @@ def until_killed(workdir: pathlib.Path, count: int, rng: random.Random, span: fl
     for child in set(children) - set(ended):
         os.waitpid(child, 0)
     return when
+
+
+def tail(workdir: pathlib.Path) -> str:
+    return "".join(f"\n{log.name}:\n{log.read_text()[-3000:]}" for log in sorted(workdir.glob("log.*")))
 
 
 def resumed(workdir: pathlib.Path) -> int | None:
@@ -153,21 +158,21 @@ def compare(*workdirs: pathlib.Path) -> None:
 def rounds(number: int, count: int, seed: int, folder: pathlib.Path) -> dict:
     """Kills `number` times; a run that finishes is compared and a new one begun. The report."""
     rng, kinds = random.Random(seed), collections.Counter()
-    reference = folder / "reference"
-    reference.mkdir()
-    began = time.monotonic()
-    if until_killed(reference, count, random.Random(0), 1e9) != "finished" or newest(reference) != NUM_STEPS:
-        raise RuntimeError("The uninterrupted run did not finish.")
-    span, finished, wrong, lost, starts = time.monotonic() - began, 0, 0, 0, 0
-    began, kills = time.monotonic(), 0
-    workdir = folder / "run0"
+    for reference in (folder / "first", folder / "reference"):  # the first one compiles, so only the second tells how long a run takes
+        reference.mkdir()
+        began = time.monotonic()
+        if until_killed(reference, count, rng, None) != "finished" or newest(reference) != NUM_STEPS:
+            raise RuntimeError(f"The uninterrupted run did not finish: {tail(reference)}")
+    span = time.monotonic() - began
+    finished = wrong = elsewhere = starts = kills = 0
+    began, workdir = time.monotonic(), folder / "run0"
     workdir.mkdir()
     while kills < number or not finished:
         expected = newest(workdir)
-        when = until_killed(workdir, count, rng, 1e9 if kills >= number else span)
+        when = until_killed(workdir, count, rng, span if kills < number else None)
         starts += 1
         found = resumed(workdir)
-        lost += found is not None and found != expected
+        elsewhere += found is not None and found != expected
         if when != "finished":
             kinds[when] += 1
             kills += 1
@@ -181,7 +186,7 @@ def rounds(number: int, count: int, seed: int, folder: pathlib.Path) -> dict:
         "rounds": kills,
         "killed_while_writing": kinds["writing"],
         "killed_between": kinds["between"],
-        "resumed_elsewhere_than_newest_whole": lost,
+        "resumed_elsewhere_than_newest_whole": elsewhere,
         "runs_finished": finished,
         "runs_with_other_bits": wrong,
         "seconds_a_round": round((time.monotonic() - began) / starts, 2),
