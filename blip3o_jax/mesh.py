@@ -4,6 +4,8 @@ import contextlib
 import logging
 import os
 import socket
+import sys
+import threading
 from collections.abc import Iterator
 
 import jax
@@ -154,7 +156,8 @@ def start_processes(timeout: int = TIMEOUT) -> None:
     """Joins the processes of this job, if there are others; call it before anything touches a device.
 
     Told by BLIP3O_COORDINATOR=HOST:PORT, BLIP3O_NUM_PROCESSES and BLIP3O_PROCESS_ID; or found by JAX in the variables of a SLURM step or of
-    a TPU pod, or, with BLIP3O_COORDINATOR=auto, wherever JAX looks. ConfigError when the others do not come within `timeout` seconds.
+    a TPU pod, or, with BLIP3O_COORDINATOR=auto, wherever JAX looks. ConfigError when they cannot be joined. When they do not come within
+    `timeout` seconds the process says so and ends with 2: JAX would abort it, which no caller can catch.
     """
     arguments = _cluster()
     if arguments is None:
@@ -164,15 +167,23 @@ def start_processes(timeout: int = TIMEOUT) -> None:
     host, where = socket.gethostname(), arguments.get("coordinator_address", "the coordinator that JAX finds")
     which = f"{arguments['process_id']} of {arguments['num_processes']}" if arguments else os.environ.get("SLURM_PROCID", "?")
     log.info("Process %s on %s: waiting up to %d s for the others at %s.", which, host, timeout, where)
+    watchdog = threading.Timer(timeout, _give_up, [f"Process {which} on {host}: the others did not come to {where} within {timeout} s."])
+    watchdog.start()
     try:
-        jax.distributed.initialize(**arguments, initialization_timeout=timeout, shutdown_timeout_seconds=60)
+        jax.distributed.initialize(**arguments, initialization_timeout=timeout + 60, shutdown_timeout_seconds=60)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"Process {which} on {host} could not join the others at {where} within {timeout} s: {reason}") from error
+        raise ConfigError(f"Process {which} on {host} cannot join the others at {where}: {str(error).splitlines()[0]}") from error
+    finally:
+        watchdog.cancel()
     state = distributed.global_state
     log.info("Process %d of %d on %s joined.", state.process_id, state.num_processes, host)
     meet("start", timeout)
     log.info("Process %d: %d of %d devices are local.", state.process_id, jax.local_device_count(), jax.device_count())
+
+
+def _give_up(sentence: str) -> None:
+    print(f"blip3o-jax: {sentence}", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def meet(what: str, timeout: int = TIMEOUT) -> None:

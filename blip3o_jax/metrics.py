@@ -16,12 +16,15 @@ from blip3o_jax.mesh import is_first
 
 
 class MetricWriter:
-    """Appends one JSON line per `write`, on process 0 of a run. ConfigError when the workdir cannot be written."""
+    """Appends one JSON line per `write`, on process 0 of a run that goes on from `step`: what an earlier process wrote of later steps, which
+    are done again, goes. ConfigError when the workdir cannot be written."""
 
-    def __init__(self, workdir):
+    def __init__(self, workdir, step: int = 0):
         self.path = pathlib.Path(workdir) / "metrics.jsonl"
         self.silent = not is_first()
         self.board = None
+        if self.path.exists() and not self.silent:
+            self._forget(step)
         if importlib.util.find_spec("tensorboard") and not self.silent:
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -39,6 +42,15 @@ class MetricWriter:
             self._show(step, [{"tag": name, "simple_value": value} for name, value in values.items()])
         except OSError as error:
             raise ConfigError(f"{self.path} cannot be written: {error.strerror}; make room and start again.") from error
+
+    def _forget(self, step: int) -> None:
+        lines = self.path.read_text().splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()  # its writer was killed
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        new = self.path.with_suffix(".new")
+        new.write_text("".join(kept))
+        new.replace(self.path)
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
         """A uint8 [H,W,3] picture as `name-STEP.png`, and on the board."""

@@ -77,15 +77,16 @@ def open_workdir(cfg: TrainConfig, workdir: str) -> pathlib.Path:
 
     folder = pathlib.Path(workdir)
     text = json.dumps(asdict(cfg), indent=1, sort_keys=True)
-    kept = folder / "config.json"
+    kept, new = folder / "config.json", folder / ".config.json"
     with first_alone("the workdir") as first:
         try:
             if first:
                 folder.mkdir(parents=True, exist_ok=True)
-                new = folder / ".config.json"
-                new.write_text(text)  # which also says now whether the workdir can be written
+                new.write_text(text)  # even when there is one: so that it shows now whether the workdir can be written
                 new.unlink() if kept.exists() else new.replace(kept)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                new.unlink()
             raise ConfigError(f"The workdir {workdir} cannot be written: {error.strerror}.") from error
     before, now = (_flat(json.loads(t)) for t in (kept.read_text(), text))
     changed = [f"{k}: {before.get(k)} there, {now.get(k)} here" for k in sorted(before | now) if before.get(k) != now.get(k)]

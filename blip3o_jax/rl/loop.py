@@ -89,7 +89,8 @@ def run(
             metrics |= {"reward": float(rewards.mean()), "reward_std": spread, **numbers}
             metrics |= {"rollout_s": drawn - clock, "reward_s": judged - drawn, "update_s": time.perf_counter() - judged}
             meter.add(now, batch, metrics)
-            if now % cfg.log_every == 0 or last:
+            leave = stopping(now)
+            if now % cfg.log_every == 0 or last or leave:
                 meter.log(now)
             if now % cfg.eval_every == 0 or last:
                 with meter.phase("other"):
@@ -97,7 +98,6 @@ def run(
                     meter.writer.write(now, result)
                     meter.writer.write_image(now, "sheet", picture)
                 log.info("held out at step %d: %s", now, json.dumps(result))
-            leave = stopping(now)
             if now % cfg.checkpoint_every == 0 or last or leave:
                 with meter.phase("other"):
                     checkpoint.save(manager, cfg, state, frozen, meter.clock())

@@ -61,7 +61,8 @@ def run(
             with meter.step(now):
                 state, values = step(state, frozen, batch)
             meter.add(now, batch, values)
-            if now % cfg.log_every == 0 or last:
+            leave = stopping(now)
+            if now % cfg.log_every == 0 or last or leave:
                 meter.log(now)
             if now % cfg.eval_every == 0 or last:
                 with meter.phase("other"):
@@ -70,7 +71,6 @@ def run(
                     if picture is not None:
                         meter.writer.write_image(now, "sheet", picture)
                 log.info("held out at step %d: %s", now, json.dumps(result))
-            leave = stopping(now)
             if now % cfg.checkpoint_every == 0 or last or leave:
                 with meter.phase("other"):
                     checkpoint.save(manager, cfg, state, frozen, meter.clock())

@@ -51,7 +51,7 @@ class Meter:
     """
 
     def __init__(self, cfg: TrainConfig, workdir, step: int, notes: dict):
-        self.cfg, self.workdir, self.writer = cfg, workdir, MetricWriter(workdir)
+        self.cfg, self.workdir, self.writer = cfg, workdir, MetricWriter(workdir, step)
         self.began, self.stepping = notes.get("began", time.time()), notes.get("stepping", 0.0)
         self.seconds = dict.fromkeys(("data", "other"), 0.0)
         self.metrics, self.flops, self.profiling = [], None, False

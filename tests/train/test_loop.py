@@ -13,7 +13,7 @@ from blip3o_jax.pipeline import tokenizer_of
 from blip3o_jax.scenes.exercises import name_ids
 from blip3o_jax.text import Text, load_tokenizer
 from blip3o_jax.train import loop, start
-from blip3o_jax.train.config import TrainConfig
+from blip3o_jax.train.config import ProfileConfig, TrainConfig
 
 
 def test_named_image_tokens_start_as_their_words():
@@ -53,7 +53,7 @@ def assert_same_bits(tree, other):
 
 
 def test_a_joint_run_moves_all_that_is_trained_and_says_what_it_sees(tmp_path):
-    losses, params = train(config(mesh={"data": 4, "fsdp": 2}, num_steps=2), tmp_path / "run")
+    losses, params = train(config(mesh={"data": 4, "fsdp": 2}, num_steps=2, profile=ProfileConfig(1, 1)), tmp_path / "run")
     assert np.isfinite(losses).all()
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     parts = ("qwen3", "diffusion_connector", "sana")
@@ -64,6 +64,7 @@ def test_a_joint_run_moves_all_that_is_trained_and_says_what_it_sees(tmp_path):
     assert rows[1]["loss"] == pytest.approx(rows[1]["ce"] + rows[1]["flow"], rel=1e-6)
     assert "heldout/flow" in rows[2]
     assert (tmp_path / "run" / "sheet-000002.png").exists()
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
     assert np.std(params["qwen3"]["norm"]["scale"]) > 0
 
 

@@ -97,6 +97,16 @@ def test_event_files_hold_scalars_and_pictures(tmp_path):
     assert found["sheet"][1].tensor.string_val[2] == (tmp_path / "sheet-000003.png").read_bytes()
 
 
+def test_steps_that_are_done_again_are_written_once(tmp_path):
+    writer = MetricWriter(tmp_path)
+    for step in (2, 4, 6):
+        writer.write(step, {"loss": step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # killed
+    MetricWriter(tmp_path, 4).write(6, {"loss": 7})
+    assert lines(tmp_path) == [{"step": 2, "loss": 2.0}, {"step": 4, "loss": 4.0}, {"step": 6, "loss": 7.0}]
+
+
 def test_what_is_not_finite_is_null_and_a_folder_that_cannot_be_written_is_named(tmp_path):
     MetricWriter(tmp_path).write(1, {"loss": np.nan, "ce": 2})
     assert lines(tmp_path) == [{"step": 1, "loss": None, "ce": 2.0}]

@@ -59,9 +59,9 @@ def test_slurm_tasks_train_as_one_leave_together_and_one_process_goes_on(command
     steps = [line["step"] for line in lines(tmp_path)]
     assert steps == sorted(set(steps))  # one process wrote
     (saved,) = (int(folder.name) for folder in (tmp_path / "run" / "checkpoints").iterdir())
-    assert steps[-1] <= saved <= steps[-1] + 2
+    assert steps[-1] == saved
     for i, (out, error) in enumerate(ended):
-        assert out == ""
+        assert "{" not in out  # the result belongs to a run that has ended; Gloo says its own things
         assert f"Process {i} of 2 on" in error
         assert f"Saved step {saved}; the same command goes on from it." in error
     alone = subprocess.run(command, capture_output=True, text=True, timeout=240)  # one process goes on where two were
@@ -73,9 +73,11 @@ def test_slurm_tasks_train_as_one_leave_together_and_one_process_goes_on(command
 
 def test_a_process_whose_others_never_come_says_so(monkeypatch):
     environment = {"BLIP3O_COORDINATOR": "127.0.0.1:1", "BLIP3O_NUM_PROCESSES": "2", "BLIP3O_PROCESS_ID": "1"}
-    code = "from blip3o_jax.mesh import start_processes\ntry:\n    start_processes(3)\nexcept ValueError as error:\n    print(error)"
+    code = "from blip3o_jax.mesh import start_processes; start_processes(3)"
     found = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=60)
-    assert "could not join the others at 127.0.0.1:1 within 3 s" in found.stdout
+    assert found.returncode == 2
+    assert found.stderr.startswith("blip3o-jax: Process 1 of 2 on ")
+    assert "the others did not come to 127.0.0.1:1 within 3 s." in found.stderr
     for name, value in (environment | {"BLIP3O_PROCESS_ID": "2"}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="a number below N"):
