@@ -3,11 +3,13 @@
 TensorBoard's own writer is used because clu's SummaryWriter is TensorFlow's.
 """
 
+import contextlib
 import importlib.util
 import io
 import json
 import pathlib
 import time
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -15,9 +17,17 @@ from blip3o_jax.config import ConfigError
 from blip3o_jax.mesh import is_first
 
 
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}; make room and start again.") from error
+
+
 class MetricWriter:
-    """Appends one JSON line per `write`, on process 0 of a run that goes on from `step`: what an earlier process wrote of later steps, which
-    are done again, goes. ConfigError when the workdir cannot be written."""
+    """Appends one JSON line per `write`, on process 0 of a run that goes on from `step`: lines of later steps, which are done again, go.
+    ConfigError when the workdir cannot be written."""
 
     def __init__(self, workdir, step: int = 0):
         self.path = pathlib.Path(workdir) / "metrics.jsonl"
@@ -36,12 +46,9 @@ class MetricWriter:
             return
         values = {name: float(f"{float(value):.8g}") for name, value in scalars.items()}
         line = json.dumps({"step": step, **{name: value if np.isfinite(value) else None for name, value in values.items()}})
-        try:
-            with self.path.open("a") as file:
-                file.write(line + "\n")
+        with _writing(self.path), self.path.open("a") as file:
+            file.write(line + "\n")
             self._show(step, [{"tag": name, "simple_value": value} for name, value in values.items()])
-        except OSError as error:
-            raise ConfigError(f"{self.path} cannot be written: {error.strerror}; make room and start again.") from error
 
     def _forget(self, step: int) -> None:
         lines = self.path.read_text().splitlines(keepends=True)
@@ -49,8 +56,9 @@ class MetricWriter:
             lines.pop()  # its writer was killed
         kept = [line for line in lines if json.loads(line)["step"] <= step]
         new = self.path.with_suffix(".new")
-        new.write_text("".join(kept))
-        new.replace(self.path)
+        with _writing(new):
+            new.write_text("".join(kept))
+            new.replace(self.path)
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
         """A uint8 [H,W,3] picture as `name-STEP.png`, and on the board."""
@@ -60,12 +68,11 @@ class MetricWriter:
 
         file, (height, width, _) = io.BytesIO(), image.shape
         Image.fromarray(image).save(file, "png")
-        try:
-            self.path.with_name(f"{name}-{step:06d}.png").write_bytes(file.getvalue())
-            picture = {"height": height, "width": width, "colorspace": 3, "encoded_image_string": file.getvalue()}
-            self._show(step, [{"tag": name, "image": picture}])
-        except OSError as error:
-            raise ConfigError(f"{self.path.parent} cannot be written: {error.strerror}; make room and start again.") from error
+        picture = self.path.with_name(f"{name}-{step:06d}.png")
+        with _writing(picture):
+            picture.write_bytes(file.getvalue())
+            image = {"height": height, "width": width, "colorspace": 3, "encoded_image_string": file.getvalue()}
+            self._show(step, [{"tag": name, "image": image}])
 
     def _show(self, step: int, values: list[dict]) -> None:
         if self.board is None:
