@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import socket
 import sys
@@ -126,10 +127,11 @@ def put_batch(batch, mesh: Mesh):
 def put_whole(batch, mesh: Mesh):
     """Arrays [B,...] that every process holds whole -> global arrays, cut along the batch over as many axes as divide B."""
 
+    cuts = (BATCH[0], *sorted((("data",), ("fsdp",)), key=lambda axes: -mesh.shape[axes[0]]))
+
     def put(x):
         x = np.asarray(x)
-        cuts = (("data", "fsdp"), ("fsdp",), ("data",))
-        axes = next((axes for axes in cuts if len(x) % int(np.prod([mesh.shape[a] for a in axes])) == 0), None)
+        axes = next((axes for axes in cuts if len(x) % math.prod(mesh.shape[axis] for axis in axes) == 0), None)
         return jax.make_array_from_callback(x.shape, NamedSharding(mesh, PartitionSpec(axes)), lambda index: x[index])
 
     return jax.tree.map(put, batch)
