@@ -70,19 +70,19 @@ def make_mesh(sizes: dict[str, int] | None = None, devices=None) -> Mesh:
     """Mesh (data, fsdp, tensor) over all devices, with sizes as `mesh_shape` takes them.
 
     `dcn` is the number of slices, between which the network is slow: `data` is cut over the slices first, so that each slice holds whole
-    copies of the parameters and only gradients travel between them. Devices that know no slices (CPU, GPU) are cut into equal runs.
-    Raises ConfigError when the sizes do not fit the devices or their slices.
+    copies of the parameters and only gradients travel between them. Where there are no such slices (CPU, one GPU host for two) devices are
+    cut into equal runs. Raises ConfigError when the sizes do not fit the devices, or the slices of a TPU.
     """
     devices = jax.devices() if devices is None else devices
     shape, slices = mesh_shape(sizes, len(devices)), (sizes or {}).get("dcn", 1)
     known = {getattr(device, "slice_index", None) for device in devices} - {None}
-    if len(known) > 1 and len(known) != slices:
+    if len(known) > 1 and len(known) != slices and devices[0].platform == "tpu":  # a GPU's slice is its host
         raise ConfigError(f"Mesh: dcn={slices}, but the devices are of {len(known)} slices; take dcn={len(known)}.")
     axis_types = (AxisType.Auto,) * 3
     if slices == 1:
         return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
     inner = (shape[0] // slices, *shape[1:])
-    if len(known) > 1:
+    if len(known) == slices:
         return Mesh(mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices), AXES, axis_types=axis_types)
     runs = np.split(np.asarray(devices), slices)
     return Mesh(np.concatenate([mesh_utils.create_device_mesh(inner, list(run)) for run in runs]), AXES, axis_types=axis_types)

@@ -60,6 +60,8 @@ def test_devices_that_know_their_slices_are_asked(monkeypatch):
     monkeypatch.setattr("blip3o_jax.mesh.Mesh", lambda devices, axes, axis_types: devices)
     slices = [[d.slice_index for d in row.ravel()] for row in make_mesh({"dcn": 2, "fsdp": 4}, devices)]
     assert slices == [[0, 0, 0, 0], [1, 1, 1, 1]]
+    for device in devices:
+        device.platform = "tpu"
     with pytest.raises(ConfigError, match="dcn=1, but the devices are of 2 slices; take dcn=2"):
         make_mesh({}, devices)
 
