@@ -33,6 +33,7 @@ def open_manager(workdir, keep: int = 1):
     """Orbax's manager of a workdir's checkpoints; those that are not whole are removed. ConfigError when the folder cannot be written."""
     import orbax.checkpoint as ocp
 
+    logging.getLogger("absl").addFilter(_not_orbax)
     folder = pathlib.Path(workdir).absolute() / "checkpoints"
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)
     try:
@@ -43,6 +44,11 @@ def open_manager(workdir, keep: int = 1):
         return ocp.CheckpointManager(folder, options=options)
     except OSError as error:
         raise ConfigError(f"The checkpoints {folder} cannot be written: {error.strerror}.") from error
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    """What goes wrong in Orbax's threads it logs with its traceback, and raises in ours, where it becomes one sentence."""
+    return "orbax" not in record.pathname
 
 
 def _numbered(folder: pathlib.Path) -> set[pathlib.Path]:
