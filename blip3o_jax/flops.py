@@ -29,18 +29,17 @@ def connector(cfg: Blip3oConfig, tokens: int) -> int:
 
 
 def sana_condition(cfg: SanaConfig, tokens: int) -> int:
-    """The caption projection of `tokens` condition tokens: needed once an image."""
-    return 2 * tokens * cfg.hidden_size * (cfg.caption_channels + cfg.hidden_size)
+    """The caption projection of `tokens` condition tokens, and every block's keys and values of them: needed once an image."""
+    return 2 * tokens * cfg.hidden_size * (cfg.caption_channels + cfg.hidden_size + 2 * cfg.num_layers * cfg.hidden_size)
 
 
 def sana(cfg: SanaConfig, rows: int, condition: int, side: int | None = None) -> int:
-    """A forward of `rows` latents with an encoded condition of `condition` tokens each. Keys and values of the condition are counted:
-    they are computed in every step."""
+    """A forward of `rows` latents, with keys and values of a condition of `condition` tokens each given."""
     width, pixels = cfg.hidden_size, (side or cfg.sample_size) ** 2
     own = 4 * width * width + 2 * width * cfg.attention_head_dim  # projections; the state and its product with the queries
     cross = 2 * width * width + 2 * width * condition
     mlp = 3 * width * cfg.mlp_hidden + 9 * 2 * cfg.mlp_hidden
-    layer = pixels * (own + cross + mlp) + condition * 2 * width * width
+    layer = pixels * (own + cross + mlp)
     time = 256 * width + width * width + 6 * width * width
     ends = pixels * width * (cfg.in_channels + cfg.out_channels)
     return 2 * rows * (cfg.num_layers * layer + time + ends)

@@ -27,16 +27,16 @@ def fold_keys(numbers):
 def denoise(model: Blip3o, params, hidden, noise, num_inference_steps: int, guidance_scale, shift):
     """Hidden states at `<S0>` and the image tokens [B,n+1,D], noise f32 [B,Y,X,C] -> latents f32 [B,Y,X,C].
 
-    Connector and caption projection run once; the guidance's unconditional half is hidden states of zeros, before the connector (S5.2).
-    A guidance_scale of None leaves that half out.
+    Connector, caption projection and the keys and values of the cross-attentions are computed once. The guidance's unconditional half
+    is hidden states of zeros, before the connector (S5.2); a guidance_scale of None leaves that half out.
     """
     if guidance_scale is not None:
         hidden = jnp.concatenate([jnp.zeros_like(hidden), hidden])
     condition = model.connector.apply({"params": params["diffusion_connector"]}, hidden)
-    condition = model.sana.apply({"params": params["sana"]}, condition, method="encode_condition")
+    keys_values = model.sana.apply({"params": params["sana"]}, condition, method="keys_values")
 
     def velocity(x, t):
-        return model.sana.apply({"params": params["sana"]}, x, t, condition, encoded=True)
+        return model.sana.apply({"params": params["sana"]}, x, t, keys_values, method="step")
 
     return flow.euler_sample(velocity, noise, flow.sigmas(num_inference_steps, shift), guidance_scale)
 

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import os
 import pathlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip3o_jax import checkpoint, generate, shipped
+from blip3o_jax.compilation import enable_compilation_cache, jit
 from blip3o_jax.config import ConfigError, nearest
 from blip3o_jax.convert import converted, published
 from blip3o_jax.mesh import BATCH, batch_shards, make_mesh
@@ -74,14 +74,6 @@ def find_checkpoint(name: str) -> pathlib.Path:
     raise ConfigError(f"No checkpoint {str(name)!r}, neither a folder nor an embedded name; {nearest(str(name), embedded)}")
 
 
-def enable_compilation_cache() -> None:
-    """Keeps compiled programs between processes, under $XDG_CACHE_HOME/blip3o_jax, unless JAX_COMPILATION_CACHE_DIR says where."""
-    if jax.config.jax_compilation_cache_dir is None:
-        root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(root / "blip3o_jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
 class Pipeline:
     """A model on a mesh. Prompts run through one compiled program of fixed shape, so that an image does not depend on its company."""
 
@@ -92,7 +84,7 @@ class Pipeline:
             raise ConfigError(f"batch_size {batch_size} does not divide by the mesh's {batch_shards(mesh)} batch shards.")
         place = jax.NamedSharding(mesh, BATCH)
 
-        @functools.partial(jax.jit, static_argnames=("num_inference_steps", "top_k"), out_shardings=place)
+        @functools.partial(jit, static_argnames=("num_inference_steps", "top_k"), out_shardings=place)
         def run(params, prompt, valid, numbers, **settings):
             return generate.text_to_image(model, params, prompt, valid, numbers, **settings)
 

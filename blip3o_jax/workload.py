@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip3o_jax import decode, flops, flow, generate
+from blip3o_jax.compilation import jit
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.train import losses, steps
@@ -104,7 +105,7 @@ def ours(work: Workload, params) -> dict[str, Callable[[], dict]]:
         return {"tokens": made["tokens"], "pixels": pixels(params, denoise(params, made["hidden"], noise))}
 
     def stage(function, **inputs):
-        compiled, arrays = jax.jit(function), jax.device_put(inputs)
+        compiled, arrays = jit(function), jax.device_put(inputs)
         return lambda: jax.device_get(compiled(params, **arrays))
 
     return {
@@ -120,7 +121,7 @@ def ours(work: Workload, params) -> dict[str, Callable[[], dict]]:
 def _training(model: Blip3o, params, work: Workload, cached: bool) -> Callable[[], dict]:
     """`cached`: codes and latents come with the batch, as `blip3o-jax data cache` makes them, and no image is encoded."""
     cfg, batch = train_config(), {"images": work.images, "tokens": work.tokens, "start": work.start}
-    step = jax.jit(functools.partial(steps.train_step, model, cfg), donate_argnums=0)
+    step = jit(functools.partial(steps.train_step, model, cfg), donate_argnums=0)
     kept: dict = {}
 
     def run():
@@ -129,8 +130,8 @@ def _training(model: Blip3o, params, work: Workload, cached: bool) -> Callable[[
             kept["state"] = jax.tree.map(jnp.copy, state)
             if cached:
                 images = batch.pop("images")
-                batch["codes"] = jax.jit(functools.partial(losses.encode_codes, model))(params, {"images": images})
-                batch["latents"] = jax.jit(functools.partial(losses.encode_latents, model))(params, images)
+                batch["codes"] = jit(functools.partial(losses.encode_codes, model))(params, {"images": images})
+                batch["latents"] = jit(functools.partial(losses.encode_latents, model))(params, images)
             kept["batch"] = jax.device_put(batch)
         kept["state"], metrics = step(kept["state"], kept["frozen"], kept["batch"])
         jax.block_until_ready(kept["state"])

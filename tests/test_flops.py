@@ -67,7 +67,7 @@ def test_connector_and_condition(model, params):
         counted(lambda p, x: model.connector.apply({"params": p}, x), params["diffusion_connector"], states),
     )
     captions = shape(2, 65, model.config.sana.caption_channels)
-    encode = counted(lambda p, x: model.sana.apply({"params": p}, x, method="encode_condition"), params["sana"], captions)
+    encode = counted(lambda p, x: model.sana.apply({"params": p}, x, method="keys_values"), params["sana"], captions)
     close(flops.sana_condition(model.config.sana, 130), encode)
 
 
@@ -75,9 +75,10 @@ def test_sana(model, params):
     cfg = model.config.sana
 
     def forward(params, x, t, condition):
-        return model.sana.apply({"params": params}, x, t, condition, encoded=True)
+        return model.sana.apply({"params": params}, x, t, condition, method="step")
 
-    given = shape(2, 16, 16, cfg.in_channels), shape(2), shape(2, 257, cfg.hidden_size)
+    kept = shape(cfg.num_layers, 2, 257, cfg.num_cross_attention_heads, cfg.cross_attention_head_dim)
+    given = shape(2, 16, 16, cfg.in_channels), shape(2), (kept, kept)
     close(flops.sana(cfg, 2, 257), counted(forward, params["sana"], *given))
 
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip3o_jax import decode, flow
+from blip3o_jax import decode, generate
+from blip3o_jax.compilation import jit
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.models.blip3o import Blip3o
 
@@ -40,8 +41,8 @@ def stage_outputs(model: Blip3o, params, inputs: dict[str, np.ndarray]) -> dict[
     cfg, vocab = model.config, model.config.vocab
     prompt, valid = inputs["prompt"], inputs["valid"]
 
-    def sana(params, x, t, condition, **options):
-        return model.sana.apply({"params": params["sana"]}, x, t, condition, **options)
+    def sana(params, x, t, condition):
+        return model.sana.apply({"params": params["sana"]}, x, t, condition)
 
     def connect(params, states):
         return model.connector.apply({"params": params["diffusion_connector"]}, states)
@@ -60,13 +61,11 @@ def stage_outputs(model: Blip3o, params, inputs: dict[str, np.ndarray]) -> dict[
         keys, one = jax.random.split(jax.random.key(0), len(prompt)), jnp.float32(1)
         n = cfg.ta_tok.num_tokens
         made = decode.generate_tokens(model.qwen3, params["qwen3"], vocab, n, prompt, valid, keys, 0, one, jnp.float32(0))
-        condition = connect(params, jnp.concatenate([jnp.zeros_like(made["hidden"]), made["hidden"]]))
-        encoded = model.sana.apply({"params": params["sana"]}, condition, method="encode_condition")
-        latents = flow.euler_sample(lambda x, t: sana(params, x, t, encoded, encoded=True), noise, flow.sigmas(NUM_STEPS), GUIDANCE)
+        latents = generate.denoise(model, params, made["hidden"], noise, NUM_STEPS, GUIDANCE, 1.0)
         return made["tokens"], jnp.clip(vae(params, latents, "decode_scaled") / 2 + 0.5, 0, 1)
 
     def run(stage, *inputs):
-        return jax.jit(stage)(params, *inputs)
+        return jit(stage)(params, *inputs)
 
     noise, found = inputs["noise"][:1], {}
     found["hidden"], found["logits"] = run(transformer, prompt[:1])

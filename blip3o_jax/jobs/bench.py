@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip3o_jax import workload
+from blip3o_jax.compilation import enable_compilation_cache, jit
 from blip3o_jax.config import Blip3oConfig, ConfigError, nearest, preset
 from blip3o_jax.convert.published import load_published
 from blip3o_jax.jobs.output import new_file
 from blip3o_jax.jobs.verify import compare_stages
-from blip3o_jax.pipeline import embedded_checkpoints, enable_compilation_cache
+from blip3o_jax.pipeline import embedded_checkpoints
 from blip3o_jax.synthetic import random_checkpoint
 
 GEMM, SETTLE, TOLERANCE = 2048, 0.1, 1e-4
@@ -76,7 +77,7 @@ def read_bytes_per_second(size: int, threads: int) -> float:
 def gemm_flops_per_second(size: int = GEMM) -> float:
     """Of one f32 product of square matrices in XLA."""
     a = jnp.ones((size, size))
-    product = jax.jit(jnp.matmul)
+    product = jit(jnp.matmul)
     return 2 * size**3 / median_seconds(lambda: jax.block_until_ready(product(a, a)))
 
 

@@ -36,6 +36,7 @@ def encoder_params(cfg: TrainConfig, load_part: Callable[[str, str], dict]) -> d
 
 def make_encoder(cfg: TrainConfig, params: dict, batch_size: int):
     """list of image arrays -> (codes int32 [b,n], latents f32 [b,Y,X,C]), `batch_size` images at a time over this host's devices."""
+    from blip3o_jax.compilation import jit
     from blip3o_jax.train import losses
     from blip3o_jax.train.loop import build_model
 
@@ -45,7 +46,7 @@ def make_encoder(cfg: TrainConfig, params: dict, batch_size: int):
     model, place = build_model(cfg), jax.NamedSharding(mesh, BATCH)
     params = jax.device_put(params, jax.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
-    @jax.jit
+    @jit
     def encode(params, batch):
         return losses.encode_codes(model, params, batch), losses.encode_latents(model, params, batch["images"])
 
@@ -103,9 +104,10 @@ def begin(folder: pathlib.Path, wanted: dict) -> None:
 
 def run(args) -> None:
     """Writes the shards that are missing; several hosts share them by number. Prints one JSON line."""
+    from blip3o_jax.compilation import enable_compilation_cache
     from blip3o_jax.data.pipeline import open_sources
     from blip3o_jax.jobs.train import load_part, read_config
-    from blip3o_jax.pipeline import enable_compilation_cache, find_checkpoint
+    from blip3o_jax.pipeline import find_checkpoint
 
     cfg = read_config(args.config, [*args.overrides, "--config.data.cache="])
     for name in ("shard_records", "batch_size"):

@@ -4,10 +4,10 @@ import functools
 import json
 from dataclasses import asdict
 
-import jax
 import numpy as np
 
 from blip3o_jax import generate
+from blip3o_jax.compilation import jit
 from blip3o_jax.config import ConfigError
 from blip3o_jax.jobs.generate import load_for, settings_of
 from blip3o_jax.jobs.output import new_folder
@@ -42,12 +42,12 @@ def ceilings(pipeline: Pipeline, metadata: list[dict], images: np.ndarray, setti
     """Pictures of two shorter ways: the autoencoder alone, and the diffusion part fed the tokens of the true picture."""
     model, params, text = pipeline.model, pipeline.params, pipeline.text
 
-    @jax.jit
+    @jit
     def reconstruct(params, pixels):
         latents = model.dc_ae.apply({"params": params["dc_ae"]}, to_unit(pixels), method="encode")
         return model.dc_ae.apply({"params": params["dc_ae"]}, latents, method="decode")
 
-    fed = jax.jit(functools.partial(generate.true_tokens_to_image, model, num_inference_steps=settings.num_inference_steps))
+    fed = jit(functools.partial(generate.true_tokens_to_image, model, num_inference_steps=settings.num_inference_steps))
     made = {"autoencoder": [], "true_tokens": []}
     size = pipeline.batch_size
     rows, start = _token_rows(text, metadata, model.config.ta_tok.num_tokens)

@@ -12,8 +12,9 @@ HELDOUT_SEED = 2  # of the prompts shown while training; the benchmark draws fro
 
 def run(config: str, workdir: str, overrides: list[str]) -> None:
     """Trains; prints the last held-out numbers as one JSON line."""
+    from blip3o_jax.compilation import enable_compilation_cache
     from blip3o_jax.mesh import check_batch, make_mesh, start_processes
-    from blip3o_jax.pipeline import enable_compilation_cache, find_checkpoint, tokenizer_of
+    from blip3o_jax.pipeline import find_checkpoint, tokenizer_of
     from blip3o_jax.rl import loop
     from blip3o_jax.rl.rewards import scene_rewards
     from blip3o_jax.scenes import prompts

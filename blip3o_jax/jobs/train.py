@@ -121,11 +121,12 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 
 def run(config: str, workdir: str, overrides: list[str]) -> None:
     """Trains; prints the last evaluation as one JSON line, from process 0 if there are several."""
+    from blip3o_jax.compilation import enable_compilation_cache
     from blip3o_jax.data import pipeline as data
     from blip3o_jax.data.cache import check_cache
     from blip3o_jax.jobs.data_cache import encoder_params
     from blip3o_jax.mesh import batch_hosts, check_batch, first_alone, is_first, make_mesh, start_processes
-    from blip3o_jax.pipeline import enable_compilation_cache, find_checkpoint
+    from blip3o_jax.pipeline import find_checkpoint
     from blip3o_jax.scenes.exercises import name_ids
     from blip3o_jax.train import loop
 

@@ -44,18 +44,19 @@ REMAT = {
 }
 
 
-def scan_layers(block: type[nn.Module], length: int, in_axes=nn.broadcast, remat: str = "none"):
-    """`block`, a scan step (carry, *inputs) -> (carry, nothing), `length` times with parameters of its own each, stacked along L.
+def scan_layers(block: type[nn.Module], length: int, in_axes=nn.broadcast, remat: str = "none", others: dict | None = None):
+    """`block`, a scan step (carry, *inputs) -> (carry, output), `length` times with parameters of its own each, stacked along L.
 
     `remat` says what the backward pass computes again: "none" nothing, "full" each block, "dots" all but the matrix products.
+    `others` are methods of the block that are scan steps too, and the axes of their inputs; nothing of them is computed again.
     A short stack is laid out in a row on CPU, which saves a quarter of a training step there. ConfigError for an unknown `remat`.
     """
     if remat not in REMAT:
         raise ConfigError(f"Unknown remat {remat!r}; known: {', '.join(REMAT)}.")
     unroll = length if on_cpu() and length <= 8 else 1
-    return nn.scan(
-        REMAT[remat](block), variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=in_axes, length=length, unroll=unroll
-    )
+    stacked = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": length, "unroll": unroll}
+    methods = {name: stacked | {"in_axes": axes} for name, axes in {"__call__": in_axes, **(others or {})}.items()}
+    return nn.scan(REMAT[remat](block), methods=methods)
 
 
 def product(equation: str, x, kernel):
@@ -69,7 +70,7 @@ def product(equation: str, x, kernel):
     kept, rows = axes.removeprefix(summed), x_axes.removesuffix(summed)
     if not on_cpu() or summed + kept != axes or rows + summed != x_axes or output != rows + kept:
         return jnp.einsum(equation, x, kernel)
-    matrix = kernel.reshape(math.prod(kernel.shape[: len(summed)]), -1)
+    matrix = jax.lax.optimization_barrier(kernel.reshape(math.prod(kernel.shape[: len(summed)]), -1))
     return (x.reshape(-1, matrix.shape[0]) @ matrix).reshape(*x.shape[: len(rows)], *kernel.shape[len(summed) :])
 
 

@@ -64,28 +64,35 @@ class TimeEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """x [B,T,D] attends to context [B,S,D] by `attend(q, k, v)`; q and k are normed over all channels of all heads together."""
+    """x [B,T,D] attends to keys and values by `attend(q, k, v)`; q and k are normed over all channels of all heads together."""
 
+    width: int
     heads: int
     attend: Callable
     qk_norm: bool
     qkv_bias: bool
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
-    def __call__(self, x, context):
-        width = x.shape[-1]
-        shape = (width, self.heads, width // self.heads)
+    def setup(self):
+        shape = (self.width, self.heads, self.width // self.heads)
+        project = functools.partial(Linear, "btd,dnh->btnh", shape, use_bias=self.qkv_bias, dtype=self.dtype)
+        self.to_q, self.to_k, self.to_v = project(), project(), project()
+        if self.qk_norm:
+            self.norm_q, self.norm_k = RMSNorm(QK_NORM_EPS), RMSNorm(QK_NORM_EPS)
+        self.to_out = Linear("btnh,nhd->btd", (*shape[1:], self.width), use_bias=True, dtype=self.dtype)
 
-        def project(name, inputs, norm=None):
-            y = Linear("btd,dnh->btnh", shape, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(inputs)
-            if norm and self.qk_norm:
-                y = RMSNorm(QK_NORM_EPS, name=norm)(y.reshape(inputs.shape)).reshape(y.shape)
-            return y
+    def keys_values(self, context):
+        """context [B,S,D] -> (k, v), each [B,S,N,H]."""
+        k = self.to_k(context)
+        if self.qk_norm:
+            k = self.norm_k(k.reshape(context.shape)).reshape(k.shape)
+        return k, self.to_v(context)
 
-        q, k, v = project("to_q", x, "norm_q"), project("to_k", context, "norm_k"), project("to_v", context)
-        y = self.attend(q, k, v)
-        return Linear("btnh,nhd->btd", (*shape[1:], width), use_bias=True, dtype=self.dtype, name="to_out")(y)
+    def __call__(self, x, keys_values):
+        q = self.to_q(x)
+        if self.qk_norm:
+            q = self.norm_q(q.reshape(x.shape)).reshape(q.shape)
+        return self.to_out(self.attend(q, *keys_values))
 
 
 class MixFfn(nn.Module):
@@ -108,31 +115,41 @@ class Block(nn.Module):
     cfg: SanaConfig
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
+    def setup(self):
+        cfg, width, dtype = self.cfg, self.cfg.hidden_size, self.dtype
+        self.scale_shift_table = self.param("scale_shift_table", nn.initializers.normal(width**-0.5), (6, width))
+        self.attn1 = Attention(width, cfg.num_attention_heads, relu_linear_attention, cfg.qk_norm, qkv_bias=False, dtype=dtype)
+        attend = functools.partial(attention, mask=None, scale=cfg.cross_attention_head_dim**-0.5)
+        self.attn2 = Attention(width, cfg.num_cross_attention_heads, attend, cfg.qk_norm, qkv_bias=True, dtype=dtype)
+        self.ff = MixFfn(cfg.mlp_hidden, dtype=dtype)
+
     def __call__(self, x, condition, modulation):
-        cfg, dtype, eps = self.cfg, self.dtype, self.cfg.norm_eps
-        table = self.param("scale_shift_table", nn.initializers.normal(cfg.hidden_size**-0.5), (6, cfg.hidden_size))
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(table.astype(jnp.float32) + modulation, 1, 0)
+        return self.step(x, self.attn2.keys_values(condition), modulation)
+
+    def keys_values(self, carry, condition):
+        """Of the cross-attention, as a scan step that carries nothing."""
+        return carry, self.attn2.keys_values(condition)
+
+    def step(self, x, keys_values, modulation):
+        """`__call__` where the condition's keys and values are there already."""
+        eps = self.cfg.norm_eps
+        shifts = jnp.moveaxis(self.scale_shift_table.astype(jnp.float32) + modulation, 1, 0)
+        shift1, scale1, gate1, shift2, scale2, gate2 = shifts
 
         def tokens(y):
             return y.reshape(y.shape[0], -1, y.shape[-1])
 
         def gated(y, gate):
-            return y * gate[:, None, None].astype(dtype)
+            return y * gate[:, None, None].astype(self.dtype)
 
         with jax.named_scope("self_attention"):
             y = tokens(modulate(x, shift1, scale1, eps))
-            y = Attention(cfg.num_attention_heads, relu_linear_attention, cfg.qk_norm, qkv_bias=False, dtype=dtype, name="attn1")(y, y)
+            y = self.attn1(y, self.attn1.keys_values(y))
             x = x + gated(y.reshape(x.shape), gate1)
         with jax.named_scope("cross_attention"):  # no norm before and no gate after
-            attend = functools.partial(attention, mask=None, scale=cfg.cross_attention_head_dim**-0.5)
-            y = Attention(cfg.num_cross_attention_heads, attend, cfg.qk_norm, qkv_bias=True, dtype=dtype, name="attn2")(
-                tokens(x), condition
-            )
-            x = x + y.reshape(x.shape)
+            x = x + self.attn2(tokens(x), keys_values).reshape(x.shape)
         with jax.named_scope("mix_ffn"):
-            y = MixFfn(cfg.mlp_hidden, dtype=dtype, name="ff")(modulate(x, shift2, scale2, eps))
-            x = x + gated(y, gate2)
+            x = x + gated(self.ff(modulate(x, shift2, scale2, eps)), gate2)
         return x, None
 
 
@@ -165,12 +182,14 @@ class Sana(nn.Module):
         self.time_embed = TimeEmbed(width, dtype)
         self.caption_projection = CaptionProjection(width, dtype)
         self.caption_norm = RMSNorm(CAPTION_NORM_EPS)
-        self.transformer_blocks = scan_layers(Block, cfg.num_layers, remat=self.remat)(cfg, dtype)
+        self.transformer_blocks = scan_layers(
+            Block, cfg.num_layers, remat=self.remat, others={"keys_values": nn.broadcast, "step": (0, nn.broadcast)}
+        )(cfg, dtype)
         self.scale_shift_table = self.param("scale_shift_table", nn.initializers.normal(width**-0.5), (2, width))
         self.proj_out = Linear("byxd,dc->byxc", (width, cfg.out_channels), use_bias=True, dtype=dtype)
 
     def encode_condition(self, condition):
-        """condition [B,S,caption] -> [B,S,D]. It does not depend on latents or time, so a sampler needs it once per image."""
+        """condition [B,S,caption] -> [B,S,D]."""
         with jax.named_scope("condition"):
             y = self.caption_norm(self.caption_projection(condition))
             if self.cfg.condition_positions:
@@ -181,14 +200,25 @@ class Sana(nn.Module):
                 y = (y + np.pad(places, ((1, 0), (0, 0)))).astype(y.dtype)
             return y
 
-    def __call__(self, latents, t, condition, encoded: bool = False):
-        """latents [B,Y,X,C], t [B] in (0, 1000], condition [B,S,caption], or the result of `encode_condition` -> velocity [B,Y,X,C']."""
-        condition = condition.astype(self.dtype) if encoded else self.encode_condition(condition)
+    def keys_values(self, condition):
+        """condition [B,S,caption] -> keys and values [L,B,S,N,H] of every block's cross-attention, for `step`: neither latents nor time
+        move them, so a sampler needs them once an image."""
+        return self.transformer_blocks.keys_values(None, self.encode_condition(condition))[1]
+
+    def __call__(self, latents, t, condition):
+        """latents [B,Y,X,C], t [B] in (0, 1000], condition [B,S,caption] -> velocity [B,Y,X,C']."""
+        return self._velocity(latents, t, self.transformer_blocks, self.encode_condition(condition))
+
+    def step(self, latents, t, keys_values):
+        """`__call__` with the result of `keys_values` in place of the condition."""
+        return self._velocity(latents, t, self.transformer_blocks.step, keys_values)
+
+    def _velocity(self, latents, t, blocks, condition):
         x = self.patch_embed(latents)
         if self.cfg.interpolation_scale is not None:
             x = (x + grid_positions(self.cfg, *latents.shape[1:3])).astype(self.dtype)
         e, modulation = self.time_embed(t)
-        x, _ = self.transformer_blocks(x, condition, modulation)
+        x, _ = blocks(x, condition, modulation)
         shift, scale = jnp.moveaxis(self.scale_shift_table.astype(jnp.float32) + e[:, None], 1, 0)
         with jax.named_scope("output"):
             return self.proj_out(modulate(x, shift, scale, OUT_NORM_EPS))

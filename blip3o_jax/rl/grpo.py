@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax import decode
+from blip3o_jax.compilation import jit
 from blip3o_jax.models.blip3o import Blip3o, condition_slice
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.steps import advance
@@ -69,4 +70,4 @@ def update(model: Blip3o, cfg: TrainConfig, state, reference, batch):
 
 def compile_update(model: Blip3o, cfg: TrainConfig, state_shardings):
     """The jitted update: the state is donated and comes back where it was."""
-    return jax.jit(functools.partial(update, model, cfg), donate_argnums=0, out_shardings=(state_shardings, None))
+    return jit(functools.partial(update, model, cfg), donate_argnums=0, out_shardings=(state_shardings, None))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip3o_jax import checkpoint, generate
+from blip3o_jax.compilation import jit
 from blip3o_jax.mesh import check_batch, make_mesh, put_batch
 from blip3o_jax.metrics import sheet
 from blip3o_jax.rl import grpo
@@ -53,8 +54,8 @@ def run(
         log.info("Stage %s on mesh %s.\n%s", cfg.stage, dict(mesh.shape), start.overview(state, frozen))
 
         update = grpo.compile_update(model, cfg, shardings)
-        draw = jax.jit(functools.partial(_draw, model, cfg))
-        show = jax.jit(functools.partial(generate.text_to_image, model, num_inference_steps=20, top_k=1200))
+        draw = jit(functools.partial(_draw, model, cfg))
+        show = jit(functools.partial(generate.text_to_image, model, num_inference_steps=20, top_k=1200))
         sampling = {"top_p": 0.95, "temperature": 1.0, "guidance_scale": 2.0, "shift": 1.0}
 
         def inputs(metadata: list[dict], seed: int):

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from blip3o_jax import generate
+from blip3o_jax.compilation import jit
 from blip3o_jax.mesh import put_whole
 from blip3o_jax.metrics import sheet
 from blip3o_jax.models.blip3o import Blip3o
@@ -28,7 +29,7 @@ def _everywhere(mesh):
     """Decorates a function of (params, host arrays, settings): jitted, the arrays cut along the batch, results in every process."""
 
     def decorate(function):
-        compiled = jax.jit(function, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        compiled = jit(function, out_shardings=NamedSharding(mesh, PartitionSpec()))
         return lambda params, *arrays, **settings: compiled(params, *put_whole(arrays, mesh), **settings)
 
     return decorate

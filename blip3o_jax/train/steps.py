@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from blip3o_jax.compilation import jit
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.sharding import join, split
 from blip3o_jax.train import guard, losses
@@ -91,4 +92,4 @@ def train_step(model: Blip3o, cfg: TrainConfig, state, frozen, batch, shardings=
 def compile_step(model: Blip3o, cfg: TrainConfig, state_shardings):
     """The jitted step: the state is donated and comes back where it was."""
     step = functools.partial(train_step, model, cfg, shardings=state_shardings)
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+    return jit(step, donate_argnums=0, out_shardings=(state_shardings, None))

@@ -69,12 +69,17 @@ def test_values_are_those_of_diffusers(case):
     assert relative_error(apply({"params": params}, latents, t, permuted), arrays["velocity"]) < 1e-5
 
 
-def test_a_condition_can_be_encoded_beforehand():
+def test_keys_and_values_of_the_condition_can_be_computed_beforehand():
     cfg, _, params, arrays = load("normed")
     encoded = Sana(cfg).apply({"params": params}, arrays["condition"], method="encode_condition")
     assert relative_error(encoded, arrays["encoded"]) < 1e-5
-    apply = jax.jit(partial(Sana(cfg).apply, encoded=True))
-    assert relative_error(apply({"params": params}, arrays["latents"], arrays["t"], encoded), arrays["velocity"]) < 1e-5
+    keys, values = Sana(cfg).apply({"params": params}, arrays["condition"], method="keys_values")
+    shape = (cfg.num_layers, *encoded.shape[:2], cfg.num_cross_attention_heads, cfg.cross_attention_head_dim)
+    assert keys.shape == values.shape == shape
+    step = jax.jit(partial(Sana(cfg).apply, method="step"))
+    assert relative_error(step({"params": params}, arrays["latents"], arrays["t"], (keys, values)), arrays["velocity"]) < 1e-5
+    other = step({"params": params}, arrays["latents"], arrays["t"], (keys, 2 * values))
+    assert relative_error(other, arrays["velocity"]) > 1e-3  # they are read
 
 
 def test_bf16_stays_close_and_finite():

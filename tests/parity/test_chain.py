@@ -112,10 +112,10 @@ def test_from_prompt_ids_to_pixels(sides):
     def render(params, hidden, noise):
         both = jnp.concatenate([jnp.zeros_like(hidden), hidden])
         condition = model.connector.apply({"params": params["diffusion_connector"]}, both)
-        encoded = model.sana.apply({"params": params["sana"]}, condition, method="encode_condition")
+        keys_values = model.sana.apply({"params": params["sana"]}, condition, method="keys_values")
 
         def velocity(x, t):
-            return model.sana.apply({"params": params["sana"]}, x, t, encoded, encoded=True)
+            return model.sana.apply({"params": params["sana"]}, x, t, keys_values, method="step")
 
         first = velocity(jnp.concatenate([noise, noise]), jnp.full(2 * len(noise), 600.0))
         latents = flow.euler_sample(velocity, noise, flow.sigmas(STEPS), GUIDANCE)

@@ -121,7 +121,7 @@ def main() -> int:
     parser.add_argument("--out", help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": os.environ.get("XLA_FLAGS", "--xla_force_host_platform_device_count=8")}
-    from blip3o_jax.pipeline import enable_compilation_cache
+    from blip3o_jax.compilation import enable_compilation_cache
 
     enable_compilation_cache()
     if args.worker:

@@ -203,7 +203,7 @@ def main() -> int:
     # Imported here and forked from here, so that a round need not; no device is touched before the fork.
     import orbax.checkpoint  # noqa: F401
 
-    from blip3o_jax.pipeline import enable_compilation_cache
+    from blip3o_jax.compilation import enable_compilation_cache
     from blip3o_jax.train import loop  # noqa: F401
 
     enable_compilation_cache()
