@@ -47,10 +47,10 @@ def run(
     model, manager = start.build_model(cfg), checkpoint.open_manager(workdir, cfg.keep_checkpoints)
 
     with jax.set_mesh(mesh), stop.watch() as stopping:
-        first = [start.initial_params(cfg, model, load_parts, mesh)]
-        reference = jax.tree.map(jnp.copy, first[0]["qwen3"])  # the state's own buffers are donated
-        state, frozen, shardings, notes = start.begin(cfg, model, mesh, manager, first.pop)
-        first.clear()
+        params = start.initial_params(cfg, model, load_parts, mesh)
+        reference = jax.tree.map(jnp.copy, params["qwen3"])  # the state's own buffers are donated
+        state, frozen, shardings, notes = start.begin(cfg, model, mesh, manager, functools.partial(dict, params))
+        del params
         log.info("Stage %s on mesh %s.\n%s", cfg.stage, dict(mesh.shape), start.overview(state, frozen))
 
         update = grpo.compile_update(model, cfg, shardings)
