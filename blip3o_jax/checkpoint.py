@@ -1,11 +1,17 @@
-"""Training checkpoints by Orbax: WORKDIR/checkpoints/STEP/{model,optimizer,config}, asynchronous, atomic, the newest N kept.
+"""Training checkpoints by Orbax: WORKDIR/checkpoints/STEP/{model,optimizer,config,notes}, asynchronous, atomic, the newest N kept.
 
-`model` is {"params", "frozen"[, "ema"]} and can be read alone; `optimizer` is {"step", "opt_state"}; `config` the run's config as JSON.
-The data position is the step itself.
+`model` is {"params", "frozen"[, "ema"]} and can be read alone; `optimizer` is {"step", "opt_state", "guard"}; `config` the run's config
+and `notes` the clock's totals as JSON. The data position is the step itself, and so is the state of every random key.
+A folder appears under its number when everything in it is written; one that was killed on the way is swept out by the next run.
 """
 
+import contextlib
 import dataclasses
+import json
+import logging
 import pathlib
+import re
+import shutil
 from collections.abc import Iterator
 
 import jax
@@ -13,45 +19,101 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from blip3o_jax.config import ConfigError
+from blip3o_jax.mesh import first_alone
 from blip3o_jax.sharding import join
+
+log = logging.getLogger(__name__)
+
+OPTIMIZER = ("step", "opt_state", "guard")  # of the state, beside the weights
 
 PIECE = 64 << 20  # bytes of an array that are one file's piece; whoever reads the array holds it once and a piece, not twice
 
 
-def open_manager(workdir, keep: int = 1, create: bool = True):
-    """Orbax's manager of a workdir's checkpoints."""
+def open_manager(workdir, keep: int = 1):
+    """Orbax's manager of a workdir's checkpoints; those that are not whole are removed. ConfigError when the folder cannot be written."""
     import orbax.checkpoint as ocp
 
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create)
-    return ocp.CheckpointManager(pathlib.Path(workdir).absolute() / "checkpoints", options=options)
+    logging.getLogger("absl").addFilter(_not_orbax)
+    folder = pathlib.Path(workdir).absolute() / "checkpoints"
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+    try:
+        with first_alone("the checkpoints"):
+            for broken in {*_numbered(folder), *folder.glob("*.orbax-checkpoint-tmp*")} - whole(folder):
+                log.warning("%s is not whole and is removed.", broken)
+                shutil.rmtree(broken, ignore_errors=True)
+        return ocp.CheckpointManager(folder, options=options)
+    except OSError as error:
+        raise ConfigError(f"The checkpoints {folder} cannot be written: {error.strerror}.") from error
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    """What goes wrong in Orbax's threads it logs with its traceback, and raises in ours, where it becomes one sentence."""
+    return "orbax" not in record.pathname
+
+
+def _numbered(folder: pathlib.Path) -> set[pathlib.Path]:
+    return {child for child in folder.iterdir() if child.name.isdigit()} if folder.is_dir() else set()
+
+
+def whole(folder: pathlib.Path) -> set[pathlib.Path]:
+    """The checkpoints below `folder` with all their items, each with the file that Orbax writes last."""
+    files = ["_CHECKPOINT_METADATA", "config/metadata"]
+    files += [f"{item}/{file}" for item in ("model", "optimizer") for file in ("_METADATA", "manifest.ocdbt")]
+    return {child for child in _numbered(folder) if all((child / file).is_file() for file in files)}
 
 
 def is_workdir(directory) -> bool:
     """Whether the directory is a training run's with at least one whole checkpoint."""
-    folder = pathlib.Path(directory) / "checkpoints"
-    return folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir())
+    return bool(whole(pathlib.Path(directory) / "checkpoints"))
 
 
-def save(manager, config, state, frozen) -> None:
-    """Saves in the background under the state's step."""
+@contextlib.contextmanager
+def _writing(manager):
+    """Says in one sentence what went wrong while a checkpoint was written, which may have been the one before."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        text = str(error).strip()
+        known = re.search(r"No space left on device|Disk quota exceeded|Read-only file system|Permission denied", text)
+        reason = known[0] if known else text.splitlines()[0][:200]
+        raise ConfigError(f"A checkpoint cannot be written to {manager.directory}: {reason}; those before it are whole.") from error
+
+
+def save(manager, config, state, frozen, notes: dict) -> None:
+    """Saves in the background under the state's step; `notes` come back from `restore`. The arrays may be donated when this returns.
+
+    ConfigError when this checkpoint or the one before it cannot be written.
+    """
     import orbax.checkpoint as ocp
 
     model = {"params": state["params"], "frozen": frozen}
     if "ema" in state:
         model["ema"] = state["ema"]
     pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=PIECE), model)
-    manager.save(
-        int(state["step"]),
-        args=ocp.args.Composite(
-            model=ocp.args.StandardSave(model, save_args=pieces),
-            optimizer=ocp.args.StandardSave({"step": state["step"], "opt_state": state["opt_state"]}),
-            config=ocp.args.JsonSave(dataclasses.asdict(config)),
-        ),
-    )
+    with _writing(manager):
+        manager.save(
+            int(state["step"]),
+            args=ocp.args.Composite(
+                model=ocp.args.StandardSave(model, save_args=pieces),
+                optimizer=ocp.args.StandardSave({name: state[name] for name in OPTIMIZER}),
+                config=ocp.args.JsonSave(dataclasses.asdict(config)),
+                notes=ocp.args.JsonSave(notes),
+            ),
+            force=True,
+        )
+
+
+def finish(manager) -> None:
+    """Waits until everything is written; ConfigError when it cannot be."""
+    with _writing(manager):
+        manager.wait_until_finished()
 
 
 def restore(manager, state, frozen):
-    """The newest checkpoint onto the placement of (state, frozen), which may be arrays or abstract ones with shardings."""
+    """(state, frozen, notes) of the newest checkpoint, onto the placement of (state, frozen): arrays, or abstract ones with shardings.
+
+    ConfigError when it cannot be read, or is of other arrays.
+    """
     import orbax.checkpoint as ocp
 
     def abstract(tree):
@@ -60,12 +122,21 @@ def restore(manager, state, frozen):
     model = {"params": abstract(state["params"]), "frozen": abstract(frozen)}
     if "ema" in state:
         model["ema"] = abstract(state["ema"])
-    optimizer = abstract({"step": state["step"], "opt_state": state["opt_state"]})
-    args = ocp.args.Composite(model=ocp.args.StandardRestore(model), optimizer=ocp.args.StandardRestore(optimizer))
-    saved = manager.restore(manager.latest_step(), args=args)
-    model = saved["model"]
+    optimizer = abstract({name: state[name] for name in OPTIMIZER})
+    args = ocp.args.Composite(
+        model=ocp.args.StandardRestore(model), optimizer=ocp.args.StandardRestore(optimizer), notes=ocp.args.JsonRestore()
+    )
+    step = manager.latest_step()
+    try:
+        saved = manager.restore(step, args=args)
+    except (ValueError, KeyError, OSError) as error:
+        raise ConfigError(
+            f"The checkpoint {manager.directory / str(step)} cannot be read: {str(error).strip().splitlines()[0][:300]} "
+            "Move it away, and the run goes on from the one before."
+        ) from error
+    model = dict(saved["model"])
     frozen = model.pop("frozen")
-    return {**model, **saved["optimizer"]}, frozen
+    return {**model, **saved["optimizer"]}, frozen, saved["notes"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,13 +176,13 @@ def open_run(workdir) -> tuple[dict, dict[str, RunLeaf], int]:
     was kept. Nothing is read yet. Raises ConfigError when there is no whole checkpoint or it cannot be read."""
     import orbax.checkpoint as ocp
 
-    if not is_workdir(workdir):
+    folders = whole(pathlib.Path(workdir).absolute() / "checkpoints")
+    if not folders:
         raise ConfigError(f"{workdir} holds no training checkpoint.")
-    manager = open_manager(workdir, create=False)
-    step = manager.latest_step()
-    folder = pathlib.Path(workdir).absolute() / "checkpoints" / str(step) / "model"
+    newest = max(folders, key=lambda folder: int(folder.name))
+    folder, step = newest / "model", int(newest.name)
     try:
-        config = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+        config = json.loads((newest / "config" / "metadata").read_text())
         with ocp.PyTreeCheckpointer() as reader:
             tree = reader.metadata(folder).item_metadata.tree
     except (ValueError, KeyError, OSError) as error:

@@ -26,6 +26,12 @@ def nearest(name: str, known) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}."
 
 
+def multiples(size: int, divisor: int) -> str:
+    """`'the nearest that do are 8 and 16.'` for a size that does not divide."""
+    below = size // divisor * divisor
+    return f"the nearest that do are {below} and {below + divisor}." if below else f"the nearest that does is {divisor}."
+
+
 @dataclass(frozen=True)
 class Qwen3Config:
     """Qwen3ForCausalLM. `vocab_size` counts text, special, scale and image tokens together."""

@@ -51,13 +51,12 @@ def flow_loss(velocity, x0, noise):
     return jnp.mean(jnp.square(velocity.astype(jnp.float32) - velocity_target(x0, noise)), axis=(1, 2, 3))
 
 
-def drop_condition(key, hidden, p: float):
-    """Zeroes whole samples of hidden [B,T,D] with probability p, so that the model also learns to go without a condition.
+def drop_condition(hidden, dropped):
+    """Zeroes the samples of hidden [B,T,D] that are `dropped` [B], so that the model also learns to go without a condition.
 
     For the states before the connector: generation feeds zeros through the connector too.
     """
-    dropped = jax.random.bernoulli(key, p, (hidden.shape[0], 1, 1))
-    return jnp.where(dropped, 0, hidden)
+    return jnp.where(dropped[:, None, None], 0, hidden)
 
 
 def guided(unconditional, conditional, guidance_scale):

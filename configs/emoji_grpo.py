@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
             "stage": "grpo",
             "preset": "emoji_64",
             "batch_size": 64,
-            "num_steps": 250,
+            "num_steps": 180,
             "init": dict.fromkeys(("qwen3", "diffusion_connector", "sana", "ta_tok", "dc_ae"), "runs/joint"),
             "data": {
                 "seed": 5,

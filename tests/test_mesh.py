@@ -1,8 +1,13 @@
+import re
+from types import SimpleNamespace
+
 import jax
+import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from blip3o_jax.config import ConfigError, preset
-from blip3o_jax.mesh import make_mesh, parse_mesh
+from blip3o_jax.mesh import batch_hosts, check_batch, make_mesh, parse_mesh, put_batch, put_whole
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.sharding import join, shardings, spec, split
 
@@ -18,9 +23,70 @@ def test_mesh_strings():
 def test_one_axis_takes_what_is_left():
     assert dict(make_mesh({"fsdp": 2}).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
     assert dict(make_mesh({"data": 2, "fsdp": -1, "tensor": 2}).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    for wrong in ({"data": 3}, {"data": -1, "fsdp": -1}, {"fsdp": 0}, {"tensor": 3}):
-        with pytest.raises(ConfigError):
-            make_mesh(wrong)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 3}, "data=3 does not fit the 8 of 8 devices that are left; take 8"),
+        ({"fsdp": 3}, "fsdp=3 does not fit the 8 of 8 devices that are left; take 2 or 4"),
+        ({"tensor": 3, "fsdp": 2}, "tensor=3 does not fit the 4 of 8 devices that are left after fsdp=2; take 2 or 4"),
+        ({"data": 2, "fsdp": 2}, "data=2 does not fit the 4 of 8 devices that are left after fsdp=2; take 4"),
+        ({"fsdp": 16}, "fsdp=16 does not fit the 8 of 8 devices that are left; take 8"),
+        ({"data": -1, "fsdp": -1}, "both data and fsdp are -1"),
+        ({"fsdp": 0}, "fsdp=0 is no size"),
+        ({"dcn": -1}, "dcn=-1 is no size"),
+        ({"fsdp": 2.0}, "fsdp=2.0 is no size"),
+        ({"model": 2}, "no axis 'model'"),
+        ({"fsdp": 4, "dcn": 4}, "data=2 does not divide over dcn=4 slices; the nearest that does is 4"),
+    ],
+)
+def test_what_does_not_fit_names_the_axis_and_what_does(sizes, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make_mesh(sizes)
+
+
+def test_slices_are_the_outer_part_of_data():
+    """Devices 0 to 3 stand for one slice, 4 to 7 for the other: only steps along `data` from row 1 to row 2 leave one."""
+    ids = np.vectorize(lambda device: device.id)(make_mesh({"dcn": 2, "data": 4, "fsdp": 2}).devices)
+    assert ids.tolist() == [[[0], [1]], [[2], [3]], [[4], [5]], [[6], [7]]]
+    inside = np.vectorize(lambda device: device.id // 4)(make_mesh({"dcn": 2, "fsdp": 2, "tensor": 2}).devices)
+    assert inside.tolist() == [[[0, 0], [0, 0]], [[1, 1], [1, 1]]]
+
+
+def test_devices_that_know_their_slices_are_asked(monkeypatch):
+    """In whatever order they are listed; and a mesh of another number of slices is refused."""
+    devices = [SimpleNamespace(id=i, platform="test", device_kind="", process_index=i // 2, slice_index=i % 2) for i in range(8)]
+    monkeypatch.setattr("blip3o_jax.mesh.Mesh", lambda devices, axes, axis_types: devices)
+    slices = [[d.slice_index for d in row.ravel()] for row in make_mesh({"dcn": 2, "fsdp": 4}, devices)]
+    assert slices == [[0, 0, 0, 0], [1, 1, 1, 1]]
+    for device in devices:
+        device.platform = "tpu"
+    with pytest.raises(ConfigError, match="dcn=1, but the devices are of 2 slices; take dcn=2"):
+        make_mesh({}, devices)
+
+
+def test_a_batch_that_does_not_divide_names_the_nearest_that_do():
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    check_batch(12, mesh)
+    with pytest.raises(ConfigError, match=r"batch_size 12 does not divide by the mesh's 4 batch shards x 2 micro-batches; .* are 8 and 16"):
+        check_batch(12, mesh, 2)
+
+
+def test_whole_batches_are_cut_as_far_as_they_divide():
+    mesh, rows = make_mesh({"data": 4, "fsdp": 2}), np.arange(24)
+    for count, cuts in ((24, (("data", "fsdp"),)), (20, ("data",)), (6, ("fsdp",)), (3, (None,))):
+        made = put_whole(rows[:count], mesh)
+        assert made.sharding.spec == PartitionSpec(*cuts)
+        np.testing.assert_array_equal(made, rows[:count])
+
+
+def test_one_process_feeds_the_whole_batch():
+    mesh = make_mesh({"data": 2, "tensor": 4})
+    assert batch_hosts(mesh) == (0, 1)
+    made = put_batch({"x": np.arange(8)}, mesh)["x"]
+    assert made.sharding.spec == PartitionSpec(("data", "fsdp"))
+    np.testing.assert_array_equal(made, np.arange(8))
 
 
 def test_every_large_leaf_of_the_full_models_but_the_autoencoder_is_cut():

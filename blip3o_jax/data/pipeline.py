@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from blip3o_jax import text as texts
-from blip3o_jax.config import ConfigError
+from blip3o_jax.config import ConfigError, multiples
 from blip3o_jax.data.cache import open_cached
 from blip3o_jax.data.mixture import HeldOut, HostRows, Mixture, whole_weights
 from blip3o_jax.data.sources import first_record, open_source
@@ -55,7 +55,10 @@ def dataset(cfg: TrainConfig, data_dir: str, split: str, tokenizer: texts.Text |
         extra=data.extra,
         named_ground=data.named_ground,
     )
-    source = builder.open_source(data_dir, split, world)
+    try:
+        source = builder.open_source(data_dir, split, world)
+    except OSError as error:
+        raise ConfigError(f"The scenes cannot be drawn into {data_dir}: {error.strerror or error}; name another data.data_dir.") from error
     if tokenizer is None:
         return grain.MapDataset.source(source).map(_image_record)
     num_tokens, length = cfg.blip3o().ta_tok.num_tokens, row_length(cfg, tokenizer)
@@ -102,23 +105,26 @@ def tally_of(cfg: TrainConfig, workdir=None) -> Tally:
     return Tally(cfg.data.max_bad_fraction, workdir and pathlib.Path(workdir) / f"bad_records.{jax.process_index()}.jsonl")
 
 
-def train_batches(cfg: TrainConfig, data_dir: str, tokenizer: texts.Text | None, start: int = 0, sources=None, tally=None):
+def train_batches(
+    cfg: TrainConfig, data_dir: str, tokenizer: texts.Text | None, start: int = 0, sources=None, tally=None, hosts: tuple[int, int] = (0, 1)
+):
     """Endless iterator of this host's rows of batch `start`, `start + 1`, ...: shuffled anew every epoch.
 
-    The rows of all hosts in turn are the batch of a single host. `sources` are those of `open_sources`, if opened before; `tally`, as of
-    `tally_of`, counts what is read of them. ConfigError, while iterating too, when the data are not fit to train on.
+    `hosts` (i, n) are those of `mesh.batch_hosts`: this one reads the i-th of n equal runs of a batch's rows, which together are the batch
+    of a single host. `sources` are those of `open_sources`, if opened before; `tally`, as of `tally_of`, counts what is read of them.
+    ConfigError, while iterating too, when the data are not fit to train on.
     """
-    hosts = jax.process_count()
-    if cfg.batch_size % hosts:
-        raise ConfigError(f"batch_size {cfg.batch_size} does not divide by {hosts} hosts.")
+    host, count = hosts
+    if cfg.batch_size % count:
+        raise ConfigError(f"batch_size {cfg.batch_size} does not divide by {count} hosts; {multiples(cfg.batch_size, count)}")
     if cfg.data.sources:
         records = mixture(cfg, sources or open_sources(cfg), tokenizer, tally or tally_of(cfg))
     elif cfg.stage == "practice":
         records = exercises(cfg, tokenizer, cfg.seed)
     else:
         records = dataset(cfg, data_dir, "train", tokenizer).seed(cfg.seed).shuffle().repeat()
-    rows = HostRows(records, cfg.batch_size, jax.process_index(), hosts)
-    batches = grain.MapDataset.source(rows).batch(cfg.batch_size // hosts)
+    rows = HostRows(records, cfg.batch_size, host, count)
+    batches = grain.MapDataset.source(rows).batch(cfg.batch_size // count)
     options = grain.ReadOptions(num_threads=cfg.data.reader_threads, prefetch_buffer_size=4)
     iterator = iter(batches.to_iter_dataset(options))
     iterator.set_state({"next_index": start})

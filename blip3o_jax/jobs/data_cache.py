@@ -15,7 +15,7 @@ from blip3o_jax.config import ConfigError
 from blip3o_jax.data import cache
 from blip3o_jax.data.records import RecordError
 from blip3o_jax.data.transform import Tally, image_arrays
-from blip3o_jax.mesh import BATCH, make_mesh
+from blip3o_jax.mesh import BATCH, make_mesh, meet, start_processes
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.train.config import TrainConfig
 
@@ -117,6 +117,7 @@ def run(args) -> None:
         raise ConfigError(f"{args.config} names no data.sources, so there is nothing to cache.")
     for directory in cfg.init.values():
         find_checkpoint(directory)
+    start_processes()
     sources = open_sources(cfg)
     params = encoder_params(cfg, load_part)
     wanted = cache.describe(cfg, params) | {
@@ -147,6 +148,7 @@ def run(args) -> None:
         rate = tally.counts["read"] / (time.perf_counter() - began)
         eta = (time.perf_counter() - began) / done * (len(todo) - done) / 60
         log.info("shard %d/%d %s, %.1f records/s, eta %.0f min", done, len(todo), name, rate, eta)
+    meet("the end of the cache", timeout=86_400)  # a process that left earlier would take the others along
     size = sum(file.stat().st_size for file in folder.glob("*.array_record"))
     report = {"cache": str(folder), "shards": len(names), "made": len(todo), "bytes": size}
     print(json.dumps(report | {name: tally.counts[name] for name in ("read", "bad")}))

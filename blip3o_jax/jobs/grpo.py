@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+
 from blip3o_jax.config import ConfigError
 from blip3o_jax.jobs.train import load_part, own_workdir, read_config
 
@@ -11,6 +13,7 @@ HELDOUT_SEED = 2  # of the prompts shown while training; the benchmark draws fro
 def run(config: str, workdir: str, overrides: list[str]) -> None:
     """Trains; prints the last held-out numbers as one JSON line."""
     from blip3o_jax.compilation import enable_compilation_cache
+    from blip3o_jax.mesh import check_batch, make_mesh, start_processes
     from blip3o_jax.pipeline import find_checkpoint, tokenizer_of
     from blip3o_jax.rl import loop
     from blip3o_jax.rl.rewards import scene_rewards
@@ -22,6 +25,10 @@ def run(config: str, workdir: str, overrides: list[str]) -> None:
         raise ConfigError(f"{config} is of stage {cfg.stage!r}; `blip3o-jax train` runs that.")
     for directory in cfg.init.values():
         find_checkpoint(directory)  # before anything is made
+    start_processes()
+    if jax.process_count() > 1:
+        raise ConfigError("GRPO runs in one process; rewards are not yet gathered from several.")
+    check_batch(cfg.batch_size, make_mesh(cfg.mesh))
     model, data = cfg.blip3o(), cfg.data
     text = Text(load_tokenizer(tokenizer_of(model.name)), model.vocab, model.max_prompt_tokens)
     count, shares = cfg.batch_size // cfg.grpo.num_generations, {"extra": data.extra, "named_ground": data.named_ground}

@@ -76,15 +76,21 @@ def load_part(directory: str, part: str) -> dict:
 
 def open_workdir(cfg: TrainConfig, workdir: str) -> pathlib.Path:
     """Makes the workdir and keeps the config in it; ConfigError when it holds another run's or cannot be written."""
+    from blip3o_jax.mesh import first_alone
+
     folder = pathlib.Path(workdir)
     text = json.dumps(asdict(cfg), indent=1, sort_keys=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        kept = folder / "config.json"
-        if not kept.exists():
-            kept.write_text(text)
-    except OSError as error:
-        raise ConfigError(f"The workdir {workdir} cannot be written: {error.strerror}.") from error
+    kept, new = folder / "config.json", folder / ".config.json"
+    with first_alone("the workdir") as first:
+        try:
+            if first:
+                folder.mkdir(parents=True, exist_ok=True)
+                new.write_text(text)  # even when there is one: so that it shows now whether the workdir can be written
+                new.unlink() if kept.exists() else new.replace(kept)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                new.unlink()
+            raise ConfigError(f"The workdir {workdir} cannot be written: {error.strerror}.") from error
     before, now = (_flat(json.loads(t)) for t in (kept.read_text(), text))
     changed = [f"{k}: {before.get(k)} there, {now.get(k)} here" for k in sorted(before | now) if before.get(k) != now.get(k)]
     if changed:
@@ -103,7 +109,7 @@ def own_workdir(cfg: TrainConfig, workdir: str) -> Iterator[pathlib.Path]:
         yield folder
     except ConfigError:
         if not (folder / "metrics.jsonl").exists() and not is_workdir(folder):
-            (folder / "config.json").unlink()
+            (folder / "config.json").unlink(missing_ok=True)  # another process of the run may be quicker
             with contextlib.suppress(OSError):  # it holds something else
                 folder.rmdir()
         raise
@@ -117,11 +123,12 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 
 
 def run(config: str, workdir: str, overrides: list[str]) -> None:
-    """Trains; prints the last evaluation as one JSON line."""
+    """Trains; prints the last evaluation as one JSON line, from process 0 if there are several."""
     from blip3o_jax.compilation import enable_compilation_cache
     from blip3o_jax.data import pipeline as data
     from blip3o_jax.data.cache import check_cache
     from blip3o_jax.jobs.data_cache import encoder_params
+    from blip3o_jax.mesh import batch_hosts, check_batch, first_alone, is_first, make_mesh, start_processes
     from blip3o_jax.pipeline import find_checkpoint
     from blip3o_jax.scenes.exercises import name_ids
     from blip3o_jax.train import loop
@@ -131,6 +138,10 @@ def run(config: str, workdir: str, overrides: list[str]) -> None:
         raise ConfigError(f"{config} is of stage 'grpo'; `blip3o-jax grpo` runs that.")
     for directory in cfg.init.values():
         find_checkpoint(directory)  # before anything is made
+    start_processes()
+    mesh = make_mesh(cfg.mesh)
+    check_batch(cfg.batch_size, mesh, cfg.accumulate)
+    hosts = batch_hosts(mesh)
     tokenizer = open_tokenizer(cfg) if cfg.stage in ("practice", "joint") else None
     sources = data.open_sources(cfg)
     if cfg.data.cache:
@@ -140,10 +151,12 @@ def run(config: str, workdir: str, overrides: list[str]) -> None:
         enable_compilation_cache()
         data_dir = cfg.data.data_dir or str(folder.parent / "scenes")
         tally = data.tally_of(cfg, folder)
-        heldout = data.heldout_batch(cfg, data_dir, tokenizer, 64, sources, tally)
+        with first_alone("the data"):
+            heldout = data.heldout_batch(cfg, data_dir, tokenizer, 64, sources, tally)
 
         def batches(step):
-            return data.train_batches(cfg, data_dir, tokenizer, step, sources, tally)
+            return data.train_batches(cfg, data_dir, tokenizer, step, sources, tally, hosts)
 
         result = loop.run(cfg, folder, batches, heldout, load_part, words)
-    print(json.dumps(result))
+    if is_first():
+        print(json.dumps(result))

@@ -8,13 +8,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from blip3o_jax import decode
 from blip3o_jax.compilation import jit
 from blip3o_jax.models.blip3o import Blip3o, condition_slice
 from blip3o_jax.train.config import TrainConfig
-from blip3o_jax.train.optimizer import optimizer, update_ema
+from blip3o_jax.train.steps import advance
 
 
 def advantages(rewards, num_generations: int):
@@ -66,12 +65,7 @@ def update(model: Blip3o, cfg: TrainConfig, state, reference, batch):
         value, metrics = policy_loss(logprobs, old_of(logprobs), old_of(frozen), batch["advantages"], cfg.grpo.epsilon, cfg.grpo.beta)
         return value, {**metrics, "logprob_gap": jnp.max(jnp.abs(logprobs - batch["logprobs"])), "entropy": -jnp.mean(logprobs)}
 
-    grads, metrics = jax.grad(loss, has_aux=True)(state["params"])
-    updates, opt_state = optimizer(cfg.optimizer, cfg.num_steps).update(grads, state["opt_state"], state["params"])
-    new = {"step": state["step"] + 1, "params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}
-    if "ema" in state:
-        new["ema"] = update_ema(state["ema"], new["params"], state["step"], cfg.optimizer.ema_decay)
-    return new, {**metrics, "grad_norm/qwen3": optax.tree.norm(grads)}
+    return advance(cfg, state, *jax.grad(loss, has_aux=True)(state["params"]))
 
 
 def compile_update(model: Blip3o, cfg: TrainConfig, state_shardings):

@@ -1,6 +1,7 @@
 """The loop around rollouts and updates: the only part of reinforcement learning that touches clock, disk and devices."""
 
 import functools
+import json
 import logging
 import pathlib
 import time
@@ -12,15 +13,14 @@ import numpy as np
 
 from blip3o_jax import checkpoint, generate
 from blip3o_jax.compilation import jit
-from blip3o_jax.config import ConfigError
-from blip3o_jax.mesh import batch_shards, make_mesh, put_batch
-from blip3o_jax.metrics import MetricWriter, sheet
+from blip3o_jax.mesh import check_batch, make_mesh, put_batch
+from blip3o_jax.metrics import sheet
 from blip3o_jax.rl import grpo
-from blip3o_jax.sharding import join, shardings
+from blip3o_jax.sharding import join
 from blip3o_jax.text import Text
-from blip3o_jax.train import loop, steps
+from blip3o_jax.train import start, steps, stop
 from blip3o_jax.train.config import TrainConfig
-from blip3o_jax.train.optimizer import schedule
+from blip3o_jax.train.meter import Meter
 
 log = logging.getLogger(__name__)
 
@@ -40,72 +40,73 @@ def run(
 
     `prompts(step)` are the metadata (with their "prompt") of that update, batch_size / num_generations of them; `heldout` those that are
     drawn at every evaluation, batch_size at most; `reward(images, metadata)` gives rewards and numbers to log. Raises ConfigError for
-    what the config gets wrong, and when the loss stops being finite.
+    what the config gets wrong and as the supervised loop does; rewards count as waiting for data.
     """
-    if jax.process_count() > 1:
-        raise ConfigError("GRPO runs in one process; rewards are not yet gathered from several.")
-    workdir, mesh = pathlib.Path(workdir), make_mesh(cfg.mesh)
-    if cfg.batch_size % batch_shards(mesh):
-        raise ConfigError(f"batch_size {cfg.batch_size} does not divide by the mesh's {batch_shards(mesh)} batch shards.")
-    model, writer = loop.build_model(cfg), MetricWriter(workdir)
-    manager = checkpoint.open_manager(workdir, cfg.keep_checkpoints)
+    began, workdir, mesh = time.time(), pathlib.Path(workdir), make_mesh(cfg.mesh)
+    check_batch(cfg.batch_size, mesh)
+    model, manager = start.build_model(cfg), checkpoint.open_manager(workdir, cfg.keep_checkpoints)
 
-    params = loop.initial_params(cfg, model, load_parts, mesh)
-    placed = shardings(jax.eval_shape(lambda p: steps.init_state(cfg, p), params), mesh)
-    state, frozen = jax.jit(lambda p: steps.init_state(cfg, p), out_shardings=placed)(params)
-    reference = jax.tree.map(jnp.copy, params["qwen3"])  # the state's own buffers are donated
-    del params
-    if manager.latest_step() is not None:
-        state, frozen = checkpoint.restore(manager, state, frozen)
-        log.info("Resumed %s at step %d.", workdir, int(state["step"]))
+    with jax.set_mesh(mesh), stop.watch() as stopping:
+        params = start.initial_params(cfg, model, load_parts, mesh)
+        reference = jax.tree.map(jnp.copy, params["qwen3"])  # the state's own buffers are donated
+        state, frozen, shardings, notes = start.begin(cfg, model, mesh, manager, functools.partial(dict, params))
+        del params
+        log.info("Stage %s on mesh %s.\n%s", cfg.stage, dict(mesh.shape), start.overview(state, frozen))
 
-    update = grpo.compile_update(model, cfg, placed[0])
-    draw = jit(functools.partial(_draw, model, cfg))
-    show = jit(functools.partial(generate.text_to_image, model, num_inference_steps=20, top_k=1200))
-    sampling = {"top_p": 0.95, "temperature": 1.0, "guidance_scale": 2.0, "shift": 1.0}
+        update = grpo.compile_update(model, cfg, shardings)
+        draw = jit(functools.partial(_draw, model, cfg))
+        show = jit(functools.partial(generate.text_to_image, model, num_inference_steps=20, top_k=1200))
+        sampling = {"top_p": 0.95, "temperature": 1.0, "guidance_scale": 2.0, "shift": 1.0}
 
-    def inputs(metadata: list[dict], seed: int):
-        """A full batch for as many metadata as there are; what is missing repeats the first."""
-        rows = [m["prompt"] for m in metadata] + [metadata[0]["prompt"]] * (cfg.batch_size - len(metadata))
-        numbers = np.array([generate.sample_key(seed, prompt, i) for i, prompt in enumerate(rows)], np.uint32)
-        return put_batch((*text.encode_prompts(rows, text.max_prompt_tokens), numbers), mesh)
+        def inputs(metadata: list[dict], seed: int):
+            """A full batch for as many metadata as there are; what is missing repeats the first."""
+            rows = [m["prompt"] for m in metadata] + [metadata[0]["prompt"]] * (cfg.batch_size - len(metadata))
+            numbers = np.array([generate.sample_key(seed, prompt, i) for i, prompt in enumerate(rows)], np.uint32)
+            return put_batch((*text.encode_prompts(rows, text.max_prompt_tokens), numbers), mesh)
 
-    def evaluate() -> tuple[dict[str, float], np.ndarray]:
-        made = show(steps.weights(state, frozen), *inputs(heldout, cfg.seed), **sampling)
-        images = np.asarray(made["images"])[: len(heldout)]
-        return {f"heldout/{name}": value for name, value in reward(images, heldout)[1].items()}, sheet(images)
+        def evaluate() -> tuple[dict[str, float], np.ndarray]:
+            made = show(steps.weights(state, frozen), *inputs(heldout, cfg.seed), **sampling)
+            images = np.asarray(made["images"])[: len(heldout)]
+            return {f"heldout/{name}": value for name, value in reward(images, heldout)[1].items()}, sheet(images)
 
-    rate, result = schedule(cfg.optimizer, cfg.num_steps), {}
-    for now in range(int(state["step"]) + 1, cfg.num_steps + 1):
-        began = time.perf_counter()
-        metadata = [m for m in prompts(now - 1) for _ in range(cfg.grpo.num_generations)]
-        # Rollouts of an update have keys of their own, so that a prompt that comes again is drawn anew.
-        made = jax.device_get(draw(join(frozen, state["params"]), *inputs(metadata, cfg.seed + 1_000_003 * now)))
-        drawn = time.perf_counter()
-        rewards, numbers = reward(made["images"], metadata)
-        judged = time.perf_counter()
-        tokens, start = text.training_rows([text.encode_prompt(m["prompt"]) for m in metadata], made["tokens"], _length(cfg, text))
-        batch = {"tokens": tokens, "start": start, "logprobs": made["logprobs"]}
-        batch["advantages"] = np.asarray(grpo.advantages(rewards, cfg.grpo.num_generations))
-        state, metrics = update(state, reference, put_batch(batch, mesh))
-        metrics = {name: float(value) for name, value in metrics.items()}
-        ended = time.perf_counter()
-        spread = float(np.mean(np.std(rewards.reshape(-1, cfg.grpo.num_generations), axis=1)))
-        metrics |= {"reward": float(rewards.mean()), "reward_std": spread, **numbers, "learning_rate": float(rate(now))}
-        metrics |= {"rollout_s": drawn - began, "reward_s": judged - drawn, "update_s": ended - judged}
-        writer.write(now, metrics)
-        if not np.isfinite(metrics["loss"]):
-            raise ConfigError(f"The loss is not finite at step {now}; the newest checkpoint in {workdir} is from before.")
-        if now % cfg.log_every == 0:
-            log.info("step %d/%d %s", now, cfg.num_steps, " ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-        if now % cfg.eval_every == 0 or now == cfg.num_steps:
-            result, picture = evaluate()
-            writer.write(now, result)
-            writer.write_image(now, "sheet", picture)
-            log.info("held out at step %d: %s", now, result)
-        if now % cfg.checkpoint_every == 0 or now == cfg.num_steps:
-            checkpoint.save(manager, cfg, state, frozen)
-    manager.wait_until_finished()
+        done = int(state["step"])
+        meter, result = Meter(cfg, workdir, done, {"began": began, **notes}), {}
+        for now in range(done + 1, cfg.num_steps + 1):
+            last, clock = now == cfg.num_steps, time.perf_counter()
+            metadata = [m for m in prompts(now - 1) for _ in range(cfg.grpo.num_generations)]
+            # Rollouts of an update have keys of their own, so that a prompt that comes again is drawn anew.
+            made = jax.device_get(draw(join(frozen, state["params"]), *inputs(metadata, cfg.seed + 1_000_003 * now)))
+            drawn = time.perf_counter()
+            with meter.phase("data"):
+                rewards, numbers = reward(made["images"], metadata)
+            judged = time.perf_counter()
+            tokens, begins = text.training_rows([text.encode_prompt(m["prompt"]) for m in metadata], made["tokens"], _length(cfg, text))
+            batch = {"tokens": tokens, "start": begins, "logprobs": made["logprobs"]}
+            batch["advantages"] = np.asarray(grpo.advantages(rewards, cfg.grpo.num_generations))
+            with meter.step(now):
+                state, metrics = update(state, reference, put_batch(batch, mesh))
+            jax.block_until_ready(metrics)
+            spread = float(np.mean(np.std(rewards.reshape(-1, cfg.grpo.num_generations), axis=1)))
+            metrics |= {"reward": float(rewards.mean()), "reward_std": spread, **numbers}
+            metrics |= {"rollout_s": drawn - clock, "reward_s": judged - drawn, "update_s": time.perf_counter() - judged}
+            meter.add(now, batch, metrics)
+            leave = stopping(now)
+            if now % cfg.log_every == 0 or last or leave:
+                meter.log(now)
+            if now % cfg.eval_every == 0 or last:
+                with meter.phase("other"):
+                    result, picture = evaluate()
+                    meter.writer.write(now, result)
+                    meter.writer.write_image(now, "sheet", picture)
+                log.info("held out at step %d: %s", now, json.dumps(result))
+            if now % cfg.checkpoint_every == 0 or last or leave:
+                with meter.phase("other"):
+                    checkpoint.save(manager, cfg, state, frozen, meter.clock())
+            if leave and not last:
+                checkpoint.finish(manager)
+                log.info("Saved step %d; the same command goes on from it.", now)
+                raise stop.Preempted(now)
+        checkpoint.finish(manager)
     return result
 
 

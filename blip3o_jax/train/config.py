@@ -1,14 +1,17 @@
 """A training run as frozen dataclasses, built and checked from the ml_collections of a config file before anything else happens."""
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass, field
 
 from blip3o_jax import config as model_config
-from blip3o_jax.config import ConfigError, nearest
+from blip3o_jax.config import ConfigError, multiples, nearest
 from blip3o_jax.train.data_config import DataConfig
 
-STAGES = ("autoencoder", "tokenizer", "practice", "joint", "grpo")
+# The parts that a stage's run holds, trained or not.
+WHOLE = ("qwen3", "diffusion_connector", "sana", "ta_tok", "dc_ae")
+PARTS = {"autoencoder": ("dc_ae",), "tokenizer": ("ta_tok",), "practice": ("qwen3",), "joint": WHOLE, "grpo": WHOLE}
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,23 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     clip_norm: float = 1.0  # 0 turns clipping off
     ema_decay: float = 0.0  # 0 turns the average off
+    part_learning_rates: dict = field(default_factory=dict)  # part -> factor of its learning rate, e.g. {"sana": 0.1}
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """A step whose loss or gradient is not finite, or whose gradient is a spike, changes nothing and is counted (train.guard)."""
+
+    spike: float = 0.0  # gradient norm in units of its running average; 0 lets every finite one through
+    max_skipped: int = 10  # in a row; then the run stops
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """The steps that `jax.profiler` watches, `steps` of them from `start` on; written to WORKDIR/profile."""
+
+    start: int = 10
+    steps: int = 0  # 0 turns it off
 
 
 @dataclass(frozen=True)
@@ -59,14 +79,16 @@ class TrainConfig:
     preset: str = "emoji_64"
     model: dict = field(default_factory=dict)  # changes to the preset, e.g. {"sana.num_layers": 8}
     seed: int = 0
-    batch_size: int = 16
+    batch_size: int = 16  # of a step, over all hosts
+    accumulate: int = 1  # micro-batches that a step's batch is computed in, one after the other
     num_steps: int = 1000
     trainable_sana: str = "captions"  # or "all": a diffusion transformer without pretrained weights (S6.1)
+    frozen_parts: tuple[str, ...] = ()  # parts that the stage would train and this run does not
     init: dict = field(default_factory=dict)
     named_tokens: bool = (
         False  # practice: image tokens of a fresh transformer start as the words that name them (the embedded world's codes)
     )
-    mesh: dict = field(default_factory=dict)
+    mesh: dict = field(default_factory=dict)  # sizes of data, fsdp, tensor, and dcn, the number of slices; see mesh.make_mesh
     topology: str = ""  # the TPUs that mesh and remat are chosen for, e.g. "v5e:16x16": what `blip3o-jax plan` compiles for
     dtype: str = "auto"  # compute: bfloat16 on accelerators, float32 on CPU
     remat: str = "none"
@@ -76,12 +98,17 @@ class TrainConfig:
     keep_checkpoints: int = 2
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
 
     def __post_init__(self):
+        for name in ("batch_size", "accumulate", "num_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is at least 1, not {getattr(self, name)}.")
         checks = (
-            (self.stage in STAGES, f"Unknown stage {self.stage!r}; {nearest(self.stage, STAGES)}"),
+            (self.stage in PARTS, f"Unknown stage {self.stage!r}; {nearest(self.stage, PARTS)}"),
             (self.trainable_sana in ("captions", "all"), f"trainable_sana is 'captions' or 'all', not {self.trainable_sana!r}."),
             (self.dtype in ("auto", "float32", "bfloat16"), f"dtype is auto, float32 or bfloat16, not {self.dtype!r}."),
             (self.remat in ("none", "full", "dots"), f"remat is none, full or dots, not {self.remat!r}."),
@@ -110,14 +137,36 @@ class TrainConfig:
             (0 <= self.grpo.strict <= 1, f"grpo.strict is in [0, 1], not {self.grpo.strict}."),
             (self.grpo.beta >= 0, f"grpo.beta is at least 0, not {self.grpo.beta}."),
             (self.grpo.temperature > 0, f"grpo.temperature is above 0, not {self.grpo.temperature}."),
+            (
+                self.stage != "grpo" or self.accumulate == 1,
+                f"accumulate is 1 in stage 'grpo', not {self.accumulate}: its rollouts are drawn at once anyway.",
+            ),
+            (
+                self.batch_size % self.accumulate == 0,
+                f"batch_size {self.batch_size} does not divide by accumulate {self.accumulate}; "
+                + multiples(self.batch_size, self.accumulate),
+            ),
+            (self.guard.spike == 0 or self.guard.spike > 1, f"guard.spike is above 1, or 0 for none, not {self.guard.spike}."),
+            (self.guard.max_skipped >= 1, f"guard.max_skipped is at least 1, not {self.guard.max_skipped}."),
+            (
+                self.profile.start >= 1 and self.profile.steps >= 0,
+                f"profile.start is at least 1 and profile.steps at least 0, not {self.profile.start} and {self.profile.steps}.",
+            ),
             (0 <= self.optimizer.ema_decay < 1, f"optimizer.ema_decay is in [0, 1), not {self.optimizer.ema_decay}."),
         )
         for holds, message in checks:
             if not holds:
                 raise ConfigError(message)
-        for name in ("batch_size", "num_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is at least 1, not {getattr(self, name)}.")
+        for part, factor in self.optimizer.part_learning_rates.items():
+            if part not in self.trained_parts:
+                raise ConfigError(f"optimizer.part_learning_rates: {part!r} is not trained; {nearest(part, self.trained_parts)}")
+            if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
+                raise ConfigError(f"optimizer.part_learning_rates are factors above 0, not {factor!r} ({part}); frozen_parts freezes.")
+        for part in self.frozen_parts:
+            if part not in PARTS[self.stage]:
+                raise ConfigError(f"frozen_parts: stage {self.stage!r} has no part {part!r}; {nearest(part, PARTS[self.stage])}")
+        if not self.trained_parts:
+            raise ConfigError(f"frozen_parts {', '.join(self.frozen_parts)}: nothing is left to train.")
 
     def blip3o(self) -> model_config.Blip3oConfig:
         """The model's config: the preset with the run's changes."""
@@ -128,18 +177,19 @@ class TrainConfig:
         """Whether the run holds every part, so that its checkpoints can generate and be converted."""
         return self.stage in ("joint", "grpo")
 
+    @property
+    def trained_parts(self) -> tuple[str, ...]:
+        """The parts of which something is trained."""
+        kept = {"practice": ("qwen3",), "grpo": ("qwen3",), "joint": ("qwen3", "diffusion_connector", "sana")}
+        return tuple(part for part in kept.get(self.stage, PARTS[self.stage]) if part not in self.frozen_parts)
+
     def trainable(self, path: str) -> bool:
-        """Whether the parameter at "part/.../leaf" is trained in this stage (S6.1)."""
-        part = path.split("/")[0]
-        if self.stage == "autoencoder":
-            return part == "dc_ae"
+        """Whether the parameter at "part/.../leaf" is trained in this run (S6.1)."""
+        if path.split("/")[0] not in self.trained_parts:
+            return False
         if self.stage == "tokenizer":
-            return part == "ta_tok" and not path.endswith("regularizer/embedding")
-        if self.stage in ("practice", "grpo"):
-            return part == "qwen3"
-        if part == "sana":
-            return self.trainable_sana == "all" or "caption" in path
-        return part in ("qwen3", "diffusion_connector")
+            return not path.endswith("regularizer/embedding")
+        return not path.startswith("sana/") or self.trainable_sana == "all" or "caption" in path
 
 
 def from_dict(cls, values, prefix: str = ""):
@@ -157,11 +207,14 @@ def from_dict(cls, values, prefix: str = ""):
             value = float(value)
         elif value is None and type(None) in typing.get_args(kind):
             pass
+        elif kind == tuple[str, ...] and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
+            value = tuple(value)
         elif typing.get_origin(kind) is tuple and isinstance(value, list | tuple) and all(isinstance(v, dict) for v in value):
             item = typing.get_args(kind)[0]
             value = tuple(from_dict(item, v, f"{prefix}{key}[{i}].") for i, v in enumerate(value))
         elif typing.get_origin(kind) is tuple:
-            raise ConfigError(f"Config key {prefix + key!r} wants a list of groups of keys, not {value!r}.")
+            wanted = "names" if kind == tuple[str, ...] else "groups of keys"
+            raise ConfigError(f"Config key {prefix + key!r} wants a list of {wanted}, not {value!r}.")
         elif kind is dict:
             value = dict(value)
         elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

@@ -5,9 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from blip3o_jax import generate
 from blip3o_jax.compilation import jit
+from blip3o_jax.mesh import put_whole
 from blip3o_jax.metrics import sheet
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.text import left_pad
@@ -17,10 +19,20 @@ from blip3o_jax.train.config import TrainConfig
 SHEET_ROWS, SHEET_COLUMNS = 4, 8
 
 
-def make_evaluate(model: Blip3o, cfg: TrainConfig):
-    """(weights, held-out host batch) -> (numbers by name, uint8 picture, or None where there is nothing to see); compiled once."""
+def make_evaluate(model: Blip3o, cfg: TrainConfig, mesh):
+    """(weights on the mesh, held-out host batch) -> (numbers by name, uint8 picture or None where there is nothing to see)."""
     stage = {"autoencoder": _autoencoder, "tokenizer": _tokenizer, "practice": _practice, "joint": _joint}[cfg.stage]
-    return stage(model, cfg)
+    return stage(model, cfg, mesh)
+
+
+def _everywhere(mesh):
+    """Decorates a function of (params, host arrays, settings): jitted, the arrays cut along the batch, results in every process."""
+
+    def decorate(function):
+        compiled = jit(function, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        return lambda params, *arrays, **settings: compiled(params, *put_whole(arrays, mesh), **settings)
+
+    return decorate
 
 
 def _prefixed(metrics) -> dict[str, float]:
@@ -31,8 +43,8 @@ def _first(batch, count: int = SHEET_ROWS * SHEET_COLUMNS):
     return jax.tree.map(lambda x: x[:count], batch)
 
 
-def _autoencoder(model: Blip3o, cfg: TrainConfig):
-    @jit
+def _autoencoder(model: Blip3o, cfg: TrainConfig, mesh):
+    @_everywhere(mesh)
     def reconstruct(params, images):
         params = {"params": params["dc_ae"]}
         images = losses.to_unit(images)
@@ -50,8 +62,8 @@ def _autoencoder(model: Blip3o, cfg: TrainConfig):
     return evaluate
 
 
-def _tokenizer(model: Blip3o, cfg: TrainConfig):
-    @jit
+def _tokenizer(model: Blip3o, cfg: TrainConfig, mesh):
+    @_everywhere(mesh)
     def measure(params, batch):
         return losses.tokenizer_loss(model, cfg, params, batch, None)[1]
 
@@ -61,20 +73,20 @@ def _tokenizer(model: Blip3o, cfg: TrainConfig):
     return evaluate
 
 
-def _practice(model: Blip3o, cfg: TrainConfig):
-    @jit
+def _practice(model: Blip3o, cfg: TrainConfig, mesh):
+    @_everywhere(mesh)
     def measure(params, batch):
         return losses.practice_loss(model, cfg, params, batch, None)[1]
 
     return lambda params, batch: (_prefixed(measure(params, batch)), None)
 
 
-def _joint(model: Blip3o, cfg: TrainConfig):
-    @jit
+def _joint(model: Blip3o, cfg: TrainConfig, mesh):
+    @_everywhere(mesh)
     def measure(params, batch):
         return losses.joint_loss(model, cfg, params, batch, jax.random.key(0))[1]
 
-    sampler = jit(functools.partial(generate.text_to_image, model, num_inference_steps=20, top_k=1200))
+    sampler = _everywhere(mesh)(functools.partial(generate.text_to_image, model, num_inference_steps=20, top_k=1200))
 
     def evaluate(params, batch):
         shown = _first(batch)

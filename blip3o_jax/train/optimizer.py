@@ -19,16 +19,22 @@ def schedule(cfg: OptimizerConfig, num_steps: int):
 
 
 def optimizer(cfg: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW; weight decay spares vectors (norms and biases)."""
-    adamw = optax.adamw(
-        schedule(cfg, num_steps),
-        b1=cfg.b1,
-        b2=cfg.b2,
-        eps=cfg.eps,
-        weight_decay=cfg.weight_decay,
-        mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params),
+    """Clipping by global norm, then AdamW; weight decay spares vectors (norms and biases). A part's factor scales its whole update."""
+    chain = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
+    chain.append(
+        optax.adamw(
+            schedule(cfg, num_steps),
+            b1=cfg.b1,
+            b2=cfg.b2,
+            eps=cfg.eps,
+            weight_decay=cfg.weight_decay,
+            mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params),
+        )
     )
-    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), adamw) if cfg.clip_norm else adamw
+    if factors := cfg.part_learning_rates:
+        scale = optax.tree.scale
+        chain.append(optax.stateless(lambda updates, _: {part: scale(factors.get(part, 1.0), tree) for part, tree in updates.items()}))
+    return optax.chain(*chain) if len(chain) > 1 else chain[0]
 
 
 def update_ema(ema, params, step, decay: float):

@@ -64,16 +64,16 @@ def test_a_run_with_padding_comes_out_without(tmp_path):
     from blip3o_jax import checkpoint as checkpoints
     from blip3o_jax.jobs.train import load_part
     from blip3o_jax.mesh import make_mesh
-    from blip3o_jax.train import loop, steps
+    from blip3o_jax.train import start, steps
     from blip3o_jax.train.config import TrainConfig
 
     parts = ("qwen3", "diffusion_connector", "sana", "ta_tok", "dc_ae")
     cfg = TrainConfig(stage="joint", model={"qwen3.vocab_padding": 6}, init=dict.fromkeys(parts, "emoji_64"))
-    params = loop.initial_params(cfg, loop.build_model(cfg), load_part, make_mesh({}, jax.devices()[:1]))
+    params = start.initial_params(cfg, start.build_model(cfg), load_part, make_mesh({}, jax.devices()[:1]))
     assert params["qwen3"]["embed_tokens"]["embedding"].shape[0] == 832
     state, frozen = steps.init_state(cfg, params)
     manager = checkpoints.open_manager(tmp_path / "run")
-    checkpoints.save(manager, cfg, state, frozen)
+    checkpoints.save(manager, cfg, state, frozen, {})
     manager.wait_until_finished()
     assert main(["convert", "to-torch", str(tmp_path / "run"), str(tmp_path / "torch")]) == 0
     assert main(["convert", "verify", "emoji_64", str(tmp_path / "torch")]) == 0

@@ -4,30 +4,14 @@ import json
 import jax
 import numpy as np
 import pytest
+from tiny import SMALL
 
 from blip3o_jax.cli import main
 from blip3o_jax.data import cache, pipeline
 from blip3o_jax.jobs.data_cache import encoder_params
 from blip3o_jax.jobs.train import load_part, read_config
-from blip3o_jax.train import loop, losses, steps
-
-SMALL = {
-    "qwen3.num_hidden_layers": 1,
-    "qwen3.hidden_size": 32,
-    "qwen3.intermediate_size": 32,
-    "sana.num_layers": 1,
-    "sana.num_attention_heads": 2,
-    "sana.attention_head_dim": 16,
-    "sana.num_cross_attention_heads": 2,
-    "sana.cross_attention_head_dim": 16,
-    "sana.sample_size": 2,
-    "ta_tok.encoder.num_hidden_layers": 1,
-    "ta_tok.encoder.image_size": 16,
-    "ta_tok.decoder_depth": 1,
-    "dc_ae.block_out_channels": (8, 8, 8, 16),
-    "dc_ae.encoder_layers_per_block": (0, 1, 1, 1),
-    "dc_ae.decoder_layers_per_block": (0, 1, 1, 1),
-}
+from blip3o_jax.train import loop, losses
+from blip3o_jax.train.config import PARTS
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +69,7 @@ def test_the_folder_holds_every_record_in_its_place(folder):
 def test_a_step_from_the_cache_is_the_step_from_the_images(folder, tokenizer):
     plain, cached = config(folder), config(folder, f"data.cache={folder / 'cache'}")
     model = loop.build_model(plain)
-    params = jax.jit(lambda key: model.init(key, steps.PARTS["joint"]))(jax.random.key(plain.seed))
+    params = jax.jit(lambda key: model.init(key, PARTS["joint"]))(jax.random.key(plain.seed))
     loss = jax.jit(functools.partial(losses.joint_loss, model, plain))
     sheets = []
     for step, (a, b) in enumerate(zip(batches(plain, tokenizer, 5), batches(cached, tokenizer, 5), strict=True)):
@@ -102,7 +86,7 @@ def test_a_step_from_the_cache_is_the_step_from_the_images(folder, tokenizer):
 def test_a_step_from_the_cache_has_no_image_encoder(folder, tokenizer):
     cfg = config(folder, f"data.cache={folder / 'cache'}")
     model = loop.build_model(cfg)
-    abstract = model.abstract(steps.PARTS["joint"])
+    abstract = model.abstract(PARTS["joint"])
     batch = batches(cfg, tokenizer, 1)[0]
     lowered = jax.jit(functools.partial(losses.joint_loss, model, cfg)).lower(abstract, batch, jax.random.key(0))
     kept = lowered._lowering.compile_args["kept_var_idx"]

@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from blip3o_jax.config import ConfigError
 from blip3o_jax.data import pipeline
 from blip3o_jax.pipeline import tokenizer_of
 from blip3o_jax.scenes import prompts, scene
@@ -69,13 +70,15 @@ def test_an_epoch_shows_every_record_once_and_the_next_in_another_order(data_dir
     assert not np.array_equal(first, second)
 
 
-def test_hosts_share_the_batch_of_one(data_dir, monkeypatch):
+def test_hosts_share_the_batch_of_one(data_dir):
     whole = take(pipeline.train_batches(CFG, data_dir, None), 3)
-    monkeypatch.setattr("jax.process_count", lambda: 2)
-    parts = []
-    for host in range(2):
-        monkeypatch.setattr("jax.process_index", lambda host=host: host)
-        parts.append(take(pipeline.train_batches(CFG, data_dir, None), 3))
+    parts = [take(pipeline.train_batches(CFG, data_dir, None, hosts=(host, 2)), 3) for host in range(2)]
     for batch, left, right in zip(whole, *parts, strict=True):
-        together = {i.tobytes() for i in np.concatenate([left["images"], right["images"]])}
-        assert together == {i.tobytes() for i in batch["images"]}
+        np.testing.assert_array_equal(np.concatenate([left["images"], right["images"]]), batch["images"])
+
+
+def test_what_cannot_be_shared_or_written_is_named(data_dir):
+    with pytest.raises(ConfigError, match="does not divide by 3 hosts; the nearest that do are 3 and 6"):
+        pipeline.train_batches(CFG, data_dir, None, hosts=(0, 3))
+    with pytest.raises(ConfigError, match="cannot be drawn into /proc/scenes"):
+        pipeline.train_batches(CFG, "/proc/scenes", None)

@@ -80,6 +80,11 @@ def test_a_workdir_of_another_config_is_refused(tmp_path):
         open_workdir(TrainConfig(stage="joint", seed=1), tmp_path / "run")
 
 
+def test_a_workdir_that_cannot_be_written_is_named():
+    with pytest.raises(ConfigError, match=r"The workdir /proc/run cannot be written: "):
+        open_workdir(TrainConfig(stage="joint"), "/proc/run")
+
+
 def test_a_wrong_input_leaves_no_config_in_the_workdir(tmp_path, capsys):
     argv = ["train", "--config", "emoji_recital", "--workdir", str(tmp_path / "run")]
     assert main([*argv, "--config.data.row_length=20"]) == 2

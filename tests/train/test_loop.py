@@ -1,64 +1,24 @@
 import json
+import os
+import signal
 
 import jax
 import numpy as np
 import pytest
+from tiny import batch_at, config, from_step, practice, rows_at
 
 from blip3o_jax import checkpoint
 from blip3o_jax.config import ConfigError
 from blip3o_jax.pipeline import tokenizer_of
 from blip3o_jax.scenes.exercises import name_ids
 from blip3o_jax.text import Text, load_tokenizer
-from blip3o_jax.train import loop
-from blip3o_jax.train.config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
-
-SMALL = {
-    "qwen3.num_hidden_layers": 1,
-    "qwen3.hidden_size": 32,
-    "qwen3.intermediate_size": 32,
-    "sana.num_layers": 1,
-    "sana.num_attention_heads": 2,
-    "sana.attention_head_dim": 16,
-    "sana.num_cross_attention_heads": 2,
-    "sana.cross_attention_head_dim": 16,
-    "sana.sample_size": 2,
-    "ta_tok.encoder.num_hidden_layers": 1,
-    "ta_tok.encoder.image_size": 16,
-    "ta_tok.decoder_depth": 1,
-    "dc_ae.block_out_channels": (8, 8, 8, 16),
-    "dc_ae.encoder_layers_per_block": (0, 1, 1, 1),
-    "dc_ae.decoder_layers_per_block": (0, 1, 1, 1),
-}
-
-
-def config(**changes):
-    return TrainConfig(
-        **{
-            "stage": "joint",
-            "model": SMALL,
-            "batch_size": 8,
-            "num_steps": 6,
-            "trainable_sana": "all",
-            "log_every": 1,
-            "eval_every": 6,
-            "checkpoint_every": 3,
-            "data": DataConfig(),
-            "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=1, ema_decay=0.9, eps=1e-4),
-            "loss": LossConfig(),
-            **changes,
-        }
-    )
-
-
-def batch_at(step, rows=8):
-    rng = np.random.default_rng(step)
-    tokens = rng.integers(0, 300, (rows, 16)).astype(np.int32)
-    return {"images": rng.integers(0, 256, (rows, 16, 16, 3), np.uint8), "tokens": tokens, "start": np.full(rows, 8, np.int32)}
+from blip3o_jax.train import loop, start
+from blip3o_jax.train.config import ProfileConfig, TrainConfig
 
 
 def test_named_image_tokens_start_as_their_words():
     table = np.random.default_rng(0).standard_normal((10, 64)).astype(np.float32)
-    named = np.asarray(loop.name_tokens(table, 6, np.array([2, -1, 5])))
+    named = np.asarray(start.name_tokens(table, 6, np.array([2, -1, 5])))
     np.testing.assert_array_equal(named[[0, 1, 2, 3, 4, 5, 7, 9]], table[[0, 1, 2, 3, 4, 5, 7, 9]])
     for row, word in ((6, 2), (8, 5)):
         np.testing.assert_allclose(named[row], 0.9 * table[word] + 0.19**0.5 * table[row], rtol=1e-5)
@@ -74,56 +34,84 @@ def test_codes_are_named_by_words_of_the_tokenizer():
     assert ids[-1] == -1
 
 
-def batches(start):
-    while True:
-        yield batch_at(start)
-        start += 1
-
-
-def train(cfg, workdir):
+def train(cfg, workdir, batch_of=None):
+    """(losses of all steps, weights) of a run of the tiny model."""
+    batch_of = batch_of or (batch_at if cfg.stage == "joint" else rows_at)
     workdir.mkdir(exist_ok=True)
-    loop.run(cfg, workdir, batches, batch_at(10**6, 8), load_parts=None)
-    losses = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in losses if "loss" in row], checkpoint.load_run(workdir)[1]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    return train(config(mesh={"data": 8}), tmp_path_factory.mktemp("whole"))
+    loop.run(cfg, workdir, from_step(batch_of), batch_at(10**6) if cfg.stage == "joint" else rows_at(10**6), load_parts=None)
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row], checkpoint.load_run(workdir)[1]
 
 
 def leaves(tree):
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def test_the_loss_is_finite_and_weights_move(uninterrupted):
-    losses, params = uninterrupted
-    assert len(losses) == 6
+def assert_same_bits(tree, other):
+    for name, leaf in leaves(tree).items():
+        np.testing.assert_array_equal(leaf, leaves(other)[name], err_msg=name)
+
+
+def test_a_joint_run_moves_all_that_is_trained_and_says_what_it_sees(tmp_path):
+    losses, params = train(config(mesh={"data": 4, "fsdp": 2}, num_steps=2, profile=ProfileConfig(1, 1)), tmp_path / "run")
     assert np.isfinite(losses).all()
-    assert np.std(leaves(params)["['qwen3']['norm']['scale']"]) > 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    parts = ("qwen3", "diffusion_connector", "sana")
+    wanted = {"ce", "flow", "accuracy_text", "accuracy_image", "learning_rate", "data_wait_ms", "step_ms", "images_per_s", "goodput"}
+    wanted |= {f"{kind}/{part}" for kind in ("grad_norm", "update_ratio") for part in parts}
+    assert wanted <= rows[1].keys()
+    assert min(rows[1][f"update_ratio/{part}"] for part in parts) > 0
+    assert rows[1]["loss"] == pytest.approx(rows[1]["ce"] + rows[1]["flow"], rel=1e-6)
+    assert "heldout/flow" in rows[2]
+    assert (tmp_path / "run" / "sheet-000002.png").exists()
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    assert np.std(params["qwen3"]["norm"]["scale"]) > 0
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return train(practice(), tmp_path_factory.mktemp("whole"))
 
 
 def test_resuming_gives_the_bits_of_an_uninterrupted_run(uninterrupted, tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    stop_after = checkpoint.save
+    run, save = tmp_path / "run", checkpoint.save
 
-    def killed(manager, cfg, state, frozen):
-        stop_after(manager, cfg, state, frozen)
+    def killed(manager, *args):
+        save(manager, *args)
         manager.wait_until_finished()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "save", killed)
     with pytest.raises(KeyboardInterrupt):
-        train(config(mesh={"data": 8}), run)
+        train(practice(), run)
     monkeypatch.undo()
-    losses, params = train(config(mesh={"data": 8}), run)
+    losses, params = train(practice(), run)
     assert losses == uninterrupted[0]
-    for name, leaf in leaves(params).items():
-        np.testing.assert_array_equal(leaf, leaves(uninterrupted[1])[name], err_msg=name)
+    assert_same_bits(params, uninterrupted[1])
 
 
-def test_a_mesh_with_fsdp_and_tensor_gives_the_same_losses_and_weights(uninterrupted, tmp_path):
-    losses, params = train(config(mesh={"data": 2, "fsdp": 2, "tensor": 2}), tmp_path / "run")
+def test_a_sigterm_saves_the_step_and_leaves_with_the_code_that_launchers_know(uninterrupted, tmp_path):
+    run = tmp_path / "run"
+
+    def preempted(step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)  # while the batch of the fourth step is made
+        return rows_at(step)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as left:
+        train(practice(checkpoint_every=100), run, preempted)
+    assert left.value.code == 75
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert [child.name for child in (run / "checkpoints").iterdir()] == ["4"]
+    losses, params = train(practice(checkpoint_every=100), run)
+    assert losses == uninterrupted[0]
+    assert_same_bits(params, uninterrupted[1])
+
+
+def test_micro_batches_give_the_steps_of_the_whole_batch(uninterrupted, tmp_path):
+    """Rows have different weights, so that a mean of means would differ."""
+    losses, params = train(practice(accumulate=2, mesh={"data": 2, "fsdp": 2, "tensor": 2}), tmp_path / "run")
     np.testing.assert_allclose(losses, uninterrupted[0], rtol=1e-5)
     for name, leaf in leaves(params).items():
         whole = leaves(uninterrupted[1])[name]
@@ -131,7 +119,9 @@ def test_a_mesh_with_fsdp_and_tensor_gives_the_same_losses_and_weights(uninterru
 
 
 def test_what_does_not_divide_or_belong_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="batch_size 12 does not divide by the mesh's 8"):
-        train(config(mesh={"data": 8}, batch_size=12), tmp_path / "a")
+    with pytest.raises(ConfigError, match="batch_size 12 does not divide by the mesh's 8 batch shards; the nearest that do are 8 and 16"):
+        train(practice(mesh={"data": 8}, batch_size=12), tmp_path / "a")
+    with pytest.raises(ConfigError, match="8 batch shards x 2 micro-batches; the nearest that does is 16"):
+        train(practice(mesh={"data": 8}, accumulate=2), tmp_path / "a")
     with pytest.raises(ConfigError, match="does not use"):
-        train(config(mesh={"data": 8}, init={"vae": "x"}), tmp_path / "b")
+        train(practice(init={"vae": "x"}), tmp_path / "b")

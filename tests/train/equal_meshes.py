@@ -1,0 +1,137 @@
+"""Proof that a run does not depend on how it is spread: one device, eight in several meshes, two slices, two processes, micro-batches.
+
+    python tests/train/equal_meshes.py [--steps 20]
+
+Every variant trains the tiny joint model on the same batches. One JSON line last: the largest relative difference of a loss from those on
+one device, and of all parameters together, |a - b| / |b|; exit code 1 when one is above 1e-5.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import tempfile
+from types import SimpleNamespace
+
+LIMIT = 1e-5
+# Name -> (devices, mesh, micro-batches).
+VARIANTS = {
+    "1 device": (1, {}, 1),
+    "1 device, 4 micro-batches": (1, {}, 4),
+    "data=8": (8, {"data": 8}, 1),
+    "fsdp=8": (8, {"fsdp": 8}, 1),
+    "data=2, fsdp=2, tensor=2": (8, {"data": 2, "fsdp": 2, "tensor": 2}, 1),
+    "data=2, fsdp=2, tensor=2, 4 micro-batches": (8, {"data": 2, "fsdp": 2, "tensor": 2}, 4),
+    "dcn=2, data=2, fsdp=4": (8, {"dcn": 2, "data": 2, "fsdp": 4}, 1),
+}
+PROCESSES = {
+    "2 processes x 4 devices, dcn=2, fsdp=4": ({"dcn": 2, "data": 2, "fsdp": 4}, 1),
+    "2 processes x 4 devices, 2 x 2 x 2, 4 micro-batches": ({"data": 2, "fsdp": 2, "tensor": 2}, 4),
+}
+
+
+def train(mesh_sizes: dict, accumulate: int, num_steps: int, devices=None):
+    """(losses, flat parameters) of the first steps on a mesh; 32 rows a step, so that each of 8 devices has some of 4 micro-batches."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+    from tiny import OPTIMIZER, batch_at, config
+
+    from blip3o_jax.mesh import batch_hosts, make_mesh, meet, put_batch
+    from blip3o_jax.train import start, steps
+
+    cfg = config(mesh=mesh_sizes, accumulate=accumulate, batch_size=32, num_steps=100, optimizer=OPTIMIZER)
+    mesh, model = make_mesh(mesh_sizes, devices), start.build_model(cfg)
+    host, hosts = batch_hosts(mesh)
+    empty = SimpleNamespace(latest_step=lambda: None)
+
+    def batch(step):
+        rows = slice(host * 32 // hosts, (host + 1) * 32 // hosts)
+        return put_batch({name: x[rows] for name, x in batch_at(step, 32).items()}, mesh)
+
+    with jax.set_mesh(mesh):
+        params = start.initial_params(cfg, model, None, mesh)
+        state, frozen, shardings, _ = start.begin(cfg, model, mesh, empty, lambda: params)
+        step = steps.compile_step(model, cfg, shardings).lower(state, frozen, batch(0)).compile()
+        meet("the first step")
+        losses = []
+        for now in range(num_steps):
+            state, metrics = step(state, frozen, batch(now))
+            losses.append(float(metrics["loss"]))
+        params = multihost_utils.process_allgather(state["params"], tiled=True)
+    return np.array(losses), np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])
+
+
+def worker(name: str, num_steps: int, out: str) -> None:
+    """One of two processes; the first writes what `train` gives."""
+    from blip3o_jax.mesh import is_first, start_processes
+
+    start_processes(timeout=120)
+    import numpy as np
+
+    losses, params = train(*PROCESSES[name], num_steps)
+    if is_first():
+        np.savez(out, losses=losses, params=params)
+
+
+def two_processes(name: str, num_steps: int):
+    """(losses, flat parameters) of two processes on this machine, with four devices each."""
+    import numpy as np
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with tempfile.TemporaryDirectory() as folder:
+        out = str(pathlib.Path(folder) / "result.npz")
+        command = [sys.executable, __file__, "--worker", name, "--steps", str(num_steps), "--out", out]
+        common = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "BLIP3O_COORDINATOR": address}
+        running = [subprocess.Popen(command, env=common | {"BLIP3O_NUM_PROCESSES": "2", "BLIP3O_PROCESS_ID": str(i)}) for i in range(2)]
+        codes = [process.wait() for process in running]
+        if any(codes):
+            raise SystemExit(f"{name}: a process failed.")
+        found = np.load(out)
+        return found["losses"], found["params"]
+
+
+def differences(num_steps: int, variants, processes) -> dict[str, dict[str, float]]:
+    """Variant -> its largest differences from the first of `variants`."""
+    import jax
+    import numpy as np
+
+    results = {name: train(mesh, micro, num_steps, jax.devices()[:count]) for name, (count, mesh, micro) in variants.items()}
+    results |= {name: two_processes(name, num_steps) for name in processes}
+    losses, params = next(iter(results.values()))
+    assert np.ptp(losses) > 0.01, "nothing was learned, so that equality says nothing"
+    return {
+        name: {
+            "loss": float(np.max(np.abs(found[0] - losses) / np.abs(losses))),
+            "params": float(np.linalg.norm(found[1] - params) / np.linalg.norm(params)),
+        }
+        for name, found in results.items()
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--out", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": os.environ.get("XLA_FLAGS", "--xla_force_host_platform_device_count=8")}
+    from blip3o_jax.compilation import enable_compilation_cache
+
+    enable_compilation_cache()
+    if args.worker:
+        worker(args.worker, args.steps, args.out)
+        return 0
+    found = differences(args.steps, VARIANTS, PROCESSES)
+    worst = {kind: max(row[kind] for row in found.values()) for kind in ("loss", "params")}
+    print(json.dumps({"steps": args.steps, "limit": LIMIT, "worst": worst, "variants": found}))
+    return int(max(worst.values()) > LIMIT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

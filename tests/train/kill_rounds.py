@@ -1,0 +1,217 @@
+"""Proof that a run survives kill -9: killed again and again at random moments, many of them while a checkpoint is being written.
+
+    python tests/train/kill_rounds.py [--rounds 50] [--processes 1] [--seed 0]
+
+Trains the transformer of the tiny model, with a checkpoint every few steps. Every new start must go on from the newest whole checkpoint
+there is, and every run that comes to its end must have the bits of one that was never killed. One JSON line last; exit code 1 if not.
+"""
+
+import argparse
+import collections
+import json
+import logging
+import os
+import pathlib
+import random
+import re
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+
+import numpy as np
+
+NUM_STEPS, EVERY, LONGEST = 120, 5, 60.0  # steps of a run, between checkpoints; seconds after which a process hangs
+
+
+def train(workdir: pathlib.Path) -> None:
+    """The run, by the loop that `blip3o-jax train` uses, on random rows."""
+    from tiny import from_step, practice, rows_at
+
+    from blip3o_jax.mesh import batch_hosts, make_mesh
+    from blip3o_jax.train import loop
+
+    cfg = practice(num_steps=NUM_STEPS, log_every=EVERY, eval_every=NUM_STEPS, checkpoint_every=EVERY)
+    host, hosts = batch_hosts(make_mesh())
+
+    def mine(step):
+        return {name: x[host * 8 // hosts : (host + 1) * 8 // hosts] for name, x in rows_at(step).items()}
+
+    loop.run(cfg, workdir, from_step(mine), rows_at(10**6), load_parts=None)
+
+
+def process(workdir: pathlib.Path, index: int, count: int, port: int) -> None:
+    """Process `index` of a run."""
+    import jax
+
+    from blip3o_jax.mesh import start_processes
+
+    os.environ["XLA_FLAGS"] = ""
+    if count > 1:
+        names = {"COORDINATOR": f"127.0.0.1:{port}", "NUM_PROCESSES": str(count), "PROCESS_ID": str(index)}
+        os.environ |= {f"BLIP3O_{name}": value for name, value in names.items()}
+    start_processes(timeout=int(LONGEST))
+    train(workdir)
+    if count > 1:
+        jax.distributed.shutdown()
+
+
+def fork(log: pathlib.Path, function: Callable, *args) -> int:
+    """Starts a process that runs `function(*args)`, its output in `log`, and ends with 0 if that returns; gives its id."""
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        with log.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+        function(*args)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def temporary(workdir: pathlib.Path) -> bool:
+    """Whether a checkpoint is being written."""
+    folder = workdir / "checkpoints"
+    return folder.is_dir() and any("tmp" in child.name for child in folder.iterdir())
+
+
+def newest(workdir: pathlib.Path) -> int:
+    """Step of the newest whole checkpoint, 0 without one."""
+    from blip3o_jax.checkpoint import whole
+
+    return max((int(folder.name) for folder in whole(workdir / "checkpoints")), default=0)
+
+
+def until_killed(workdir: pathlib.Path, count: int, rng: random.Random, span: float | None) -> str:
+    """One start of the run, killed at a random moment within `span` seconds, or never; says when: "writing" a checkpoint, "between", or
+    not at all, "finished".
+
+    Half of the time the first checkpoint after a random moment is waited for, and struck. RuntimeError when a process fails by itself.
+    """
+    port, began = free_port(), time.monotonic()
+    children = [fork(workdir / f"log.{i}", process, workdir, i, count, port) for i in range(count)]
+    moment, aimed, delay = began + (rng.uniform(0, span) if span else 1e9), rng.random() < 0.5, rng.uniform(0, 0.2)
+    ended = {}
+    while len(ended) < count and not (time.monotonic() > moment and (not aimed or temporary(workdir))):
+        for child in children:
+            if child not in ended and (found := os.waitpid(child, os.WNOHANG))[0]:
+                ended[child] = os.waitstatus_to_exitcode(found[1])
+        if any(ended.values()) or time.monotonic() > began + LONGEST:
+            [os.kill(child, signal.SIGKILL) for child in children if child not in ended]
+            raise RuntimeError(f"A process failed or hung by itself: {tail(workdir)}")
+        time.sleep(0.001)
+    if len(ended) == count:
+        return "finished"
+    time.sleep(delay if aimed else 0)
+    when = "writing" if temporary(workdir) else "between"
+    rng.shuffle(children)
+    for child in children:  # the others learn of it, or not, before they go too
+        if child not in ended:
+            os.kill(child, signal.SIGKILL)
+            time.sleep(rng.uniform(0, 0.1))
+    for child in set(children) - set(ended):
+        os.waitpid(child, 0)
+    return when
+
+
+def tail(workdir: pathlib.Path) -> str:
+    return "".join(f"\n{log.name}:\n{log.read_text()[-3000:]}" for log in sorted(workdir.glob("log.*")))
+
+
+def resumed(workdir: pathlib.Path) -> int | None:
+    """The step from which the last start went on; None when it was killed before it said so."""
+    log = (workdir / "log.0").read_text() if (workdir / "log.0").exists() else ""
+    if found := re.search(r"Resumed at step (\d+)", log):
+        return int(found[1])
+    return 0 if "Stage practice" in log else None
+
+
+def compare(*workdirs: pathlib.Path) -> None:
+    """AssertionError when the last checkpoints of two runs differ in a bit of any array, Adam's moments and counters included."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    for item in ("model", "optimizer"):
+        folders = [workdir / "checkpoints" / str(NUM_STEPS) / item for workdir in workdirs]
+        with ocp.PyTreeCheckpointer() as reader:
+            left, right = (jax.tree.map(np.asarray, reader.restore(folder)) for folder in folders)
+        jax.tree.map(np.testing.assert_array_equal, left, right)
+        assert len(jax.tree.leaves(left)) > 2
+
+
+def rounds(number: int, count: int, seed: int, folder: pathlib.Path) -> dict:
+    """Kills `number` times; a run that finishes is compared and a new one begun. The report."""
+    rng, kinds = random.Random(seed), collections.Counter()
+    for reference in (folder / "first", folder / "reference"):  # the first one compiles, so only the second tells how long a run takes
+        reference.mkdir()
+        began = time.monotonic()
+        if until_killed(reference, count, rng, None) != "finished" or newest(reference) != NUM_STEPS:
+            raise RuntimeError(f"The uninterrupted run did not finish: {tail(reference)}")
+    span = time.monotonic() - began
+    finished = wrong = elsewhere = starts = kills = 0
+    began, workdir = time.monotonic(), folder / "run0"
+    workdir.mkdir()
+    while kills < number or not finished:
+        expected = newest(workdir)
+        when = until_killed(workdir, count, rng, span if kills < number else None)
+        starts += 1
+        found = resumed(workdir)
+        elsewhere += found is not None and found != expected
+        if when != "finished":
+            kinds[when] += 1
+            kills += 1
+            continue
+        finished += 1
+        wrong += os.waitpid(fork(workdir / "log.compare", compare, workdir, reference), 0)[1] != 0
+        workdir = folder / f"run{finished}"
+        workdir.mkdir()
+    return {
+        "processes": count,
+        "rounds": kills,
+        "killed_while_writing": kinds["writing"],
+        "killed_between": kinds["between"],
+        "resumed_elsewhere_than_newest_whole": elsewhere,
+        "runs_finished": finished,
+        "runs_with_other_bits": wrong,
+        "seconds_a_round": round((time.monotonic() - began) / starts, 2),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # Imported here and forked from here, so that a round need not; no device is touched before the fork.
+    import orbax.checkpoint  # noqa: F401
+
+    from blip3o_jax.compilation import enable_compilation_cache
+    from blip3o_jax.train import loop  # noqa: F401
+
+    enable_compilation_cache()
+    with tempfile.TemporaryDirectory() as folder:
+        report = rounds(args.rounds, args.processes, args.seed, pathlib.Path(folder))
+    print(json.dumps(report))
+    return int(report["resumed_elsewhere_than_newest_whole"] or report["runs_with_other_bits"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
