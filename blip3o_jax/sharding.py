@@ -1,5 +1,6 @@
 """One table: parameter path -> PartitionSpec. Paths not listed are replicated (norms, biases, the small ends of the networks)."""
 
+import math
 import re
 
 import jax
@@ -39,7 +40,10 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
         if re.search(f"{pattern}$", path):
             for size, axis in zip(shape, axes, strict=True):
                 if axis and size % mesh.shape[axis]:
-                    raise ConfigError(f"{path}: an axis of {size} does not divide by the mesh's {axis}={mesh.shape[axis]}.")
+                    fits = math.gcd(size, mesh.shape[axis])
+                    raise ConfigError(
+                        f"{path}: an axis of {size} does not divide by the mesh's {axis}={mesh.shape[axis]}; take {axis}={fits} and more data."
+                    )
             return axes
     return P()
 

@@ -16,7 +16,17 @@ from jax import lax
 
 from blip3o_jax.config import ConfigError, Qwen3Config
 from blip3o_jax.models.attention import Causal, attention
-from blip3o_jax.models.layers import Linear, RMSNorm, apply_rotary, fan_in_normal, keep_rows, lookup, rotary_angles, scan_layers
+from blip3o_jax.models.layers import (
+    Linear,
+    RMSNorm,
+    apply_rotary,
+    fan_in_normal,
+    keep_rows,
+    logits_product,
+    lookup,
+    rotary_angles,
+    scan_layers,
+)
 
 STD = 0.02  # of fresh weights, as transformers': what a layer adds is small beside a token's own vector, so that words stay known
 
@@ -172,5 +182,5 @@ class Qwen3(nn.Module):
         else:
             equation, table = "...d,dv->...v", self.lm_head()[:, start:stop]
         with jax.named_scope("logits"):
-            logits = jnp.einsum(equation, hidden.astype(self.dtype), table.astype(self.dtype), preferred_element_type=jnp.float32)
+            logits = logits_product(equation, hidden.astype(self.dtype), table.astype(self.dtype))
             return keep_rows(logits, *(None,) * (logits.ndim - 2), "tensor")
