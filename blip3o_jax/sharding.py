@@ -40,9 +40,9 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
         if re.search(f"{pattern}$", path):
             for size, axis in zip(shape, axes, strict=True):
                 if axis and size % mesh.shape[axis]:
-                    fits = math.gcd(size, mesh.shape[axis])
+                    wrong, fits = f"{axis}={mesh.shape[axis]}", math.gcd(size, mesh.shape[axis])
                     raise ConfigError(
-                        f"{path}: an axis of {size} does not divide by the mesh's {axis}={mesh.shape[axis]}; take {axis}={fits} and more data."
+                        f"{path}: an axis of {size} does not divide by the mesh's {wrong}; take {axis}={fits}, and more data."
                     )
             return axes
     return P()

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Format, lint and tests in .venv.  `bash launch/test.sh`: all that needs no PyTorch.  `--all`: also parity with PyTorch's own modules, and the TPU's compiler.
+# Format, lint and tests in .venv.  `bash launch/test.sh`: all that needs neither PyTorch nor libtpu.  `--all`: also parity with PyTorch's
+# own modules, and the pod configs through the TPU's compiler.
 set -euo pipefail
 
 case "${1:-}" in

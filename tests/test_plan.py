@@ -3,17 +3,20 @@
 import argparse
 import dataclasses
 import json
+import math
 
 import jax
 import pytest
+from flax.traverse_util import flatten_dict
 
 from blip3o_jax import flops, plan
 from blip3o_jax.cli import build_parser, main
 from blip3o_jax.config import ConfigError, preset
 from blip3o_jax.jobs.plan import search, table
 from blip3o_jax.jobs.train import read_config
-from blip3o_jax.mesh import make_mesh
+from blip3o_jax.mesh import AXES, check_batch, make_mesh, mesh_shape
 from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.sharding import spec
 from blip3o_jax.shipped import CONFIGS
 from blip3o_jax.train.config import TrainConfig
 
@@ -119,14 +122,26 @@ def test_pods_divide_the_batch_and_every_parameter(name):
     """On meshes as large as the pods, without their devices."""
     namespace: dict = {}
     exec((CONFIGS / f"{name}.py").read_text(), namespace)
-    assert {"v5e:16x16", "v5p:4x4x8", "v6e:16x16", "tpu7x:2x2x1"} <= set(namespace["PODS"])
+    assert {"v5e:16x16", "v5p:4x4x8", "v6e:16x16", "v5e:4x4", "v5p:2x2x4", "v6e:4x4", "tpu7x:2x2x1"} == set(namespace["PODS"])
+    params = flatten_dict(Blip3o(preset(read_config(name, []).preset)).abstract(), sep="/")
     for topology in namespace["PODS"]:
         cfg = read_config(f"{name}:{topology}", [])
         assert cfg.topology == topology
-        assert cfg.data.row_length % 128 == 0  # the TPU's attention kernel
         kind, _, layout = topology.partition(":")
         assert layout in plan.CHIPS[kind].layouts
-        assert cfg.data.row_length >= preset(cfg.preset).max_prompt_tokens + 729 + 3
+        count = plan.CHIPS[kind].devices * math.prod(int(side) for side in layout.split("x"))
+        mesh = jax.sharding.AbstractMesh(mesh_shape(cfg.mesh, count), AXES)
+        check_batch(cfg.batch_size, mesh, cfg.accumulate)
+        for path, leaf in params.items():
+            spec(path, leaf.shape, mesh)
+        assert cfg.data.row_length % 128 == 0  # the TPU's attention kernel
+        assert cfg.data.row_length >= cfg.blip3o().max_prompt_tokens + cfg.blip3o().ta_tok.num_tokens + 3
+
+
+def test_a_mesh_that_does_not_divide_says_which_does():
+    mesh = jax.sharding.AbstractMesh((1, 128, 1), AXES)
+    with pytest.raises(ConfigError, match=r"an axis of 2240 does not divide by the mesh's fsdp=128; take fsdp=64, and more data"):
+        spec("sana/transformer_blocks/attn1/to_q/kernel", (20, 2240, 70, 32), mesh)
 
 
 @pytest.mark.parametrize(
