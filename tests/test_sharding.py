@@ -54,31 +54,31 @@ def test_lookup_and_its_gradient_on_any_mesh(sizes):
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def program() -> str:
+def step_of(mesh: dict[str, int]) -> str:
     """The step of a small model, all of whose sizes differ, for 8 devices: what XLA made of it."""
     wide = {"qwen3.hidden_size": 320, "qwen3.intermediate_size": 704, "sana.caption_channels": 448}
     layers = {"qwen3.num_hidden_layers": 2, "sana.num_layers": 2, "ta_tok.encoder.num_hidden_layers": 2}
     # Codes and latents from a cache, which here is only a name: the encoders are not what this looks at.
     data = DataConfig(row_length=160, sources=(SourceConfig("webdataset", "*.tar"),), cache="cache")
     cfg = TrainConfig("joint", model=wide | layers, batch_size=16, remat="full", dtype="float32", data=data)
-    return lower_step(cfg, make_mesh({"fsdp": 8})).lowered.compile().as_text()
+    return lower_step(cfg, make_mesh(mesh)).lowered.compile().as_text()
 
 
-def test_no_device_computes_the_whole_batch(program):
+def test_no_device_computes_the_whole_batch():
     """Rows of all devices (16) of hidden states, of a layer's inside, of logits: none may exist. Before activations were pinned all did."""
-    vocabulary = preset("emoji_64").qwen3.vocab_size
+    program, vocabulary = step_of({"fsdp": 8}), preset("emoji_64").qwen3.vocab_size
     for wide in (320, 704, vocabulary, 448, 480):
         assert not re.search(rf"f32\[16,(160|159|65|64|8,8),{wide}\]", program), wide
     assert re.search(r"f32\[2,160,320\]", program)  # two rows a device
 
 
-def test_the_token_table_is_gathered_for_the_logits_only(program):
-    rows = preset("emoji_64").qwen3.vocab_rows
-    gathered = [line for line in program.splitlines() if re.search(rf"= f32\[{rows},320\]\S* all-gather\(", line)]
-    assert gathered
-    assert all("logits" in line for line in gathered)
-    # The lookup's results change places: 16 rows of 160 tokens, an eighth of the width.
+def test_the_token_table_is_gathered_for_the_logits_only():
+    """With heads and vocabulary cut too, where XLA by itself gathers it for the lookup."""
+    program, rows = step_of({"data": 2, "fsdp": 2, "tensor": 2}), preset("emoji_64").qwen3.vocab_rows
+    gathered = re.findall(rf"= f32\[({rows}|{rows // 2}),(?:320|160)\]\S* all-gather\(.*op_name=\"([^\"]*)", program)
+    assert {size for size, _ in gathered} == {str(rows // 2)}
+    assert all("logits" in name for _, name in gathered)
+    # The lookup's results change places: 8 rows of 160 tokens, half of the width.
     moved = [sum(sizes(shape)) for shape in re.findall(r"= (\(.*?\)) all-to-all\(", program)]
     assert moved
-    assert max(moved) == 16 * 160 * 320 // 8 * 4
+    assert max(moved) == 8 * 160 * 320 // 2 * 4
