@@ -36,7 +36,7 @@ class MetricWriter:
             return
         if self.path.exists():
             self._forget(step)
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(ImportError), _writing(self.path.with_name("tensorboard")):
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
             self.board = EventFileWriter(str(self.path.parent / "tensorboard"))
