@@ -4,7 +4,6 @@ TensorBoard's own writer is used because clu's SummaryWriter is TensorFlow's.
 """
 
 import contextlib
-import importlib.util
 import io
 import json
 import pathlib
@@ -33,9 +32,11 @@ class MetricWriter:
         self.path = pathlib.Path(workdir) / "metrics.jsonl"
         self.silent = not is_first()
         self.board = None
-        if self.path.exists() and not self.silent:
+        if self.silent:
+            return
+        if self.path.exists():
             self._forget(step)
-        if importlib.util.find_spec("tensorboard") and not self.silent:
+        with contextlib.suppress(ImportError), _writing(self.path.with_name("tensorboard")):
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
             self.board = EventFileWriter(str(self.path.parent / "tensorboard"))

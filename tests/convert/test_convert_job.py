@@ -172,7 +172,8 @@ def test_a_training_run_comes_out(tmp_path, capsys):
     run, workdir = TrainConfig(stage="joint"), tmp_path / "run"
     trained, frozen = split(load_published(ASSETS / "emoji_64")[1], run.trainable)
     manager = checkpoints.open_manager(workdir)
-    checkpoints.save(manager, run, {"step": jnp.int32(3), "params": trained, "opt_state": {"count": jnp.int32(3)}}, frozen)
+    counters = {"opt_state": {"count": jnp.int32(3)}, "guard": {"skipped": jnp.int32(0)}}
+    checkpoints.save(manager, run, {"step": jnp.int32(3), "params": trained, **counters}, frozen, {})
     manager.wait_until_finished()
     (workdir / "config.json").write_text(json.dumps({"stage": "joint"}))  # the run's own, not a model's
     report = convert(capsys, "to-torch", workdir, tmp_path / "back", "--dtype", "float16")

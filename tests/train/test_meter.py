@@ -110,5 +110,5 @@ def test_steps_that_are_done_again_are_written_once(tmp_path):
 def test_what_is_not_finite_is_null_and_a_folder_that_cannot_be_written_is_named(tmp_path):
     MetricWriter(tmp_path).write(1, {"loss": np.nan, "ce": 2})
     assert lines(tmp_path) == [{"step": 1, "loss": None, "ce": 2.0}]
-    with pytest.raises(ConfigError, match=r"/proc/metrics.jsonl cannot be written"):
+    with pytest.raises(ConfigError, match=r"/proc/.* cannot be written: "):
         MetricWriter("/proc").write(1, {"loss": 1})

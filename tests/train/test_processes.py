@@ -84,13 +84,10 @@ def test_a_process_whose_others_never_come_says_so(monkeypatch):
         start_processes()
 
 
-def test_meshes_and_processes_and_micro_batches_give_the_same_steps():
-    names = ["1 device", "data=2, fsdp=2, tensor=2, 4 micro-batches"]
-    variants = {name: equal_meshes.VARIANTS[name] for name in names}
-    found = equal_meshes.differences(3, variants, list(equal_meshes.PROCESSES)[:1])
-    assert len(found) == 3
-    for name, row in found.items():
-        assert max(row.values()) < equal_meshes.LIMIT, name
+def test_two_processes_with_all_axes_and_micro_batches_give_the_steps_of_one_device():
+    name = list(equal_meshes.PROCESSES)[-1]
+    found = equal_meshes.differences(3, {"1 device": equal_meshes.VARIANTS["1 device"]}, [name])
+    assert 0 < max(found[name].values()) < equal_meshes.LIMIT  # other sums, so other bits
 
 
 @pytest.mark.parametrize("processes", [1, 2])
