@@ -107,7 +107,8 @@ class Pipeline:
             numbers = [generate.sample_key(seed, prompts[p], i) for p, i in chunk]
             numbers += [(0, 0, 0)] * (self.batch_size - len(chunk))
             inputs = jax.device_put((ids[rows], valid[rows], np.array(numbers, np.uint32)), self._place)
-            made = jax.device_get(self._run(self.params, *inputs, **settings))
+            with jax.set_mesh(self.mesh):  # by which the model knows the platform's kernels, and keeps the batch cut as it comes
+                made = jax.device_get(self._run(self.params, *inputs, **settings))
             for (p, i), image, tokens in zip(chunk, made["images"], made["tokens"], strict=False):
                 yield Sample(prompts[p], i, seed, image, tokens)
 
