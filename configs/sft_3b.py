@@ -5,8 +5,8 @@
 
 128 images a step, 7,000 steps, as on the project's page: several passes over the data, so they are encoded once, into a cache. Two chips
 share an image where a pod has more chips than a step has images.
-Planned at 40 % of the peak, which is arithmetic (`blip3o-jax plan --config sft_3b:TOPOLOGY`): v5e:16x16 0.14 s a step, 67 chip-hours; v5p:4x4x8
-0.12 s, 29; v6e:16x16 0.03 s, 14; v5e:4x4 2.2 s, 4.2 h; v5p:2x2x4 0.93 s, 1.8 h; v6e:4x4 0.46 s, 0.9 h; tpu7x:2x2x1 0.74 s, 1.4 h.
+Planned at 40 % of the peak, which is arithmetic (`blip3o-jax plan --config sft_3b:TOPOLOGY`): v5e:16x16 0.14 s a step, 67 chip-hours;
+v5p:4x4x8 0.12 s, 29; v6e:16x16 0.03 s, 14; v5e:4x4 2.2 s, 4.2 h; v5p:2x2x4 0.93 s, 1.8 h; v6e:4x4 0.46 s, 0.9 h; tpu7x:2x2x1 0.74 s, 1.4 h.
 """
 
 from ml_collections import ConfigDict
