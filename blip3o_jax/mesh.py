@@ -80,7 +80,8 @@ def make_mesh(sizes: dict[str, int] | None = None, devices=None) -> Mesh:
         raise ConfigError(f"Mesh: dcn={slices}, but the devices are of {len(known)} slices; take dcn={len(known)}.")
     axis_types = (AxisType.Auto,) * 3
     if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
+        # Split where need be: a pod of 16x16 chips may be tensor=2 too, which is not a side of it.
+        return Mesh(mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True), AXES, axis_types=axis_types)
     inner = (shape[0] // slices, *shape[1:])
     if len(known) == slices:
         return Mesh(mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices), AXES, axis_types=axis_types)

@@ -112,3 +112,12 @@ def test_layers_and_tokens_add_up():
     prefill = sum(flops.qwen3(cfg.qwen3, batch, i + 1) for i in range(prompt))
     assert flops.decode(cfg, batch, prompt) == steps + prefill
     assert flops.joint_step(cfg, 8, 323) == 2 * flops.joint_step(cfg, 4, 323) - 2 * cfg.ta_tok.codebook_size * cfg.ta_tok.bottleneck_dim**2
+
+
+def test_frozen_blocks_are_passed_twice_and_guidance_doubles_the_rows():
+    cfg = preset("mid_128")
+    n, prompt = cfg.num_condition_tokens, cfg.max_prompt_tokens
+    once = flops.sana(cfg.sana, 4, n) + flops.sana_condition(cfg.sana, 4 * n)
+    assert flops.joint_step(cfg, 4, 323) - flops.joint_step(cfg, 4, 323, whole_sana=False) == once
+    further = flops.text_to_image(cfg, 4, prompt, 3) - flops.text_to_image(cfg, 4, prompt, 2)
+    assert further == flops.sana(cfg.sana, 8, n)

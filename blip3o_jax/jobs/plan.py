@@ -22,8 +22,10 @@ def open_run(args) -> tuple[TrainConfig, list, plan.Chip, object]:
         raise ConfigError(f"--mfu is in (0, 1], not {args.mfu}.")
     if args.price is not None and args.price < 0:
         raise ConfigError(f"--price is at least 0, not {args.price}.")
-    if args.generate and args.search:
+    if args.generate is not None and args.search:
         raise ConfigError("--search is over ways to train; leave --generate out.")
+    if min(args.num_inference_steps, 1 if args.generate is None else args.generate) < 1:
+        raise ConfigError("--generate and --num-inference-steps are at least 1.")
     cfg = read_config(args.config, args.overrides)
     if args.topology and cfg.topology and cfg.topology != args.topology:
         cfg = read_config(f"{args.config.partition(':')[0]}:{args.topology}", args.overrides)
@@ -87,7 +89,7 @@ def run(args) -> int:
     cfg, devices, chip, mesh = open_run(args)
     if args.search:
         cfg, found = search(cfg, mesh, devices, chip, args)
-    elif args.generate:
+    elif args.generate is not None:
         program = plan.lower_generation(cfg, mesh, args.generate * batch_shards(mesh), args.num_inference_steps)
         found = planned(program, devices, chip, args, runs=1)
     else:

@@ -41,7 +41,7 @@ def step_flops(cfg: TrainConfig, batch) -> int | None:
         return None
     model, (rows, length) = cfg.blip3o(), batch["tokens"].shape
     encoders = flops.ta_tok_encode(model.ta_tok, rows) + flops.dc_ae_encode(model.dc_ae, rows, model.sana.sample_size)
-    return flops.joint_step(model, rows, length) - (encoders if "latents" in batch else 0)
+    return flops.joint_step(model, rows, length, cfg.trainable_sana == "all") - (encoders if "latents" in batch else 0)
 
 
 class Meter:
