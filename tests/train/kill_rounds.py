@@ -24,7 +24,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-NUM_STEPS, EVERY, LONGEST = 120, 5, 60.0  # steps of a run, between checkpoints; seconds after which a process hangs
+NUM_STEPS, EVERY, LONGEST = 120, 5, 240.0  # steps of a run, between checkpoints; seconds after which a process hangs
 
 
 def train(workdir: pathlib.Path) -> None:
@@ -68,7 +68,7 @@ def fork(log: pathlib.Path, function: Callable, *args) -> int:
         with log.open("w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr, force=True)
         function(*args)
         code = 0
     except BaseException:
@@ -164,7 +164,7 @@ def rounds(number: int, count: int, seed: int, folder: pathlib.Path) -> dict:
         if until_killed(reference, count, rng, None) != "finished" or newest(reference) != NUM_STEPS:
             raise RuntimeError(f"The uninterrupted run did not finish: {tail(reference)}")
     span = time.monotonic() - began
-    finished = wrong = elsewhere = starts = kills = 0
+    finished = wrong = elsewhere = resumes = starts = kills = 0
     began, workdir = time.monotonic(), folder / "run0"
     workdir.mkdir()
     while kills < number or not finished:
@@ -172,6 +172,7 @@ def rounds(number: int, count: int, seed: int, folder: pathlib.Path) -> dict:
         when = until_killed(workdir, count, rng, span if kills < number else None)
         starts += 1
         found = resumed(workdir)
+        resumes += bool(found)
         elsewhere += found is not None and found != expected
         if when != "finished":
             kinds[when] += 1
@@ -186,6 +187,7 @@ def rounds(number: int, count: int, seed: int, folder: pathlib.Path) -> dict:
         "rounds": kills,
         "killed_while_writing": kinds["writing"],
         "killed_between": kinds["between"],
+        "resumed": resumes,
         "resumed_elsewhere_than_newest_whole": elsewhere,
         "runs_finished": finished,
         "runs_with_other_bits": wrong,
