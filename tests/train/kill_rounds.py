@@ -147,10 +147,15 @@ def compare(*workdirs: pathlib.Path) -> None:
     import jax
     import orbax.checkpoint as ocp
 
+    def read(reader, folder):
+        tree = reader.metadata(folder).item_metadata.tree
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=on_host))
+
     for item in ("model", "optimizer"):
         folders = [workdir / "checkpoints" / str(NUM_STEPS) / item for workdir in workdirs]
         with ocp.PyTreeCheckpointer() as reader:
-            left, right = (jax.tree.map(np.asarray, reader.restore(folder)) for folder in folders)
+            left, right = (read(reader, folder) for folder in folders)
         jax.tree.map(np.testing.assert_array_equal, left, right)
         assert len(jax.tree.leaves(left)) > 2
 
@@ -179,7 +184,9 @@ def rounds(number: int, count: int, seed: int, folder: pathlib.Path) -> dict:
             kills += 1
             continue
         finished += 1
-        wrong += os.waitpid(fork(workdir / "log.compare", compare, workdir, reference), 0)[1] != 0
+        if os.waitpid(fork(workdir / "log.compare", compare, workdir, reference), 0)[1]:
+            wrong += 1
+            print(f"Run {finished} differs: {tail(workdir)}", file=sys.stderr)
         workdir = folder / f"run{finished}"
         workdir.mkdir()
     return {
