@@ -24,7 +24,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-NUM_STEPS, EVERY, LONGEST = 120, 5, 60.0  # steps of a run, between checkpoints; seconds after which a process hangs
+NUM_STEPS, EVERY, LONGEST = 120, 5, 240.0  # steps of a run, between checkpoints; seconds after which a process hangs
 
 
 def train(workdir: pathlib.Path) -> None:
@@ -68,7 +68,7 @@ def fork(log: pathlib.Path, function: Callable, *args) -> int:
         with log.open("w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr, force=True)
         function(*args)
         code = 0
     except BaseException:
@@ -147,10 +147,15 @@ def compare(*workdirs: pathlib.Path) -> None:
     import jax
     import orbax.checkpoint as ocp
 
+    def read(reader, folder):
+        tree = reader.metadata(folder).item_metadata.tree
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=on_host))
+
     for item in ("model", "optimizer"):
         folders = [workdir / "checkpoints" / str(NUM_STEPS) / item for workdir in workdirs]
         with ocp.PyTreeCheckpointer() as reader:
-            left, right = (jax.tree.map(np.asarray, reader.restore(folder)) for folder in folders)
+            left, right = (read(reader, folder) for folder in folders)
         jax.tree.map(np.testing.assert_array_equal, left, right)
         assert len(jax.tree.leaves(left)) > 2
 
@@ -164,7 +169,7 @@ def rounds(number: int, count: int, seed: int, folder: pathlib.Path) -> dict:
         if until_killed(reference, count, rng, None) != "finished" or newest(reference) != NUM_STEPS:
             raise RuntimeError(f"The uninterrupted run did not finish: {tail(reference)}")
     span = time.monotonic() - began
-    finished = wrong = elsewhere = starts = kills = 0
+    finished = wrong = elsewhere = resumes = starts = kills = 0
     began, workdir = time.monotonic(), folder / "run0"
     workdir.mkdir()
     while kills < number or not finished:
@@ -172,13 +177,16 @@ def rounds(number: int, count: int, seed: int, folder: pathlib.Path) -> dict:
         when = until_killed(workdir, count, rng, span if kills < number else None)
         starts += 1
         found = resumed(workdir)
+        resumes += bool(found)
         elsewhere += found is not None and found != expected
         if when != "finished":
             kinds[when] += 1
             kills += 1
             continue
         finished += 1
-        wrong += os.waitpid(fork(workdir / "log.compare", compare, workdir, reference), 0)[1] != 0
+        if os.waitpid(fork(workdir / "log.compare", compare, workdir, reference), 0)[1]:
+            wrong += 1
+            print(f"Run {finished} differs: {tail(workdir)}", file=sys.stderr)
         workdir = folder / f"run{finished}"
         workdir.mkdir()
     return {
@@ -186,6 +194,7 @@ def rounds(number: int, count: int, seed: int, folder: pathlib.Path) -> dict:
         "rounds": kills,
         "killed_while_writing": kinds["writing"],
         "killed_between": kinds["between"],
+        "resumed": resumes,
         "resumed_elsewhere_than_newest_whole": elsewhere,
         "runs_finished": finished,
         "runs_with_other_bits": wrong,

@@ -98,4 +98,5 @@ def test_a_killed_run_goes_on_from_a_whole_checkpoint_to_the_same_bits(processes
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["rounds"] == 2
     assert report["runs_finished"] >= 1
+    assert report["resumed"] >= 1
     assert report["runs_with_other_bits"] == report["resumed_elsewhere_than_newest_whole"] == 0
