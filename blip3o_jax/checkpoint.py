@@ -2,11 +2,13 @@
 
 `model` is {"params", "frozen"[, "ema"]} and can be read alone; `optimizer` is {"step", "opt_state", "guard"}; `config` the run's config
 and `notes` the clock's totals as JSON. The data position is the step itself, and so is the state of every random key.
-A folder appears under its number when everything in it is written; one that was killed on the way is swept out by the next run.
+A folder appears under its number when everything in it is written; one that was killed on the way is swept out by the next run. One that
+lost files later is set aside under another name.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import pathlib
@@ -30,7 +32,7 @@ PIECE = 64 << 20  # bytes of an array that are one file's piece; whoever reads t
 
 
 def open_manager(workdir, keep: int = 1):
-    """Orbax's manager of a workdir's checkpoints; those that are not whole are removed. ConfigError when the folder cannot be written."""
+    """Orbax's manager of a workdir's checkpoints, those that are not whole out of the way. ConfigError when it cannot be written."""
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").addFilter(_not_orbax)
@@ -38,9 +40,13 @@ def open_manager(workdir, keep: int = 1):
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)
     try:
         with first_alone("the checkpoints"):
-            for broken in {*_numbered(folder), *folder.glob("*.orbax-checkpoint-tmp*")} - whole(folder):
-                log.warning("%s is not whole and is removed.", broken)
-                shutil.rmtree(broken, ignore_errors=True)
+            for half in folder.glob("*.orbax-checkpoint-tmp*"):
+                log.warning("%s was not written to its end and is removed.", half)
+                shutil.rmtree(half, ignore_errors=True)
+            for broken in _numbered(folder) - whole(folder):
+                aside = next(path for n in itertools.count() if not (path := folder / f"{broken.name}.broken-{n}").exists())
+                log.warning("%s lacks some of its files and is now %s.", broken, aside.name)
+                broken.rename(aside)
         return ocp.CheckpointManager(folder, options=options)
     except OSError as error:
         raise ConfigError(f"The checkpoints {folder} cannot be written: {error.strerror}.") from error

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from blip3o_jax.train.stop import RESTART
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"

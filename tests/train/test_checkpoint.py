@@ -72,10 +72,10 @@ def test_a_half_written_or_half_deleted_checkpoint_is_never_chosen(missing, tmp_
     assert kept(tmp_path) == ["1", "2", "3.orbax-checkpoint-tmp-0"]
     manager = checkpoint.open_manager(tmp_path, 2)
     assert manager.latest_step() == 1
-    assert kept(tmp_path) == ["1"]
+    assert kept(tmp_path) == ["1", "2.broken-0"]
     checkpoint.save(manager, CFG, *state_at(2), {})
     checkpoint.finish(manager)
-    assert kept(tmp_path) == ["1", "2"]
+    assert kept(tmp_path) == ["1", "2", "2.broken-0"]
 
 
 def test_a_damaged_checkpoint_is_named_and_what_to_do(tmp_path):
