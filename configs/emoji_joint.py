@@ -2,7 +2,7 @@
 
     blip3o-jax train --config emoji_joint --workdir runs/joint
 
-Cost: 2.0 s a step on two CPU cores. Result after 700 steps from a diffusion part that earlier runs had trained: flow loss 0.12 held out.
+Cost: 2.0 s a step on two idle CPU cores, 50 minutes. Result on held-out scenes: 94 % of the tokens, flow loss 0.16.
 """
 
 from ml_collections import ConfigDict
