@@ -73,15 +73,19 @@ def is_workdir(directory) -> bool:
     return bool(whole(pathlib.Path(directory) / "checkpoints"))
 
 
+def why_unwritten(error: Exception) -> str | None:
+    """What the system says of a disk that takes no more, also where a library put that into a text of its own; None if it says nothing."""
+    told = re.search(r"No space left on device|Disk quota exceeded|Read-only file system|Permission denied", str(error))
+    return told[0] if told else getattr(error, "strerror", None)
+
+
 @contextlib.contextmanager
 def _writing(manager):
     """Says in one sentence what went wrong while a checkpoint was written, which may have been the one before."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
-        text = str(error).strip()
-        known = re.search(r"No space left on device|Disk quota exceeded|Read-only file system|Permission denied", text)
-        reason = known[0] if known else text.splitlines()[0][:200]
+        reason = why_unwritten(error) or str(error).strip().splitlines()[0][:200]
         raise ConfigError(f"A checkpoint cannot be written to {manager.directory}: {reason}; those before it are whole.") from error
 
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from blip3o_jax import text as texts
+from blip3o_jax.checkpoint import why_unwritten
 from blip3o_jax.config import ConfigError, multiples
 from blip3o_jax.data.cache import open_cached
 from blip3o_jax.data.mixture import HeldOut, HostRows, Mixture, whole_weights
@@ -57,8 +58,10 @@ def dataset(cfg: TrainConfig, data_dir: str, split: str, tokenizer: texts.Text |
     )
     try:
         source = builder.open_source(data_dir, split, world)
-    except OSError as error:
-        raise ConfigError(f"The scenes cannot be drawn into {data_dir}: {error.strerror or error}; name another data.data_dir.") from error
+    except (OSError, RuntimeError) as error:
+        if not (reason := why_unwritten(error)):
+            raise
+        raise ConfigError(f"The scenes cannot be drawn into {data_dir}: {reason}; name another data.data_dir.") from error
     if tokenizer is None:
         return grain.MapDataset.source(source).map(_image_record)
     num_tokens, length = cfg.blip3o().ta_tok.num_tokens, row_length(cfg, tokenizer)

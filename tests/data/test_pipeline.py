@@ -32,6 +32,21 @@ def same(a, b):
     return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("write() failed: No space left on device; at byte 8")]
+)
+def test_a_full_disk_is_one_sentence_and_a_defect_none(error, monkeypatch, data_dir):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(pipeline.builder, "open_source", fail)
+    with pytest.raises(ConfigError, match=f"cannot be drawn into {data_dir}: No space left on device; name another"):
+        pipeline.dataset(CFG, data_dir, "train", None)
+    error = RuntimeError("a defect")
+    with pytest.raises(RuntimeError, match="a defect"):
+        pipeline.dataset(CFG, data_dir, "train", None)
+
+
 def test_records_are_the_scenes_of_seed_and_index(data_dir):
     records = pipeline.dataset(CFG, data_dir, "train", None)
     for i in (0, 7, 15):
