@@ -24,7 +24,7 @@ from blip3o_jax.jobs.verify import compare_stages
 from blip3o_jax.pipeline import embedded_checkpoints
 from blip3o_jax.synthetic import random_checkpoint
 
-GEMM, SETTLE, TOLERANCE = 2048, 0.1, 1e-4
+GEMM, SETTLE, TURN, TOLERANCE = 2048, 0.1, 0.3, 1e-4
 LARGEST = 1_000_000_000  # parameters
 COLUMNS = {"ours": "blip3o_jax", "original": "PyTorch, original's way", "well": "PyTorch done well"}
 
@@ -46,13 +46,15 @@ def median_seconds(call: Callable[[], object], repeats: int = 5) -> float:
 def interleaved(calls: dict[str, Callable[[], object]], repeats: int) -> tuple[dict[str, list[float]], dict[str, float]]:
     """(seconds of each call by name, in turns; the share of a core that the process uses while it rests after each).
 
-    The rest lets the thread pool of the side that ran go to sleep; the share says whether it does.
+    A turn is as many calls as take `TURN` seconds, one at least. The rest lets the thread pool of the side that ran go to sleep; the share
+    says whether it does.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     idle: dict[str, float] = {}
+    counts = {name: max(1, round(TURN / max(seconds(call), 1e-9))) for name, call in calls.items()}
     for _ in range(repeats):
         for name, call in calls.items():
-            times[name].append(seconds(call))
+            times[name].append(seconds(lambda call=call, name=name: [call() for _ in range(counts[name])]) / counts[name])
             time.sleep(SETTLE)
             busy = time.process_time()
             time.sleep(SETTLE)
