@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import inspect
 import json
 import pathlib
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ def read_config(name: str, overrides: list[str]) -> TrainConfig:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        if topology and not inspect.signature(module.get_config).parameters:
+            raise ConfigError(f"The config {name} is the same on all topologies; leave ':{topology}' out.")
         values = module.get_config(*filter(None, [topology])).to_dict()
     except ConfigError:
         raise
