@@ -1,7 +1,6 @@
 """The loop around rollouts and updates: the only part of reinforcement learning that touches clock, disk and devices."""
 
 import functools
-import json
 import logging
 import pathlib
 import time
@@ -20,6 +19,7 @@ from blip3o_jax.sharding import join
 from blip3o_jax.text import Text
 from blip3o_jax.train import start, steps, stop
 from blip3o_jax.train.config import TrainConfig
+from blip3o_jax.train.loop import after_step
 from blip3o_jax.train.meter import Meter
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def run(
         done = int(state["step"])
         meter, result = Meter(cfg, workdir, done, {"began": began, **notes}), {}
         for now in range(done + 1, cfg.num_steps + 1):
-            last, clock = now == cfg.num_steps, time.perf_counter()
+            clock = time.perf_counter()
             metadata = [m for m in prompts(now - 1) for _ in range(cfg.grpo.num_generations)]
             # Rollouts of an update have keys of their own, so that a prompt that comes again is drawn anew.
             made = jax.device_get(draw(join(frozen, state["params"]), *inputs(metadata, cfg.seed + 1_000_003 * now)))
@@ -90,22 +90,7 @@ def run(
             metrics |= {"reward": float(rewards.mean()), "reward_std": spread, **numbers}
             metrics |= {"rollout_s": drawn - clock, "reward_s": judged - drawn, "update_s": time.perf_counter() - judged}
             meter.add(now, batch, metrics)
-            leave = stopping(now)
-            if now % cfg.log_every == 0 or last or leave:
-                meter.log(now)
-            if now % cfg.eval_every == 0 or last:
-                with meter.phase("other"):
-                    result, picture = evaluate()
-                    meter.writer.write(now, result)
-                    meter.writer.write_image(now, "sheet", picture)
-                log.info("held out at step %d: %s", now, json.dumps(result))
-            if now % cfg.checkpoint_every == 0 or last or leave:
-                with meter.phase("other"):
-                    checkpoint.save(manager, cfg, state, frozen, meter.clock())
-            if leave and not last:
-                checkpoint.finish(manager)
-                log.info("Saved step %d; the same command goes on from it.", now)
-                raise stop.Preempted(now)
+            result = after_step(cfg, meter, manager, now, state, frozen, evaluate, stopping(now)) or result
         checkpoint.finish(manager)
     return result
 

@@ -50,8 +50,11 @@ def run(
         step = steps.compile_step(model, cfg, shardings)
         meter = Meter(cfg, workdir, done, {"began": began, **notes})
         result = {}
+
+        def held_out():
+            return evaluate(steps.weights(state, frozen), heldout)
+
         for now in range(done + 1, cfg.num_steps + 1):
-            last = now == cfg.num_steps
             with meter.phase("data"):
                 batch = put_batch(next(iterator), mesh)
             if now == done + 1:
@@ -61,22 +64,31 @@ def run(
             with meter.step(now):
                 state, values = step(state, frozen, batch)
             meter.add(now, batch, values)
-            leave = stopping(now)
-            if now % cfg.log_every == 0 or last or leave:
-                meter.log(now)
-            if now % cfg.eval_every == 0 or last:
-                with meter.phase("other"):
-                    result, picture = evaluate(steps.weights(state, frozen), heldout)
-                    meter.writer.write(now, result)
-                    if picture is not None:
-                        meter.writer.write_image(now, "sheet", picture)
-                log.info("held out at step %d: %s", now, json.dumps(result))
-            if now % cfg.checkpoint_every == 0 or last or leave:
-                with meter.phase("other"):
-                    checkpoint.save(manager, cfg, state, frozen, meter.clock())
-            if leave and not last:
-                checkpoint.finish(manager)
-                log.info("Saved step %d; the same command goes on from it.", now)
-                raise stop.Preempted(now)
+            result = after_step(cfg, meter, manager, now, state, frozen, held_out, stopping(now)) or result
         checkpoint.finish(manager)
+    return result
+
+
+def after_step(cfg: TrainConfig, meter: Meter, manager, now: int, state, frozen, evaluate: Callable, leave: bool) -> dict[str, float]:
+    """What follows step `now` where it is due: log, `evaluate()` -> (numbers, picture or None), checkpoint. Gives the numbers, if any.
+
+    Raises `stop.Preempted` with everything saved when the run is to `leave` before its end.
+    """
+    last, result = now == cfg.num_steps, {}
+    if now % cfg.log_every == 0 or last or leave:
+        meter.log(now)
+    if now % cfg.eval_every == 0 or last:
+        with meter.phase("other"):
+            result, picture = evaluate()
+            meter.writer.write(now, result)
+            if picture is not None:
+                meter.writer.write_image(now, "sheet", picture)
+        log.info("held out at step %d: %s", now, json.dumps(result))
+    if now % cfg.checkpoint_every == 0 or last or leave:
+        with meter.phase("other"):
+            checkpoint.save(manager, cfg, state, frozen, meter.clock())
+    if leave and not last:
+        checkpoint.finish(manager)
+        log.info("Saved step %d; the same command goes on from it.", now)
+        raise stop.Preempted(now)
     return result
