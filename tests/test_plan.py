@@ -150,7 +150,7 @@ def test_a_mesh_that_does_not_divide_says_which_does():
         (["--config", "pretrain_3b", "--topology", "v5e:3x5"], "Unknown topology 'v5e:3x5'; known: v5e:2x2,"),
         (["--config", "pretrain_3b:v9:2x2"], "Unknown topology 'v9:2x2'"),
         (["--config", "emoji_joint"], "names no topology"),
-        (["--config", "emoji_joint:v5e:2x2"], "gives no config"),
+        (["--config", "emoji_joint:v5e:2x2"], "is the same on all topologies"),
         (["--config", "pretrain_3"], "did you mean 'pretrain_3b'"),
         (["--config", "pretrain_3b", "--mfu", "2"], "in (0, 1]"),
         (["--config", "pretrain_3b", "--price", "-1"], "at least 0"),
