@@ -25,7 +25,7 @@ def greedy_tokens(ref: Reference, prompt: torch.Tensor, valid: torch.Tensor, ima
     first, last = vocab.image_start_token_id, vocab.image_start_token_id + vocab.num_image_tokens
     head = ref.ar.lm_head.weight[first:last] if image_range_only else ref.ar.lm_head.weight
     cache, mask, lengths = DynamicCache(config=ref.ar.config), valid.long(), valid.sum(dim=1)
-    out = model(prompt, attention_mask=mask, position_ids=prompt_positions(valid), past_key_values=cache, use_cache=True)
+    out = model(prompt, attention_mask=mask, position_ids=prompt_positions(valid), cache=cache, use_cache=True)
     states, codes = [out.last_hidden_state[:, -1]], []
     for i in range(n):
         logits = states[-1] @ head.T
@@ -33,7 +33,7 @@ def greedy_tokens(ref: Reference, prompt: torch.Tensor, valid: torch.Tensor, ima
         codes.append(logits.float().argmax(dim=-1))
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         fed, places = (first + codes[-1])[:, None], (lengths + i)[:, None]
-        out = model(fed, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True)
+        out = model(fed, attention_mask=mask, position_ids=places, cache=cache, use_cache=True)
         states.append(out.last_hidden_state[:, -1])
     return torch.stack(codes, dim=1), torch.stack(states, dim=1)
 

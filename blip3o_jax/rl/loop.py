@@ -1,7 +1,6 @@
 """The loop around rollouts and updates: the only part of reinforcement learning that touches clock, disk and devices."""
 
 import functools
-import logging
 import pathlib
 import time
 from collections.abc import Callable
@@ -19,10 +18,8 @@ from blip3o_jax.sharding import join
 from blip3o_jax.text import Text
 from blip3o_jax.train import start, steps, stop
 from blip3o_jax.train.config import TrainConfig
-from blip3o_jax.train.loop import after_step
+from blip3o_jax.train.loop import after_step, announce
 from blip3o_jax.train.meter import Meter
-
-log = logging.getLogger(__name__)
 
 Reward = Callable[[np.ndarray, list[dict]], tuple[np.ndarray, dict[str, float]]]
 
@@ -51,7 +48,7 @@ def run(
         reference = jax.tree.map(jnp.copy, params["qwen3"])  # the state's own buffers are donated
         state, frozen, shardings, notes = start.begin(cfg, model, mesh, manager, functools.partial(dict, params))
         del params
-        log.info("Stage %s on mesh %s.\n%s", cfg.stage, dict(mesh.shape), start.overview(state, frozen))
+        announce(cfg, workdir, mesh, state, frozen)
 
         update = grpo.compile_update(model, cfg, shardings)
         draw = jit(functools.partial(_draw, model, cfg))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clu import parameter_overview
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from blip3o_jax import checkpoint
@@ -95,3 +96,9 @@ def overview(state, frozen) -> str:
         size = sum(x.nbytes for leaves in trees for x in leaves) / 1e6
         lines.append(f"{part:24}{counts[0]:>16,}{counts[1]:>16,}{size:>12,.1f}")
     return "\n".join(lines)
+
+
+def parameters(state, frozen) -> str:
+    """A line a parameter: name, shape, dtype, size and sharding; the trained ones, then the frozen."""
+    tables = (parameter_overview.get_parameter_overview(tree, include_stats="sharding") for tree in (state["params"], frozen))
+    return "\n".join(f"{title}\n{table}" for title, table in zip(("Trained", "Frozen"), tables, strict=True))

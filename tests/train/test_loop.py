@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 
 import jax
@@ -66,6 +67,10 @@ def test_a_joint_run_moves_all_that_is_trained_and_says_what_it_sees(tmp_path):
     assert (tmp_path / "run" / "sheet-000002.png").exists()
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
     assert np.std(params["qwen3"]["norm"]["scale"]) > 0
+    table = (tmp_path / "run" / "parameters.txt").read_text()
+    assert table.startswith("Trained\n")
+    assert len(re.findall(r"^\| \w+/.*\(.*'fsdp'", table.partition("Frozen")[0], re.MULTILINE)) >= 20
+    assert "| dc_ae/" in table.partition("Frozen")[2]
 
 
 @pytest.fixture(scope="module")
