@@ -64,20 +64,26 @@ def guided(unconditional, conditional, guidance_scale):
     return unconditional + _per_sample(guidance_scale) * (conditional - unconditional)
 
 
+def pairs(x, y):
+    """x and y [B,...] in turns, [2B,...]: both rows of a sample stay on its device when the batch is cut."""
+    return jnp.stack([x, y], axis=1).reshape(-1, *x.shape[1:])
+
+
 def euler_sample(velocity_fn, noise, schedule, guidance_scale=None):
     """Integrates from noise [B,Y,X,C] at schedule[0] to latents at schedule[-1], in f32; `velocity_fn(x, t [B]) -> velocity`.
 
-    With a guidance_scale, a scalar or [B] that may be traced, `velocity_fn` is given 2B rows, all samples twice: first to be seen without
-    condition, then with it. With None it is given the samples once, at half the work.
+    With a guidance_scale, a scalar or [B] that may be traced, `velocity_fn` is given the 2B rows of `pairs(x, x)`, a sample's first to be
+    seen without condition, its second with it. With None it is given the samples once, at half the work.
     """
     twice = guidance_scale is not None
 
     def step(x, levels):
         sigma, next_sigma = levels
-        rows = jnp.concatenate([x, x]) if twice else x
+        rows = pairs(x, x) if twice else x
         velocity = velocity_fn(rows, jnp.full(rows.shape[:1], NUM_TRAIN_TIMESTEPS * sigma)).astype(jnp.float32)
         if twice:
-            velocity = guided(*jnp.split(velocity, 2), guidance_scale)
+            velocity = velocity.reshape(-1, 2, *velocity.shape[1:])
+            velocity = guided(velocity[:, 0], velocity[:, 1], guidance_scale)
         return x + (next_sigma - sigma) * velocity, None
 
     schedule = jnp.asarray(schedule, jnp.float32)

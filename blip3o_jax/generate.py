@@ -31,7 +31,7 @@ def denoise(model: Blip3o, params, hidden, noise, num_inference_steps: int, guid
     is hidden states of zeros, before the connector (S5.2); a guidance_scale of None leaves that half out.
     """
     if guidance_scale is not None:
-        hidden = jnp.concatenate([jnp.zeros_like(hidden), hidden])
+        hidden = flow.pairs(jnp.zeros_like(hidden), hidden)
     condition = model.connector.apply({"params": params["diffusion_connector"]}, hidden)
     keys_values = model.sana.apply({"params": params["sana"]}, condition, method="keys_values")
 

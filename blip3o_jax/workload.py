@@ -11,7 +11,9 @@ import numpy as np
 from blip3o_jax import decode, flops, flow, generate
 from blip3o_jax.compilation import jit
 from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.mesh import BATCH
 from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.sharding import shardings
 from blip3o_jax.train import losses, steps
 from blip3o_jax.train.config import LossConfig, OptimizerConfig, TrainConfig
 
@@ -79,14 +81,14 @@ def train_config() -> TrainConfig:
     return TrainConfig(stage="joint", trainable_sana="all", loss=LossConfig(condition_dropout=0.0), optimizer=optimizer)
 
 
-def ours(work: Workload, params) -> dict[str, Callable[[], dict]]:
-    """Each stage as a function that gives its results as numpy arrays when they are there.
+def ours(work: Workload, params, mesh) -> dict[str, Callable[[], dict]]:
+    """Each stage as a function that gives its results as numpy arrays when they are there, the batch cut along the mesh.
 
     Tokens are greedy, so that both sides write the same. A training step goes on from the one before it; its first call gives the losses
     of the given weights.
     """
-    model, cfg = Blip3o(work.config), work.config
-    params = jax.device_put(params)
+    model, cfg, place = Blip3o(work.config), work.config, jax.NamedSharding(mesh, BATCH)
+    params = jax.tree.map(jax.device_put, params, shardings(params, mesh))
     n, steps_ = cfg.ta_tok.num_tokens, work.num_inference_steps
 
     def write(params, prompt, valid):
@@ -105,36 +107,47 @@ def ours(work: Workload, params) -> dict[str, Callable[[], dict]]:
         return {"tokens": made["tokens"], "pixels": pixels(params, denoise(params, made["hidden"], noise))}
 
     def stage(function, **inputs):
-        compiled, arrays = jit(function), jax.device_put(inputs)
-        return lambda: jax.device_get(compiled(params, **arrays))
+        compiled, arrays = jit(function, out_shardings=place), jax.device_put(inputs, place)
+
+        def run():
+            with jax.set_mesh(mesh):
+                return jax.device_get(compiled(params, **arrays))
+
+        return run
 
     return {
         "decode": stage(write, prompt=work.prompt, valid=work.valid),
         "denoise": stage(lambda *a, **k: {"latents": denoise(*a, **k)}, states=work.states, noise=work.noise),
         "autoencoder": stage(lambda *a, **k: {"pixels": pixels(*a, **k)}, latents=work.noise),
         "text_to_image": stage(whole, prompt=work.prompt, valid=work.valid, noise=work.noise),
-        "train_step": _training(model, params, work, cached=False),
-        "cached_train_step": _training(model, params, work, cached=True),
+        "train_step": _training(model, params, work, mesh, cached=False),
+        "cached_train_step": _training(model, params, work, mesh, cached=True),
     }
 
 
-def _training(model: Blip3o, params, work: Workload, cached: bool) -> Callable[[], dict]:
+def _training(model: Blip3o, params, work: Workload, mesh, cached: bool) -> Callable[[], dict]:
     """`cached`: codes and latents come with the batch, as `blip3o-jax data cache` makes them, and no image is encoded."""
     cfg, batch = train_config(), {"images": work.images, "tokens": work.tokens, "start": work.start}
-    step = jit(functools.partial(steps.train_step, model, cfg), donate_argnums=0)
     kept: dict = {}
 
+    def begin():
+        """Here, so that the state takes memory only when this stage is measured."""
+        state, kept["frozen"] = steps.init_state(cfg, params)
+        placed = shardings(state, mesh)
+        kept["state"] = jax.tree.map(lambda x, s: jax.device_put(jnp.copy(x), s), state, placed)
+        kept["step"] = steps.compile_step(model, cfg, placed)
+        if cached:
+            images = batch.pop("images")
+            batch["codes"] = jit(functools.partial(losses.encode_codes, model))(params, {"images": images})
+            batch["latents"] = jit(functools.partial(losses.encode_latents, model))(params, images)
+        kept["batch"] = jax.device_put(batch, jax.NamedSharding(mesh, BATCH))
+
     def run():
-        if not kept:  # here, so that the state takes memory only when this stage is measured
-            state, kept["frozen"] = steps.init_state(cfg, params)
-            kept["state"] = jax.tree.map(jnp.copy, state)
-            if cached:
-                images = batch.pop("images")
-                batch["codes"] = jit(functools.partial(losses.encode_codes, model))(params, {"images": images})
-                batch["latents"] = jit(functools.partial(losses.encode_latents, model))(params, images)
-            kept["batch"] = jax.device_put(batch)
-        kept["state"], metrics = step(kept["state"], kept["frozen"], kept["batch"])
-        jax.block_until_ready(kept["state"])
+        with jax.set_mesh(mesh):
+            if not kept:
+                begin()
+            kept["state"], metrics = kept["step"](kept["state"], kept["frozen"], kept["batch"])
+            jax.block_until_ready(kept["state"])
         return {name: np.asarray(metrics[name]) for name in ("ce", "flow")}
 
     return run

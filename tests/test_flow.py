@@ -100,9 +100,8 @@ def test_guidance_mixes_the_halves_of_each_sample():
     @jax.jit
     def sample(guidance_scale, shift):
         traces.append(guidance_scale)
-        return flow.euler_sample(
-            lambda x, t: velocity(x, t, np.concatenate([without, given])), noise, flow.sigmas(4, shift), guidance_scale
-        )
+        both = flow.pairs(without, given)
+        return flow.euler_sample(lambda x, t: velocity(x, t, both), noise, flow.sigmas(4, shift), guidance_scale)
 
     np.testing.assert_allclose(sample(2.5, 1.0), expected, atol=1e-5)
     alone = flow.euler_sample(lambda x, t: velocity(x, t, given), noise, schedule)

@@ -21,6 +21,7 @@ from blip3o_jax.config import Blip3oConfig, ConfigError, nearest, preset
 from blip3o_jax.convert.published import load_published
 from blip3o_jax.jobs.output import new_file
 from blip3o_jax.jobs.verify import compare_stages
+from blip3o_jax.mesh import check_batch, make_mesh
 from blip3o_jax.pipeline import embedded_checkpoints
 from blip3o_jax.synthetic import random_checkpoint
 
@@ -51,7 +52,7 @@ def interleaved(calls: dict[str, Callable[[], object]], repeats: int) -> tuple[d
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     idle: dict[str, float] = {}
-    counts = {name: max(1, round(TURN / max(seconds(call), 1e-9))) for name, call in calls.items()}
+    counts = {name: max(1, round(TURN / max(seconds(call), 1e-9))) for name, call in calls.items()}  # and warms up
     for _ in range(repeats):
         for name, call in calls.items():
             times[name].append(seconds(lambda call=call, name=name: [call() for _ in range(counts[name])]) / counts[name])
@@ -133,7 +134,9 @@ def _checked(args) -> tuple[Blip3oConfig, list[str]]:
     for stage in stages:
         if stage not in known:
             raise ConfigError(f"--stages: unknown stage {stage!r}; {nearest(stage, known)}")
-    return preset(args.preset), stages
+    cfg = preset(args.preset)
+    check_batch(args.batch_size, make_mesh())
+    return cfg, stages
 
 
 def _torch_side(work: workload.Workload, folder: pathlib.Path, threads: int) -> tuple[dict, float]:
@@ -149,10 +152,10 @@ def _torch_side(work: workload.Workload, folder: pathlib.Path, threads: int) -> 
 
 def measure(cfg: Blip3oConfig, folder: pathlib.Path, args, stages: list[str]) -> dict:
     """The report of all stages of the model in `folder`."""
-    threads = len(os.sched_getaffinity(0))
+    threads, mesh = len(os.sched_getaffinity(0)), make_mesh()
     _, params = load_published(folder)
     work, sizes = workload.make(cfg, args.batch_size, args.num_inference_steps), workload.parameter_counts(params)
-    sides = {"ours": workload.ours(work, params)}
+    sides = {"ours": workload.ours(work, params, mesh)}
     gemm = {"xla": gemm_flops_per_second()}
     if args.against:
         theirs, gemm["torch"] = _torch_side(work, folder, threads)
@@ -173,8 +176,6 @@ def measure(cfg: Blip3oConfig, folder: pathlib.Path, args, stages: list[str]) ->
             agreement[f"{stage}, {name}"] = compare_stages(
                 {k: first[name][k] for k in first["ours"].keys() & first[name]}, first["ours"], TOLERANCE
             )
-        for call in calls.values():
-            call()  # the first call of PyTorch's also allocates
         times, resting = interleaved(calls, args.repeats)
         idle = {name: max(idle.get(name, 0.0), share) for name, share in resting.items()}
         limit = limit_seconds(workload.phases(work, stage, sizes), max(gemm.values()), bandwidth)
@@ -185,6 +186,7 @@ def measure(cfg: Blip3oConfig, folder: pathlib.Path, args, stages: list[str]) ->
         "num_inference_steps": args.num_inference_steps,
         "repeats": args.repeats,
         "threads": threads,
+        "devices": mesh.size,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "stages": rows,
         "agreement": agreement,
@@ -223,8 +225,8 @@ def run(args) -> int:
     agree = all(found["agree"] for rows in report["agreement"].values() for found in rows.values())
     gemm = ", ".join(f"{name} {value:.0f}" for name, value in report["gemm_gflops"].items())
     reading = ", ".join(f"{value:.0f} at {size}" for size, value in report["read_gb_per_second"].items())
-    print(f"{cfg.name}, batch {args.batch_size}, {args.num_inference_steps} steps, float32, {report['threads']} threads, ", end="")
-    print(f"median of {args.repeats}; GEMM GFLOP/s: {gemm}; reading GB/s: {reading}")
+    print(f"{cfg.name}, batch {args.batch_size}, {args.num_inference_steps} steps, float32, median of {args.repeats}; ", end="")
+    print(f"threads: {report['threads']}, JAX's devices: {report['devices']}; GEMM GFLOP/s: {gemm}; reading GB/s: {reading}")
     print(table(report["stages"]))
     if report["agreement"]:
         print("Results agree." if agree else f"Results DIFFER: {report['agreement']}")

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -9,6 +10,7 @@ from blip3o_jax import workload
 from blip3o_jax.cli import main
 from blip3o_jax.config import preset
 from blip3o_jax.jobs import bench
+from blip3o_jax.mesh import make_mesh
 
 
 def test_a_phase_takes_arithmetic_or_reading_whichever_is_longer():
@@ -36,14 +38,20 @@ def test_the_limit_of_decoding_grows_with_the_weights_read_for_every_token():
     assert prefill.flops > tokens.flops  # 64 prompt tokens at once against one
 
 
-def test_our_side_alone(capsys):
-    assert main(["bench", "--batch-size", "1", "--num-inference-steps", "1", "--repeats", "1", "--stages", "decode,autoencoder"]) == 0
+@pytest.fixture
+def two_devices(monkeypatch):
+    monkeypatch.setattr(bench, "make_mesh", lambda: make_mesh(devices=jax.devices()[:2]))
+
+
+def test_our_side_alone(capsys, two_devices):
+    assert main(["bench", "--batch-size", "2", "--num-inference-steps", "1", "--repeats", "1", "--stages", "decode,autoencoder"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(report["stages"]) == {"decode", "autoencoder"}
     decode = report["stages"]["decode"]
-    assert decode["value"]["ours"] == pytest.approx(64 / decode["seconds"]["ours"])
+    assert decode["value"]["ours"] == pytest.approx(2 * 64 / decode["seconds"]["ours"])
     assert decode["share_of_limit"] > 0
     assert report["agreement"] == {}
+    assert report["devices"] == 2
 
 
 @pytest.mark.parametrize(
@@ -51,11 +59,12 @@ def test_our_side_alone(capsys):
     [
         (["--stages", "decod"], "decode"),
         (["--batch-size", "0"], "at least 1"),
+        (["--batch-size", "5"], "does not divide by the mesh's 2 batch shards"),
         (["--preset", "mid_12"], "mid_128"),
         (["--preset", "blip3o_next_3b"], "random weights up to"),
     ],
 )
-def test_bad_input_is_one_sentence(options, words, capsys):
+def test_bad_input_is_one_sentence(options, words, capsys, two_devices):
     assert main(["bench", *options]) == 2
     error = capsys.readouterr().err
     assert words in error
@@ -63,7 +72,7 @@ def test_bad_input_is_one_sentence(options, words, capsys):
 
 
 @pytest.mark.parity
-def test_both_sides_do_the_same_work(capsys):
+def test_both_sides_do_the_same_work(capsys, two_devices):
     options = ["--against", "torch", "--batch-size", "2", "--num-inference-steps", "2", "--repeats", "1"]
     assert main(["bench", *options]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -110,23 +110,23 @@ def test_from_prompt_ids_to_pixels(sides):
 
     @jax.jit
     def render(params, hidden, noise):
-        both = jnp.concatenate([jnp.zeros_like(hidden), hidden])
+        both = flow.pairs(jnp.zeros_like(hidden), hidden)
         condition = model.connector.apply({"params": params["diffusion_connector"]}, both)
         keys_values = model.sana.apply({"params": params["sana"]}, condition, method="keys_values")
 
         def velocity(x, t):
             return model.sana.apply({"params": params["sana"]}, x, t, keys_values, method="step")
 
-        first = velocity(jnp.concatenate([noise, noise]), jnp.full(2 * len(noise), 600.0))
+        first = velocity(flow.pairs(noise, noise), jnp.full(2 * len(noise), 600.0))
         latents = flow.euler_sample(velocity, noise, flow.sigmas(STEPS), GUIDANCE)
         return condition, first, latents, model.dc_ae.apply({"params": params["dc_ae"]}, latents, method="decode_scaled")
 
     condition, first, latents, pixels = render(params, made["hidden"], noise)
     with torch.no_grad():
-        given = ref.connector(torch.cat([torch.zeros_like(states), states]))
+        given = ref.connector(torch.stack([torch.zeros_like(states), states], dim=1).flatten(0, 1))
         close(condition, given)
         t = torch.full((2 * len(ids),), 600.0)
-        close(first, last(ref.sana(torch.cat([theirs, theirs]), encoder_hidden_states=given, timestep=t, return_dict=False)[0]))
+        close(first, last(ref.sana(theirs.repeat_interleave(2, dim=0), encoder_hidden_states=given, timestep=t, return_dict=False)[0]))
     expected = pipeline.denoise(ref, states, theirs, STEPS, GUIDANCE)
     close(latents, last(expected))
     close(jnp.clip(pixels / 2 + 0.5, 0, 1), last(pipeline.decode(ref, expected)))
