@@ -14,13 +14,13 @@ from ml_collections import ConfigDict
 
 # What the pods that the run was planned for need; on others it takes what the plan of them finds (`blip3o-jax plan --search`).
 PODS = {
-    "v5e:16x16": {"mesh": {"fsdp": 16}},
-    "v5p:4x4x8": {"mesh": {"fsdp": 32}},
-    "v6e:16x16": {"mesh": {"fsdp": 16}},
+    "v5e:16x16": {"mesh": {"fsdp": 16}, "remat": "dots"},
+    "v5p:4x4x8": {"mesh": {"fsdp": 32}, "remat": "dots"},
+    "v6e:16x16": {"mesh": {"fsdp": 16}, "remat": "dots"},
     "v5e:4x4": {"accumulate": 8},
-    "v5p:2x2x4": {"accumulate": 8},
-    "v6e:4x4": {"accumulate": 16},
-    "tpu7x:2x2x1": {"accumulate": 16},
+    "v5p:2x2x4": {"accumulate": 4, "remat": "dots"},
+    "v6e:4x4": {"accumulate": 8, "remat": "dots"},
+    "tpu7x:2x2x1": {"accumulate": 8, "remat": "dots"},
 }
 
 

@@ -180,6 +180,7 @@ def measure(cfg: Blip3oConfig, folder: pathlib.Path, args, stages: list[str]) ->
         idle = {name: max(idle.get(name, 0.0), share) for name, share in resting.items()}
         limit = limit_seconds(workload.phases(work, stage, sizes), max(gemm.values()), bandwidth)
         rows[stage] = row(times, limit, *workload.amount(work, stage))
+        log.info("%s", table({stage: rows[stage]}).splitlines()[-1])  # a run that is stopped later has said this much
     return {
         "preset": cfg.name,
         "batch_size": args.batch_size,

@@ -108,7 +108,7 @@ def scan_layers(block: type[nn.Module], length: int, in_axes=nn.broadcast, remat
     """
     if remat not in REMAT:
         raise ConfigError(f"Unknown remat {remat!r}; known: {', '.join(REMAT)}.")
-    unroll = length if on_cpu() and length <= 8 else 1
+    unroll = length if on_cpu() and length <= 16 else 1
     stacked = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": length, "unroll": unroll}
     methods = {name: stacked | {"in_axes": axes} for name, axes in {"__call__": in_axes, **(others or {})}.items()}
     return nn.scan(REMAT[remat](block), methods=methods)

@@ -97,6 +97,6 @@ def test_a_wrong_input_leaves_no_config_in_the_workdir(tmp_path, capsys):
 
 
 def test_a_topology_chooses_among_pods_and_is_refused_where_there_are_none():
-    assert read_config("pretrain_3b:v5e:4x4", []).accumulate == 16
+    assert read_config("pretrain_3b:v5e:4x4", []).accumulate == 8
     with pytest.raises(ConfigError, match="emoji_joint is the same on all topologies; leave ':v5e:4x4' out"):
         read_config("emoji_joint:v5e:4x4", [])
