@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 # What the pods that the run was planned for need; on others it takes what the plan of them finds (`blip3o-jax plan --search`).
 PODS = {
-    "v5e:16x16": {"mesh": {"fsdp": 16}},
+    "v5e:16x16": {"mesh": {"fsdp": 16}, "remat": "dots"},
     "v5p:4x4x8": {"mesh": {"fsdp": 32}, "remat": "dots"},
     "v6e:16x16": {"mesh": {"fsdp": 16}, "remat": "dots"},
     "v5e:4x4": {"accumulate": 8},
