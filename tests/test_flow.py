@@ -1,5 +1,6 @@
 """Flow matching against diffusers' scheduler and by hand."""
 
+import functools
 import itertools
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip3o_jax import flow
+from blip3o_jax import communication, flow
+from blip3o_jax.mesh import BATCH, make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,20 @@ def test_whole_conditions_are_dropped_and_take_their_gradient_along():
     assert kept == 2 * 2 * 4
     np.testing.assert_array_equal(result, np.broadcast_to(~dropped[:, None, None], result.shape))
     np.testing.assert_array_equal(np.asarray(gradient, np.float32), result)
+
+
+def test_guided_sampling_of_a_cut_batch_sends_nothing():
+    mesh = make_mesh()
+    place = jax.NamedSharding(mesh, BATCH)
+    noise, condition = (jax.device_put(np.ones((8, 2, 2, 4), np.float32), place) for _ in range(2))
+
+    @functools.partial(jax.jit, out_shardings=place)
+    def sample(noise, condition):
+        both = flow.pairs(jnp.zeros_like(condition), condition)
+        return flow.euler_sample(lambda x, t: both + x * t.reshape(-1, 1, 1, 1) / 1000, noise, flow.sigmas(4), 2.0)
+
+    assert mesh.size == 8
+    assert communication.collectives(sample.lower(noise, condition).compile().as_text()) == {}
 
 
 def test_guidance_mixes_the_halves_of_each_sample():
