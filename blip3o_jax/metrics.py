@@ -51,6 +51,14 @@ class MetricWriter:
             file.write(line + "\n")
             self._show(step, [{"tag": name, "simple_value": value} for name, value in values.items()])
 
+    def write_text(self, name: str, text: str) -> None:
+        """A file of the workdir, anew."""
+        if self.silent:
+            return
+        path = self.path.with_name(name)
+        with _writing(path):
+            path.write_text(text + "\n")
+
     def _forget(self, step: int) -> None:
         lines = self.path.read_text().splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n"):

@@ -48,7 +48,6 @@ def run(
         reference = jax.tree.map(jnp.copy, params["qwen3"])  # the state's own buffers are donated
         state, frozen, shardings, notes = start.begin(cfg, model, mesh, manager, functools.partial(dict, params))
         del params
-        announce(cfg, workdir, mesh, state, frozen)
 
         update = grpo.compile_update(model, cfg, shardings)
         draw = jit(functools.partial(_draw, model, cfg))
@@ -68,6 +67,7 @@ def run(
 
         done = int(state["step"])
         meter, result = Meter(cfg, workdir, done, {"began": began, **notes}), {}
+        announce(cfg, meter, mesh, state, frozen)
         for now in range(done + 1, cfg.num_steps + 1):
             clock = time.perf_counter()
             metadata = [m for m in prompts(now - 1) for _ in range(cfg.grpo.num_generations)]

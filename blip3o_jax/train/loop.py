@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from blip3o_jax import checkpoint
-from blip3o_jax.mesh import check_batch, is_first, make_mesh, meet, put_batch
+from blip3o_jax.mesh import check_batch, make_mesh, meet, put_batch
 from blip3o_jax.train import evaluation, start, steps, stop
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.meter import Meter
@@ -43,12 +43,12 @@ def run(
 
     with jax.set_mesh(mesh), stop.watch() as stopping:
         state, frozen, shardings, notes = start.begin(cfg, model, mesh, manager, make_params)
-        announce(cfg, workdir, mesh, state, frozen)
 
         done = int(state["step"])
         iterator, evaluate = batches(done), evaluation.make_evaluate(model, cfg, mesh)
         step = steps.compile_step(model, cfg, shardings)
         meter = Meter(cfg, workdir, done, {"began": began, **notes})
+        announce(cfg, meter, mesh, state, frozen)
         result = {}
 
         def held_out():
@@ -69,11 +69,10 @@ def run(
     return result
 
 
-def announce(cfg: TrainConfig, workdir: pathlib.Path, mesh, state, frozen) -> None:
+def announce(cfg: TrainConfig, meter: Meter, mesh, state, frozen) -> None:
     """Logs what is trained, part by part, and writes every parameter with its shape and sharding to WORKDIR/parameters.txt."""
     log.info("Stage %s on mesh %s.\n%s", cfg.stage, dict(mesh.shape), start.overview(state, frozen))
-    if is_first():
-        (workdir / "parameters.txt").write_text(start.parameters(state, frozen) + "\n")
+    meter.writer.write_text("parameters.txt", start.parameters(state, frozen))
 
 
 def after_step(cfg: TrainConfig, meter: Meter, manager, now: int, state, frozen, evaluate: Callable, leave: bool) -> dict[str, float]:

@@ -112,3 +112,5 @@ def test_what_is_not_finite_is_null_and_a_folder_that_cannot_be_written_is_named
     assert lines(tmp_path) == [{"step": 1, "loss": None, "ce": 2.0}]
     with pytest.raises(ConfigError, match=r"/proc/.* cannot be written: "):
         MetricWriter("/proc").write(1, {"loss": 1})
+    with pytest.raises(ConfigError, match=r"/proc/parameters\.txt cannot be written: "):
+        MetricWriter("/proc").write_text("parameters.txt", "a")
