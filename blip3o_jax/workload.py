@@ -82,13 +82,12 @@ def train_config() -> TrainConfig:
 
 
 def ours(work: Workload, params, mesh) -> dict[str, Callable[[], dict]]:
-    """Each stage as a function that gives its results as numpy arrays when they are there, the batch cut along the mesh.
+    """Each stage as a function that gives its results as numpy arrays when they are there; params lie on the mesh, the batch is cut by it.
 
     Tokens are greedy, so that both sides write the same. A training step goes on from the one before it; its first call gives the losses
     of the given weights.
     """
     model, cfg, place = Blip3o(work.config), work.config, jax.NamedSharding(mesh, BATCH)
-    params = jax.tree.map(jax.device_put, params, shardings(params, mesh))
     n, steps_ = cfg.ta_tok.num_tokens, work.num_inference_steps
 
     def write(params, prompt, valid):

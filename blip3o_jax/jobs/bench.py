@@ -23,6 +23,7 @@ from blip3o_jax.jobs.output import new_file
 from blip3o_jax.jobs.verify import compare_stages
 from blip3o_jax.mesh import check_batch, make_mesh
 from blip3o_jax.pipeline import embedded_checkpoints
+from blip3o_jax.sharding import shardings
 from blip3o_jax.synthetic import random_checkpoint
 
 GEMM, SETTLE, TURN, TOLERANCE = 2048, 0.1, 0.3, 1e-4
@@ -124,7 +125,7 @@ def table(rows: dict[str, dict]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _checked(args) -> tuple[Blip3oConfig, list[str]]:
+def _checked(args) -> tuple[Blip3oConfig, list[str], jax.sharding.Mesh]:
     for name in ("batch_size", "num_inference_steps", "repeats"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is at least 1, not {getattr(args, name)}.")
@@ -134,9 +135,9 @@ def _checked(args) -> tuple[Blip3oConfig, list[str]]:
     for stage in stages:
         if stage not in known:
             raise ConfigError(f"--stages: unknown stage {stage!r}; {nearest(stage, known)}")
-    cfg = preset(args.preset)
-    check_batch(args.batch_size, make_mesh())
-    return cfg, stages
+    cfg, mesh = preset(args.preset), make_mesh()
+    check_batch(args.batch_size, mesh)
+    return cfg, stages, mesh
 
 
 def _torch_side(work: workload.Workload, folder: pathlib.Path, threads: int) -> tuple[dict, float]:
@@ -150,10 +151,10 @@ def _torch_side(work: workload.Workload, folder: pathlib.Path, threads: int) -> 
     return found, bench.gemm_flops_per_second(GEMM, median_seconds)
 
 
-def measure(cfg: Blip3oConfig, folder: pathlib.Path, args, stages: list[str]) -> dict:
+def measure(cfg: Blip3oConfig, folder: pathlib.Path, args, stages: list[str], mesh: jax.sharding.Mesh) -> dict:
     """The report of all stages of the model in `folder`."""
-    threads, mesh = len(os.sched_getaffinity(0)), make_mesh()
-    _, params = load_published(folder)
+    threads = len(os.sched_getaffinity(0))
+    _, params = load_published(folder, "float32", lambda tree: shardings(tree, mesh))
     work, sizes = workload.make(cfg, args.batch_size, args.num_inference_steps), workload.parameter_counts(params)
     sides = {"ours": workload.ours(work, params, mesh)}
     gemm = {"xla": gemm_flops_per_second()}
@@ -215,12 +216,12 @@ def _weights(cfg: Blip3oConfig):
 
 def run(args) -> int:
     """Prints a table and one JSON line; 1 when the sides' results differ, so that they did not do the same work."""
-    cfg, stages = _checked(args)
+    cfg, stages, mesh = _checked(args)
     enable_compilation_cache()
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(new_file(args.out, args.overwrite)) if args.out else None
         folder = stack.enter_context(_weights(cfg))
-        report = measure(cfg, folder, args, stages)
+        report = measure(cfg, folder, args, stages, mesh)
         if out:
             out.write_text(json.dumps(report, indent=1) + "\n")
     agree = all(found["agree"] for rows in report["agreement"].values() for found in rows.values())
