@@ -104,7 +104,8 @@ def scan_layers(block: type[nn.Module], length: int, in_axes=nn.broadcast, remat
 
     `remat` says what the backward pass computes again: "none" nothing, "full" each block, "dots" all but the matrix products.
     `others` are methods of the block that are scan steps too, and the axes of their inputs; nothing of them is computed again.
-    A short stack is laid out in a row on CPU, which saves a quarter of a training step there. ConfigError for an unknown `remat`.
+    A stack of up to 16 is laid out in a row on CPU, where a loop copies each layer's weights before it uses them. ConfigError for an
+    unknown `remat`.
     """
     if remat not in REMAT:
         raise ConfigError(f"Unknown remat {remat!r}; known: {', '.join(REMAT)}.")
