@@ -33,16 +33,26 @@ def sana_condition(cfg: SanaConfig, tokens: int) -> int:
     return 2 * tokens * cfg.hidden_size * (cfg.caption_channels + cfg.hidden_size + 2 * cfg.num_layers * cfg.hidden_size)
 
 
-def sana(cfg: SanaConfig, rows: int, condition: int, side: int | None = None) -> int:
-    """A forward of `rows` latents, with keys and values of a condition of `condition` tokens each given."""
+def sana(cfg: SanaConfig, rows: int, condition: int, side: int | None = None, without: int = 0) -> int:
+    """A forward of `rows` latents, with keys and values of a condition of `condition` tokens each given, but for `without` of them, whose
+    cross-attention is given."""
     width, pixels = cfg.hidden_size, (side or cfg.sample_size) ** 2
     own = 4 * width * width + 2 * width * cfg.attention_head_dim  # projections; the state and its product with the queries
     cross = 2 * width * width + 2 * width * condition
     mlp = 3 * width * cfg.mlp_hidden + 9 * 2 * cfg.mlp_hidden
-    layer = pixels * (own + cross + mlp)
+    layer = pixels * (rows * (own + mlp) + (rows - without) * cross)
     time = 256 * width + width * width + 6 * width * width
     ends = pixels * width * (cfg.in_channels + cfg.out_channels)
-    return 2 * rows * (cfg.num_layers * layer + time + ends)
+    return 2 * (cfg.num_layers * layer + rows * (time + ends))
+
+
+def denoise(cfg: Blip3oConfig, batch: int) -> tuple[int, int]:
+    """Of `batch` images with guidance, two rows each: (what is needed once, a step). Without positions the unconditional half's tokens are
+    all equal, so that one stands for them."""
+    condition, positions = cfg.num_condition_tokens, cfg.sana.condition_positions
+    tokens = 2 * batch * condition if positions else batch * condition + 1
+    once = connector(cfg, tokens) + sana_condition(cfg.sana, tokens)
+    return once, sana(cfg.sana, 2 * batch, condition, without=0 if positions else batch)
 
 
 def _dc_ae_block(cfg: DcAeConfig, stage: int) -> int:
@@ -106,11 +116,9 @@ def ta_tok_encode(cfg: TaTokConfig, rows: int) -> int:
 
 
 def text_to_image(cfg: Blip3oConfig, batch: int, prompt: int, num_inference_steps: int) -> int:
-    """Tokens, latents with guidance (two rows an image) and pixels of `batch` images."""
-    condition = cfg.num_condition_tokens
-    once = connector(cfg, 2 * batch * condition) + sana_condition(cfg.sana, 2 * batch * condition)
-    latents = once + num_inference_steps * sana(cfg.sana, 2 * batch, condition)
-    return decode(cfg, batch, prompt) + latents + dc_ae_decode(cfg.dc_ae, batch, cfg.sana.sample_size)
+    """Tokens, latents with guidance and pixels of `batch` images."""
+    once, step = denoise(cfg, batch)
+    return decode(cfg, batch, prompt) + once + num_inference_steps * step + dc_ae_decode(cfg.dc_ae, batch, cfg.sana.sample_size)
 
 
 def joint_step(cfg: Blip3oConfig, batch: int, length: int, whole_sana: bool = True) -> int:

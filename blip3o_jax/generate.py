@@ -28,15 +28,25 @@ def denoise(model: Blip3o, params, hidden, noise, num_inference_steps: int, guid
     """Hidden states at `<S0>` and the image tokens [B,n+1,D], noise f32 [B,Y,X,C] -> latents f32 [B,Y,X,C].
 
     Connector, caption projection and the keys and values of the cross-attentions are computed once. The guidance's unconditional half
-    is hidden states of zeros, before the connector (S5.2); a guidance_scale of None leaves that half out.
+    is hidden states of zeros, before the connector (S5.2): equal tokens, of which a cross-attention makes the same for every pixel unless
+    they have positions. A guidance_scale of None leaves that half out.
     """
-    if guidance_scale is not None:
+
+    def connected(hidden):
+        return model.connector.apply({"params": params["diffusion_connector"]}, hidden)
+
+    def sana(*inputs, method):
+        return model.sana.apply({"params": params["sana"]}, *inputs, method=method)
+
+    without = None
+    if guidance_scale is not None and model.config.sana.condition_positions:
         hidden = flow.pairs(jnp.zeros_like(hidden), hidden)
-    condition = model.connector.apply({"params": params["diffusion_connector"]}, hidden)
-    keys_values = model.sana.apply({"params": params["sana"]}, condition, method="keys_values")
+    elif guidance_scale is not None:
+        without = sana(connected(jnp.zeros_like(hidden, shape=(1, 1, hidden.shape[-1]))), method="without_condition")
+    keys_values = sana(connected(hidden), method="keys_values")
 
     def velocity(x, t):
-        return model.sana.apply({"params": params["sana"]}, x, t, keys_values, method="step")
+        return sana(x, t, keys_values, without, method="step")
 
     return flow.euler_sample(velocity, noise, flow.sigmas(num_inference_steps, shift), guidance_scale)
 

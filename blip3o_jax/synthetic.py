@@ -27,8 +27,13 @@ def random_tensors(cfg: Blip3oConfig, seed: int = 0) -> dict[str, np.ndarray]:
     return tensors
 
 
+def random_params(cfg: Blip3oConfig, seed: int = 0) -> dict:
+    """The same as a model's parameters."""
+    return to_jax(published_rules(cfg), random_tensors(cfg, seed), Blip3o(cfg).abstract())
+
+
 def random_checkpoint(folder: Path, cfg: Blip3oConfig, seed: int = 0) -> dict:
     """Writes a float32 checkpoint in the published layout; returns its parameters."""
-    params = to_jax(published_rules(cfg), random_tensors(cfg, seed), Blip3o(cfg).abstract())
+    params = random_params(cfg, seed)
     save_published(folder, cfg, params)
     return params

@@ -173,7 +173,7 @@ class Phase:
 def phases(work: Workload, stage: str, sizes: dict[str, int]) -> list[Phase]:
     """What a stage must at least do, in f32. `sizes` are parameters by name, see `parameter_counts`. Activations are not counted."""
     cfg, batch, steps_ = work.config, work.batch_size, work.num_inference_steps
-    n, prompt, conditions = cfg.ta_tok.num_tokens, work.prompt.shape[1], cfg.num_condition_tokens
+    n, prompt = cfg.ta_tok.num_tokens, work.prompt.shape[1]
     if stage == "text_to_image":
         return [phase for part in ("decode", "denoise", "autoencoder") for phase in phases(work, part, sizes)]
     if stage == "decode":
@@ -184,8 +184,8 @@ def phases(work: Workload, stage: str, sizes: dict[str, int]) -> list[Phase]:
         prefill = Phase(1, flops.qwen3(cfg.qwen3, batch * prompt, (prompt + 1) / 2), 4 * sizes["layers"])
         return [prefill, Phase(n, token, 4 * (sizes["layers"] + logits + cache))]
     if stage == "denoise":
-        once = flops.connector(cfg, 2 * batch * conditions) + flops.sana_condition(cfg.sana, 2 * batch * conditions)
-        return [Phase(1, once, 0), Phase(steps_, flops.sana(cfg.sana, 2 * batch, conditions), 4 * sizes["sana"])]
+        once, step = flops.denoise(cfg, batch)
+        return [Phase(1, once, 0), Phase(steps_, step, 4 * sizes["sana"])]
     if stage == "autoencoder":
         return [Phase(1, flops.dc_ae_decode(cfg.dc_ae, batch, cfg.sana.sample_size), 4 * sizes["decoder"])]
     trained, frozen = sizes["qwen3"] + sizes["sana"] + sizes["diffusion_connector"], sizes["ta_tok_encoder"] + sizes["encoder"]

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from blip3o_jax import flow
 from blip3o_jax.config import ConfigError, SanaConfig
 from blip3o_jax.models.attention import attention, linear_attention
 from blip3o_jax.models.layers import Conv2d, Linear, RMSNorm, gelu_tanh, keep_rows, layer_norm, scan_layers, timestep_embedding
@@ -124,14 +125,18 @@ class Block(nn.Module):
         self.ff = MixFfn(cfg.mlp_hidden, dtype=dtype)
 
     def __call__(self, x, condition, modulation):
-        return self.step(x, self.attn2.keys_values(condition), modulation)
+        return self.step(x, self.attn2.keys_values(condition), None, modulation)
 
     def keys_values(self, carry, condition):
         """Of the cross-attention, as a scan step that carries nothing."""
         return carry, self.attn2.keys_values(condition)
 
-    def step(self, x, keys_values, modulation):
-        """`__call__` where the condition's keys and values are there already."""
+    def without_condition(self, carry, token):
+        """What the cross-attention gives when all condition tokens equal `token` [1,1,D]: as a scan step that carries nothing."""
+        return carry, self.attn2.to_out(self.attn2.to_v(token))
+
+    def step(self, x, keys_values, without_condition, modulation):
+        """`__call__` where the condition's keys and values are there already, and of pairs of rows the first's cross-attention too."""
         eps = self.cfg.norm_eps
         shifts = jnp.moveaxis(self.scale_shift_table.astype(jnp.float32) + modulation, 1, 0)
         shift1, scale1, gate1, shift2, scale2, gate2 = shifts
@@ -147,7 +152,12 @@ class Block(nn.Module):
             y = self.attn1(y, self.attn1.keys_values(y))
             x = x + gated(y.reshape(x.shape), gate1)
         with jax.named_scope("cross_attention"):  # no norm before and no gate after
-            x = x + self.attn2(tokens(x), keys_values).reshape(x.shape)
+            if without_condition is None:
+                x = x + self.attn2(tokens(x), keys_values).reshape(x.shape)
+            else:
+                first, second = jnp.moveaxis(x.reshape(-1, 2, *x.shape[1:]), 1, 0)
+                second = second + self.attn2(tokens(second), keys_values).reshape(second.shape)
+                x = flow.pairs(first + without_condition[:, None], second)
         with jax.named_scope("mix_ffn"):
             x = x + gated(self.ff(modulate(x, shift2, scale2, eps)), gate2)
         return keep_rows(x), None
@@ -183,7 +193,10 @@ class Sana(nn.Module):
         self.caption_projection = CaptionProjection(width, dtype)
         self.caption_norm = RMSNorm(CAPTION_NORM_EPS)
         self.transformer_blocks = scan_layers(
-            Block, cfg.num_layers, remat=self.remat, others={"keys_values": nn.broadcast, "step": (0, nn.broadcast)}
+            Block,
+            cfg.num_layers,
+            remat=self.remat,
+            others={"keys_values": nn.broadcast, "without_condition": nn.broadcast, "step": (0, 0, nn.broadcast)},
         )(cfg, dtype)
         self.scale_shift_table = self.param("scale_shift_table", nn.initializers.normal(width**-0.5), (2, width))
         self.proj_out = Linear("byxd,dc->byxc", (width, cfg.out_channels), use_bias=True, dtype=dtype)
@@ -205,20 +218,31 @@ class Sana(nn.Module):
         move them, so a sampler needs them once an image."""
         return self.transformer_blocks.keys_values(None, self.encode_condition(condition))[1]
 
+    def without_condition(self, token):
+        """Of a condition whose tokens all equal `token` [1,1,caption]: what each block's cross-attention gives, [L,1,1,D], for `step`.
+
+        Over equal keys and values softmax attention is the value, whatever asks. Raises ConfigError with condition_positions, which make
+        tokens differ.
+        """
+        if self.cfg.condition_positions:
+            raise ConfigError("Condition tokens with positions are not all equal: give `step` their keys and values.")
+        return self.transformer_blocks.without_condition(None, self.encode_condition(token))[1]
+
     def __call__(self, latents, t, condition):
         """latents [B,Y,X,C], t [B] in (0, 1000], condition [B,S,caption] -> velocity [B,Y,X,C']."""
         return self._velocity(latents, t, self.transformer_blocks, self.encode_condition(condition))
 
-    def step(self, latents, t, keys_values):
-        """`__call__` with the result of `keys_values` in place of the condition."""
-        return self._velocity(latents, t, self.transformer_blocks.step, keys_values)
+    def step(self, latents, t, keys_values, without_condition=None):
+        """`__call__` with the result of `keys_values` in place of the condition. With that of `without_condition`, latents are `flow.pairs`
+        and `keys_values` belong to the second of each, the first being the one without."""
+        return self._velocity(latents, t, self.transformer_blocks.step, keys_values, without_condition)
 
-    def _velocity(self, latents, t, blocks, condition):
+    def _velocity(self, latents, t, blocks, *condition):
         x = keep_rows(self.patch_embed(latents))
         if self.cfg.interpolation_scale is not None:
             x = (x + grid_positions(self.cfg, *latents.shape[1:3])).astype(self.dtype)
         e, modulation = self.time_embed(t)
-        x, _ = blocks(x, condition, modulation)
+        x, _ = blocks(x, *condition, modulation)
         shift, scale = jnp.moveaxis(self.scale_shift_table.astype(jnp.float32) + e[:, None], 1, 0)
         with jax.named_scope("output"):
             return keep_rows(self.proj_out(modulate(x, shift, scale, OUT_NORM_EPS)))

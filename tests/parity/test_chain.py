@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from blip3o_jax import decode, flow
+from blip3o_jax import decode, flow, generate
 from blip3o_jax.config import preset, replace
 from blip3o_jax.convert.published import load_published, published_rules
 from blip3o_jax.convert.rules import to_torch
@@ -92,12 +92,12 @@ def test_from_prompt_ids_to_pixels(sides):
     keys = jax.random.split(jax.random.key(0), len(ids))
 
     @jax.jit
-    def generate(params, ids, valid):
+    def write(params, ids, valid):
         return decode.generate_tokens(
             model.qwen3, params["qwen3"], cfg.vocab, cfg.ta_tok.num_tokens, ids, valid, keys, 0, jnp.float32(1), jnp.float32(0)
         )
 
-    made = generate(params, ids, valid)
+    made = write(params, ids, valid)
     prompt, mask = torch.from_numpy(ids).long(), torch.from_numpy(valid)
     codes, states = pipeline.greedy_tokens(ref, prompt, mask)
     np.testing.assert_array_equal(made["tokens"], codes.numpy())
@@ -118,7 +118,7 @@ def test_from_prompt_ids_to_pixels(sides):
             return model.sana.apply({"params": params["sana"]}, x, t, keys_values, method="step")
 
         first = velocity(flow.pairs(noise, noise), jnp.full(2 * len(noise), 600.0))
-        latents = flow.euler_sample(velocity, noise, flow.sigmas(STEPS), GUIDANCE)
+        latents = generate.denoise(model, params, hidden, noise, STEPS, GUIDANCE, shift=1.0)
         return condition, first, latents, model.dc_ae.apply({"params": params["dc_ae"]}, latents, method="decode_scaled")
 
     condition, first, latents, pixels = render(params, made["hidden"], noise)

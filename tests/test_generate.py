@@ -1,0 +1,74 @@
+"""Sampling of latents: what is computed once or left out changes nothing, and a cut batch stays where it is."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from blip3o_jax import communication, flow, generate
+from blip3o_jax.config import ConfigError, preset, replace
+from blip3o_jax.mesh import BATCH, make_mesh
+from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.synthetic import random_params
+
+ROWS, STEPS = 8, 3
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "positions"])
+def case(request):
+    """(model, params, hidden states, noise) of a small model whose condition has positions or not."""
+    cfg = replace(preset("emoji_64"), **{"sana.num_layers": 2, "sana.condition_positions": request.param})
+    rng = np.random.default_rng(0)
+    hidden = rng.standard_normal((ROWS, cfg.num_condition_tokens, cfg.qwen3.hidden_size), np.float32)
+    noise = rng.standard_normal((ROWS, cfg.sana.sample_size, cfg.sana.sample_size, cfg.sana.in_channels), np.float32)
+    return Blip3o(cfg), random_params(cfg), hidden, noise
+
+
+def test_guidance_is_against_hidden_states_of_zeros(case):
+    """By the plain way: the condition of all 2B rows, encoded again in every block at every step."""
+    model, params, hidden, noise = case
+    condition = model.connector.apply({"params": params["diffusion_connector"]}, flow.pairs(np.zeros_like(hidden), hidden))
+
+    @jax.jit
+    def plain(noise):
+        def velocity(x, t):
+            return model.sana.apply({"params": params["sana"]}, x, t, condition)
+
+        return flow.euler_sample(velocity, noise, flow.sigmas(STEPS), 2.5)
+
+    expected = plain(noise)
+    found = jax.jit(lambda hidden, noise: generate.denoise(model, params, hidden, noise, STEPS, 2.5, 1.0))(hidden, noise)
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    unguided = jax.jit(lambda hidden, noise: generate.denoise(model, params, hidden, noise, STEPS, None, 1.0))(hidden, noise)
+    assert np.abs(unguided - expected).max() > 0.05 * np.abs(expected).max()
+
+
+def test_a_cut_batch_sends_nothing(case):
+    model, params, hidden, noise = case
+    mesh = make_mesh()
+    rows = jax.NamedSharding(mesh, BATCH)
+
+    @jax.jit
+    def sample(params, hidden, noise):
+        return generate.denoise(model, params, hidden, noise, STEPS, 2.5, 1.0)
+
+    placed = jax.device_put((hidden, noise), rows)
+    with jax.set_mesh(mesh):
+        program = sample.lower(jax.device_put(params, jax.NamedSharding(mesh, jax.P())), *placed).compile()
+    assert mesh.size == 8
+    assert communication.collectives(program.as_text()) == {}
+    assert program.output_shardings.is_equivalent_to(rows, 4)
+
+
+def test_tokens_with_positions_are_not_taken_for_equal(case):
+    model, params, *_ = case
+    token = jnp.ones((1, 1, model.config.sana.caption_channels))
+
+    def constant():
+        return model.sana.apply({"params": params["sana"]}, token, method="without_condition")
+
+    if model.config.sana.condition_positions:
+        with pytest.raises(ConfigError, match="positions are not all equal"):
+            constant()
+    else:
+        assert constant().shape == (2, 1, 1, model.config.sana.hidden_size)
