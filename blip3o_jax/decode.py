@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax.config import ConfigError, VocabConfig
-from blip3o_jax.models.qwen3 import Qwen3, init_cache, positions_of
+from blip3o_jax.models.qwen3 import Qwen3, head_logits, init_cache, positions_of
 
 
 def token_logprobs(logits, ids):
@@ -58,10 +58,11 @@ def generate_tokens(
     with jax.named_scope("prefill"):
         cache = init_cache(model.cfg, batch, length + num_tokens, model.dtype)
         hidden, cache = model.apply(variables, prompt, positions_of(valid), valid, cache)
+    head = model.apply(variables, vocab.image_start_token_id, vocab.num_image_tokens, method="head")
 
     def step(carry, i):
         hidden, cache = carry
-        logits = model.apply(variables, hidden, vocab.image_start_token_id, vocab.num_image_tokens, method="logits")
+        logits = head_logits("bd,dv->bv", hidden, head)
         tokens, logprobs = sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, i), top_k, top_p, temperature)
         fed = (vocab.image_start_token_id + tokens)[:, None]
         after, cache = model.apply(variables, fed, (lengths + i)[:, None], jnp.ones_like(fed, bool), cache)

@@ -32,14 +32,16 @@ STD = 0.02  # of fresh weights, as transformers': what a layer adds is small bes
 
 
 def init_cache(cfg: Qwen3Config, batch: int, length: int, dtype) -> dict[str, jax.Array]:
-    """An empty key-value cache for `length` tokens: k, v [L,B,S,K,H], valid [B,S], and index, where all rows write next.
+    """An empty key-value cache for `length` tokens: k [L,B,K,H,S], v [L,B,K,S,H], valid [B,S], and index, where all rows write next.
+
+    Keys and values lie as the two products of attention read them; a step that had to turn them would copy all that is written.
 
     One index serves all rows because prompts are padded on the left. Nothing checks that a step still fits: `length` must.
     """
-    shape = (cfg.num_hidden_layers, batch, length, cfg.num_key_value_heads, cfg.head_dim)
+    heads, head_dim = (cfg.num_hidden_layers, batch, cfg.num_key_value_heads), cfg.head_dim
     return {
-        "k": jnp.zeros(shape, dtype),
-        "v": jnp.zeros(shape, dtype),
+        "k": jnp.zeros((*heads, head_dim, length), dtype),
+        "v": jnp.zeros((*heads, length, head_dim), dtype),
         "valid": jnp.zeros((batch, length), bool),
         "index": jnp.zeros((), jnp.int32),
     }
@@ -80,9 +82,12 @@ class SelfAttention(nn.Module):
         k = apply_rotary(RMSNorm(cfg.rms_norm_eps, name="k_norm")(k), angles)
         implementation = self.implementation
         if cache is not None:
-            start = (layer, 0, cache["index"], 0, 0)
-            cache = cache | {name: lax.dynamic_update_slice(cache[name], new[None], start) for name, new in (("k", k), ("v", v))}
-            k, v = (lax.dynamic_index_in_dim(cache[name], layer, keepdims=False) for name in ("k", "v"))
+            index = cache["index"]
+            keys = lax.dynamic_update_slice(cache["k"], k.transpose(0, 2, 3, 1)[None], (layer, 0, 0, 0, index))
+            values = lax.dynamic_update_slice(cache["v"], v.transpose(0, 2, 1, 3)[None], (layer, 0, 0, index, 0))
+            cache = cache | {"k": keys, "v": values}
+            k = lax.dynamic_index_in_dim(keys, layer, keepdims=False).transpose(0, 3, 1, 2)
+            v = lax.dynamic_index_in_dim(values, layer, keepdims=False).transpose(0, 2, 1, 3)
             implementation = "xla"  # one query a row: reading the cache is the cost, and fused kernels want square shapes
         x = attention(q, k, v, mask, head_dim**-0.5, implementation)
         return Linear("btnh,nhd->btd", (*heads, width), dtype=self.dtype, std=STD, name="o_proj")(x), cache
@@ -122,6 +127,13 @@ class Block(nn.Module):
         y = RMSNorm(eps, name="post_attention_layernorm")(x)
         x = x + Mlp(self.cfg, self.dtype, name="mlp")(y)
         return (keep_rows(x), cache), None
+
+
+@jax.named_scope("logits")
+def head_logits(equation: str, hidden, table):
+    """The product that `equation` writes of hidden states and a part of the vocabulary's table, f32, its vocabulary cut by "tensor"."""
+    logits = logits_product(equation, hidden.astype(table.dtype), table)
+    return keep_rows(logits, *(None,) * (logits.ndim - 2), "tensor")
 
 
 class Qwen3(nn.Module):
@@ -173,14 +185,19 @@ class Qwen3(nn.Module):
 
         Raises ConfigError for a range beyond the vocabulary.
         """
-        cfg = self.cfg
-        stop = cfg.vocab_size if size is None else start + size
-        if not 0 <= start < stop <= cfg.vocab_size:
-            raise ConfigError(f"Logits of ids {start} to {stop} are not in a vocabulary of {cfg.vocab_size}.")
-        if cfg.tie_word_embeddings:
-            equation, table = "...d,vd->...v", self.embed_tokens()[start:stop]
-        else:
-            equation, table = "...d,dv->...v", self.lm_head()[:, start:stop]
-        with jax.named_scope("logits"):
-            logits = logits_product(equation, hidden.astype(self.dtype), table.astype(self.dtype))
-            return keep_rows(logits, *(None,) * (logits.ndim - 2), "tensor")
+        stop = self._stop(start, size)
+        if self.cfg.tie_word_embeddings:
+            return head_logits("...d,vd->...v", hidden, self.embed_tokens()[start:stop].astype(self.dtype))
+        return head_logits("...d,dv->...v", hidden, self.lm_head()[:, start:stop].astype(self.dtype))
+
+    def head(self, start: int = 0, size: int | None = None):
+        """What `logits` multiplies hidden states by, [D,size] in `dtype`: for loops, which would turn a tied table at every step."""
+        stop = self._stop(start, size)
+        table = self.embed_tokens()[start:stop].T if self.cfg.tie_word_embeddings else self.lm_head()[:, start:stop]
+        return table.astype(self.dtype)
+
+    def _stop(self, start: int, size: int | None) -> int:
+        stop = self.cfg.vocab_size if size is None else start + size
+        if not 0 <= start < stop <= self.cfg.vocab_size:
+            raise ConfigError(f"Logits of ids {start} to {stop} are not in a vocabulary of {self.cfg.vocab_size}.")
+        return stop

@@ -12,7 +12,7 @@ import pytest
 from blip3o_jax.config import ConfigError, Qwen3Config, preset
 from blip3o_jax.convert.qwen3 import qwen3_rules
 from blip3o_jax.convert.rules import to_jax, to_torch
-from blip3o_jax.models.qwen3 import Qwen3, init_cache, positions_of
+from blip3o_jax.models.qwen3 import Qwen3, head_logits, init_cache, positions_of
 
 TIED = Qwen3Config(
     vocab_size=72,
@@ -83,6 +83,8 @@ def test_logits_of_a_range(params, cfg):
     logits = partial(Qwen3(cfg).apply, {"params": params[cfg]}, method="logits")
     np.testing.assert_allclose(logits(hidden, 35, 32), logits(hidden)[:, 35:67], atol=1e-6)
     np.testing.assert_allclose(logits(hidden, 70), logits(hidden)[:, 70:], atol=1e-6)
+    head = Qwen3(cfg).apply({"params": params[cfg]}, 35, 32, method="head")
+    np.testing.assert_allclose(head_logits("bd,dv->bv", hidden, head), logits(hidden, 35, 32), atol=1e-6)
     with pytest.raises(ConfigError, match="ids 60 to 80 are not in a vocabulary of 72"):
         logits(hidden, 60, 20)
 
