@@ -83,15 +83,15 @@ def dc_ae_decode(cfg: DcAeConfig, rows: int, side: int) -> int:
 
 
 def _up(cfg: DcAeConfig, inputs: int, outputs: int, pixels: int) -> int:
-    """`pixels` after it. Either form costs the same: all outputs from a quarter of the pixels, or one output at each."""
-    return 9 * inputs * outputs * pixels
+    """`pixels` after it: nine taps from a quarter of them to four times the outputs, or four taps at each of repeated pixels."""
+    return (4 if cfg.upsample_block_type == "interpolate" else 9) * inputs * outputs * pixels
 
 
 def dc_ae_encode(cfg: DcAeConfig, rows: int, side: int) -> int:
     """Images to latents of `side` x `side`."""
     widths, layers = cfg.block_out_channels, cfg.encoder_layers_per_block
     pixels = (side * cfg.factor) ** 2
-    # A halving convolution costs the same in both forms, as `_up` does.
+    # A halving convolution costs the same in both forms.
     total = 9 * 3 * widths[0] * pixels if layers[0] else 9 * 3 * widths[1] * pixels // 4
     for stage, count in enumerate(layers):
         pixels = (side * 2 ** (len(widths) - 1 - stage)) ** 2

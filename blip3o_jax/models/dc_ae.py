@@ -64,8 +64,7 @@ class Up(nn.Module):
     @nn.compact
     def __call__(self, x):
         if self.interpolate:
-            y = repeat(x, "b y x c -> b (y i) (x j) c", i=2, j=2)
-            y = Conv2d(self.features, 3, dtype=self.dtype, name="conv")(y)
+            y = Conv2d(self.features, 3, doubled=True, dtype=self.dtype, name="conv")(x)
         else:
             y = pixel_shuffle(Conv2d(self.features * 4, 3, dtype=self.dtype, name="conv")(x))
         return y + pixel_shuffle(repeat_channels(x, self.features * 4)) if self.shortcut else y

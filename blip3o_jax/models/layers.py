@@ -13,6 +13,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from blip3o_jax.config import ConfigError
@@ -273,21 +274,41 @@ def conv2d(x, kernel, stride: int = 1, groups: int = 1, lowering: str | None = N
     )
 
 
+# Which of two neighbouring rows r-1+i and r+i the three taps of row 2r+i read, when every row stands twice: [i, neighbour, tap].
+TWICE = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
+
+
+def conv2d_of_doubled(x, kernel):
+    """x [B,Y,X,C], every pixel repeated to 2x2, * kernel [3,3,C,D] with zero padding -> [B,2Y,2X,D].
+
+    The repeated pixels are never made: taps that read the same one are added first, which leaves four of nine. One convolution with a
+    window of 2x2 has the results of all four places in a doubled pixel side by side, each to be cut out at its own offset.
+    """
+    rows, columns, features = *x.shape[1:3], kernel.shape[-1]
+    folded = jnp.einsum("iak,jbl,klcd->abcijd", TWICE, TWICE, kernel).reshape(2, 2, x.shape[-1], -1).astype(x.dtype)
+    y = jax.lax.conv_general_dilated(x, folded, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    y = y.reshape(*y.shape[:3], 2, 2, features)
+    places = [jnp.stack([y[:, i : i + rows, j : j + columns, i, j] for j in (0, 1)], axis=3) for i in (0, 1)]
+    return jnp.stack(places, axis=2).reshape(-1, 2 * rows, 2 * columns, features)
+
+
 class Conv2d(nn.Module):
-    """torch.nn.Conv2d with odd kernel and padding k//2, channels last."""
+    """torch.nn.Conv2d with odd kernel and padding k//2, channels last; `doubled`: of the input with every pixel repeated to 2x2."""
 
     features: int
     kernel_size: int
     stride: int = 1
     groups: int = 1
     use_bias: bool = True
+    doubled: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x):
         k, per_group = self.kernel_size, x.shape[-1] // self.groups
         kernel = self.param("kernel", fan_in_normal(k * k * per_group), (k, k, per_group, self.features))
-        y = conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.groups)
+        x = x.astype(self.dtype)
+        y = conv2d_of_doubled(x, kernel) if self.doubled else conv2d(x, kernel.astype(self.dtype), self.stride, self.groups)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return y

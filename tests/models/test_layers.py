@@ -1,0 +1,42 @@
+"""Convolutions computed another way than XLA's own: the same values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from blip3o_jax.models.layers import conv2d, conv2d_of_doubled
+
+
+def close(found, expected):
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert ours.shape == theirs.shape
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+
+
+def with_gradients(function, *inputs):
+    """The result, and the gradients of its sum weighted at random."""
+    result, backward = jax.vjp(function, *inputs)
+    return result, backward(jax.random.normal(jax.random.key(9), result.shape))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 5)])
+def test_doubled_pixels_need_not_be_made(rows, columns):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.standard_normal((2, rows, columns, 4), np.float32), rng.standard_normal((3, 3, 4, 6), np.float32)
+
+    def plain(x, kernel):
+        return conv2d(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2), kernel)
+
+    close(with_gradients(conv2d_of_doubled, x, kernel), with_gradients(plain, x, kernel))
+
+
+@pytest.mark.parametrize("size", [3, 5])
+def test_depthwise_as_a_sum_of_shifted_products(size):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.standard_normal((2, 6, 5, 8), np.float32), rng.standard_normal((size, size, 1, 8), np.float32)
+
+    def by(lowering):
+        return with_gradients(lambda x, kernel: conv2d(x, kernel, groups=8, lowering=lowering), x, kernel)
+
+    close(by("shift"), by("conv"))
