@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip3o_jax import flow
 from blip3o_jax.config import ConfigError, SanaConfig
 from blip3o_jax.models.attention import attention, linear_attention
 from blip3o_jax.models.layers import Conv2d, Linear, RMSNorm, gelu_tanh, keep_rows, layer_norm, scan_layers, timestep_embedding
@@ -157,7 +156,7 @@ class Block(nn.Module):
             else:
                 first, second = jnp.moveaxis(x.reshape(-1, 2, *x.shape[1:]), 1, 0)
                 second = second + self.attn2(tokens(second), keys_values).reshape(second.shape)
-                x = flow.pairs(first + without_condition[:, None], second)
+                x = jnp.stack([first + without_condition[:, None], second], axis=1).reshape(x.shape)
         with jax.named_scope("mix_ffn"):
             x = x + gated(self.ff(modulate(x, shift2, scale2, eps)), gate2)
         return keep_rows(x), None
