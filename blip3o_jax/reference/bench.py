@@ -92,10 +92,10 @@ def _training(work: Workload, ref: modules.Reference, well: bool) -> Callable[[]
                 own.ta_tok.decode(codes)
             x0 = own.vae.encode(images, return_dict=False)[0] * scale
         ce, flow = joint_loss(own, rows, start, codes, x0, noise, sigma)
-        kept["optimizer"].zero_grad()
         (ce + flow).backward()
         torch.nn.utils.clip_grad_norm_(kept["parameters"], 1.0)
         kept["optimizer"].step()
+        kept["optimizer"].zero_grad()  # now, so that gradients are not in memory while the others run
         return {"ce": ce.detach().numpy(), "flow": flow.detach().numpy()}
 
     return step
