@@ -285,7 +285,8 @@ def conv2d_of_doubled(x, kernel):
     window of 2x2 has the results of all four places in a doubled pixel side by side, each to be cut out at its own offset.
     """
     rows, columns, features = *x.shape[1:3], kernel.shape[-1]
-    folded = jnp.einsum("iak,jbl,klcd->abcijd", TWICE, TWICE, kernel).reshape(2, 2, x.shape[-1], -1).astype(x.dtype)
+    folded = jnp.einsum("iak,jbl,klcd->abcijd", TWICE, TWICE, kernel, precision="highest")  # sums of taps, not to be rounded on the way
+    folded = folded.reshape(2, 2, x.shape[-1], -1).astype(x.dtype)
     y = jax.lax.conv_general_dilated(x, folded, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
     y = y.reshape(*y.shape[:3], 2, 2, features)
     places = [jnp.stack([y[:, i : i + rows, j : j + columns, i, j] for j in (0, 1)], axis=3) for i in (0, 1)]
