@@ -33,10 +33,10 @@ def sana_condition(cfg: SanaConfig, tokens: int) -> int:
     return 2 * tokens * cfg.hidden_size * (cfg.caption_channels + cfg.hidden_size + 2 * cfg.num_layers * cfg.hidden_size)
 
 
-def sana(cfg: SanaConfig, rows: int, condition: int, side: int | None = None, without: int = 0) -> int:
+def sana(cfg: SanaConfig, rows: int, condition: int, without: int = 0) -> int:
     """A forward of `rows` latents, with keys and values of a condition of `condition` tokens each given, but for `without` of them, whose
     cross-attention is given."""
-    width, pixels = cfg.hidden_size, (side or cfg.sample_size) ** 2
+    width, pixels = cfg.hidden_size, cfg.sample_size**2
     own = 4 * width * width + 2 * width * cfg.attention_head_dim  # projections; the state and its product with the queries
     cross = 2 * width * width + 2 * width * condition
     mlp = 3 * width * cfg.mlp_hidden + 9 * 2 * cfg.mlp_hidden
