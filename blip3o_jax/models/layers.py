@@ -131,6 +131,18 @@ def product(equation: str, x, kernel):
     return (x.reshape(-1, matrix.shape[0]) @ matrix).reshape(*x.shape[: len(rows)], *kernel.shape[len(summed) :])
 
 
+def add_bias(y, bias):
+    """y [...,*] + bias [*], the last axes of y.
+
+    On CPU written as a product with ones, so that the bias's gradient is one too: XLA's own sum over so many rows runs on one core, and
+    computes what it sums anew for each of the numbers.
+    """
+    if not on_cpu():
+        return y + bias
+    ones = jnp.ones((y.size // bias.size, 1), y.dtype)
+    return y + (ones @ bias.reshape(1, -1)).reshape(y.shape)
+
+
 class Linear(nn.Module):
     """A matrix product written as an einsum, e.g. `Linear("btd,dnh->btnh", (D, N, H))`; torch.nn.Linear with its axes named.
 
@@ -154,7 +166,7 @@ class Linear(nn.Module):
         y = product(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
             bias = self.param("bias", self.bias_init, tuple(sizes[a] for a in output if a in sizes))
-            y = y + bias.astype(self.dtype)
+            y = add_bias(y, bias.astype(self.dtype))
         return y
 
 
@@ -311,5 +323,5 @@ class Conv2d(nn.Module):
         x = x.astype(self.dtype)
         y = conv2d_of_doubled(x, kernel) if self.doubled else conv2d(x, kernel.astype(self.dtype), self.stride, self.groups)
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+            y = add_bias(y, self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype))
         return y

@@ -4,7 +4,30 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from blip3o_jax.models.layers import on_cpu
 from blip3o_jax.train.config import OptimizerConfig
+
+
+def norm(tree):
+    """Root of the sum of all squares, f32. On CPU the layers of a stack are added first, where squaring and adding are one pass: XLA cuts
+    a sum of more than 32 numbers into windows, and writes the squares before it."""
+
+    def squares(x):
+        found = jnp.square(x.astype(jnp.float32))
+        return jax.lax.optimization_barrier(jnp.sum(found, axis=0)) if on_cpu() and x.ndim > 1 else found
+
+    return jnp.sqrt(sum(jnp.sum(squares(x)) for x in jax.tree.leaves(tree)))
+
+
+def clip_by_norm(largest: float) -> optax.GradientTransformation:
+    """Gradients times min(1, largest / their norm). One factor for all, where `optax.clip_by_global_norm` divides every number, which XLA
+    would rather keep in memory than compute for both moments."""
+
+    def clip(grads, _):
+        factor = jnp.minimum(1.0, largest / norm(grads))
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
+
+    return optax.stateless(clip)
 
 
 def schedule(cfg: OptimizerConfig, num_steps: int):
@@ -20,7 +43,7 @@ def schedule(cfg: OptimizerConfig, num_steps: int):
 
 def optimizer(cfg: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW; weight decay spares vectors (norms and biases). A part's factor scales its whole update."""
-    chain = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
+    chain = [clip_by_norm(cfg.clip_norm)] if cfg.clip_norm else []
     chain.append(
         optax.adamw(
             schedule(cfg, num_steps),

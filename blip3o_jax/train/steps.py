@@ -11,7 +11,7 @@ from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.sharding import join, split
 from blip3o_jax.train import guard, losses
 from blip3o_jax.train.config import TrainConfig
-from blip3o_jax.train.optimizer import optimizer, schedule, update_ema
+from blip3o_jax.train.optimizer import norm, optimizer, schedule, update_ema
 
 LOSSES = {
     "autoencoder": losses.autoencoder_loss,
@@ -63,9 +63,9 @@ def gradients(model: Blip3o, cfg: TrainConfig, params, frozen, batch, key, shard
 
 def advance(cfg: TrainConfig, state, grads, metrics):
     """(state, gradients, metrics of the loss) -> (state, metrics): clipped AdamW update and average, unless the guard forbids them."""
-    norms = {part: optax.tree.norm(tree) for part, tree in grads.items()}
-    norm = optax.tree.norm(norms)
-    good, counters = guard.judge(cfg.guard, state["guard"], state["step"], metrics["loss"], norm)
+    norms = {part: norm(tree) for part, tree in grads.items()}
+    whole = norm(norms)
+    good, counters = guard.judge(cfg.guard, state["guard"], state["step"], metrics["loss"], whole)
     params, taken = state["params"], state["step"] - state["guard"]["skipped"]
     updates, opt_state = optimizer(cfg.optimizer, cfg.num_steps).update(grads, state["opt_state"], params)
     new = {"params": optax.apply_updates(params, updates), "opt_state": opt_state}
@@ -77,7 +77,7 @@ def advance(cfg: TrainConfig, state, grads, metrics):
         "skipped": counters["skipped"],
         "skipped_in_a_row": counters["in_a_row"],
         **{f"grad_norm/{part}": value for part, value in norms.items()},
-        **{f"update_ratio/{part}": optax.tree.norm(tree) / optax.tree.norm(params[part]) for part, tree in updates.items()},
+        **{f"update_ratio/{part}": norm(tree) / norm(params[part]) for part, tree in updates.items()},
     }
     return new | {"step": state["step"] + 1, "guard": counters}, metrics
 
