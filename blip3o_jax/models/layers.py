@@ -255,9 +255,10 @@ def _depthwise_shift_forward(x, kernel):
 
 def _depthwise_shift_backward(residuals, g):
     x, kernel, g = jax.lax.optimization_barrier((*residuals, g))
-    rows = math.prod(g.shape[:-1])
-    # Summed over pixels as a product with ones: XLA's own reduction to so few numbers runs on one core.
-    taps = [jnp.ones(rows, g.dtype) @ (view * g).reshape(rows, -1) for view in _shifted(x, kernel.shape[0])]
+    batch, _, columns, channels = g.shape
+    # Over rows in the pass that multiplies, then as a product with ones: XLA's own reduction to so few numbers runs on one core.
+    ones = jnp.ones(batch * columns, g.dtype)
+    taps = [ones @ jnp.sum(view * g, axis=1).reshape(-1, channels) for view in _shifted(x, kernel.shape[0])]
     return _depthwise_shift(g, kernel[::-1, ::-1]), jnp.stack(taps).reshape(kernel.shape)
 
 

@@ -1,11 +1,11 @@
-"""Convolutions computed another way than XLA's own: the same values and gradients."""
+"""Convolutions and biases computed another way than XLA's own: the same values and gradients."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip3o_jax.models.layers import conv2d, conv2d_of_doubled
+from blip3o_jax.models.layers import add_bias, conv2d, conv2d_of_doubled
 
 
 def close(found, expected):
@@ -40,3 +40,10 @@ def test_depthwise_as_a_sum_of_shifted_products(size):
         return with_gradients(lambda x, kernel: conv2d(x, kernel, groups=8, lowering=lowering), x, kernel)
 
     close(by("shift"), by("conv"))
+
+
+@pytest.mark.parametrize("axes", [(6,), (2, 3)])
+def test_a_bias_whose_gradient_is_a_product(axes):
+    rng = np.random.default_rng(0)
+    y, bias = rng.standard_normal((4, 5, *axes), np.float32), rng.standard_normal(axes, np.float32)
+    close(with_gradients(add_bias, y, bias), with_gradients(lambda y, bias: y + bias, y, bias))
