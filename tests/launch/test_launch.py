@@ -2,6 +2,7 @@
 
 import math
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -168,3 +169,21 @@ def test_slurm_starts_again_after_the_code_for_it_only(tmp_path):
         assert preflight.endswith("launch/preflight.py --config pretrain_3b --workdir /runs/a --processes 32")
         assert run.endswith("blip3o-jax train --config pretrain_3b --workdir /runs/a --config.seed=1")
         assert rest == (["scontrol requeue 7"] if requeued else [])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
+def test_memory_stays_with_a_process_on_a_cpu():
+    """The second time the kernel is asked for no page."""
+    code = """if True:
+        import resource
+        def faults(size):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            taken = b"x" * size
+            del taken
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        print(faults(1 << 26), faults(1 << 26))
+    """
+    command = f'source {LAUNCH / "env" / "cpu.env"}; exec "$0" -c "$1"'
+    done = subprocess.run(["bash", "-c", command, sys.executable, code], capture_output=True, text=True, check=True)
+    first, second = map(int, done.stdout.split())
+    assert second < 5 < first
