@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax.config import ConfigError, VocabConfig
+from blip3o_jax.models.layers import by_rows
 from blip3o_jax.models.qwen3 import Qwen3, head_logits, init_cache, positions_of
 
 
@@ -28,7 +29,8 @@ def sample(logits, keys, top_k: int, top_p, temperature):
     """
     greedy = jnp.asarray(temperature) == 0
     logits = logits / jnp.where(greedy, 1.0, temperature)
-    values, ids = jax.lax.top_k(logits, min(top_k or logits.shape[-1], logits.shape[-1]))
+    size = min(top_k or logits.shape[-1], logits.shape[-1])
+    values, ids = by_rows(lambda rows: jax.lax.top_k(rows, size), logits)
     probs = jax.nn.softmax(values, axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs
     keep = (before < top_p).at[:, 0].set(True)

@@ -44,20 +44,23 @@ def test_guidance_is_against_hidden_states_of_zeros(case):
 
 
 def test_a_cut_batch_sends_nothing(case):
-    model, params, hidden, noise = case
-    mesh = make_mesh()
+    """From prompts to pictures: every device keeps to its own rows."""
+    model, params, *_ = case
+    mesh, cfg = make_mesh(), model.config
     rows = jax.NamedSharding(mesh, BATCH)
+    prompt, valid = np.full((ROWS, cfg.max_prompt_tokens), 5, np.int32), np.ones((ROWS, cfg.max_prompt_tokens), bool)
+    placed = jax.device_put((prompt, valid, np.ones((ROWS, 3), np.uint32)), rows)
 
     @jax.jit
-    def sample(params, hidden, noise):
-        return generate.denoise(model, params, hidden, noise, STEPS, 2.5, 1.0)
+    def sample(params, prompt, valid, numbers):
+        static, rest = {"num_inference_steps": STEPS, "top_k": 100}, {"top_p": 0.9, "temperature": 1.0, "guidance_scale": 2.5, "shift": 1.0}
+        return generate.text_to_image(model, params, prompt, valid, numbers, **static, **rest)
 
-    placed = jax.device_put((hidden, noise), rows)
     with jax.set_mesh(mesh):
         program = sample.lower(jax.device_put(params, jax.NamedSharding(mesh, jax.P())), *placed).compile()
     assert mesh.size == 8
     assert communication.collectives(program.as_text()) == {}
-    assert program.output_shardings.is_equivalent_to(rows, 4)
+    assert program.output_shardings["images"].is_equivalent_to(rows, 4)
 
 
 def test_tokens_with_positions_are_not_taken_for_equal(case):

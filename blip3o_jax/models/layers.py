@@ -63,6 +63,15 @@ def keep_rows(x, *axes):
     return cut(x, ROWS, *axes)
 
 
+def by_rows(function, x):
+    """function(x) for x [B,...], a function whose results have a row for each of x and mix none. Every device computes its own rows, also
+    where XLA does not know how to cut an operation (`top_k`, but on a TPU) and would gather all rows everywhere."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(ROWS) <= set(mesh.axis_names) or x.shape[0] % math.prod(mesh.shape[axis] for axis in ROWS):
+        return function(x)
+    return jax.shard_map(function, in_specs=P(ROWS), out_specs=P(ROWS), axis_names=set(ROWS))(x)
+
+
 def lookup(table, ids, dtype):
     """table [V,D], ids [B,T] -> rows [B,T,D] in `dtype`.
 
