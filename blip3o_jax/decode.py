@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from blip3o_jax.config import ConfigError, VocabConfig
 from blip3o_jax.models.layers import by_rows
-from blip3o_jax.models.qwen3 import Qwen3, head_logits, init_cache, positions_of
+from blip3o_jax.models.qwen3 import Qwen3, init_cache, positions_of, step_logits
 
 
 def token_logprobs(logits, ids):
@@ -64,7 +64,7 @@ def generate_tokens(
 
     def step(carry, i):
         hidden, cache = carry
-        logits = head_logits("bd,dv->bv", hidden, head)
+        logits = step_logits(hidden, head)
         tokens, logprobs = sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, i), top_k, top_p, temperature)
         fed = (vocab.image_start_token_id + tokens)[:, None]
         after, cache = model.apply(variables, fed, (lengths + i)[:, None], jnp.ones_like(fed, bool), cache)

@@ -63,6 +63,12 @@ def keep_rows(x, *axes):
     return cut(x, ROWS, *axes)
 
 
+def keep_width(x):
+    """x [B,...,D] cut along "data" by its rows and along "fsdp" by its width, as the weights that it meets are. For few tokens a row: what
+    is sent then are sums of activations, and every device reads its own part of the weights only."""
+    return cut(x, "data", *(None,) * (x.ndim - 2), "fsdp")
+
+
 def by_rows(function, x):
     """function(x) for x [B,...], a function whose results have a row for each of x and mix none. Every device computes its own rows, also
     where XLA does not know how to cut an operation (`top_k`, but on a TPU) and would gather all rows everywhere."""
@@ -73,12 +79,9 @@ def by_rows(function, x):
 
 
 def lookup(table, ids, dtype):
-    """table [V,D], ids [B,T] -> rows [B,T,D] in `dtype`.
-
-    A device looks up its part of the width for all rows of its fsdp group, and the results change places: otherwise every device would
-    gather the whole table.
-    """
-    return keep_rows(cut(table[cut(ids, "data")].astype(dtype), "data", None, "fsdp"))
+    """table [V,D], ids [B,T] -> [B,T,D] in `dtype`, cut as `keep_width` says: a device looks up its part of the width for all rows of its
+    fsdp group. Let the results change places (`keep_rows`), and no device gathers the whole table."""
+    return keep_width(table[cut(ids, "data")].astype(dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -20,8 +20,10 @@ from blip3o_jax.models.layers import (
     Linear,
     RMSNorm,
     apply_rotary,
+    cut,
     fan_in_normal,
     keep_rows,
+    keep_width,
     logits_product,
     lookup,
     rotary_angles,
@@ -45,6 +47,12 @@ def init_cache(cfg: Qwen3Config, batch: int, length: int, dtype) -> dict[str, ja
         "valid": jnp.zeros((batch, length), bool),
         "index": jnp.zeros((), jnp.int32),
     }
+
+
+def is_step(x, cache) -> bool:
+    """Whether x [B,T,...] is one token a row, written behind a cache. Then weights that are cut along "fsdp" stay where they are and sums of
+    activations travel (`layers.keep_width`); gathering every weight for every token would take ten times as long as the products."""
+    return cache is not None and x.shape[1] == 1
 
 
 def positions_of(valid):
@@ -78,6 +86,8 @@ class SelfAttention(nn.Module):
         q = Linear("btd,dnh->btnh", (width, *heads), dtype=self.dtype, std=STD, name="q_proj")(x)
         k = Linear("btd,dkh->btkh", (width, *kv_heads), dtype=self.dtype, std=STD, name="k_proj")(x)
         v = Linear("btd,dkh->btkh", (width, *kv_heads), dtype=self.dtype, std=STD, name="v_proj")(x)
+        if is_step(x, cache):
+            q, k, v = (keep_rows(y, None, "tensor") for y in (q, k, v))
         q = apply_rotary(RMSNorm(cfg.rms_norm_eps, name="q_norm")(q), angles)
         k = apply_rotary(RMSNorm(cfg.rms_norm_eps, name="k_norm")(k), angles)
         implementation = self.implementation
@@ -89,22 +99,27 @@ class SelfAttention(nn.Module):
             k = lax.dynamic_index_in_dim(keys, layer, keepdims=False).transpose(0, 3, 1, 2)
             v = lax.dynamic_index_in_dim(values, layer, keepdims=False).transpose(0, 2, 1, 3)
             implementation = "xla"  # one query a row: reading the cache is the cost, and fused kernels want square shapes
-        x = attention(q, k, v, mask, head_dim**-0.5, implementation)
-        return Linear("btnh,nhd->btd", (*heads, width), dtype=self.dtype, std=STD, name="o_proj")(x), cache
+        y = attention(q, k, v, mask, head_dim**-0.5, implementation)
+        if is_step(x, cache):
+            y = cut(y, "data", None, "tensor")
+        return Linear("btnh,nhd->btd", (*heads, width), dtype=self.dtype, std=STD, name="o_proj")(y), cache
 
 
 class Mlp(nn.Module):
-    """Qwen3MLP (SwiGLU): [B,T,D] -> [B,T,D]."""
+    """Qwen3MLP (SwiGLU): [B,T,D] -> [B,T,D]. `stay`: see `is_step`."""
 
     cfg: Qwen3Config
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, stay: bool):
         width, hidden = self.cfg.hidden_size, self.cfg.intermediate_size
         gate = Linear("btd,df->btf", (width, hidden), dtype=self.dtype, std=STD, name="gate_proj")(x)
         up = Linear("btd,df->btf", (width, hidden), dtype=self.dtype, std=STD, name="up_proj")(x)
-        return Linear("btf,fd->btd", (hidden, width), dtype=self.dtype, std=STD, name="down_proj")(nn.silu(gate) * up)
+        y = nn.silu(gate) * up
+        if stay:
+            y = cut(y, "data", None, "tensor")
+        return Linear("btf,fd->btd", (hidden, width), dtype=self.dtype, std=STD, name="down_proj")(y)
 
 
 class Block(nn.Module):
@@ -120,13 +135,13 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, carry, layer, angles, mask):
         x, cache = carry
-        eps = self.cfg.rms_norm_eps
+        eps, stay = self.cfg.rms_norm_eps, is_step(x, cache)
         y = RMSNorm(eps, name="input_layernorm")(x)
         y, cache = SelfAttention(self.cfg, self.dtype, self.implementation, name="self_attn")(y, layer, angles, mask, cache)
         x = x + y
         y = RMSNorm(eps, name="post_attention_layernorm")(x)
-        x = x + Mlp(self.cfg, self.dtype, name="mlp")(y)
-        return (keep_rows(x), cache), None
+        x = x + Mlp(self.cfg, self.dtype, name="mlp")(y, stay)
+        return (keep_width(x) if stay else keep_rows(x), cache), None
 
 
 @jax.named_scope("logits")
@@ -134,6 +149,13 @@ def head_logits(equation: str, hidden, table):
     """The product that `equation` writes of hidden states and a part of the vocabulary's table, f32, its vocabulary cut by "tensor"."""
     logits = logits_product(equation, hidden.astype(table.dtype), table)
     return keep_rows(logits, *(None,) * (logits.ndim - 2), "tensor")
+
+
+@jax.named_scope("logits")
+def step_logits(hidden, head):
+    """hidden [B,D] of one token a row, head [D,V] from `Qwen3.head` -> logits [B,V] f32. The head stays where it is, as in `is_step`."""
+    logits = logits_product("bd,dv->bv", cut(hidden, "data"), head)
+    return keep_rows(keep_rows(cut(logits, "data", ("tensor", "fsdp")), "tensor"))
 
 
 class Qwen3(nn.Module):
@@ -172,13 +194,14 @@ class Qwen3(nn.Module):
             written = jnp.arange(cache["valid"].shape[1]) <= index + jnp.arange(length)[:, None]  # [T,S]
             mask = written & cache["valid"][:, None, None, :]
         x = lookup(self.embed_tokens(), tokens, self.dtype)
+        x = x if is_step(x, cache) else keep_rows(x)
         angles = rotary_angles(positions, cfg.head_dim, cfg.rope_theta)
         (x, cache), _ = self.layers((x, cache), jnp.arange(cfg.num_hidden_layers), angles, mask)
         if cache is not None:
             cache = cache | {"index": index + length}
         if self.is_initializing() and not cfg.tie_word_embeddings:
             self.lm_head()  # only `logits` reads it, but it must exist
-        return keep_rows(self.norm(x)), cache
+        return self.norm(keep_rows(x)), cache
 
     def logits(self, hidden, start: int = 0, size: int | None = None):
         """hidden [...,D] -> f32 logits [...,size] of the ids from `start` on; all of the vocabulary from there when `size` is None.
@@ -191,10 +214,11 @@ class Qwen3(nn.Module):
         return head_logits("...d,dv->...v", hidden, self.lm_head()[:, start:stop].astype(self.dtype))
 
     def head(self, start: int = 0, size: int | None = None):
-        """What `logits` multiplies hidden states by, [D,size] in `dtype`: for loops, which would turn a tied table at every step."""
+        """What `logits` multiplies hidden states by, [D,size] in `dtype`, its vocabulary cut along "fsdp" too: for loops, which would turn
+        a tied table, or gather its width, at every step; see `step_logits`."""
         stop = self._stop(start, size)
         table = self.embed_tokens()[start:stop].T if self.cfg.tie_word_embeddings else self.lm_head()[:, start:stop]
-        return table.astype(self.dtype)
+        return cut(cut(table.astype(self.dtype), "fsdp", "tensor"), None, ("tensor", "fsdp"))
 
     def _stop(self, start: int, size: int | None) -> int:
         stop = self.cfg.vocab_size if size is None else start + size
