@@ -199,10 +199,11 @@ def build_parser() -> argparse.ArgumentParser:
     job.add_argument("--topology", help="e.g. v5e:16x16, v5p:4x4x8, v6e:4x4, tpu7x:2x2x1 (default: the config's)")
     job.add_argument("--generate", type=int, metavar="N", help="plan generation instead, N images a device at once")
     job.add_argument("--num-inference-steps", type=int, default=30, help="of generation (default: %(default)s)")
+    job.add_argument("--mesh", default="", help="of generation, as `generate --mesh` (default: whole weights on every device)")
     job.add_argument("--search", action="store_true", help="over rows a device and remat; the best that fits")
     job.add_argument("--mfu", type=float, default=0.4, help="share of the peak that the time is for (default: %(default)s)")
     job.add_argument("--price", type=float, metavar="DOLLARS", help="of a chip-hour")
-    job.add_argument("--depth", type=int, metavar="N", help="layers of each transformer, for a quick look (default: all)")
+    job.add_argument("--depth", type=int, metavar="N", help="layers of each transformer and autoencoder stage, for a quick look")
     job.set_defaults(run=_plan)
 
     job = jobs.add_parser("bench", help="how fast each stage is here, against PyTorch if asked; prints one JSON line last")

@@ -63,11 +63,15 @@ def on_accelerator(cfg: TrainConfig) -> TrainConfig:
 
 
 def shallow(cfg: TrainConfig, depth: int) -> TrainConfig:
-    """The run with `depth` layers of each transformer: what costs a minute less to compile and has the same kinds of everything."""
+    """The run with `depth` layers of each transformer and at most as many of each of the autoencoder's stages: what costs minutes less to
+    compile and has the same kinds of everything."""
     if depth < 1:
         raise ConfigError(f"--depth is at least 1, not {depth}.")
-    unread = -cfg.blip3o().ta_tok.select_layer_id - 1  # layers of the encoder that are loaded and not used
+    model = cfg.blip3o()
+    unread = -model.ta_tok.select_layer_id - 1  # layers of the encoder that are loaded and not used
     layers = {"qwen3.num_hidden_layers": depth, "sana.num_layers": depth, "ta_tok.encoder.num_hidden_layers": depth + unread}
+    for side in ("encoder_layers_per_block", "decoder_layers_per_block"):
+        layers[f"dc_ae.{side}"] = tuple(min(depth, count) for count in getattr(model.dc_ae, side))
     return dataclasses.replace(cfg, model={**cfg.model, **layers})
 
 

@@ -8,11 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip3o_jax.config import ConfigError, Qwen3Config, VocabConfig
+from blip3o_jax.communication import collectives
+from blip3o_jax.config import ConfigError, Qwen3Config, VocabConfig, preset, replace
 from blip3o_jax.convert.qwen3 import qwen3_rules
 from blip3o_jax.convert.rules import to_jax
 from blip3o_jax.decode import generate_tokens, sample, token_logprobs
+from blip3o_jax.mesh import BATCH, make_mesh
+from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.models.qwen3 import Qwen3, positions_of
+from blip3o_jax.sharding import shardings
 
 CFG = Qwen3Config(
     vocab_size=72,
@@ -212,3 +216,26 @@ def test_shapes_that_do_not_fit(params):
     prompt = jnp.ones((2, 4), jnp.int32)
     with pytest.raises(ConfigError, match=r"keys \(3,\)"):
         generate_tokens(MODEL, params, VOCAB, N, prompt, prompt > 0, jax.random.split(jax.random.key(0), 3), 5, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 4}, {"fsdp": 4, "tensor": 2}])
+def test_weights_that_are_cut_stay_where_they_are(sizes):
+    """What 32 tokens send is far less than the weights that they read, 32 times. Layers are a loop, as elsewhere than on a CPU."""
+    widths = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 17}
+    cfg = replace(preset("emoji_64"), **{f"qwen3.{name}": size for name, size in widths.items()})
+    mesh, model, count = make_mesh(sizes), Qwen3(cfg.qwen3), 32
+    rows = jax.NamedSharding(mesh, BATCH)
+    weights = Blip3o(cfg).abstract()["qwen3"]
+    size = sum(x.size * 4 for x in jax.tree.leaves(weights["layers"]))
+    places = shardings({"qwen3": weights}, mesh)["qwen3"]
+    placed = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), weights, places)
+    prompt, valid = (jax.ShapeDtypeStruct((8, 4), dtype, sharding=rows) for dtype in (jnp.int32, bool))
+
+    @partial(jax.jit, out_shardings=rows)
+    def write(params, prompt, valid):
+        return generate_tokens(model, params, cfg.vocab, count, prompt, valid, jax.random.split(jax.random.key(0), 8), 10, 0.9, 1.0)
+
+    with jax.set_mesh(mesh):
+        sent = collectives(write.lower(placed, prompt, valid).compile().as_text())
+    # The prompts' pass gathers them once, so that there is one `size` in it.
+    assert 0 < sum(kind["bytes"] for kind in sent.values()) < 0.15 * count * size

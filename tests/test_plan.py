@@ -157,6 +157,7 @@ def test_a_mesh_that_does_not_divide_says_which_does():
         (["--config", "pretrain_3b", "--depth", "0"], "at least 1"),
         (["--config", "pretrain_3b", "--search", "--generate", "1"], "leave --generate out"),
         (["--config", "pretrain_3b", "--generate", "0"], "at least 1"),
+        (["--config", "pretrain_3b", "--mesh", "fsdp=8"], "--mesh is that of --generate"),
         (["--config", "pretrain_3b", "--config.batch_sise=4"], "did you mean 'batch_size'"),
     ],
 )

@@ -8,7 +8,7 @@ import time
 from blip3o_jax import plan
 from blip3o_jax.config import ConfigError
 from blip3o_jax.jobs.train import read_config
-from blip3o_jax.mesh import batch_shards, check_batch, make_mesh
+from blip3o_jax.mesh import batch_shards, check_batch, make_mesh, parse_mesh
 from blip3o_jax.train.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -24,6 +24,8 @@ def open_run(args) -> tuple[TrainConfig, list, plan.Chip, object]:
         raise ConfigError(f"--price is at least 0, not {args.price}.")
     if args.generate is not None and args.search:
         raise ConfigError("--search is over ways to train; leave --generate out.")
+    if args.mesh and args.generate is None:
+        raise ConfigError("--mesh is that of --generate; a run's is its config's, e.g. --config.mesh.fsdp=8.")
     if min(args.num_inference_steps, 1 if args.generate is None else args.generate) < 1:
         raise ConfigError("--generate and --num-inference-steps are at least 1.")
     cfg = read_config(args.config, args.overrides)
@@ -35,7 +37,7 @@ def open_run(args) -> tuple[TrainConfig, list, plan.Chip, object]:
     if args.depth is not None:
         cfg = plan.shallow(cfg, args.depth)
     devices, chip = plan.open_topology(args.topology or cfg.topology)
-    return cfg, devices, chip, make_mesh(cfg.mesh, devices)
+    return cfg, devices, chip, make_mesh(cfg.mesh if args.generate is None else parse_mesh(args.mesh), devices)
 
 
 def planned(program: plan.Program, devices: list, chip: plan.Chip, args, runs: int) -> dict:
@@ -96,6 +98,8 @@ def run(args) -> int:
         found = planned(plan.lower_step(cfg, mesh), devices, chip, args, cfg.num_steps)
     name = args.topology or cfg.topology
     ways = {"batch_size": cfg.batch_size, "accumulate": cfg.accumulate, "remat": cfg.remat, "ce_chunk": cfg.loss.ce_chunk}
+    if args.generate is not None:
+        ways = {"images": args.generate * batch_shards(mesh), "num_inference_steps": args.num_inference_steps}
     print(f"{args.config} on {name}, mesh {dict(mesh.shape)}, {ways}")
     print(table(found, chip))
     print(json.dumps({"config": args.config, "topology": name, "mesh": dict(mesh.shape), **ways, "depth": args.depth, **found}))

@@ -50,8 +50,8 @@ def init_cache(cfg: Qwen3Config, batch: int, length: int, dtype) -> dict[str, ja
 
 
 def is_step(x, cache) -> bool:
-    """Whether x [B,T,...] is one token a row, written behind a cache. Then weights that are cut along "fsdp" stay where they are and sums of
-    activations travel (`layers.keep_width`); gathering every weight for every token would take ten times as long as the products."""
+    """Whether x [B,T,...] is one token a row, written behind a cache. Then weights that are cut along "fsdp" stay where they are, and sums
+    of activations travel (`layers.keep_width`); to gather every weight for every token would take ten times as long as the products."""
     return cache is not None and x.shape[1] == 1
 
 
