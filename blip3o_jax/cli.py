@@ -197,7 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     job.add_argument("--config", required=True, help="a config file or the name of a shipped one; NAME:TOPOLOGY where it knows several")
     job.add_argument("--topology", help="e.g. v5e:16x16, v5p:4x4x8, v6e:4x4, tpu7x:2x2x1 (default: the config's)")
-    job.add_argument("--generate", type=int, metavar="N", help="plan generation instead, N images a device at once")
+    job.add_argument("--generate", type=int, metavar="N", help="plan generation of a million images instead, N a device at once")
     job.add_argument("--num-inference-steps", type=int, default=30, help="of generation (default: %(default)s)")
     job.add_argument("--mesh", default="", help="of generation, as `generate --mesh` (default: whole weights on every device)")
     job.add_argument("--search", action="store_true", help="over rows a device and remat; the best that fits")

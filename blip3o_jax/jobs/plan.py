@@ -14,6 +14,7 @@ from blip3o_jax.train.config import TrainConfig
 log = logging.getLogger(__name__)
 
 REMAT = ("none", "dots", "full")  # from the least that is computed again to the most
+MANY = 1_000_000  # images that generation is planned for
 
 
 def open_run(args) -> tuple[TrainConfig, list, plan.Chip, object]:
@@ -93,13 +94,13 @@ def run(args) -> int:
         cfg, found = search(cfg, mesh, devices, chip, args)
     elif args.generate is not None:
         program = plan.lower_generation(cfg, mesh, args.generate * batch_shards(mesh), args.num_inference_steps)
-        found = planned(program, devices, chip, args, runs=1)
+        found = planned(program, devices, chip, args, runs=-(-MANY // program.images))
     else:
         found = planned(plan.lower_step(cfg, mesh), devices, chip, args, cfg.num_steps)
     name = args.topology or cfg.topology
     ways = {"batch_size": cfg.batch_size, "accumulate": cfg.accumulate, "remat": cfg.remat, "ce_chunk": cfg.loss.ce_chunk}
     if args.generate is not None:
-        ways = {"images": args.generate * batch_shards(mesh), "num_inference_steps": args.num_inference_steps}
+        ways = {"images_at_once": program.images, "images_in_all": MANY, "num_inference_steps": args.num_inference_steps}
     print(f"{args.config} on {name}, mesh {dict(mesh.shape)}, {ways}")
     print(table(found, chip))
     print(json.dumps({"config": args.config, "topology": name, "mesh": dict(mesh.shape), **ways, "depth": args.depth, **found}))
