@@ -220,9 +220,10 @@ def test_shapes_that_do_not_fit(params):
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 4}, {"fsdp": 4, "tensor": 2}])
 def test_weights_that_are_cut_stay_where_they_are(sizes):
-    """What 32 tokens send is far less than the weights that they read, 32 times. Layers are a loop, as elsewhere than on a CPU."""
-    widths = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 17}
-    cfg = replace(preset("emoji_64"), **{f"qwen3.{name}": size for name, size in widths.items()})
+    """Layers are a loop, as elsewhere than on a CPU. A projection of keys gathered for each of 32 tokens sends 1.8 times all layers, the
+    head 3.3 times."""
+    widths = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
+    cfg = replace(preset("mid_128"), **{f"qwen3.{name}": size for name, size in (widths | {"num_hidden_layers": 17}).items()})
     mesh, model, count = make_mesh(sizes), Qwen3(cfg.qwen3), 32
     rows = jax.NamedSharding(mesh, BATCH)
     weights = Blip3o(cfg).abstract()["qwen3"]
@@ -237,5 +238,5 @@ def test_weights_that_are_cut_stay_where_they_are(sizes):
 
     with jax.set_mesh(mesh):
         sent = collectives(write.lower(placed, prompt, valid).compile().as_text())
-    # The prompts' pass gathers them once, so that there is one `size` in it.
-    assert 0 < sum(kind["bytes"] for kind in sent.values()) < 0.15 * count * size
+    # Once is the prompts' pass, which gathers the layers.
+    assert size < mesh.shape["tensor"] * sum(kind["bytes"] for kind in sent.values()) < 2.2 * size

@@ -99,6 +99,35 @@ def test_generation_is_lowered_whole():
         plan.lower_generation(cfg, mesh, 12, 2)
 
 
+def test_a_quick_look_has_every_kind_of_block():
+    model = plan.shallow(small(), 1).blip3o()
+    assert (model.qwen3.num_hidden_layers, model.sana.num_layers, model.ta_tok.num_encoder_layers) == (1, 1, 1)
+    assert model.dc_ae.encoder_layers_per_block == (0, 1, 1, 1)
+    assert model.dc_ae.decoder_layers_per_block == (0, 1, 1, 1)
+    assert plan.shallow(small(), 9).blip3o().dc_ae == small().blip3o().dc_ae
+
+
+@pytest.mark.parametrize(("options", "sizes"), [([], (8, 1, 1)), (["--mesh", "data=2,fsdp=4"], (2, 4, 1))])
+def test_generation_is_planned_on_the_mesh_that_generate_takes(options, sizes, monkeypatch, capsys):
+    """And for a million images, whatever the run's mesh."""
+    asked = []
+
+    def planned(program, devices, chip, args, runs):
+        asked.append((program.kinds["parameters"], runs))
+        return {"bytes": {}, "fits": True}
+
+    monkeypatch.setattr(plan, "open_topology", lambda name: (jax.devices(), CHIP))
+    monkeypatch.setattr("blip3o_jax.jobs.plan.planned", planned)
+    argv = ["--config", "emoji_joint", "--topology", "v5e:2x4", "--config.mesh.tensor=2", "--generate", "3", *options]
+    assert main(["plan", *argv]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert tuple(found["mesh"].values()) == sizes
+    assert (found["images_at_once"], found["images_in_all"]) == (24, 1_000_000)
+    [(parameters, runs)] = asked
+    assert runs == 41_667
+    assert {leaf.sharding.mesh.shape_tuple for leaf in jax.tree.leaves(parameters)} == {tuple(found["mesh"].items())}
+
+
 def test_search_prefers_less_computed_again_and_then_more_rows(monkeypatch):
     """Which of (remat, rows a device) fit is given; nothing is compiled."""
     tried, fitting = [], {("dots", 1), ("dots", 2), ("full", 1), ("full", 2), ("full", 4)}

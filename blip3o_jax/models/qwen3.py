@@ -51,7 +51,7 @@ def init_cache(cfg: Qwen3Config, batch: int, length: int, dtype) -> dict[str, ja
 
 def is_step(x, cache) -> bool:
     """Whether x [B,T,...] is one token a row, written behind a cache. Then weights that are cut along "fsdp" stay where they are, and sums
-    of activations travel (`layers.keep_width`); to gather every weight for every token would take ten times as long as the products."""
+    of activations travel (`layers.keep_width`); gathering every weight for every token would send many times as much."""
     return cache is not None and x.shape[1] == 1
 
 
@@ -81,12 +81,12 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x, layer, angles, mask, cache):
-        cfg, width, head_dim = self.cfg, self.cfg.hidden_size, self.cfg.head_dim
+        cfg, width, head_dim, stay = self.cfg, self.cfg.hidden_size, self.cfg.head_dim, is_step(x, cache)
         heads, kv_heads = (cfg.num_attention_heads, head_dim), (cfg.num_key_value_heads, head_dim)
         q = Linear("btd,dnh->btnh", (width, *heads), dtype=self.dtype, std=STD, name="q_proj")(x)
         k = Linear("btd,dkh->btkh", (width, *kv_heads), dtype=self.dtype, std=STD, name="k_proj")(x)
         v = Linear("btd,dkh->btkh", (width, *kv_heads), dtype=self.dtype, std=STD, name="v_proj")(x)
-        if is_step(x, cache):
+        if stay:
             q, k, v = (keep_rows(y, None, "tensor") for y in (q, k, v))
         q = apply_rotary(RMSNorm(cfg.rms_norm_eps, name="q_norm")(q), angles)
         k = apply_rotary(RMSNorm(cfg.rms_norm_eps, name="k_norm")(k), angles)
@@ -100,7 +100,7 @@ class SelfAttention(nn.Module):
             v = lax.dynamic_index_in_dim(values, layer, keepdims=False).transpose(0, 2, 1, 3)
             implementation = "xla"  # one query a row: reading the cache is the cost, and fused kernels want square shapes
         y = attention(q, k, v, mask, head_dim**-0.5, implementation)
-        if is_step(x, cache):
+        if stay:
             y = cut(y, "data", None, "tensor")
         return Linear("btnh,nhd->btd", (*heads, width), dtype=self.dtype, std=STD, name="o_proj")(y), cache
 
