@@ -38,7 +38,7 @@ def test_bytes_by_kind_are_those_of_the_parts():
     trained += sum(leaf.size for name in captions for leaf in jax.tree.leaves(params["sana"][name]))
     everything = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert found["parameters"] == 4 * trained
-    assert found["optimizer"] == 8 * trained + 2 * 4  # two moments, and the counts of two stages of optax
+    assert found["optimizer"] == 8 * trained + 4  # two moments, and the count of steps
     assert found["frozen"] == 4 * (everything - trained)
     row = cfg.blip3o().image_size ** 2 * 3 + 4 * (cfg.blip3o().max_prompt_tokens + 64 + 3) + 4
     assert found["batch"] == 16 // 8 * row

@@ -82,7 +82,7 @@ def after_step(cfg: TrainConfig, meter: Meter, manager, now: int, state, frozen,
     """
     last, result = now == cfg.num_steps, {}
     if now % cfg.log_every == 0 or last or leave:
-        meter.log(now)
+        meter.log(now, state)
     if now % cfg.eval_every == 0 or last:
         with meter.phase("other"):
             result, picture = evaluate()

@@ -1,6 +1,7 @@
 """What a run says of itself: where its time goes, how fast it is, and the lines of metrics.jsonl."""
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Iterator
@@ -9,8 +10,10 @@ import jax
 import numpy as np
 
 from blip3o_jax import flops
+from blip3o_jax.compilation import jit
 from blip3o_jax.config import ConfigError
 from blip3o_jax.metrics import MetricWriter
+from blip3o_jax.train import steps
 from blip3o_jax.train.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -55,6 +58,7 @@ class Meter:
         self.began, self.stepping = notes.get("began", time.time()), notes.get("stepping", 0.0)
         self.seconds = dict.fromkeys(("data", "other"), 0.0)
         self.metrics, self.flops, self.profiling = [], None, False
+        self.update_ratios = jit(functools.partial(steps.update_ratios, cfg))
         self.logged, self.tick = step, time.perf_counter()
 
     def clock(self) -> dict[str, float]:
@@ -90,29 +94,30 @@ class Meter:
             self.profiling = False
             log.info("Profile of steps %d to %d: %s", window.start, step, self.workdir / "profile")
 
-    def log(self, step: int) -> None:
-        """Writes the means since the last time, of the steps that were not skipped. Waits for the device.
+    def log(self, step: int, state) -> None:
+        """Writes the means since the last time, of the steps that were not skipped, and the size of the last update. Waits for the device.
 
         Raises ConfigError after `cfg.guard.max_skipped` skipped steps in a row.
         """
         values = jax.device_get(self.metrics)
-        elapsed, steps = time.perf_counter() - self.tick - self.seconds["other"], step - self.logged
+        elapsed, count = time.perf_counter() - self.tick - self.seconds["other"], step - self.logged
         self.stepping += elapsed
         rows = [v for v in values if v["skipped_in_a_row"] == 0] or values[-1:]
         found = {name: float(rows[-1][name] if name in LAST else np.mean([r[name] for r in rows])) for name in rows[0]}
         found["skipped"], longest = float(values[-1]["skipped"]), max(int(v["skipped_in_a_row"]) for v in values)
         del found["skipped_in_a_row"]
+        found |= {name: float(value) for name, value in self.update_ratios(state).items()}
         found |= {
-            "step_ms": 1e3 * elapsed / steps,
-            "data_wait_ms": 1e3 * self.seconds["data"] / steps,
-            "images_per_s": self.cfg.batch_size * steps / elapsed,
+            "step_ms": 1e3 * elapsed / count,
+            "data_wait_ms": 1e3 * self.seconds["data"] / count,
+            "images_per_s": self.cfg.batch_size * count / elapsed,
             "goodput": self.stepping / max(time.time() - self.began, 1e-9),
         }
         peak = peak_flops(jax.devices()[0].device_kind)
         if self.flops and peak:
-            found["mfu"] = self.flops * steps / elapsed / (peak * jax.device_count())
+            found["mfu"] = self.flops * count / elapsed / (peak * jax.device_count())
         self.writer.write(step, found)
-        eta = elapsed / steps * (self.cfg.num_steps - step) / 60
+        eta = elapsed / count * (self.cfg.num_steps - step) / 60
         log.info("step %d/%d %s eta %.0f min", step, self.cfg.num_steps, " ".join(f"{k} {v:.4g}" for k, v in found.items()), eta)
         if longest:
             log.warning("%d steps were skipped by step %d, up to %d in a row.", int(found["skipped"]), step, longest)

@@ -1,4 +1,8 @@
-"""The optax chain and the learning-rate schedule (spec S6.2)."""
+"""AdamW and the learning-rate schedule (spec S6.2).
+
+The arithmetic of `optax.clip_by_global_norm` and `optax.adamw` with its steps apart, so that the guard decides between moments and update.
+As one chain with the decision behind it XLA's CPU backend copies all moments in every step (`steps.advance`).
+"""
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +23,6 @@ def norm(tree):
     return jnp.sqrt(sum(jnp.sum(squares(x)) for x in jax.tree.leaves(tree)))
 
 
-def clip_by_norm(largest: float) -> optax.GradientTransformation:
-    """Gradients times min(1, largest / their norm). One factor for all, where `optax.clip_by_global_norm` divides every number, which XLA
-    would rather keep in memory than compute for both moments."""
-
-    def clip(grads, _):
-        factor = jnp.minimum(1.0, largest / norm(grads))
-        return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
-
-    return optax.stateless(clip)
-
-
 def schedule(cfg: OptimizerConfig, num_steps: int):
     """Step -> learning rate: linear warm-up from 0, then cosine from the peak to the floor at `num_steps`."""
     return optax.warmup_cosine_decay_schedule(
@@ -41,23 +34,35 @@ def schedule(cfg: OptimizerConfig, num_steps: int):
     )
 
 
-def optimizer(cfg: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW; weight decay spares vectors (norms and biases). A part's factor scales its whole update."""
-    chain = [clip_by_norm(cfg.clip_norm)] if cfg.clip_norm else []
-    chain.append(
-        optax.adamw(
-            schedule(cfg, num_steps),
-            b1=cfg.b1,
-            b2=cfg.b2,
-            eps=cfg.eps,
-            weight_decay=cfg.weight_decay,
-            mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params),
-        )
-    )
-    if factors := cfg.part_learning_rates:
-        scale = optax.tree.scale
-        chain.append(optax.stateless(lambda updates, _: {part: scale(factors.get(part, 1.0), tree) for part, tree in updates.items()}))
-    return optax.chain(*chain) if len(chain) > 1 else chain[0]
+def init(params) -> optax.ScaleByAdamState:
+    """Moments of zero, after no step."""
+    return optax.scale_by_adam().init(params)
+
+
+def moments(cfg: OptimizerConfig, grads, whole, before: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
+    """Adam's moments with one more step's gradients, which are first clipped to `clip_norm`; `whole` is their norm."""
+    factor = jnp.minimum(1.0, cfg.clip_norm / whole) if cfg.clip_norm else 1.0
+    clipped = jax.tree.map(lambda g: g * factor, grads)
+    mu, nu = optax.tree.update_moment(clipped, before.mu, cfg.b1, 1), optax.tree.update_moment(clipped, before.nu, cfg.b2, 2)
+    return optax.ScaleByAdamState(before.count + 1, mu, nu)
+
+
+def updates(cfg: OptimizerConfig, num_steps: int, after: optax.ScaleByAdamState, params):
+    """What AdamW adds to `params` once the step's gradients are in the moments: `optax.adamw`'s update. A function of the moments, not of
+    gradients, so that whoever wants its size can compute it later.
+
+    Weight decay spares vectors (norms and biases). A part's factor scales its whole update.
+    """
+    count = jnp.maximum(after.count, 1)
+    rate, first, second = schedule(cfg, num_steps)(count - 1), 1 - cfg.b1**count, 1 - cfg.b2**count
+
+    def update(path, param, mu, nu):
+        step = mu / first / (jnp.sqrt(nu / second) + cfg.eps)
+        if path[-1].key in ("kernel", "embedding"):
+            step += cfg.weight_decay * param
+        return -rate * cfg.part_learning_rates.get(path[0].key, 1.0) * step
+
+    return jax.tree_util.tree_map_with_path(update, params, after.mu, after.nu)
 
 
 def update_ema(ema, params, step, decay: float):

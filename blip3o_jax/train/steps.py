@@ -8,10 +8,11 @@ import optax
 
 from blip3o_jax.compilation import jit
 from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.models.layers import on_cpu
 from blip3o_jax.sharding import join, split
-from blip3o_jax.train import guard, losses
+from blip3o_jax.train import guard, losses, optimizer
 from blip3o_jax.train.config import TrainConfig
-from blip3o_jax.train.optimizer import norm, optimizer, schedule, update_ema
+from blip3o_jax.train.optimizer import norm
 
 LOSSES = {
     "autoencoder": losses.autoencoder_loss,
@@ -25,7 +26,7 @@ def init_state(cfg: TrainConfig, params):
     """Params of all parts of the stage -> (state, frozen). The state holds the trained leaves, their average, Adam's moments, the guard's
     counters and the number of steps."""
     params, frozen = split(params, cfg.trainable)
-    state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt_state": optimizer(cfg.optimizer, cfg.num_steps).init(params)}
+    state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt_state": optimizer.init(params)}
     state["guard"] = guard.init()
     if cfg.optimizer.ema_decay:
         state["ema"] = jax.tree.map(jnp.copy, params)
@@ -66,20 +67,32 @@ def advance(cfg: TrainConfig, state, grads, metrics):
     norms = {part: norm(tree) for part, tree in grads.items()}
     whole = norm(norms)
     good, counters = guard.judge(cfg.guard, state["guard"], state["step"], metrics["loss"], whole)
-    params, taken = state["params"], state["step"] - state["guard"]["skipped"]
-    updates, opt_state = optimizer(cfg.optimizer, cfg.num_steps).update(grads, state["opt_state"], params)
-    new = {"params": optax.apply_updates(params, updates), "opt_state": opt_state}
+    taken = state["opt_state"].count
+    after = _written(guard.keep(good, optimizer.moments(cfg.optimizer, grads, whole, state["opt_state"]), state["opt_state"]))
+    params = optax.apply_updates(state["params"], optimizer.updates(cfg.optimizer, cfg.num_steps, after, state["params"]))
+    params = _written(guard.keep(good, params, state["params"]))
+    new = {"step": state["step"] + 1, "params": params, "opt_state": after, "guard": counters}
     if "ema" in state:
-        new["ema"] = update_ema(state["ema"], new["params"], taken, cfg.optimizer.ema_decay)
-    new = guard.keep(good, new, {name: state[name] for name in new})
+        new["ema"] = guard.keep(good, optimizer.update_ema(state["ema"], params, taken, cfg.optimizer.ema_decay), state["ema"])
     metrics = metrics | {
-        "learning_rate": schedule(cfg.optimizer, cfg.num_steps)(taken),
+        "learning_rate": optimizer.schedule(cfg.optimizer, cfg.num_steps)(taken),
         "skipped": counters["skipped"],
         "skipped_in_a_row": counters["in_a_row"],
         **{f"grad_norm/{part}": value for part, value in norms.items()},
-        **{f"update_ratio/{part}": norm(tree) / norm(params[part]) for part, tree in updates.items()},
     }
-    return new | {"step": state["step"] + 1, "guard": counters}, metrics
+    return new, metrics
+
+
+def _written(tree):
+    """On CPU: arrays that are in memory before anything reads them. XLA would rather compute them once more in what reads them, from what
+    they replace, of which it then makes copies."""
+    return jax.lax.optimization_barrier(tree) if on_cpu() else tree
+
+
+def update_ratios(cfg: TrainConfig, state) -> dict[str, jax.Array]:
+    """Of each trained part |last update| / |parameters|, the decay's share being that of the weights after the step."""
+    made = optimizer.updates(cfg.optimizer, cfg.num_steps, state["opt_state"], state["params"])
+    return {f"update_ratio/{part}": norm(tree) / norm(state["params"][part]) for part, tree in made.items()}
 
 
 def train_step(model: Blip3o, cfg: TrainConfig, state, frozen, batch, shardings=None):

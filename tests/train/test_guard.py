@@ -81,13 +81,13 @@ def test_a_run_stops_after_too_many_skipped_steps_in_a_row(tmp_path):
 
     for step, (in_a_row, skipped) in enumerate([(0, 0), (1, 1), (2, 2), (0, 2)], 1):
         add(step, in_a_row, skipped)
-    meter.log(4)
+    meter.log(4, init(CFG)[0])
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert (line["loss"], line["skipped"]) == (2.5, 2)  # the mean of steps 1 and 4
     for step, (in_a_row, skipped) in enumerate([(1, 3), (2, 4), (3, 5), (0, 5)], 5):
         add(step, in_a_row, skipped)
     with pytest.raises(ConfigError, match="3 steps in a row until step 8 had a loss or gradient that is not finite"):
-        meter.log(8)
+        meter.log(8, init(CFG)[0])
 
 
 def test_a_factor_scales_the_update_of_its_part_alone():
@@ -96,9 +96,11 @@ def test_a_factor_scales_the_update_of_its_part_alone():
     )
     state, _ = init(CONFIGS["factors"])
     after, metrics = advance(state, 0.3, name="factors")
+    ratios = steps.update_ratios(CONFIGS["factors"], after)
     moved = {part: float(after["params"][part]["layer"]["kernel"][0] - 1) for part in after["params"]}
     np.testing.assert_allclose([moved["qwen3"], moved["diffusion_connector"], moved["sana"]], [-0.1, -0.1, -0.025], rtol=1e-4)
-    np.testing.assert_allclose(metrics["update_ratio/qwen3"], 0.1 * 2**0.5 / 5**0.5, rtol=1e-4)
+    np.testing.assert_allclose(ratios["update_ratio/qwen3"], 0.1 * 2**0.5 / (0.9**2 + 1.9**2) ** 0.5, rtol=1e-4)
+    np.testing.assert_allclose(ratios["update_ratio/sana"], 0.025 * 2**0.5 / (0.975**2 + 1.975**2) ** 0.5, rtol=1e-4)
     np.testing.assert_allclose(metrics["grad_norm/sana"], 0.3 * 2**0.5, rtol=1e-6)
 
 

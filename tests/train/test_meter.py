@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,10 +10,12 @@ from blip3o_jax import flops
 from blip3o_jax.config import ConfigError, preset
 from blip3o_jax.metrics import MetricWriter
 from blip3o_jax.train import meter as meters
+from blip3o_jax.train import steps
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.meter import Meter, peak_flops, step_flops
 
 CFG = TrainConfig(stage="joint", batch_size=4, num_steps=100)
+STATE = steps.init_state(CFG, {"sana": {"kernel": jnp.ones(2)}})[0]
 ROW = {"loss": 1.0, "skipped": 0, "skipped_in_a_row": 0, "learning_rate": 0.1}
 
 
@@ -37,13 +40,13 @@ def test_where_the_time_goes(clock, tmp_path):
             clock[0] += 1
         clock[0] += 4
         meter.add(step, batch, ROW | {"loss": loss, "learning_rate": step / 10})
-    meter.log(2)
+    meter.log(2, STATE)
     with meter.phase("other"):
         clock[0] += 5
     clock[0] += 3
     assert meter.clock() == {"began": 990.0, "stepping": 13.0}
     meter.add(3, batch, ROW)
-    meter.log(3)
+    meter.log(3, STATE)
     first, second = lines(tmp_path)
     assert (first["loss"], first["learning_rate"]) == (2.0, 0.2)
     assert (first["step_ms"], first["data_wait_ms"], first["images_per_s"], first["goodput"]) == (5000, 1000, 0.8, 0.5)
@@ -57,7 +60,7 @@ def test_goodput_counts_the_pause_and_the_steps_that_were_lost(clock, tmp_path):
     meter = Meter(CFG, tmp_path, 10, kept)
     clock[0] += 10
     meter.add(11, {"tokens": np.zeros((4, 116))}, ROW)
-    meter.log(11)
+    meter.log(11, STATE)
     assert lines(tmp_path)[0]["goodput"] == pytest.approx(50 / 110)
 
 
@@ -66,7 +69,7 @@ def test_mfu_is_the_analytic_count_over_the_peak_of_all_devices(clock, tmp_path,
     meter = Meter(CFG, tmp_path, 0, {})
     clock[0] += 2
     meter.add(1, {"tokens": np.zeros((4, 116)), "images": 0}, ROW)
-    meter.log(1)
+    meter.log(1, STATE)
     expected = flops.joint_step(preset("emoji_64"), 4, 116, whole_sana=False) / 2 / (8 * 1e9)  # eight devices, see conftest
     assert lines(tmp_path)[0]["mfu"] == pytest.approx(expected, rel=1e-6)
 
