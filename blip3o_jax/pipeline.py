@@ -84,7 +84,7 @@ class Pipeline:
             raise ConfigError(f"batch_size {batch_size} does not divide by the mesh's {batch_shards(mesh)} batch shards.")
         place = jax.NamedSharding(mesh, BATCH)
 
-        @functools.partial(jit, static_argnames=("num_inference_steps", "top_k"), out_shardings=place)
+        @functools.partial(jit, generates=model.config, static_argnames=("num_inference_steps", "top_k"), out_shardings=place)
         def run(params, prompt, valid, numbers, **settings):
             return generate.text_to_image(model, params, prompt, valid, numbers, **settings)
 

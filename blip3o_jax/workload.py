@@ -106,7 +106,7 @@ def ours(work: Workload, params, mesh) -> dict[str, Callable[[], dict]]:
         return {"tokens": made["tokens"], "pixels": pixels(params, denoise(params, made["hidden"], noise))}
 
     def stage(function, **inputs):
-        compiled, arrays = jit(function, out_shardings=place), jax.device_put(inputs, place)
+        compiled, arrays = jit(function, cfg, out_shardings=place), jax.device_put(inputs, place)
 
         def run():
             with jax.set_mesh(mesh):

@@ -50,8 +50,8 @@ def run(
         del params
 
         update = grpo.compile_update(model, cfg, shardings)
-        draw = jit(functools.partial(_draw, model, cfg))
-        show = jit(functools.partial(generate.text_to_image, model, num_inference_steps=20, top_k=1200))
+        draw = jit(functools.partial(_draw, model, cfg), model.config)
+        show = jit(functools.partial(generate.text_to_image, model, num_inference_steps=20, top_k=1200), model.config)
         sampling = {"top_p": 0.95, "temperature": 1.0, "guidance_scale": 2.0, "shift": 1.0}
 
         def inputs(metadata: list[dict], seed: int):

@@ -1,0 +1,14 @@
+"""Which programs hand their matrix products to YNNPACK."""
+
+import jax.numpy as jnp
+import pytest
+
+from blip3o_jax.compilation import jit
+from blip3o_jax.config import preset
+
+
+@pytest.mark.parametrize(("name", "expected"), [("emoji_64", True), ("mid_128", False), (None, False)])
+def test_only_narrow_models_generate_with_ynnpack(name, expected):
+    x = jnp.ones((64, 64))
+    text = jit(jnp.matmul, name and preset(name)).lower(x, x).compile().as_text()
+    assert ("ynn_fusion" in text) == expected
