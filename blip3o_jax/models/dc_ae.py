@@ -5,11 +5,11 @@ Where pixels move into channels and back, the channel order is torch's: c * 4 + 
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 
 from blip3o_jax.config import ConfigError, DcAeConfig
+from blip3o_jax.models.attention import linear_attention
 from blip3o_jax.models.layers import Conv2d, Linear, RMSNorm
 
 NORM_EPS = 1e-5
@@ -85,12 +85,8 @@ class ResBlock(nn.Module):
 
 def relu_linear_attention(q, k, v):
     """q, k, v [B,Y,X,N,H] -> [B,Y,X,N,H] f32: attention with relu(q) . relu(k) as weight, over all pixels, linear in their number."""
-    q, k, v = (a.astype(jnp.float32) for a in (nn.relu(q), nn.relu(k), v))
-    # The sums run over every pixel; TPU's default would round their factors to bf16.
-    with jax.default_matmul_precision("highest"):
-        values = jnp.einsum("byxnh,byxnj->bnhj", k, v)
-        total = jnp.einsum("byxnh,bnh->byxn", q, jnp.sum(k, axis=(1, 2)))
-        return jnp.einsum("byxnh,bnhj->byxnj", q, values) / (total[..., None] + ATTENTION_EPS)
+    flat = (a.astype(jnp.float32).reshape(len(a), -1, *a.shape[3:]) for a in (nn.relu(q), nn.relu(k), v))
+    return linear_attention(*flat, ATTENTION_EPS).reshape(q.shape)
 
 
 class MultiscaleAttention(nn.Module):

@@ -288,9 +288,13 @@ def conv2d(x, kernel, stride: int = 1, groups: int = 1, lowering: str | None = N
     if size == 1 and groups == 1 and stride == 1:
         return product("byxc,cd->byxd", x, kernel[0, 0])
     if size == 1 and stride == 1:
-        x = x.reshape(*x.shape[:-1], groups, per_group)
-        y = jnp.einsum("byxgc,cgd->byxgd", x, kernel[0, 0].reshape(per_group, groups, out // groups))
-        return y.reshape(*y.shape[:3], out)
+        shape, kernel = x.shape[:-1], kernel[0, 0].reshape(per_group, groups, out // groups)
+        if on_cpu():  # groups first, by a copy that moves whole groups: XLA would lay the pixels innermost, number by number
+            x = jax.lax.optimization_barrier(x.reshape(-1, groups, per_group).transpose(1, 0, 2))
+            y = jax.lax.optimization_barrier(x @ kernel.transpose(1, 0, 2)).transpose(1, 0, 2)
+        else:
+            y = jnp.einsum("byxgc,cgd->byxgd", x.reshape(*shape, groups, per_group), kernel)
+        return y.reshape(*shape, out)
     if depthwise and stride == 1 and (lowering or ("shift" if on_cpu() else "conv")) == "shift":
         return _depthwise_shift(x, kernel)
     pad = size // 2
