@@ -143,7 +143,7 @@ def lower_generation(cfg: TrainConfig, mesh, rows: int, num_inference_steps: int
         batch = tuple(jax.ShapeDtypeStruct((rows, size), dtype, sharding=place) for size, dtype in columns)
         run = functools.partial(generate.text_to_image, model, num_inference_steps=num_inference_steps, top_k=1200)
         settings = {"top_p": 0.95, "temperature": 1.0, "guidance_scale": 2.0, "shift": 1.0}
-        lowered = jit(run, out_shardings=place).lower(params, *batch, **settings)
+        lowered = jit(run, config, out_shardings=place).lower(params, *batch, **settings)
     count = flops.text_to_image(config, rows, config.max_prompt_tokens, num_inference_steps)
     return Program(lowered, (params, *batch), {"parameters": params, "batch": batch}, count, rows)
 

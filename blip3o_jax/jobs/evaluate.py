@@ -47,7 +47,8 @@ def ceilings(pipeline: Pipeline, metadata: list[dict], images: np.ndarray, setti
         latents = model.dc_ae.apply({"params": params["dc_ae"]}, to_unit(pixels), method="encode")
         return model.dc_ae.apply({"params": params["dc_ae"]}, latents, method="decode")
 
-    fed = jit(functools.partial(generate.true_tokens_to_image, model, num_inference_steps=settings.num_inference_steps))
+    fed = functools.partial(generate.true_tokens_to_image, model, num_inference_steps=settings.num_inference_steps)
+    fed = jit(fed, model.config)
     made = {"autoencoder": [], "true_tokens": []}
     size = pipeline.batch_size
     rows, start = _token_rows(text, metadata, model.config.ta_tok.num_tokens)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from blip3o_jax.config import ConfigError
-from blip3o_jax.models.layers import on_cpu, platform
+from blip3o_jax.models.layers import in_memory, platform
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 LANES = 128  # the width of a TPU register, in which splash attention counts its blocks
@@ -113,9 +113,8 @@ def linear_attention(q, k, v, eps: float = 1e-15):
     f32 inside, cast back to q's dtype; `eps` is added, not a floor (diffusers' SanaLinearAttnProcessor2_0).
     """
     dtype = q.dtype
-    q, k, v = (x.astype(jnp.float32).swapaxes(1, 2) for x in (q, k, v))
-    if on_cpu():  # by copies that move whole heads: XLA would lay the tokens innermost, number by number
-        q, k, v = jax.lax.optimization_barrier((q, k, v))
+    # By copies that move whole heads: XLA's CPU backend would lay the tokens innermost.
+    q, k, v = in_memory(tuple(x.astype(jnp.float32).swapaxes(1, 2) for x in (q, k, v)))
     # The sums run over all tokens; a TPU's default would round their factors to bf16.
     with jax.default_matmul_precision("highest"):
         state = jnp.einsum("bnsh,bnsi->bnhi", k, v)

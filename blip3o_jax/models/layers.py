@@ -42,6 +42,12 @@ def on_cpu() -> bool:
     return platform() == "cpu"
 
 
+def in_memory(tree):
+    """On CPU: arrays that are in memory, in the order of their axes, before anything reads them. XLA's CPU backend fuses and transposes for
+    fewer arrays, also where that computes a thing many times, on one core, or number by number."""
+    return jax.lax.optimization_barrier(tree) if on_cpu() else tree
+
+
 def cut(x, *axes):
     """x, laid out by the mesh axes named for its own: an axis without a name is whole on every device. Without the mesh of `jax.set_mesh`,
     or one that lacks the batch's axes, x itself. An axis whose size the mesh does not divide is left to the compiler."""
@@ -288,13 +294,10 @@ def conv2d(x, kernel, stride: int = 1, groups: int = 1, lowering: str | None = N
     if size == 1 and groups == 1 and stride == 1:
         return product("byxc,cd->byxd", x, kernel[0, 0])
     if size == 1 and stride == 1:
-        shape, kernel = x.shape[:-1], kernel[0, 0].reshape(per_group, groups, out // groups)
-        if on_cpu():  # groups first, by a copy that moves whole groups: XLA would lay the pixels innermost, number by number
-            x = jax.lax.optimization_barrier(x.reshape(-1, groups, per_group).transpose(1, 0, 2))
-            y = jax.lax.optimization_barrier(x @ kernel.transpose(1, 0, 2)).transpose(1, 0, 2)
-        else:
-            y = jnp.einsum("byxgc,cgd->byxgd", x.reshape(*shape, groups, per_group), kernel)
-        return y.reshape(*shape, out)
+        # Groups first, by copies that move whole groups: XLA's CPU backend would lay the pixels innermost.
+        x = in_memory(jnp.moveaxis(x.reshape(*x.shape[:-1], groups, per_group), -2, 0))
+        y = in_memory(jnp.einsum("gbyxc,cgd->gbyxd", x, kernel[0, 0].reshape(per_group, groups, out // groups)))
+        return jnp.moveaxis(y, 0, -2).reshape(*y.shape[1:4], out)
     if depthwise and stride == 1 and (lowering or ("shift" if on_cpu() else "conv")) == "shift":
         return _depthwise_shift(x, kernel)
     pad = size // 2

@@ -15,7 +15,7 @@ import numpy as np
 
 from blip3o_jax.config import ConfigError, SanaConfig
 from blip3o_jax.models.attention import attention, linear_attention
-from blip3o_jax.models.layers import Conv2d, Linear, RMSNorm, gelu_tanh, keep_rows, layer_norm, on_cpu, scan_layers, timestep_embedding
+from blip3o_jax.models.layers import Conv2d, Linear, RMSNorm, gelu_tanh, in_memory, keep_rows, layer_norm, scan_layers, timestep_embedding
 
 QK_NORM_EPS = 1e-5
 CAPTION_NORM_EPS = 1e-5
@@ -138,9 +138,8 @@ class Block(nn.Module):
         """`__call__` where the condition's keys and values are there already, and of pairs of rows the first's cross-attention too."""
         eps = self.cfg.norm_eps
         shifts = jnp.moveaxis(self.scale_shift_table.astype(jnp.float32) + modulation, 1, 0)
-        if on_cpu():  # so that each one's gradient is a sum of its own, and not computed inside the array of all six, on one core
-            shifts = jax.lax.optimization_barrier(tuple(shifts))
-        shift1, scale1, gate1, shift2, scale2, gate2 = shifts
+        # Apart in memory, so that each one's gradient is a sum of its own, and not computed inside the array of all six.
+        shift1, scale1, gate1, shift2, scale2, gate2 = in_memory(tuple(shifts))
 
         def tokens(y):
             return y.reshape(y.shape[0], -1, y.shape[-1])

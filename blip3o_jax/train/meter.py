@@ -106,7 +106,7 @@ class Meter:
         found = {name: float(rows[-1][name] if name in LAST else np.mean([r[name] for r in rows])) for name in rows[0]}
         found["skipped"], longest = float(values[-1]["skipped"]), max(int(v["skipped_in_a_row"]) for v in values)
         del found["skipped_in_a_row"]
-        found |= {name: float(value) for name, value in self.update_ratios(state).items()}
+        found |= {name: float(value) for name, value in jax.device_get(self.update_ratios(state)).items()}
         found |= {
             "step_ms": 1e3 * elapsed / count,
             "data_wait_ms": 1e3 * self.seconds["data"] / count,

@@ -8,7 +8,7 @@ import optax
 
 from blip3o_jax.compilation import jit
 from blip3o_jax.models.blip3o import Blip3o
-from blip3o_jax.models.layers import on_cpu
+from blip3o_jax.models.layers import in_memory
 from blip3o_jax.sharding import join, split
 from blip3o_jax.train import guard, losses, optimizer
 from blip3o_jax.train.config import TrainConfig
@@ -68,9 +68,10 @@ def advance(cfg: TrainConfig, state, grads, metrics):
     whole = norm(norms)
     good, counters = guard.judge(cfg.guard, state["guard"], state["step"], metrics["loss"], whole)
     taken = state["opt_state"].count
-    after = _written(guard.keep(good, optimizer.moments(cfg.optimizer, grads, whole, state["opt_state"]), state["opt_state"]))
+    # Moments and parameters are in memory before what reads them, which would else be computed from what they replace, and that copied.
+    after = in_memory(guard.keep(good, optimizer.moments(cfg.optimizer, grads, whole, state["opt_state"]), state["opt_state"]))
     params = optax.apply_updates(state["params"], optimizer.updates(cfg.optimizer, cfg.num_steps, after, state["params"]))
-    params = _written(guard.keep(good, params, state["params"]))
+    params = in_memory(guard.keep(good, params, state["params"]))
     new = {"step": state["step"] + 1, "params": params, "opt_state": after, "guard": counters}
     if "ema" in state:
         new["ema"] = guard.keep(good, optimizer.update_ema(state["ema"], params, taken, cfg.optimizer.ema_decay), state["ema"])
@@ -81,12 +82,6 @@ def advance(cfg: TrainConfig, state, grads, metrics):
         **{f"grad_norm/{part}": value for part, value in norms.items()},
     }
     return new, metrics
-
-
-def _written(tree):
-    """On CPU: arrays that are in memory before anything reads them. XLA would rather compute them once more in what reads them, from what
-    they replace, of which it then makes copies."""
-    return jax.lax.optimization_barrier(tree) if on_cpu() else tree
 
 
 def update_ratios(cfg: TrainConfig, state) -> dict[str, jax.Array]:
