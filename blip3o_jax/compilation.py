@@ -12,6 +12,8 @@ from blip3o_jax.models.layers import on_cpu
 # products, where sharing them out among the cores costs more than they do, above all if each core is a device (mesh.a_device_per_core) that
 # waits for the others' threads. Measured at widths of 192 (narrow) and 672 (not).
 YNNPACK, NARROW = "xla_cpu_experimental_ynn_fusion_type", 256
+# Nor does a narrow model need its sums, of at most some hundred numbers, in two passes, as XLA takes sums of more than 32.
+FOR_NARROW = {YNNPACK: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT", "xla_disable_hlo_passes": "tree_reduction_rewriter"}
 
 
 def is_narrow(config: Blip3oConfig) -> bool:
@@ -22,7 +24,7 @@ def is_narrow(config: Blip3oConfig) -> bool:
 def jit(function, generates: Blip3oConfig | None = None, **options):
     """`jax.jit` with the compiler options that suit the platform; every program of more than a moment goes through it. `generates`: the
     model whose pictures the program makes, or a part of them."""
-    given = {YNNPACK: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT" if generates and is_narrow(generates) else ""}
+    given = FOR_NARROW if generates and is_narrow(generates) else {YNNPACK: ""}
     return jax.jit(function, **options, compiler_options=given if on_cpu() else None)
 
 

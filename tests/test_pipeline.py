@@ -78,7 +78,7 @@ def test_eight_devices_give_the_same_tokens_and_pixels(batch):
     [([], 192, [4]), (["--batch-size", "6"], 192, [6]), ([], 2048, []), (["--mesh", "data=1"], 192, [])],
 )
 def test_a_narrow_model_takes_a_device_per_core_unless_a_mesh_is_named(options, width, asked, pipeline, tmp_path, monkeypatch):
-    counted, config = [], pipeline.model.config
+    counted = []
     monkeypatch.setattr("blip3o_jax.jobs.generate.a_device_per_core", counted.append)
     monkeypatch.setattr("blip3o_jax.jobs.generate.config_of", lambda folder: replace(config_of(folder), **{"qwen3.hidden_size": width}))
     monkeypatch.setattr("blip3o_jax.jobs.generate.load", lambda *_, **__: pipeline)

@@ -113,11 +113,12 @@ def linear_attention(q, k, v, eps: float = 1e-15):
     f32 inside, cast back to q's dtype; `eps` is added, not a floor (diffusers' SanaLinearAttnProcessor2_0).
     """
     dtype = q.dtype
-    # By copies that move whole heads: XLA's CPU backend would lay the tokens innermost.
-    q, k, v = in_memory(tuple(x.astype(jnp.float32).swapaxes(1, 2) for x in (q, k, v)))
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    # As the products read them: XLA's CPU backend would lay the tokens innermost in all three.
+    q, k, v = in_memory((q.swapaxes(1, 2), k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)))
     # The sums run over all tokens; a TPU's default would round their factors to bf16.
     with jax.default_matmul_precision("highest"):
-        state = jnp.einsum("bnsh,bnsi->bnhi", k, v)
-        total = jnp.einsum("bnth,bnh->bnt", q, jnp.sum(k, axis=2))
+        state = jnp.einsum("bnhs,bnsi->bnhi", k, v)
+        total = jnp.einsum("bnth,bnh->bnt", q, jnp.sum(k, axis=3))
         out = jnp.einsum("bnth,bnhi->bnti", q, state) / (total[..., None] + eps)
     return out.swapaxes(1, 2).astype(dtype)

@@ -1,11 +1,14 @@
-"""Convolutions and biases computed another way than XLA's own: the same values and gradients."""
+"""Convolutions, biases and products computed another way than XLA's own: the same values and gradients."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip3o_jax.models.layers import add_bias, conv2d, conv2d_of_doubled
+from blip3o_jax import communication
+from blip3o_jax.compilation import jit
+from blip3o_jax.mesh import BATCH, make_mesh
+from blip3o_jax.models.layers import add_bias, conv2d, conv2d_of_doubled, product
 
 
 def close(found, expected):
@@ -47,3 +50,16 @@ def test_a_bias_whose_gradient_is_a_product(axes):
     rng = np.random.default_rng(0)
     y, bias = rng.standard_normal((4, 5, *axes), np.float32), rng.standard_normal(axes, np.float32)
     close(with_gradients(add_bias, y, bias), with_gradients(lambda y, bias: y + bias, y, bias))
+
+
+@pytest.mark.parametrize(("sizes", "rows", "products"), [({"data": 8}, 24, 3), ({"data": 8}, 64, 1), ({"data": 2, "fsdp": 4}, 24, 1)])
+def test_a_device_takes_its_few_rows_one_by_one_where_it_has_all_weights(sizes, rows, products):
+    rng, mesh = np.random.default_rng(0), make_mesh(sizes)
+    x, kernel = rng.standard_normal((rows, 1, 32), np.float32), rng.standard_normal((32, 4, 6), np.float32)
+    placed = jax.device_put(x, jax.NamedSharding(mesh, BATCH)), jax.device_put(kernel, jax.NamedSharding(mesh, jax.P()))
+    with jax.set_mesh(mesh):
+        found = with_gradients(lambda x, w: product("btd,dnh->btnh", x, w), *placed)
+        program = jit(lambda x, w: product("btd,dnh->btnh", x, w)).lower(*placed).compile().as_text()
+    close(found, with_gradients(lambda x, w: jnp.einsum("btd,dnh->btnh", x, w), x, kernel))
+    assert not communication.collectives(program)
+    assert program.count(" dot(") == products
