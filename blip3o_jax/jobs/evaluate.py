@@ -4,6 +4,7 @@ import functools
 import json
 from dataclasses import asdict
 
+import jax
 import numpy as np
 
 from blip3o_jax import generate
@@ -12,6 +13,7 @@ from blip3o_jax.config import ConfigError
 from blip3o_jax.jobs.generate import load_for, settings_of
 from blip3o_jax.jobs.output import new_folder
 from blip3o_jax.metrics import sheet
+from blip3o_jax.mesh import put_batch
 from blip3o_jax.pipeline import Pipeline
 from blip3o_jax.scenes import judge, prompts, scene
 from blip3o_jax.text import Text
@@ -55,11 +57,13 @@ def ceilings(pipeline: Pipeline, metadata: list[dict], images: np.ndarray, setti
     for first in range(0, len(images), size):
         index = np.minimum(np.arange(first, first + size), len(images) - 1)
         keep = min(size, len(images) - first)
-        pixels = np.asarray(reconstruct(params, images[index]))[:keep]
-        made["autoencoder"].append(np.round(np.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(np.uint8))
         numbers = np.array([generate.sample_key(0, metadata[i]["prompt"], 0) for i in index], np.uint32)
-        out = fed(params, images[index], rows[index], start[index], numbers, guidance_scale=settings.guidance_scale, shift=settings.shift)
-        made["true_tokens"].append(np.asarray(out)[:keep])
+        inputs = put_batch((images[index], rows[index], start[index], numbers), pipeline.mesh)
+        with jax.set_mesh(pipeline.mesh):
+            pixels = np.asarray(reconstruct(params, inputs[0]))[:keep]
+            made["autoencoder"].append(np.round(np.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(np.uint8))
+            out = fed(params, *inputs, guidance_scale=settings.guidance_scale, shift=settings.shift)
+            made["true_tokens"].append(np.asarray(out)[:keep])
     return {name: np.concatenate(parts) for name, parts in made.items()}
 
 
