@@ -12,8 +12,8 @@ from blip3o_jax.compilation import jit
 from blip3o_jax.config import ConfigError
 from blip3o_jax.jobs.generate import load_for, settings_of
 from blip3o_jax.jobs.output import new_folder
-from blip3o_jax.metrics import sheet
 from blip3o_jax.mesh import put_batch
+from blip3o_jax.metrics import sheet
 from blip3o_jax.pipeline import Pipeline
 from blip3o_jax.scenes import judge, prompts, scene
 from blip3o_jax.text import Text
