@@ -66,8 +66,9 @@ def test_new_prompts_and_settings_compile_nothing(pipeline, batch):
         jax.monitoring.clear_event_listeners()
 
 
-def test_eight_devices_give_the_same_tokens_and_pixels(batch):
+def test_eight_devices_give_the_same_tokens_and_pixels(batch, caplog):
     spread = blip3o_jax.load("emoji_64", mesh={"data": 2, "fsdp": 2, "tensor": 2}, batch_size=4)
+    assert "Several devices of one CPU" in caplog.text
     for one, other in zip(batch, spread.samples(PROMPTS, seed=3, settings=QUICK), strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
         assert np.abs(one.image.astype(int) - other.image).max() <= 2
