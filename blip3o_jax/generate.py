@@ -1,11 +1,13 @@
-"""Text to image as pure functions of (params, inputs, keys): tokens -> latents -> pixels, in one pass (spec S1.1, paper section 2)."""
+"""Text to image as pure functions of (params, inputs, keys): tokens -> latents -> pixels (spec S1.1, paper section 2)."""
 
+import functools
 import hashlib
 
 import jax
 import jax.numpy as jnp
 
 from blip3o_jax import decode, flow
+from blip3o_jax.compilation import jit
 from blip3o_jax.models.blip3o import Blip3o, condition_slice, write_codes
 
 
@@ -57,17 +59,22 @@ def pixels(model: Blip3o, params, latents):
     return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
 
 
-def render(model: Blip3o, params, hidden, keys, num_inference_steps: int, guidance_scale, shift):
-    """`denoise` from each key's noise, then `pixels`: hidden states [B,n+1,D] and keys [B] -> f32 [B,H,W,3] in [0,1]."""
+def pictures(model: Blip3o, params, latents):
+    """`pixels` as uint8 [B,H,W,3]."""
+    return jnp.round(pixels(model, params, latents) * 255).astype(jnp.uint8)
+
+
+def _latents(model: Blip3o, params, hidden, keys, num_inference_steps: int, guidance_scale, shift):
+    """`denoise` from each key's noise: hidden states [B,n+1,D] and keys [B] -> f32 [B,Y,X,C]."""
     side, channels = model.config.sana.sample_size, model.config.sana.in_channels
     noise = jax.vmap(lambda key: jax.random.normal(key, (side, side, channels)))(keys)
-    return pixels(model, params, denoise(model, params, hidden, noise, num_inference_steps, guidance_scale, shift))
+    return denoise(model, params, hidden, noise, num_inference_steps, guidance_scale, shift)
 
 
-def text_to_image(
+def text_to_latents(
     model: Blip3o, params, prompt, valid, key_numbers, *, num_inference_steps: int, top_k: int, top_p, temperature, guidance_scale, shift
 ):
-    """prompt int32 [B,P] left-padded, valid bool [B,P], key_numbers uint32 [B,3] -> {"images" uint8 [B,H,W,3], "tokens" int32 [B,n],
+    """prompt int32 [B,P] left-padded, valid bool [B,P], key_numbers uint32 [B,3] -> {"latents" f32 [B,Y,X,C], "tokens" int32 [B,n],
     "logprobs" f32 [B,n] as `decode.sample` gives them}.
 
     num_inference_steps and top_k are static; the rest may change without another compilation.
@@ -86,14 +93,14 @@ def text_to_image(
         top_p=top_p,
         temperature=temperature,
     )
-    images = render(model, params, written["hidden"], noise_keys, num_inference_steps, guidance_scale, shift)
-    return {"images": jnp.round(images * 255).astype(jnp.uint8), "tokens": written["tokens"], "logprobs": written["logprobs"]}
+    latents = _latents(model, params, written["hidden"], noise_keys, num_inference_steps, guidance_scale, shift)
+    return {"latents": latents, "tokens": written["tokens"], "logprobs": written["logprobs"]}
 
 
-def true_tokens_to_image(model: Blip3o, params, images, tokens, start, key_numbers, *, num_inference_steps: int, guidance_scale, shift):
+def true_tokens_to_latents(model: Blip3o, params, images, tokens, start, key_numbers, *, num_inference_steps: int, guidance_scale, shift):
     """The diffusion part's ceiling: pictures uint8 [B,H,W,3] go through the tokenizer, and the transformer only reads the tokens.
 
-    tokens int32 [B,T] and start [B] are training rows with the codes open. -> uint8 [B,H,W,3].
+    tokens int32 [B,T] and start [B] are training rows with the codes open. -> {"latents" f32 [B,Y,X,C]}.
     """
     config = model.config
     view = images.astype(jnp.float32) / 127.5 - 1
@@ -103,5 +110,20 @@ def true_tokens_to_image(model: Blip3o, params, images, tokens, start, key_numbe
     hidden, _ = model.qwen3.apply({"params": params["qwen3"]}, tokens, positions, tokens != config.vocab.pad_token_id)
     condition = condition_slice(hidden, start, config.num_condition_tokens)
     noise_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(fold_keys(key_numbers), 1)
-    made = render(model, params, condition, noise_keys, num_inference_steps, guidance_scale, shift)
-    return jnp.round(made * 255).astype(jnp.uint8)
+    return {"latents": _latents(model, params, condition, noise_keys, num_inference_steps, guidance_scale, shift)}
+
+
+def sampler(model: Blip3o, to_latents=text_to_latents, out_shardings=None):
+    """Compiled: `to_latents` with "images" uint8 [B,H,W,3], sharded as told, in place of its latents.
+
+    Two programs: in one with the denoising, XLA's CPU backend (jaxlib 0.10.2) has decoded the first picture of each of several devices
+    wrong in half of all runs. The latents stay on the devices between them.
+    """
+    latents = jit(functools.partial(to_latents, model), model.config, static_argnames=("num_inference_steps", "top_k"))
+    decoded = jit(functools.partial(pictures, model), model.config, out_shardings=out_shardings)
+
+    def sample(params, *inputs, **settings):
+        made = latents(params, *inputs, **settings)
+        return {"images": decoded(params, made.pop("latents")), **made}
+
+    return sample

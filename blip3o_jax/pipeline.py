@@ -1,6 +1,5 @@
 """A loaded model that makes images from prompts: what `blip3o_jax.load` returns and `blip3o-jax generate` runs."""
 
-import functools
 import hashlib
 import logging
 import pathlib
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip3o_jax import checkpoint, generate, shipped
-from blip3o_jax.compilation import enable_compilation_cache, jit
+from blip3o_jax.compilation import enable_compilation_cache
 from blip3o_jax.config import ConfigError, nearest
 from blip3o_jax.convert import converted, published
 from blip3o_jax.mesh import BATCH, batch_shards, make_mesh
@@ -85,13 +84,8 @@ class Pipeline:
         self.batch_size = batch_size
         if batch_size % batch_shards(mesh):
             raise ConfigError(f"batch_size {batch_size} does not divide by the mesh's {batch_shards(mesh)} batch shards.")
-        place = jax.NamedSharding(mesh, BATCH)
-
-        @functools.partial(jit, generates=model.config, static_argnames=("num_inference_steps", "top_k"), out_shardings=place)
-        def run(params, prompt, valid, numbers, **settings):
-            return generate.text_to_image(model, params, prompt, valid, numbers, **settings)
-
-        self._run, self._place = run, place
+        self._place = jax.NamedSharding(mesh, BATCH)
+        self._run = generate.sampler(model, out_shardings=self._place)
 
     def samples(self, prompts: list[str], seed: int = 0, num_images: int = 1, settings: Settings | None = None) -> Iterator[Sample]:
         """Images prompt by prompt, `num_images` of each, made as they are taken; ConfigError for a bad prompt at once."""

@@ -4,7 +4,6 @@ libtpu (extra [tpu]) is the TPU's compiler and runs on any x86 machine. Nothing 
 """
 
 import dataclasses
-import functools
 import math
 import os
 from dataclasses import dataclass
@@ -133,7 +132,8 @@ def lower_step(cfg: TrainConfig, mesh) -> Program:
 
 
 def lower_generation(cfg: TrainConfig, mesh, rows: int, num_inference_steps: int) -> Program:
-    """Text to image of `rows` prompts with bfloat16 weights, as `blip3o-jax generate` runs it: prefill, decoding, denoising, pixels."""
+    """Text to image of `rows` prompts with bfloat16 weights, as `blip3o-jax generate` runs it, but in one program: prefill,
+    decoding, denoising, pixels."""
     check_batch(rows, mesh)
     config, place = cfg.blip3o(), jax.NamedSharding(mesh, BATCH)
     with jax.set_mesh(mesh):
@@ -141,8 +141,12 @@ def lower_generation(cfg: TrainConfig, mesh, rows: int, num_inference_steps: int
         params = _placed(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), model.abstract()), mesh)
         columns = ((config.max_prompt_tokens, jnp.int32), (config.max_prompt_tokens, bool), (3, jnp.uint32))
         batch = tuple(jax.ShapeDtypeStruct((rows, size), dtype, sharding=place) for size, dtype in columns)
-        run = functools.partial(generate.text_to_image, model, num_inference_steps=num_inference_steps, top_k=1200)
         settings = {"top_p": 0.95, "temperature": 1.0, "guidance_scale": 2.0, "shift": 1.0}
+
+        def run(params, *inputs, **settings):
+            made = generate.text_to_latents(model, params, *inputs, num_inference_steps=num_inference_steps, top_k=1200, **settings)
+            return {"images": generate.pictures(model, params, made.pop("latents")), **made}
+
         lowered = jit(run, config, out_shardings=place).lower(params, *batch, **settings)
     count = flops.text_to_image(config, rows, config.max_prompt_tokens, num_inference_steps)
     return Program(lowered, (params, *batch), {"parameters": params, "batch": batch}, count, rows)

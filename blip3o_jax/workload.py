@@ -101,23 +101,33 @@ def ours(work: Workload, params, mesh) -> dict[str, Callable[[], dict]]:
     def pixels(params, latents):
         return generate.pixels(model, params, latents)
 
-    def whole(params, prompt, valid, noise):
+    def latents(params, prompt, valid, noise):
         made = write(params, prompt, valid)
-        return {"tokens": made["tokens"], "pixels": pixels(params, denoise(params, made["hidden"], noise))}
+        return {"tokens": made["tokens"], "latents": denoise(params, made["hidden"], noise)}
+
+    def compiled(function):
+        return jit(function, cfg, out_shardings=place)
 
     def stage(function, **inputs):
-        compiled, arrays = jit(function, cfg, out_shardings=place), jax.device_put(inputs, place)
+        arrays = jax.device_put(inputs, place)
 
         def run():
             with jax.set_mesh(mesh):
-                return jax.device_get(compiled(params, **arrays))
+                return jax.device_get(function(params, **arrays))
 
         return run
 
+    decoded, first = compiled(pixels), compiled(latents)
+
+    def whole(params, **inputs):
+        """Two programs, as `generate.sampler` has them."""
+        made = first(params, **inputs)
+        return {"tokens": made["tokens"], "pixels": decoded(params, made["latents"])}
+
     return {
-        "decode": stage(write, prompt=work.prompt, valid=work.valid),
-        "denoise": stage(lambda *a, **k: {"latents": denoise(*a, **k)}, states=work.states, noise=work.noise),
-        "autoencoder": stage(lambda *a, **k: {"pixels": pixels(*a, **k)}, latents=work.noise),
+        "decode": stage(compiled(write), prompt=work.prompt, valid=work.valid),
+        "denoise": stage(compiled(lambda *a, **k: {"latents": denoise(*a, **k)}), states=work.states, noise=work.noise),
+        "autoencoder": stage(compiled(lambda *a, **k: {"pixels": pixels(*a, **k)}), latents=work.noise),
         "text_to_image": stage(whole, prompt=work.prompt, valid=work.valid, noise=work.noise),
         "train_step": _training(model, params, work, mesh, cached=False),
         "cached_train_step": _training(model, params, work, mesh, cached=True),

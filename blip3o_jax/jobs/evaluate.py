@@ -1,6 +1,5 @@
 """`blip3o-jax evaluate scenes`: held-out prompts of the embedded world, judged; beside them the judge's own accuracy and the ceilings."""
 
-import functools
 import json
 from dataclasses import asdict
 
@@ -49,8 +48,8 @@ def ceilings(pipeline: Pipeline, metadata: list[dict], images: np.ndarray, setti
         latents = model.dc_ae.apply({"params": params["dc_ae"]}, to_unit(pixels), method="encode")
         return model.dc_ae.apply({"params": params["dc_ae"]}, latents, method="decode")
 
-    fed = functools.partial(generate.true_tokens_to_image, model, num_inference_steps=settings.num_inference_steps)
-    fed = jit(fed, model.config)
+    fed = generate.sampler(model, generate.true_tokens_to_latents)
+    chosen = {name: getattr(settings, name) for name in ("num_inference_steps", "guidance_scale", "shift")}
     made = {"autoencoder": [], "true_tokens": []}
     size = pipeline.batch_size
     rows, start = _token_rows(text, metadata, model.config.ta_tok.num_tokens)
@@ -62,8 +61,7 @@ def ceilings(pipeline: Pipeline, metadata: list[dict], images: np.ndarray, setti
         with jax.set_mesh(pipeline.mesh):
             pixels = np.asarray(reconstruct(params, inputs[0]))[:keep]
             made["autoencoder"].append(np.round(np.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(np.uint8))
-            out = fed(params, *inputs, guidance_scale=settings.guidance_scale, shift=settings.shift)
-            made["true_tokens"].append(np.asarray(out)[:keep])
+            made["true_tokens"].append(np.asarray(fed(params, *inputs, **chosen)["images"])[:keep])
     return {name: np.concatenate(parts) for name, parts in made.items()}
 
 

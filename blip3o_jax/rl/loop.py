@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip3o_jax import checkpoint, generate
-from blip3o_jax.compilation import jit
 from blip3o_jax.mesh import check_batch, make_mesh, put_batch
 from blip3o_jax.metrics import sheet
 from blip3o_jax.rl import grpo
@@ -50,9 +49,15 @@ def run(
         del params
 
         update = grpo.compile_update(model, cfg, shardings)
-        draw = jit(functools.partial(_draw, model, cfg), model.config)
-        show = jit(functools.partial(generate.text_to_image, model, num_inference_steps=20, top_k=1200), model.config)
-        sampling = {"top_p": 0.95, "temperature": 1.0, "guidance_scale": 2.0, "shift": 1.0}
+        draw = generate.sampler(model)
+        show = {"num_inference_steps": 20, "top_k": 1200, "top_p": 0.95, "temperature": 1.0, "guidance_scale": 2.0, "shift": 1.0}
+        rollout = show | {  # drawn from the whole distribution, as the loss sees it
+            "num_inference_steps": cfg.grpo.num_inference_steps,
+            "top_k": 0,
+            "top_p": 1.0,
+            "temperature": cfg.grpo.temperature,
+            "guidance_scale": cfg.grpo.guidance_scale,
+        }
 
         def inputs(metadata: list[dict], seed: int):
             """A full batch for as many metadata as there are; what is missing repeats the first."""
@@ -61,7 +66,7 @@ def run(
             return put_batch((*text.encode_prompts(rows, text.max_prompt_tokens), numbers), mesh)
 
         def evaluate() -> tuple[dict[str, float], np.ndarray]:
-            made = show(steps.weights(state, frozen), *inputs(heldout, cfg.seed), **sampling)
+            made = draw(steps.weights(state, frozen), *inputs(heldout, cfg.seed), **show)
             images = np.asarray(made["images"])[: len(heldout)]
             return {f"heldout/{name}": value for name, value in reward(images, heldout)[1].items()}, sheet(images)
 
@@ -72,7 +77,8 @@ def run(
             clock = time.perf_counter()
             metadata = [m for m in prompts(now - 1) for _ in range(cfg.grpo.num_generations)]
             # Rollouts of an update have keys of their own, so that a prompt that comes again is drawn anew.
-            made = jax.device_get(draw(join(frozen, state["params"]), *inputs(metadata, cfg.seed + 1_000_003 * now)))
+            asked = inputs(metadata, cfg.seed + 1_000_003 * now)
+            made = jax.device_get(draw(join(frozen, state["params"]), *asked, **rollout))
             drawn = time.perf_counter()
             with meter.phase("data"):
                 rewards, numbers = reward(made["images"], metadata)
@@ -90,23 +96,6 @@ def run(
             result = after_step(cfg, meter, manager, now, state, frozen, evaluate, stopping(now)) or result
         checkpoint.finish(manager)
     return result
-
-
-def _draw(model, cfg: TrainConfig, params, prompt, valid, numbers):
-    """Pictures drawn from the whole distribution, as the loss sees it."""
-    return generate.text_to_image(
-        model,
-        params,
-        prompt,
-        valid,
-        numbers,
-        num_inference_steps=cfg.grpo.num_inference_steps,
-        top_k=0,
-        top_p=jnp.float32(1),
-        temperature=jnp.float32(cfg.grpo.temperature),
-        guidance_scale=cfg.grpo.guidance_scale,
-        shift=1.0,
-    )
 
 
 def _length(cfg: TrainConfig, text: Text) -> int:
