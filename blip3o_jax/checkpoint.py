@@ -181,18 +181,31 @@ def _read(folder: pathlib.Path, item: dict) -> dict:
         raise ConfigError(f"The checkpoint {folder} cannot be read: {str(error).splitlines()[0]}") from error
 
 
+def _newest(workdir) -> tuple[pathlib.Path, dict]:
+    """(folder, config as nested dicts) of a run's newest checkpoint; ConfigError when there is no whole one or it cannot be read."""
+    folders = whole(pathlib.Path(workdir).absolute() / "checkpoints")
+    if not folders:
+        raise ConfigError(f"{workdir} holds no training checkpoint.")
+    folder = max(folders, key=lambda folder: int(folder.name))
+    try:
+        return folder, json.loads((folder / "config" / "metadata").read_text())
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"The checkpoint {folder} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def config_of_run(workdir) -> dict:
+    """The config of a run, as its newest checkpoint has it, as nested dicts. Touches no device."""
+    return _newest(workdir)[1]
+
+
 def open_run(workdir) -> tuple[dict, dict[str, RunLeaf], int]:
     """(config as nested dicts, arrays by "part/.../leaf", step) of a run's newest checkpoint; of the average of the weights where one
     was kept. Nothing is read yet. Raises ConfigError when there is no whole checkpoint or it cannot be read."""
     import orbax.checkpoint as ocp
 
-    folders = whole(pathlib.Path(workdir).absolute() / "checkpoints")
-    if not folders:
-        raise ConfigError(f"{workdir} holds no training checkpoint.")
-    newest = max(folders, key=lambda folder: int(folder.name))
+    newest, config = _newest(workdir)
     folder, step = newest / "model", int(newest.name)
     try:
-        config = json.loads((newest / "config" / "metadata").read_text())
         with ocp.PyTreeCheckpointer() as reader:
             tree = reader.metadata(folder).item_metadata.tree
     except (ValueError, KeyError, OSError) as error:

@@ -9,18 +9,22 @@ from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.models.layers import on_cpu
 
 # What jaxlib 0.10 hands to YNNPACK: by itself products, sums and convolutions. XLA's own are as fast or faster, but for a narrow model's
-# products, where sharing them out among the cores costs more than they do, above all if each core is a device (JAX_NUM_CPU_DEVICES) that
+# products, where sharing them out among the cores costs more than they do, above all if each core is a device (mesh.a_device_per_core) that
 # waits for the others' threads. Measured at widths of 192 (narrow) and 672 (not).
 YNNPACK, NARROW = "xla_cpu_experimental_ynn_fusion_type", 256
 # Nor does a narrow model need its sums, of at most some hundred numbers, in two passes, as XLA takes sums of more than 32.
 FOR_NARROW = {YNNPACK: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT", "xla_disable_hlo_passes": "tree_reduction_rewriter"}
 
 
+def is_narrow(config: Blip3oConfig) -> bool:
+    """Whether a CPU spends more on sharing this model's operations out than on them."""
+    return max(config.qwen3.hidden_size, config.sana.hidden_size) <= NARROW
+
+
 def jit(function, generates: Blip3oConfig | None = None, **options):
     """`jax.jit` with the compiler options that suit the platform; every program of more than a moment goes through it. `generates`: the
     model whose pictures the program makes, or a part of them."""
-    narrow = generates is not None and max(generates.qwen3.hidden_size, generates.sana.hidden_size) <= NARROW
-    given = FOR_NARROW if narrow else {YNNPACK: ""}
+    given = FOR_NARROW if generates and is_narrow(generates) else {YNNPACK: ""}
     return jax.jit(function, **options, compiler_options=given if on_cpu() else None)
 
 

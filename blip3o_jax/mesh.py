@@ -89,6 +89,26 @@ def make_mesh(sizes: dict[str, int] | None = None, devices=None) -> Mesh:
     return Mesh(np.concatenate([mesh_utils.create_device_mesh(inner, list(run)) for run in runs]), AXES, axis_types=axis_types)
 
 
+def cores() -> int:
+    """Number of the CPU's cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def a_device_per_core(batch_size: int) -> bool:
+    """Lets JAX take a CPU's cores as devices, as many as `batch_size` divides by. Call it before anything touches a device.
+
+    One device shares every operation out among the cores and waits for all; these work side by side, each at its rows of the batch.
+    False, and nothing done, where the environment counts the devices, or the process has touched them.
+    """
+    if "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return False
+    try:
+        jax.config.update("jax_num_cpu_devices", max(n for n in range(1, cores() + 1) if batch_size % n == 0))
+    except RuntimeError:
+        return False
+    return True
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Number of parts that a batch is cut into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -1,7 +1,6 @@
 """A loaded model that makes images from prompts: what `blip3o_jax.load` returns and `blip3o-jax generate` runs."""
 
 import hashlib
-import logging
 import pathlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -12,14 +11,16 @@ import numpy as np
 
 from blip3o_jax import checkpoint, generate, shipped
 from blip3o_jax.compilation import enable_compilation_cache
-from blip3o_jax.config import ConfigError, nearest
+from blip3o_jax.config import Blip3oConfig, ConfigError, nearest
 from blip3o_jax.convert import converted, published
+from blip3o_jax.convert.config_json import config_from_json
+from blip3o_jax.convert.safetensors_io import read_json
 from blip3o_jax.mesh import BATCH, batch_shards, make_mesh
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.sharding import shardings
 from blip3o_jax.text import Text, load_tokenizer
 
-log = logging.getLogger(__name__)
+CPU_BATCH = 4  # images made at once
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,17 @@ def find_checkpoint(name: str) -> pathlib.Path:
     raise ConfigError(f"No checkpoint {str(name)!r}, neither a folder nor an embedded name; {nearest(str(name), embedded)}")
 
 
+def config_of(folder: pathlib.Path) -> Blip3oConfig:
+    """The model in the folder of a checkpoint, as its configuration alone describes it. Touches no device."""
+    if checkpoint.is_workdir(folder):  # whose config.json is the run's
+        from blip3o_jax.train.config import TrainConfig, from_dict
+
+        return from_dict(TrainConfig, checkpoint.config_of_run(folder)).blip3o()
+    file = folder / "config.json"
+    with published.about(file):
+        return config_from_json(read_json(file, published.CONFIG_LIMIT), None, folder.resolve().name)
+
+
 class Pipeline:
     """A model on a mesh. Prompts run through one compiled program of fixed shape, so that an image does not depend on its company."""
 
@@ -124,17 +136,15 @@ def load(
     """A checkpoint by embedded name, published or converted folder or training workdir, placed on the mesh and ready to generate.
 
     mesh: sizes of the axes data, fsdp and tensor over `devices` (all by default). dtype: "auto" is float32 on CPU and bfloat16
-    elsewhere, for weights and compute. batch_size: images made at once, by default four on CPU and otherwise eight, per part of the
-    batch. Raises ConfigError for anything missing, damaged or contradictory.
+    elsewhere, for weights and compute. batch_size: images made at once, by default eight per part of the batch, and on CPU four in all
+    or as many as it has parts. Raises ConfigError for anything missing, damaged or contradictory.
     """
     enable_compilation_cache()
     folder = find_checkpoint(name)
     mesh = make_mesh(mesh, devices)
     on_cpu = jax.default_backend() == "cpu"
-    if on_cpu and mesh.size > 1:
-        log.warning("Several devices of one CPU have given damaged pictures at 8 images a device (README, Speed); one device has not.")
     dtype = ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype
-    if not checkpoint.is_workdir(folder):  # whose config.json is the run's
+    if not checkpoint.is_workdir(folder):
         load_folder = converted.load_converted if converted.is_converted(folder) else published.load_published
         config, params = load_folder(folder, dtype, lambda tree: shardings(tree, mesh), vocab_multiple=mesh.shape["tensor"])
         tokenizer = folder / "tokenizer.json"
@@ -150,7 +160,8 @@ def load(
         params = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), params)
         params = jax.tree.map(jax.device_put, params, shardings(params, mesh))
     text = Text(load_tokenizer(tokenizer), config.vocab, config.max_prompt_tokens)
-    batch_size = batch_size or (4 if on_cpu else 8) * batch_shards(mesh)
+    parts = batch_shards(mesh)
+    batch_size = batch_size or (-(-CPU_BATCH // parts) if on_cpu else 8) * parts
     return Pipeline(Blip3o(config, dtype=jnp.dtype(dtype)), params, text, mesh, identity(folder), batch_size)
 
 

@@ -1,4 +1,7 @@
+import os
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -7,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from blip3o_jax.config import ConfigError, preset
-from blip3o_jax.mesh import batch_hosts, check_batch, make_mesh, parse_mesh, put_batch, put_whole
+from blip3o_jax.mesh import batch_hosts, check_batch, cores, make_mesh, parse_mesh, put_batch, put_whole
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.sharding import join, shardings, spec, split
 
@@ -114,3 +117,22 @@ def test_split_and_join_are_inverse():
     assert left == {"a": {"x": 1}, "b": {"z": 3}}
     assert right == {"a": {"y": 2}}
     assert join(left, right) == tree
+
+
+def count_devices(code: str, **environment) -> str:
+    """What a process of its own, that nobody told how many devices it has, prints."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    code = f"import jax; from blip3o_jax.mesh import a_device_per_core, cores; {code}; print(len(jax.devices()), end='')"
+    return subprocess.run([sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_cpu_has_as_many_devices_as_cores_that_the_batch_divides_by():
+    count = max(n for n in range(1, cores() + 1) if 12 % n == 0)
+    assert count_devices("assert a_device_per_core(12)") == str(count)
+    assert count_devices("assert a_device_per_core(1)") == "1"
+
+
+def test_devices_that_are_told_or_touched_stay():
+    assert count_devices("assert not a_device_per_core(4)", JAX_NUM_CPU_DEVICES="3") == "3"
+    assert count_devices("assert not a_device_per_core(4)", XLA_FLAGS="--xla_force_host_platform_device_count=3") == "3"
+    assert count_devices("jax.devices(); assert not a_device_per_core(4)") == "1"

@@ -9,8 +9,8 @@ from PIL import Image
 
 import blip3o_jax
 from blip3o_jax.cli import main
-from blip3o_jax.config import ConfigError
-from blip3o_jax.pipeline import Settings
+from blip3o_jax.config import ConfigError, replace
+from blip3o_jax.pipeline import Settings, config_of
 from blip3o_jax.scenes.judge import judge
 
 PROMPTS = ["two red hearts", "a cat", "a photo of a blue fish left of a green tree on pink", "three stars"]
@@ -66,12 +66,30 @@ def test_new_prompts_and_settings_compile_nothing(pipeline, batch):
         jax.monitoring.clear_event_listeners()
 
 
-def test_eight_devices_give_the_same_tokens_and_pixels(batch, caplog):
+def test_eight_devices_give_the_same_tokens_and_pixels(batch):
     spread = blip3o_jax.load("emoji_64", mesh={"data": 2, "fsdp": 2, "tensor": 2}, batch_size=4)
-    assert "Several devices of one CPU" in caplog.text
     for one, other in zip(batch, spread.samples(PROMPTS, seed=3, settings=QUICK), strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
         assert np.abs(one.image.astype(int) - other.image).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("options", "width", "asked"),
+    [([], 192, [4]), (["--batch-size", "6"], 192, [6]), ([], 2048, []), (["--mesh", "data=1"], 192, [])],
+)
+def test_a_narrow_model_takes_a_device_per_core_unless_a_mesh_is_named(options, width, asked, pipeline, tmp_path, monkeypatch):
+    counted = []
+    monkeypatch.setattr("blip3o_jax.jobs.generate.a_device_per_core", counted.append)
+    monkeypatch.setattr("blip3o_jax.jobs.generate.config_of", lambda folder: replace(config_of(folder), **{"qwen3.hidden_size": width}))
+    monkeypatch.setattr("blip3o_jax.jobs.generate.load", lambda *_, **__: pipeline)
+    assert main(["generate", "a cat", "--num-inference-steps", "8", "--out", str(tmp_path / "made"), *options]) == 0
+    assert counted == asked
+
+
+def test_by_default_a_cpu_makes_four_images_at_once_whatever_its_devices():
+    assert blip3o_jax.load("emoji_64").batch_size == len(jax.devices())
+    assert blip3o_jax.load("emoji_64", devices=jax.devices()[:1]).batch_size == 4
+    assert blip3o_jax.load("emoji_64", devices=jax.devices()[:3]).batch_size == 6
 
 
 def test_the_model_draws_what_is_asked(pipeline):

@@ -164,14 +164,16 @@ def read_dc_ae(fields: Any) -> DcAeConfig:
     return cfg
 
 
-def read_qwen3(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Qwen3Config:
-    """transformers 5 keeps rope_theta inside rope_parameters; the vocabulary is as long as the embedding."""
+def read_qwen3(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None) -> Qwen3Config:
+    """transformers 5 keeps rope_theta inside rope_parameters; the vocabulary is as long as the embedding, where its shape is known."""
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if not isinstance(rope, Mapping) or rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ConfigError(f"the rotary embedding is scaled ({reprlib.repr(rope)}), which is not supported.")
-    if len(shapes.get(EMBEDDING, ())) != 2:
-        raise ConfigError(f"the files hold no matrix {EMBEDDING}.")
-    fields = {"tie_word_embeddings": True, "rope_theta": rope.get("rope_theta"), **fields, "vocab_size": shapes[EMBEDDING][0]}
+    fields = {"tie_word_embeddings": True, "rope_theta": rope.get("rope_theta"), **fields}
+    if shapes is not None:
+        if len(shapes.get(EMBEDDING, ())) != 2:
+            raise ConfigError(f"the files hold no matrix {EMBEDDING}.")
+        fields["vocab_size"] = shapes[EMBEDDING][0]
     _agree({name: fields[name] for name in QWEN3_FACTS if name in fields}, QWEN3_FACTS, "it")
     return _read(Qwen3Config, fields, "it", vocab_padding=0)
 
@@ -187,8 +189,9 @@ def check_family(fields: Mapping[str, Any]) -> None:
         raise ConfigError(f"there is no image_start_tag_id, so model_type {kind!r} is not BLIP3o-NEXT here; {SUPPORTED}.")
 
 
-def config_from_json(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], name: str = "published") -> Blip3oConfig:
-    """The configuration behind a config.json and the shapes of the tensors beside it; `name` is for files that carry none.
+def config_from_json(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None, name: str = "published") -> Blip3oConfig:
+    """The configuration behind a config.json and the shapes of the tensors beside it (None: not looked at); `name` is for files that
+    carry none.
 
     Keys that PyTorch's trainers leave at the top level and that change nothing here are not looked at. Raises ConfigError for another
     family of models, a missing or senseless value, and a value that this implementation does not support.

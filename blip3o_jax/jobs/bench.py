@@ -14,14 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from blip3o_jax import workload
-from blip3o_jax.compilation import enable_compilation_cache, jit
+from blip3o_jax.compilation import enable_compilation_cache, is_narrow, jit
 from blip3o_jax.config import Blip3oConfig, ConfigError, nearest, preset
 from blip3o_jax.convert.published import load_published
 from blip3o_jax.jobs.output import new_file
 from blip3o_jax.jobs.verify import compare_stages
-from blip3o_jax.mesh import check_batch, make_mesh
+from blip3o_jax.mesh import a_device_per_core, check_batch, cores, make_mesh
 from blip3o_jax.pipeline import embedded_checkpoints
 from blip3o_jax.sharding import shardings
 from blip3o_jax.synthetic import random_checkpoint
@@ -111,12 +112,12 @@ def row(times: dict[str, list[float]], limit: float, amount: float, unit: str) -
 def table(rows: dict[str, dict]) -> str:
     """Markdown."""
     sides = list(next(iter(rows.values()))["value"])
-    head = ["stage", "unit"]
+    head = ["stage", "devices", "unit"]
     for side in sides:
         head += [COLUMNS[side]] if side == "ours" else [COLUMNS[side], "ours is"]
     lines = [[*head, "limit", "reached"], ["---"] * (len(head) + 2)]
     for stage, found in rows.items():
-        cells = [stage, found["unit"]]
+        cells = [stage, str(found["devices"]), found["unit"]]
         for side in sides:
             cells.append(f"{found['value'][side]:.3g}")
             if side != "ours":
@@ -125,7 +126,8 @@ def table(rows: dict[str, dict]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _checked(args) -> tuple[Blip3oConfig, list[str], jax.sharding.Mesh]:
+def _checked(args) -> tuple[Blip3oConfig, dict[str, Mesh]]:
+    """(the preset, the mesh of each stage: of the devices that `generate` and `train` would take)."""
     for name in ("batch_size", "num_inference_steps", "repeats"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is at least 1, not {getattr(args, name)}.")
@@ -135,9 +137,12 @@ def _checked(args) -> tuple[Blip3oConfig, list[str], jax.sharding.Mesh]:
     for stage in stages:
         if stage not in known:
             raise ConfigError(f"--stages: unknown stage {stage!r}; {nearest(stage, known)}")
-    cfg, mesh = preset(args.preset), make_mesh()
-    check_batch(args.batch_size, mesh)
-    return cfg, stages, mesh
+    cfg = preset(args.preset)
+    split = is_narrow(cfg) and a_device_per_core(args.batch_size)
+    generating = make_mesh()
+    training = make_mesh(devices=jax.devices()[:1]) if split else generating
+    check_batch(args.batch_size, generating)
+    return cfg, {stage: training if stage.endswith("train_step") else generating for stage in stages}
 
 
 def _torch_side(work: workload.Workload, folder: pathlib.Path, threads: int) -> tuple[dict, float]:
@@ -151,12 +156,15 @@ def _torch_side(work: workload.Workload, folder: pathlib.Path, threads: int) -> 
     return found, bench.gemm_flops_per_second(GEMM, median_seconds)
 
 
-def measure(cfg: Blip3oConfig, folder: pathlib.Path, args, stages: list[str], mesh: jax.sharding.Mesh) -> dict:
-    """The report of all stages of the model in `folder`."""
-    threads = len(os.sched_getaffinity(0))
-    _, params = load_published(folder, "float32", lambda tree: shardings(tree, mesh))
-    work, sizes = workload.make(cfg, args.batch_size, args.num_inference_steps), workload.parameter_counts(params)
-    sides = {"ours": workload.ours(work, params, mesh)}
+def measure(cfg: Blip3oConfig, folder: pathlib.Path, args, meshes: dict[str, Mesh]) -> dict:
+    """The report of all stages of the model in `folder`, each on its mesh."""
+    threads, work = cores(), workload.make(cfg, args.batch_size, args.num_inference_steps)
+    sides: dict[str, dict] = {"ours": {}}
+    for mesh in set(meshes.values()):
+        _, params = load_published(folder, "float32", lambda tree, mesh=mesh: shardings(tree, mesh))
+        found = workload.ours(work, params, mesh)
+        sides["ours"] |= {stage: found[stage] for stage, place in meshes.items() if place == mesh}
+    sizes = workload.parameter_counts(params)
     gemm = {"xla": gemm_flops_per_second()}
     if args.against:
         theirs, gemm["torch"] = _torch_side(work, folder, threads)
@@ -169,7 +177,7 @@ def measure(cfg: Blip3oConfig, folder: pathlib.Path, args, stages: list[str], me
         return bandwidths[size]
 
     rows, agreement, idle = {}, {}, {}
-    for stage in stages:
+    for stage, mesh in meshes.items():
         log.info("Measuring %s.", stage)
         calls = {name: side[stage] for name, side in sides.items()}
         first = {name: call() for name, call in calls.items()}
@@ -180,7 +188,7 @@ def measure(cfg: Blip3oConfig, folder: pathlib.Path, args, stages: list[str], me
         times, resting = interleaved(calls, args.repeats)
         idle = {name: max(idle.get(name, 0.0), share) for name, share in resting.items()}
         limit = limit_seconds(workload.phases(work, stage, sizes), max(gemm.values()), bandwidth)
-        rows[stage] = row(times, limit, *workload.amount(work, stage))
+        rows[stage] = {"devices": mesh.size} | row(times, limit, *workload.amount(work, stage))
         log.info("%s", table({stage: rows[stage]}).splitlines()[-1])  # a run that is stopped later has said this much
     return {
         "preset": cfg.name,
@@ -188,7 +196,6 @@ def measure(cfg: Blip3oConfig, folder: pathlib.Path, args, stages: list[str], me
         "num_inference_steps": args.num_inference_steps,
         "repeats": args.repeats,
         "threads": threads,
-        "devices": mesh.size,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "stages": rows,
         "agreement": agreement,
@@ -216,19 +223,19 @@ def _weights(cfg: Blip3oConfig):
 
 def run(args) -> int:
     """Prints a table and one JSON line; 1 when the sides' results differ, so that they did not do the same work."""
-    cfg, stages, mesh = _checked(args)
+    cfg, meshes = _checked(args)
     enable_compilation_cache()
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(new_file(args.out, args.overwrite)) if args.out else None
         folder = stack.enter_context(_weights(cfg))
-        report = measure(cfg, folder, args, stages, mesh)
+        report = measure(cfg, folder, args, meshes)
         if out:
             out.write_text(json.dumps(report, indent=1) + "\n")
     agree = all(found["agree"] for rows in report["agreement"].values() for found in rows.values())
     gemm = ", ".join(f"{name} {value:.0f}" for name, value in report["gemm_gflops"].items())
     reading = ", ".join(f"{value:.0f} at {size}" for size, value in report["read_gb_per_second"].items())
     print(f"{cfg.name}, batch {args.batch_size}, {args.num_inference_steps} steps, float32, median of {args.repeats}; ", end="")
-    print(f"threads: {report['threads']}, JAX's devices: {report['devices']}; GEMM GFLOP/s: {gemm}; reading GB/s: {reading}")
+    print(f"threads: {report['threads']}; GEMM GFLOP/s: {gemm}; reading GB/s: {reading}")
     print(table(report["stages"]))
     if report["agreement"]:
         print("Results agree." if agree else f"Results DIFFER: {report['agreement']}")

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import os
 import time
 
 import numpy as np
@@ -12,6 +11,7 @@ from tqdm import tqdm
 from blip3o_jax.config import ConfigError
 from blip3o_jax.jobs.output import new_folder
 from blip3o_jax.jobs.train import open_tokenizer, read_config
+from blip3o_jax.mesh import cores
 from blip3o_jax.train.config import TrainConfig
 
 REPORT = "report.json"
@@ -38,7 +38,7 @@ def run_check(args) -> None:
     cfg = _mixture(args)
     model, tokenizer = cfg.blip3o(), open_tokenizer(cfg)
     sources = [open_source(spec) for spec in cfg.data.sources]
-    threads = len(os.sched_getaffinity(0))
+    threads = cores()
     with new_folder(args.out, REPORT, args.overwrite) as folder:
         rows, found = [], []
         for spec, source in zip(cfg.data.sources, sources, strict=True):
@@ -130,4 +130,4 @@ def run_stats(args) -> None:
             f"a batch of {cfg.batch_size} takes {row['wait_ms']:.1f} ms (the longest {row['longest_wait_ms']:.1f})"
         )
         rows.append(row)
-    print(json.dumps({"batch_size": cfg.batch_size, "cores": len(os.sched_getaffinity(0)), "by_threads": rows}))
+    print(json.dumps({"batch_size": cfg.batch_size, "cores": cores(), "by_threads": rows}))

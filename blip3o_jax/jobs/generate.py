@@ -6,10 +6,11 @@ import pathlib
 import re
 from dataclasses import asdict
 
+from blip3o_jax.compilation import is_narrow
 from blip3o_jax.config import ConfigError
 from blip3o_jax.jobs.output import new_file, new_folder
-from blip3o_jax.mesh import parse_mesh
-from blip3o_jax.pipeline import Pipeline, Sample, Settings, load
+from blip3o_jax.mesh import a_device_per_core, parse_mesh
+from blip3o_jax.pipeline import CPU_BATCH, Pipeline, Sample, Settings, config_of, find_checkpoint, load
 
 MAX_PROMPT_FILE = 256 << 20  # bytes
 
@@ -70,9 +71,11 @@ def settings_of(args) -> Settings:
 
 
 def load_for(args) -> Pipeline:
-    """The checkpoint of the command line on its mesh."""
+    """The checkpoint of the command line on its mesh; a narrow model on a CPU has a device on each core, unless told otherwise."""
     if args.batch_size is not None and args.batch_size < 1:
         raise ConfigError(f"--batch-size is at least 1, not {args.batch_size}.")
+    if not args.mesh and is_narrow(config_of(find_checkpoint(args.checkpoint))):
+        a_device_per_core(args.batch_size or CPU_BATCH)
     return load(args.checkpoint, mesh=parse_mesh(args.mesh), batch_size=args.batch_size)
 
 

@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from blip3o_jax import checkpoint as checkpoints
+from blip3o_jax import pipeline
 from blip3o_jax.cli import main
 from blip3o_jax.config import replace
 from blip3o_jax.convert import orbax_io, safetensors_io
@@ -176,6 +177,9 @@ def test_a_training_run_comes_out(tmp_path, capsys):
     checkpoints.save(manager, run, {"step": jnp.int32(3), "params": trained, **counters}, frozen, {})
     manager.wait_until_finished()
     (workdir / "config.json").write_text(json.dumps({"stage": "joint"}))  # the run's own, not a model's
+    loaded = pipeline.load(workdir)
+    assert loaded.model.config == pipeline.config_of(workdir) == pipeline.config_of(ASSETS / "emoji_64")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, load_published(ASSETS / "emoji_64")[1])
     report = convert(capsys, "to-torch", workdir, tmp_path / "back", "--dtype", "float16")
     assert report["preset"] == "emoji_64"
     assert json.loads((tmp_path / "back" / "convert.json").read_text())["origin"] == {"step": 3}

@@ -153,6 +153,7 @@ def test_parts_make_a_model(parts, params, cfg, tmp_path, capsys, mode):
     added = tokenizer.get_added_tokens_decoder()
     assert [added[i].special for i in (20, 21, 22, 25)] == [True, True, False, False]
     assert pipeline.load(tmp_path / "jax", batch_size=8).text.vocab == cfg.vocab
+    assert pipeline.config_of(tmp_path / "jax") == load_converted(tmp_path / "jax")[0]
     again = convert(capsys, *argv(parts), "--new-vocabulary", mode, tmp_path / "again")
     assert again["made"] == report["made"]
     np.testing.assert_array_equal(flatten(load_converted(tmp_path / "again")[1])["qwen3/embed_tokens/embedding"], new)
