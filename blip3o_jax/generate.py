@@ -64,43 +64,25 @@ def pictures(model: Blip3o, params, latents):
     return jnp.round(pixels(model, params, latents) * 255).astype(jnp.uint8)
 
 
-def _latents(model: Blip3o, params, hidden, keys, num_inference_steps: int, guidance_scale, shift):
-    """`denoise` from each key's noise: hidden states [B,n+1,D] and keys [B] -> f32 [B,Y,X,C]."""
+def draw_latents(model: Blip3o, params, hidden, key_numbers, *, num_inference_steps: int, guidance_scale, shift):
+    """`denoise` from the noise of each image's own key: hidden states [B,n+1,D], key_numbers uint32 [B,3] -> f32 [B,Y,X,C]."""
     side, channels = model.config.sana.sample_size, model.config.sana.in_channels
-    noise = jax.vmap(lambda key: jax.random.normal(key, (side, side, channels)))(keys)
+    noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1), (side, side, channels)))(fold_keys(key_numbers))
     return denoise(model, params, hidden, noise, num_inference_steps, guidance_scale, shift)
 
 
-def text_to_latents(
-    model: Blip3o, params, prompt, valid, key_numbers, *, num_inference_steps: int, top_k: int, top_p, temperature, guidance_scale, shift
-):
-    """prompt int32 [B,P] left-padded, valid bool [B,P], key_numbers uint32 [B,3] -> {"latents" f32 [B,Y,X,C], "tokens" int32 [B,n],
-    "logprobs" f32 [B,n] as `decode.sample` gives them}.
-
-    num_inference_steps and top_k are static; the rest may change without another compilation.
-    """
-    keys = fold_keys(key_numbers)
-    token_keys, noise_keys = (jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, i) for i in (0, 1))
-    written = decode.generate_tokens(
-        model.qwen3,
-        params["qwen3"],
-        model.config.vocab,
-        model.config.ta_tok.num_tokens,
-        prompt,
-        valid,
-        token_keys,
-        top_k=top_k,
-        top_p=top_p,
-        temperature=temperature,
-    )
-    latents = _latents(model, params, written["hidden"], noise_keys, num_inference_steps, guidance_scale, shift)
-    return {"latents": latents, "tokens": written["tokens"], "logprobs": written["logprobs"]}
+def write_tokens(model: Blip3o, params, prompt, valid, key_numbers, *, top_k: int, top_p, temperature):
+    """prompt int32 [B,P] left-padded, valid bool [B,P], key_numbers uint32 [B,3] -> {"hidden" [B,n+1,D], "tokens" int32 [B,n],
+    "logprobs" f32 [B,n]}, see `decode.generate_tokens`, each image drawn with its own key."""
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(fold_keys(key_numbers), 0)
+    vocab, n = model.config.vocab, model.config.ta_tok.num_tokens
+    return decode.generate_tokens(model.qwen3, params["qwen3"], vocab, n, prompt, valid, keys, top_k, top_p, temperature)
 
 
-def true_tokens_to_latents(model: Blip3o, params, images, tokens, start, key_numbers, *, num_inference_steps: int, guidance_scale, shift):
-    """The diffusion part's ceiling: pictures uint8 [B,H,W,3] go through the tokenizer, and the transformer only reads the tokens.
+def read_tokens(model: Blip3o, params, images, tokens, start):
+    """`write_tokens` with true tokens: pictures uint8 [B,H,W,3] go through the tokenizer, and the transformer only reads them.
 
-    tokens int32 [B,T] and start [B] are training rows with the codes open. -> {"latents" f32 [B,Y,X,C]}.
+    tokens int32 [B,T] and start [B] are training rows with the codes open. -> hidden states [B,n+1,D].
     """
     config = model.config
     view = images.astype(jnp.float32) / 127.5 - 1
@@ -108,22 +90,35 @@ def true_tokens_to_latents(model: Blip3o, params, images, tokens, start, key_num
     tokens = write_codes(tokens, start, codes, config.vocab.image_start_token_id)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, _ = model.qwen3.apply({"params": params["qwen3"]}, tokens, positions, tokens != config.vocab.pad_token_id)
-    condition = condition_slice(hidden, start, config.num_condition_tokens)
-    noise_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(fold_keys(key_numbers), 1)
-    return {"latents": _latents(model, params, condition, noise_keys, num_inference_steps, guidance_scale, shift)}
+    return condition_slice(hidden, start, config.num_condition_tokens)
 
 
-def sampler(model: Blip3o, to_latents=text_to_latents, out_shardings=None):
-    """Compiled: `to_latents` with "images" uint8 [B,H,W,3], sharded as told, in place of its latents.
+def compiled(model: Blip3o, out_shardings=None):
+    """(write, draw): the compiled `write_tokens`, and `draw_latents` with `pictures`, whose uint8 [B,H,W,3] are sharded as told.
 
-    Two programs: in one with the denoising, XLA's CPU backend (jaxlib 0.10.2) has decoded the first picture of each of several devices
-    wrong in half of all runs. The latents stay on the devices between them.
+    num_inference_steps and top_k are static; everything else may change without another compilation. Each network has a program of its own,
+    between which arrays stay on the devices: in one program with the denoising, XLA's CPU backend (jaxlib 0.10.2) has decoded the first
+    picture of each of several devices wrong in half of all runs.
     """
-    latents = jit(functools.partial(to_latents, model), model.config, static_argnames=("num_inference_steps", "top_k"))
-    decoded = jit(functools.partial(pictures, model), model.config, out_shardings=out_shardings)
 
-    def sample(params, *inputs, **settings):
-        made = latents(params, *inputs, **settings)
-        return {"images": decoded(params, made.pop("latents")), **made}
+    def program(function, *static, out_shardings=None):
+        return jit(functools.partial(function, model), model.config, static_argnames=static, out_shardings=out_shardings)
+
+    latents, decoded = program(draw_latents, "num_inference_steps"), program(pictures, out_shardings=out_shardings)
+
+    def draw(params, hidden, key_numbers, **settings):
+        return decoded(params, latents(params, hidden, key_numbers, **settings))
+
+    return program(write_tokens, "top_k"), draw
+
+
+def sampler(model: Blip3o, out_shardings=None):
+    """Text to image by `compiled` programs: (params, prompt, valid, key_numbers, settings of both) -> {"images" uint8 [B,H,W,3], "tokens",
+    "logprobs"}."""
+    write, draw = compiled(model, out_shardings)
+
+    def sample(params, prompt, valid, key_numbers, *, top_k: int, top_p, temperature, **settings):
+        made = write(params, prompt, valid, key_numbers, top_k=top_k, top_p=top_p, temperature=temperature)
+        return {"images": draw(params, made.pop("hidden"), key_numbers, **settings), **made}
 
     return sample

@@ -89,7 +89,7 @@ def config_of(folder: pathlib.Path) -> Blip3oConfig:
 
 
 class Pipeline:
-    """A model on a mesh. Prompts run through one compiled program of fixed shape, so that an image does not depend on its company."""
+    """A model on a mesh. Prompts run through compiled programs of fixed shape, so that an image does not depend on its company."""
 
     def __init__(self, model: Blip3o, params, text: Text, mesh, identity: str, batch_size: int):
         self.model, self.params, self.text, self.mesh, self.identity = model, params, text, mesh, identity

@@ -143,9 +143,10 @@ def lower_generation(cfg: TrainConfig, mesh, rows: int, num_inference_steps: int
         batch = tuple(jax.ShapeDtypeStruct((rows, size), dtype, sharding=place) for size, dtype in columns)
         settings = {"top_p": 0.95, "temperature": 1.0, "guidance_scale": 2.0, "shift": 1.0}
 
-        def run(params, *inputs, **settings):
-            made = generate.text_to_latents(model, params, *inputs, num_inference_steps=num_inference_steps, top_k=1200, **settings)
-            return {"images": generate.pictures(model, params, made.pop("latents")), **made}
+        def run(params, prompt, valid, numbers, top_p, temperature, **settings):
+            made = generate.write_tokens(model, params, prompt, valid, numbers, top_k=1200, top_p=top_p, temperature=temperature)
+            latents = generate.draw_latents(model, params, made.pop("hidden"), numbers, num_inference_steps=num_inference_steps, **settings)
+            return {"images": generate.pictures(model, params, latents), **made}
 
         lowered = jit(run, config, out_shardings=place).lower(params, *batch, **settings)
     count = flops.text_to_image(config, rows, config.max_prompt_tokens, num_inference_steps)

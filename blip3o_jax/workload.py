@@ -101,10 +101,6 @@ def ours(work: Workload, params, mesh) -> dict[str, Callable[[], dict]]:
     def pixels(params, latents):
         return generate.pixels(model, params, latents)
 
-    def latents(params, prompt, valid, noise):
-        made = write(params, prompt, valid)
-        return {"tokens": made["tokens"], "latents": denoise(params, made["hidden"], noise)}
-
     def compiled(function):
         return jit(function, cfg, out_shardings=place)
 
@@ -117,17 +113,16 @@ def ours(work: Workload, params, mesh) -> dict[str, Callable[[], dict]]:
 
         return run
 
-    decoded, first = compiled(pixels), compiled(latents)
+    written, denoised, decoded = compiled(write), compiled(denoise), compiled(pixels)
 
-    def whole(params, **inputs):
-        """Two programs, as `generate.sampler` has them."""
-        made = first(params, **inputs)
-        return {"tokens": made["tokens"], "pixels": decoded(params, made["latents"])}
+    def whole(params, prompt, valid, noise):
+        made = written(params, prompt, valid)
+        return {"tokens": made["tokens"], "pixels": decoded(params, denoised(params, made["hidden"], noise))}
 
     return {
-        "decode": stage(compiled(write), prompt=work.prompt, valid=work.valid),
-        "denoise": stage(compiled(lambda *a, **k: {"latents": denoise(*a, **k)}), states=work.states, noise=work.noise),
-        "autoencoder": stage(compiled(lambda *a, **k: {"pixels": pixels(*a, **k)}), latents=work.noise),
+        "decode": stage(written, prompt=work.prompt, valid=work.valid),
+        "denoise": stage(lambda *a, **k: {"latents": denoised(*a, **k)}, states=work.states, noise=work.noise),
+        "autoencoder": stage(lambda *a, **k: {"pixels": decoded(*a, **k)}, latents=work.noise),
         "text_to_image": stage(whole, prompt=work.prompt, valid=work.valid, noise=work.noise),
         "train_step": _training(model, params, work, mesh, cached=False),
         "cached_train_step": _training(model, params, work, mesh, cached=True),

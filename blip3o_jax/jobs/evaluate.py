@@ -1,5 +1,6 @@
 """`blip3o-jax evaluate scenes`: held-out prompts of the embedded world, judged; beside them the judge's own accuracy and the ceilings."""
 
+import functools
 import json
 from dataclasses import asdict
 
@@ -48,7 +49,8 @@ def ceilings(pipeline: Pipeline, metadata: list[dict], images: np.ndarray, setti
         latents = model.dc_ae.apply({"params": params["dc_ae"]}, to_unit(pixels), method="encode")
         return model.dc_ae.apply({"params": params["dc_ae"]}, latents, method="decode")
 
-    fed = generate.sampler(model, generate.true_tokens_to_latents)
+    read = jit(functools.partial(generate.read_tokens, model), model.config)
+    _, draw = generate.compiled(model)
     chosen = {name: getattr(settings, name) for name in ("num_inference_steps", "guidance_scale", "shift")}
     made = {"autoencoder": [], "true_tokens": []}
     size = pipeline.batch_size
@@ -57,11 +59,12 @@ def ceilings(pipeline: Pipeline, metadata: list[dict], images: np.ndarray, setti
         index = np.minimum(np.arange(first, first + size), len(images) - 1)
         keep = min(size, len(images) - first)
         numbers = np.array([generate.sample_key(0, metadata[i]["prompt"], 0) for i in index], np.uint32)
-        inputs = put_batch((images[index], rows[index], start[index], numbers), pipeline.mesh)
+        *inputs, numbers = put_batch((images[index], rows[index], start[index], numbers), pipeline.mesh)
         with jax.set_mesh(pipeline.mesh):
             pixels = np.asarray(reconstruct(params, inputs[0]))[:keep]
             made["autoencoder"].append(np.round(np.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(np.uint8))
-            made["true_tokens"].append(np.asarray(fed(params, *inputs, **chosen)["images"])[:keep])
+            out = draw(params, read(params, *inputs), numbers, **chosen)
+            made["true_tokens"].append(np.asarray(out)[:keep])
     return {name: np.concatenate(parts) for name, parts in made.items()}
 
 
