@@ -1,13 +1,14 @@
-"""Text to image as pure functions of (params, inputs, keys): tokens -> latents -> pixels (spec S1.1, paper section 2)."""
+"""Text to image as pure functions of (params, inputs, keys): tokens -> latents -> pixels (spec S1.1, paper section 2).
 
-import functools
+`sampler` compiles them.
+"""
+
 import hashlib
 
 import jax
 import jax.numpy as jnp
 
 from blip3o_jax import decode, flow
-from blip3o_jax.compilation import jit
 from blip3o_jax.models.blip3o import Blip3o, condition_slice, write_codes
 
 
@@ -91,34 +92,3 @@ def read_tokens(model: Blip3o, params, images, tokens, start):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, _ = model.qwen3.apply({"params": params["qwen3"]}, tokens, positions, tokens != config.vocab.pad_token_id)
     return condition_slice(hidden, start, config.num_condition_tokens)
-
-
-def compiled(model: Blip3o, out_shardings=None):
-    """(write, draw): the compiled `write_tokens`, and `draw_latents` with `pictures`, whose uint8 [B,H,W,3] are sharded as told.
-
-    num_inference_steps and top_k are static; everything else may change without another compilation. Each network has a program of its own,
-    between which arrays stay on the devices: in one program with the denoising, XLA's CPU backend (jaxlib 0.10.2) has decoded the first
-    picture of each of several devices wrong in half of all runs.
-    """
-
-    def program(function, *static, out_shardings=None):
-        return jit(functools.partial(function, model), model.config, static_argnames=static, out_shardings=out_shardings)
-
-    latents, decoded = program(draw_latents, "num_inference_steps"), program(pictures, out_shardings=out_shardings)
-
-    def draw(params, hidden, key_numbers, **settings):
-        return decoded(params, latents(params, hidden, key_numbers, **settings))
-
-    return program(write_tokens, "top_k"), draw
-
-
-def sampler(model: Blip3o, out_shardings=None):
-    """Text to image by `compiled` programs: (params, prompt, valid, key_numbers, settings of both) -> {"images" uint8 [B,H,W,3], "tokens",
-    "logprobs"}."""
-    write, draw = compiled(model, out_shardings)
-
-    def sample(params, prompt, valid, key_numbers, *, top_k: int, top_p, temperature, **settings):
-        made = write(params, prompt, valid, key_numbers, top_k=top_k, top_p=top_p, temperature=temperature)
-        return {"images": draw(params, made.pop("hidden"), key_numbers, **settings), **made}
-
-    return sample

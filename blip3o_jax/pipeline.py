@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip3o_jax import checkpoint, generate, shipped
+from blip3o_jax import checkpoint, generate, sampler, shipped
 from blip3o_jax.compilation import enable_compilation_cache
 from blip3o_jax.config import Blip3oConfig, ConfigError, nearest
 from blip3o_jax.convert import converted, published
@@ -97,7 +97,7 @@ class Pipeline:
         if batch_size % batch_shards(mesh):
             raise ConfigError(f"batch_size {batch_size} does not divide by the mesh's {batch_shards(mesh)} batch shards.")
         self._place = jax.NamedSharding(mesh, BATCH)
-        self._run = generate.sampler(model, out_shardings=self._place)
+        self._run = sampler.text_to_image(model, out_shardings=self._place)
 
     def samples(self, prompts: list[str], seed: int = 0, num_images: int = 1, settings: Settings | None = None) -> Iterator[Sample]:
         """Images prompt by prompt, `num_images` of each, made as they are taken; ConfigError for a bad prompt at once."""

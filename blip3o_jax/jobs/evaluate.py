@@ -7,7 +7,7 @@ from dataclasses import asdict
 import jax
 import numpy as np
 
-from blip3o_jax import generate
+from blip3o_jax import generate, sampler
 from blip3o_jax.compilation import jit
 from blip3o_jax.config import ConfigError
 from blip3o_jax.jobs.generate import load_for, settings_of
@@ -50,7 +50,7 @@ def ceilings(pipeline: Pipeline, metadata: list[dict], images: np.ndarray, setti
         return model.dc_ae.apply({"params": params["dc_ae"]}, latents, method="decode")
 
     read = jit(functools.partial(generate.read_tokens, model), model.config)
-    _, draw = generate.compiled(model)
+    _, draw = sampler.programs(model)
     chosen = {name: getattr(settings, name) for name in ("num_inference_steps", "guidance_scale", "shift")}
     made = {"autoencoder": [], "true_tokens": []}
     size = pipeline.batch_size

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip3o_jax import checkpoint, generate
+from blip3o_jax import checkpoint, generate, sampler
 from blip3o_jax.mesh import check_batch, make_mesh, put_batch
 from blip3o_jax.metrics import sheet
 from blip3o_jax.rl import grpo
@@ -49,7 +49,7 @@ def run(
         del params
 
         update = grpo.compile_update(model, cfg, shardings)
-        draw = generate.sampler(model)
+        draw = sampler.text_to_image(model)
         show = {"num_inference_steps": 20, "top_k": 1200, "top_p": 0.95, "temperature": 1.0, "guidance_scale": 2.0, "shift": 1.0}
         rollout = show | {  # drawn from the whole distribution, as the loss sees it
             "num_inference_steps": cfg.grpo.num_inference_steps,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from blip3o_jax import generate
+from blip3o_jax import sampler
 from blip3o_jax.compilation import jit
 from blip3o_jax.mesh import put_whole
 from blip3o_jax.metrics import sheet
@@ -84,7 +84,7 @@ def _joint(model: Blip3o, cfg: TrainConfig, mesh):
     def measure(params, batch):
         return losses.joint_loss(model, cfg, params, batch, jax.random.key(0))[1]
 
-    sampler = generate.sampler(model, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    sample = sampler.text_to_image(model, out_shardings=NamedSharding(mesh, PartitionSpec()))
     settings = {"num_inference_steps": 20, "top_k": 1200, "top_p": 0.95, "temperature": 1.0, "guidance_scale": 2.0, "shift": 1.0}
 
     def evaluate(params, batch):
@@ -92,7 +92,7 @@ def _joint(model: Blip3o, cfg: TrainConfig, mesh):
         prompts = [row[: start + 1] for row, start in zip(shown["tokens"], shown["start"], strict=True)]
         prompt, valid = left_pad(prompts, model.config.max_prompt_tokens, model.config.vocab.pad_token_id)
         numbers = np.stack([np.array([0, 0, i], np.uint32) for i in range(len(prompts))])
-        made = sampler(params, *put_whole((prompt, valid, numbers), mesh), **settings)
+        made = sample(params, *put_whole((prompt, valid, numbers), mesh), **settings)
         return _prefixed(measure(params, batch)), sheet(np.asarray(made["images"]), SHEET_COLUMNS)
 
     return evaluate
