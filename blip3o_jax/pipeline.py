@@ -84,8 +84,9 @@ def config_of(folder: pathlib.Path) -> Blip3oConfig:
 
         return from_dict(TrainConfig, checkpoint.config_of_run(folder)).blip3o()
     file = folder / "config.json"
+    fields = read_json(file, published.CONFIG_LIMIT)
     with published.about(file):
-        return config_from_json(read_json(file, published.CONFIG_LIMIT), None, folder.resolve().name)
+        return config_from_json(fields, None, folder.resolve().name)
 
 
 class Pipeline:

@@ -156,3 +156,9 @@ def test_evaluation_writes_scores_ceilings_and_a_sheet(pipeline, tmp_path, monke
     assert [line["index"] for line in lines] == [0, 1] * 6
     assert np.mean([line["correct"] for line in lines]) == pytest.approx(result["scores"]["correct"]["overall"], abs=1e-3)
     assert Image.open(tmp_path / "made" / "sheet.png").size[0] > 1000
+
+
+def test_a_damaged_config_is_named_once(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{")
+    assert main(["generate", "a cat", "--checkpoint", str(tmp_path), "--out", str(tmp_path / "made")]) == 2
+    assert capsys.readouterr().err.count(f"{tmp_path / 'config.json'}") == 1
