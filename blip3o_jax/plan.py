@@ -16,6 +16,7 @@ from blip3o_jax.compilation import jit
 from blip3o_jax.config import ConfigError
 from blip3o_jax.mesh import BATCH, check_batch
 from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.sampler import Settings
 from blip3o_jax.sharding import shardings
 from blip3o_jax.train import steps
 from blip3o_jax.train.config import PARTS, TrainConfig
@@ -141,14 +142,15 @@ def lower_generation(cfg: TrainConfig, mesh, rows: int, num_inference_steps: int
         params = _placed(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), model.abstract()), mesh)
         columns = ((config.max_prompt_tokens, jnp.int32), (config.max_prompt_tokens, bool), (3, jnp.uint32))
         batch = tuple(jax.ShapeDtypeStruct((rows, size), dtype, sharding=place) for size, dtype in columns)
-        settings = {"top_p": 0.95, "temperature": 1.0, "guidance_scale": 2.0, "shift": 1.0}
+        settings = dataclasses.asdict(Settings(num_inference_steps=num_inference_steps))
 
-        def run(params, prompt, valid, numbers, top_p, temperature, **settings):
-            made = generate.write_tokens(model, params, prompt, valid, numbers, top_k=1200, top_p=top_p, temperature=temperature)
-            latents = generate.draw_latents(model, params, made.pop("hidden"), numbers, num_inference_steps=num_inference_steps, **settings)
+        def run(params, prompt, valid, numbers, top_k, top_p, temperature, **settings):
+            made = generate.write_tokens(model, params, prompt, valid, numbers, top_k=top_k, top_p=top_p, temperature=temperature)
+            latents = generate.draw_latents(model, params, made.pop("hidden"), numbers, **settings)
             return {"images": generate.pictures(model, params, latents), **made}
 
-        lowered = jit(run, config, out_shardings=place).lower(params, *batch, **settings)
+        static = ("num_inference_steps", "top_k")
+        lowered = jit(run, config, static_argnames=static, out_shardings=place).lower(params, *batch, **settings)
     count = flops.text_to_image(config, rows, config.max_prompt_tokens, num_inference_steps)
     return Program(lowered, (params, *batch), {"parameters": params, "batch": batch}, count, rows)
 

@@ -5,22 +5,47 @@ devices wrong in half of all runs.
 """
 
 import functools
+from dataclasses import dataclass
 
 from blip3o_jax import generate
 from blip3o_jax.compilation import jit
+from blip3o_jax.config import ConfigError
 from blip3o_jax.models.blip3o import Blip3o
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How images are made; the defaults are the published ones (spec S1.1, S4.3)."""
+
+    num_inference_steps: int = 30
+    guidance_scale: float = 2.0
+    top_k: int = 1200
+    top_p: float = 0.95
+    temperature: float = 1.0
+    shift: float = 1.0
+
+    def __post_init__(self):
+        checks = (
+            (self.num_inference_steps >= 1, f"num_inference_steps is at least 1, not {self.num_inference_steps}."),
+            (self.top_k >= 1, f"top_k is at least 1, not {self.top_k}."),
+            (0 < self.top_p <= 1, f"top_p is in (0, 1], not {self.top_p}."),
+            (self.temperature >= 0, f"temperature is at least 0, not {self.temperature}."),
+            (self.guidance_scale >= 0, f"guidance_scale is at least 0, not {self.guidance_scale}."),
+            (self.shift > 0, f"shift is above 0, not {self.shift}."),
+        )
+        for holds, message in checks:
+            if not holds:
+                raise ConfigError(message)
+
+
 def programs(model: Blip3o, out_shardings=None):
-    """(write, draw): `generate.write_tokens`, and `generate.draw_latents` followed by `generate.pictures`, which are sharded as told.
+    """(write, draw): `generate.write_tokens`, and `generate.draw_latents` followed by `generate.pictures`, which are sharded as told."""
 
-    num_inference_steps and top_k are static; everything else may change without another compilation.
-    """
+    def program(function, **options):
+        return jit(functools.partial(function, model), model.config, **options)
 
-    def program(function, *static, **options):
-        return jit(functools.partial(function, model), model.config, static_argnames=static, **options)
-
-    write, draw_latents = program(generate.write_tokens, "top_k"), program(generate.draw_latents, "num_inference_steps")
+    write = program(generate.write_tokens, static_argnames="top_k")
+    draw_latents = program(generate.draw_latents, static_argnames="num_inference_steps")
     pictures = program(generate.pictures, out_shardings=out_shardings)
 
     def draw(params, hidden, key_numbers, **settings):

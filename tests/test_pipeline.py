@@ -10,7 +10,8 @@ from PIL import Image
 import blip3o_jax
 from blip3o_jax.cli import main
 from blip3o_jax.config import ConfigError, replace
-from blip3o_jax.pipeline import Settings, config_of
+from blip3o_jax.pipeline import config_of
+from blip3o_jax.sampler import Settings
 from blip3o_jax.scenes.judge import judge
 
 PROMPTS = ["two red hearts", "a cat", "a photo of a blue fish left of a green tree on pink", "three stars"]

@@ -10,7 +10,8 @@ from blip3o_jax.compilation import is_narrow
 from blip3o_jax.config import ConfigError
 from blip3o_jax.jobs.output import new_file, new_folder
 from blip3o_jax.mesh import a_device_per_core, parse_mesh
-from blip3o_jax.pipeline import CPU_BATCH, Pipeline, Sample, Settings, config_of, find_checkpoint, load
+from blip3o_jax.pipeline import CPU_BATCH, Pipeline, Sample, config_of, find_checkpoint, load
+from blip3o_jax.sampler import Settings
 
 MAX_PROMPT_FILE = 256 << 20  # bytes
 

@@ -4,6 +4,7 @@ import functools
 import pathlib
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def run(
 
         update = grpo.compile_update(model, cfg, shardings)
         draw = sampler.text_to_image(model)
-        show = {"num_inference_steps": 20, "top_k": 1200, "top_p": 0.95, "temperature": 1.0, "guidance_scale": 2.0, "shift": 1.0}
+        show = asdict(sampler.Settings(num_inference_steps=20))
         rollout = show | {  # drawn from the whole distribution, as the loss sees it
             "num_inference_steps": cfg.grpo.num_inference_steps,
             "top_k": 0,

@@ -1,5 +1,7 @@
 """What a run looks at between steps: held-out numbers and a picture, a stage at a time."""
 
+from dataclasses import asdict
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,7 +87,7 @@ def _joint(model: Blip3o, cfg: TrainConfig, mesh):
         return losses.joint_loss(model, cfg, params, batch, jax.random.key(0))[1]
 
     sample = sampler.text_to_image(model, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    settings = {"num_inference_steps": 20, "top_k": 1200, "top_p": 0.95, "temperature": 1.0, "guidance_scale": 2.0, "shift": 1.0}
+    settings = asdict(sampler.Settings(num_inference_steps=20))
 
     def evaluate(params, batch):
         shown = _first(batch)
