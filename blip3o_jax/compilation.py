@@ -12,8 +12,11 @@ from blip3o_jax.models.layers import on_cpu
 # products, where sharing them out among the cores costs more than they do, above all if each core is a device (mesh.a_device_per_core) that
 # waits for the others' threads. Measured at widths of 192 (narrow) and 672 (not).
 YNNPACK, NARROW = "xla_cpu_experimental_ynn_fusion_type", 256
-# Nor does a narrow model need its sums, of at most some hundred numbers, in two passes, as XLA takes sums of more than 32.
-FOR_NARROW = {YNNPACK: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT", "xla_disable_hlo_passes": "tree_reduction_rewriter"}
+FOR_NARROW = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+# By itself XLA takes a sum of more than 32 numbers in two passes. For the sums of training, of millions of numbers, that is more exact; a
+# program that generates has none of these, and between the passes it would write down what it sums (`layers._sums_of_products`: a matrix
+# for each row).
+ONE_PASS = {"xla_disable_hlo_passes": "tree_reduction_rewriter"}
 
 
 def is_narrow(config: Blip3oConfig) -> bool:
@@ -24,7 +27,7 @@ def is_narrow(config: Blip3oConfig) -> bool:
 def jit(function, generates: Blip3oConfig | None = None, **options):
     """`jax.jit` with the compiler options that suit the platform; every program of more than a moment goes through it. `generates`: the
     model whose pictures the program makes, or a part of them."""
-    given = FOR_NARROW if generates and is_narrow(generates) else {YNNPACK: ""}
+    given = {YNNPACK: FOR_NARROW if generates and is_narrow(generates) else ""} | (ONE_PASS if generates else {})
     return jax.jit(function, **options, compiler_options=given if on_cpu() else None)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from blip3o_jax.config import ConfigError
-from blip3o_jax.models.layers import in_memory, platform
+from blip3o_jax.models.layers import in_memory, on_cpu, platform
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 LANES = 128  # the width of a TPU register, in which splash attention counts its blocks
@@ -58,7 +58,7 @@ def attention(q, k, v, mask, scale: float, implementation: str = "xla"):
         mask = mask.array()
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
-    return _xla(q, k, v, mask, scale)
+    return _one_query(q, k, v, mask, scale) if q.shape[1] == 1 and on_cpu() else _xla(q, k, v, mask, scale)
 
 
 def _xla(q, k, v, mask, scale):
@@ -68,14 +68,32 @@ def _xla(q, k, v, mask, scale):
     # The query heads of a key-value head stand below each other, so that each of the two products is one of plain matrices per [B,K].
     rows = q.reshape(batch, length, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
     logits = scale * jnp.einsum("bkrh,bskh->bkrs", rows, k, preferred_element_type=jnp.float32)
-    logits = logits.reshape(batch, kv_heads, groups, length, -1)
-    if mask is not None:
-        per_head = (kv_heads, groups) if mask.shape[1] == heads else (1, 1)
-        mask = mask.reshape(mask.shape[0], *per_head, *mask.shape[2:])
-        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)  # not -inf, which makes a row of nothing else NaN
+    logits = _masked(logits.reshape(batch, kv_heads, groups, length, -1), mask)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     out = jnp.einsum("bkrs,bskh->bkrh", weights.reshape(batch, kv_heads, groups * length, -1), v)
     return out.reshape(batch, kv_heads, groups, length, head_dim).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+def _one_query(q, k, v, mask, scale):
+    """`_xla` for q [B,1,N,H] on CPU, as sums over H and S. They read keys [B,K,S,H] and values [B,K,H,S] once, as they lie in a cache;
+    products of a few rows would lay them out anew, and copy the layer's part of the cache before (see `layers._sums_of_products`)."""
+    dtype, (batch, _, heads, head_dim), kv_heads = q.dtype, q.shape, k.shape[2]
+    q, k, v = (x.astype(jnp.float32) for x in (q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 3, 1)))
+    q = in_memory(q @ (scale * jnp.eye(head_dim)))
+    q = q.reshape(batch, kv_heads, heads // kv_heads, 1, head_dim)
+    logits = _masked(jnp.sum(q * k[:, :, None], axis=-1)[..., None, :], mask)
+    weights = in_memory(jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)))
+    out = jnp.sum(weights * v[:, :, None], axis=-1) / jnp.sum(weights, axis=-1)
+    return out.reshape(batch, 1, heads, head_dim).astype(dtype)
+
+
+def _masked(logits, mask):
+    """logits [B,K,G,T,S] f32, as low as can be where `mask`, see `attention`, is False: not -inf, which makes a row of nothing else NaN."""
+    if mask is None:
+        return logits
+    kv_heads, groups = logits.shape[1:3]
+    per_head = (kv_heads, groups) if mask.shape[1] == kv_heads * groups else (1, 1)
+    return jnp.where(mask.reshape(mask.shape[0], *per_head, *mask.shape[2:]), logits, jnp.finfo(jnp.float32).min)
 
 
 def _splash(q, k, v, valid, scale):

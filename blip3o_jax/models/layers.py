@@ -19,7 +19,8 @@ from jax.sharding import PartitionSpec as P
 from blip3o_jax.config import ConfigError
 
 ROWS = ("data", "fsdp")  # the mesh axes that a batch is cut along
-FEW, SMALL = 4, 1 << 17  # rows, and numbers of a matrix, for which `_rows_product` is faster on a CPU
+FEW = 8  # rows of a device for which sums are faster than a product on a CPU, see `_rows_product`
+FEWER, SMALL = 4, 1 << 17  # rows, and numbers of a matrix, for which one row at a time is faster still
 
 
 def gelu_tanh(x):
@@ -135,8 +136,9 @@ def scan_layers(block: type[nn.Module], length: int, in_axes=nn.broadcast, remat
     return nn.scan(REMAT[remat](block), methods=methods)
 
 
-def product(equation: str, x, kernel):
-    """`jnp.einsum(equation, x, kernel)`; on CPU as one product of two matrices where the axes allow it.
+def product(equation: str, x, kernel, repeats: bool = False):
+    """`jnp.einsum(equation, x, kernel)`; on CPU as one product of two matrices where the axes allow it. `repeats`: a loop comes back to the
+    kernel with a few rows each time, in a program of `compilation.jit` that generates; then it is laid out for them, once.
 
     XLA's CPU backend takes twice as long for the gradients when several axes number the rows.
     """
@@ -147,18 +149,39 @@ def product(equation: str, x, kernel):
     if not on_cpu() or summed + kept != axes or rows + summed != x_axes or output != rows + kept:
         return jnp.einsum(equation, x, kernel)
     matrix = jax.lax.optimization_barrier(kernel.reshape(math.prod(kernel.shape[: len(summed)]), -1))
-    return _rows_product(x.reshape(-1, matrix.shape[0]), matrix).reshape(*x.shape[: len(rows)], *kernel.shape[len(summed) :])
+    return _rows_product(x.reshape(-1, matrix.shape[0]), matrix, repeats).reshape(*x.shape[: len(rows)], *kernel.shape[len(summed) :])
 
 
-def _rows_product(x, matrix):
-    """x [R,K] @ matrix [K,N] on CPU. A few rows of a device go through a small matrix one after the other: for more than one XLA's and
-    YNNPACK's products first lay the matrix out anew, which takes longer than to multiply by it, and a cache holds it for the next."""
+def _rows_product(x, matrix, repeats: bool):
+    """x [R,K] @ matrix [K,N] on CPU.
+
+    For more than one row XLA's and YNNPACK's products first lay the matrix out anew, which takes longer than to multiply a few rows by it.
+    So a few rows of a device go through a small matrix, which a cache holds, one after the other, and through a large one as sums.
+    """
     sizes = jax.sharding.get_abstract_mesh().shape
     parts = sizes.get("data", 1)
-    if matrix.size > SMALL or len(x) % parts or len(x) // parts > FEW or any(sizes[axis] > 1 for axis in sizes if axis != "data"):
+    rows = len(x) // parts
+    if len(x) % parts or rows == 1 or any(sizes[axis] > 1 for axis in sizes if axis != "data"):
         return x @ matrix
-    x = x.reshape(parts, -1, x.shape[1])
-    return jnp.stack([x[:, i] @ matrix for i in range(x.shape[1])], axis=1).reshape(-1, matrix.shape[1])
+    if rows <= FEWER and matrix.size <= SMALL:
+        x = x.reshape(parts, rows, -1)
+        return jnp.stack([x[:, i] @ matrix for i in range(rows)], axis=1).reshape(-1, matrix.shape[1])
+    if rows > FEW or not repeats:
+        return x @ matrix
+    if parts == 1:
+        return _sums_of_products(x, matrix)
+    return jax.shard_map(_sums_of_products, in_specs=(P("data"), P()), out_specs=P("data"), axis_names={"data"})(x, matrix)
+
+
+def _sums_of_products(x, matrix):
+    """x [R,K] @ matrix [K,N] as sums over K, the rows innermost: the matrix is read once, as it lies in memory when transposed.
+
+    The products with ones on the diagonal are there to write their results. Without them XLA computes x anew for each of the sums, and the
+    sums in the order of the result, for which it reads the matrix once a row.
+    """
+    same = jnp.eye(len(x), dtype=x.dtype)
+    sums = jnp.sum(in_memory(same @ x) * in_memory(matrix.T)[:, None], axis=-1)  # [N,R]
+    return jnp.einsum("qr,nr->qn", same, in_memory(sums))
 
 
 def add_bias(y, bias):
@@ -176,7 +199,7 @@ def add_bias(y, bias):
 class Linear(nn.Module):
     """A matrix product written as an einsum, e.g. `Linear("btd,dnh->btnh", (D, N, H))`; torch.nn.Linear with its axes named.
 
-    `shape` is the kernel's; the bias, if any, has the kernel's axes that appear in the output.
+    `shape` is the kernel's; the bias, if any, has the kernel's axes that appear in the output. `repeats`: see `product`.
     """
 
     equation: str
@@ -185,6 +208,7 @@ class Linear(nn.Module):
     dtype: jnp.dtype = jnp.float32
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
     std: float | None = None  # of fresh weights; None keeps the scale of the input
+    repeats: bool = False
 
     @nn.compact
     def __call__(self, x):
@@ -193,7 +217,7 @@ class Linear(nn.Module):
         sizes = dict(zip(axes, self.shape, strict=True))
         fan_in = math.prod(sizes[axis] for axis in axes if axis not in output)
         kernel = self.param("kernel", nn.initializers.normal(fan_in**-0.5 if self.std is None else self.std), self.shape)
-        y = product(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
+        y = product(self.equation, x.astype(self.dtype), kernel.astype(self.dtype), self.repeats)
         if self.use_bias:
             bias = self.param("bias", self.bias_init, tuple(sizes[a] for a in output if a in sizes))
             y = add_bias(y, bias.astype(self.dtype))

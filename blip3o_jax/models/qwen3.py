@@ -34,7 +34,7 @@ STD = 0.02  # of fresh weights, as transformers': what a layer adds is small bes
 
 
 def init_cache(cfg: Qwen3Config, batch: int, length: int, dtype) -> dict[str, jax.Array]:
-    """An empty key-value cache for `length` tokens: k [L,B,K,H,S], v [L,B,K,S,H], valid [B,S], and index, where all rows write next.
+    """An empty key-value cache for `length` tokens: k [L,B,K,S,H], v [L,B,K,H,S], valid [B,S], and index, where all rows write next.
 
     Keys and values lie as the two products of attention read them; a step that had to turn them would copy all that is written.
 
@@ -42,8 +42,8 @@ def init_cache(cfg: Qwen3Config, batch: int, length: int, dtype) -> dict[str, ja
     """
     heads, head_dim = (cfg.num_hidden_layers, batch, cfg.num_key_value_heads), cfg.head_dim
     return {
-        "k": jnp.zeros((*heads, head_dim, length), dtype),
-        "v": jnp.zeros((*heads, length, head_dim), dtype),
+        "k": jnp.zeros((*heads, length, head_dim), dtype),
+        "v": jnp.zeros((*heads, head_dim, length), dtype),
         "valid": jnp.zeros((batch, length), bool),
         "index": jnp.zeros((), jnp.int32),
     }
@@ -81,45 +81,45 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x, layer, angles, mask, cache):
-        cfg, width, head_dim, stay = self.cfg, self.cfg.hidden_size, self.cfg.head_dim, is_step(x, cache)
+        cfg, width, head_dim, step = self.cfg, self.cfg.hidden_size, self.cfg.head_dim, is_step(x, cache)
         heads, kv_heads = (cfg.num_attention_heads, head_dim), (cfg.num_key_value_heads, head_dim)
-        q = Linear("btd,dnh->btnh", (width, *heads), dtype=self.dtype, std=STD, name="q_proj")(x)
-        k = Linear("btd,dkh->btkh", (width, *kv_heads), dtype=self.dtype, std=STD, name="k_proj")(x)
-        v = Linear("btd,dkh->btkh", (width, *kv_heads), dtype=self.dtype, std=STD, name="v_proj")(x)
-        if stay:
+        q = Linear("btd,dnh->btnh", (width, *heads), dtype=self.dtype, std=STD, repeats=step, name="q_proj")(x)
+        k = Linear("btd,dkh->btkh", (width, *kv_heads), dtype=self.dtype, std=STD, repeats=step, name="k_proj")(x)
+        v = Linear("btd,dkh->btkh", (width, *kv_heads), dtype=self.dtype, std=STD, repeats=step, name="v_proj")(x)
+        if step:
             q, k, v = (keep_rows(y, None, "tensor") for y in (q, k, v))
         q = apply_rotary(RMSNorm(cfg.rms_norm_eps, name="q_norm")(q), angles)
         k = apply_rotary(RMSNorm(cfg.rms_norm_eps, name="k_norm")(k), angles)
         implementation = self.implementation
         if cache is not None:
             index = cache["index"]
-            keys = lax.dynamic_update_slice(cache["k"], k.transpose(0, 2, 3, 1)[None], (layer, 0, 0, 0, index))
-            values = lax.dynamic_update_slice(cache["v"], v.transpose(0, 2, 1, 3)[None], (layer, 0, 0, index, 0))
+            keys = lax.dynamic_update_slice(cache["k"], k.transpose(0, 2, 1, 3)[None], (layer, 0, 0, index, 0))
+            values = lax.dynamic_update_slice(cache["v"], v.transpose(0, 2, 3, 1)[None], (layer, 0, 0, 0, index))
             cache = cache | {"k": keys, "v": values}
-            k = lax.dynamic_index_in_dim(keys, layer, keepdims=False).transpose(0, 3, 1, 2)
-            v = lax.dynamic_index_in_dim(values, layer, keepdims=False).transpose(0, 2, 1, 3)
+            k = lax.dynamic_index_in_dim(keys, layer, keepdims=False).transpose(0, 2, 1, 3)
+            v = lax.dynamic_index_in_dim(values, layer, keepdims=False).transpose(0, 3, 1, 2)
             implementation = "xla"  # one query a row: reading the cache is the cost, and fused kernels want square shapes
         y = attention(q, k, v, mask, head_dim**-0.5, implementation)
-        if stay:
+        if step:
             y = cut(y, "data", None, "tensor")
-        return Linear("btnh,nhd->btd", (*heads, width), dtype=self.dtype, std=STD, name="o_proj")(y), cache
+        return Linear("btnh,nhd->btd", (*heads, width), dtype=self.dtype, std=STD, repeats=step, name="o_proj")(y), cache
 
 
 class Mlp(nn.Module):
-    """Qwen3MLP (SwiGLU): [B,T,D] -> [B,T,D]. `stay`: see `is_step`."""
+    """Qwen3MLP (SwiGLU): [B,T,D] -> [B,T,D]. `step`: see `is_step`."""
 
     cfg: Qwen3Config
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, stay: bool):
+    def __call__(self, x, step: bool):
         width, hidden = self.cfg.hidden_size, self.cfg.intermediate_size
-        gate = Linear("btd,df->btf", (width, hidden), dtype=self.dtype, std=STD, name="gate_proj")(x)
-        up = Linear("btd,df->btf", (width, hidden), dtype=self.dtype, std=STD, name="up_proj")(x)
+        gate = Linear("btd,df->btf", (width, hidden), dtype=self.dtype, std=STD, repeats=step, name="gate_proj")(x)
+        up = Linear("btd,df->btf", (width, hidden), dtype=self.dtype, std=STD, repeats=step, name="up_proj")(x)
         y = nn.silu(gate) * up
-        if stay:
+        if step:
             y = cut(y, "data", None, "tensor")
-        return Linear("btf,fd->btd", (hidden, width), dtype=self.dtype, std=STD, name="down_proj")(y)
+        return Linear("btf,fd->btd", (hidden, width), dtype=self.dtype, std=STD, repeats=step, name="down_proj")(y)
 
 
 class Block(nn.Module):
@@ -135,13 +135,13 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, carry, layer, angles, mask):
         x, cache = carry
-        eps, stay = self.cfg.rms_norm_eps, is_step(x, cache)
+        eps, step = self.cfg.rms_norm_eps, is_step(x, cache)
         y = RMSNorm(eps, name="input_layernorm")(x)
         y, cache = SelfAttention(self.cfg, self.dtype, self.implementation, name="self_attn")(y, layer, angles, mask, cache)
         x = x + y
         y = RMSNorm(eps, name="post_attention_layernorm")(x)
-        x = x + Mlp(self.cfg, self.dtype, name="mlp")(y, stay)
-        return (keep_width(x) if stay else keep_rows(x), cache), None
+        x = x + Mlp(self.cfg, self.dtype, name="mlp")(y, step)
+        return (keep_width(x) if step else keep_rows(x), cache), None
 
 
 @jax.named_scope("logits")

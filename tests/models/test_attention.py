@@ -29,10 +29,11 @@ def by_hand(q, k, v, mask, scale):
     return out
 
 
+@pytest.mark.parametrize("queries", [1, 5])
 @pytest.mark.parametrize("mask_heads", [None, 1, 6])
-def test_grouped_heads_and_masks(mask_heads):
-    q, k, v = normal(0, 2, 5, 6, 4), normal(1, 2, 7, 3, 4), normal(2, 2, 7, 3, 4)
-    mask = None if mask_heads is None else normal(3, 2, mask_heads, 5, 7) > -0.5
+def test_grouped_heads_and_masks(mask_heads, queries):
+    q, k, v = normal(0, 2, queries, 6, 4), normal(1, 2, 7, 3, 4), normal(2, 2, 7, 3, 4)
+    mask = None if mask_heads is None else normal(3, 2, mask_heads, queries, 7) > -0.5
     np.testing.assert_allclose(attention(q, k, v, mask, 0.3), by_hand(q, k, v, mask, 0.3), atol=2e-6)
 
 
@@ -47,13 +48,14 @@ def test_causal_sees_valid_tokens_up_to_itself():
     np.testing.assert_allclose(np.asarray(out)[valid], by_hand(q, k, v, allowed, 0.5)[valid], atol=2e-6)
 
 
-def test_softmax_is_f32_in_bf16():
+@pytest.mark.parametrize("queries", [1, 3])
+def test_softmax_is_f32_in_bf16(queries):
     """Logits 64.25 and 64 differ in f32 only: bf16 has steps of 0.5 there."""
-    q = jnp.array([64, 0.25], jnp.bfloat16).reshape(1, 1, 1, 2)
+    q = jnp.tile(jnp.array([64, 0.25], jnp.bfloat16).reshape(1, 1, 1, 2), (1, queries, 1, 1))
     keys = jnp.array([[1, 1], [1, 0]], jnp.bfloat16).reshape(1, 2, 1, 2)
     out = attention(q, keys, jnp.eye(2, dtype=jnp.bfloat16).reshape(1, 2, 1, 2), None, 1.0)
     assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(out, np.float32).ravel(), [0.5622, 0.4378], atol=2e-3)
+    np.testing.assert_allclose(np.asarray(out, np.float32).ravel(), [0.5622, 0.4378] * queries, atol=2e-3)
 
 
 def test_cudnn_takes_the_same_arguments(monkeypatch):

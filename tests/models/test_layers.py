@@ -52,14 +52,31 @@ def test_a_bias_whose_gradient_is_a_product(axes):
     close(with_gradients(add_bias, y, bias), with_gradients(lambda y, bias: y + bias, y, bias))
 
 
-@pytest.mark.parametrize(("sizes", "rows", "products"), [({"data": 8}, 24, 3), ({"data": 8}, 64, 1), ({"data": 2, "fsdp": 4}, 24, 1)])
-def test_a_device_takes_its_few_rows_one_by_one_where_it_has_all_weights(sizes, rows, products):
+@pytest.mark.parametrize(
+    ("sizes", "rows", "width", "products"),
+    [
+        ({"data": 8}, 24, 32, 3),  # one product a row
+        ({"data": 8}, 24, 8192, 2),  # sums, between two products with ones
+        ({"data": 8}, 64, 32, 2),
+        ({"data": 8}, 72, 32, 1),
+        ({"data": 2, "fsdp": 4}, 24, 32, 1),
+    ],
+)
+def test_few_rows_of_a_device_that_has_all_weights(sizes, rows, width, products):
     rng, mesh = np.random.default_rng(0), make_mesh(sizes)
-    x, kernel = rng.standard_normal((rows, 1, 32), np.float32), rng.standard_normal((32, 4, 6), np.float32)
+    x, kernel = rng.standard_normal((rows, 1, width), np.float32), rng.standard_normal((width, 4, 6), np.float32)
     placed = jax.device_put(x, jax.NamedSharding(mesh, BATCH)), jax.device_put(kernel, jax.NamedSharding(mesh, jax.P()))
     with jax.set_mesh(mesh):
-        found = with_gradients(lambda x, w: product("btd,dnh->btnh", x, w), *placed)
-        program = jit(lambda x, w: product("btd,dnh->btnh", x, w)).lower(*placed).compile().as_text()
+        found = with_gradients(lambda x, w: product("btd,dnh->btnh", x, w, repeats=True), *placed)
+        program = jit(lambda x, w: product("btd,dnh->btnh", x, w, repeats=True)).lower(*placed).compile().as_text()
     close(found, with_gradients(lambda x, w: jnp.einsum("btd,dnh->btnh", x, w), x, kernel))
     assert not communication.collectives(program)
     assert program.count(" dot(") == products
+
+
+@pytest.mark.parametrize("rows", [5, 8])
+def test_few_rows_without_a_mesh(rows):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.standard_normal((rows, 32), np.float32), rng.standard_normal((32, 24), np.float32)
+    assert jit(lambda x, w: product("bd,df->bf", x, w, repeats=True)).lower(x, kernel).compile().as_text().count(" dot(") == 2
+    close(with_gradients(lambda x, w: product("bd,df->bf", x, w, repeats=True), x, kernel), with_gradients(jnp.matmul, x, kernel))
