@@ -120,17 +120,22 @@ REMAT = {
 }
 
 
+def in_a_row(length: int) -> bool:
+    """Whether `scan_layers` writes a stack of this many layers out, instead of a loop. On CPU a loop copies each layer's weights before it
+    uses them; programs of deep stacks would be long."""
+    return on_cpu() and length <= 16
+
+
 def scan_layers(block: type[nn.Module], length: int, in_axes=nn.broadcast, remat: str = "none", others: dict | None = None):
     """`block`, a scan step (carry, *inputs) -> (carry, output), `length` times with parameters of its own each, stacked along L.
 
     `remat` says what the backward pass computes again: "none" nothing, "full" each block, "dots" all but the matrix products.
     `others` are methods of the block that are scan steps too, and the axes of their inputs; nothing of them is computed again.
-    A stack of up to 16 is laid out in a row on CPU, where a loop copies each layer's weights before it uses them. ConfigError for an
-    unknown `remat`.
+    ConfigError for an unknown `remat`.
     """
     if remat not in REMAT:
         raise ConfigError(f"Unknown remat {remat!r}; known: {', '.join(REMAT)}.")
-    unroll = length if on_cpu() and length <= 16 else 1
+    unroll = length if in_a_row(length) else 1
     stacked = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": length, "unroll": unroll}
     methods = {name: stacked | {"in_axes": axes} for name, axes in {"__call__": in_axes, **(others or {})}.items()}
     return nn.scan(REMAT[remat](block), methods=methods)

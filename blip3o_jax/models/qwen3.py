@@ -22,6 +22,7 @@ from blip3o_jax.models.layers import (
     apply_rotary,
     cut,
     fan_in_normal,
+    in_a_row,
     keep_rows,
     keep_width,
     logits_product,
@@ -60,6 +61,12 @@ def positions_of(valid):
     return jnp.cumsum(valid, axis=1, dtype=jnp.int32) - valid
 
 
+def repeats(cfg: Qwen3Config, step: bool) -> bool:
+    """Whether the loop over tokens comes back to weights that can be laid out for it (`layers.product`): not those of a loop over layers,
+    which are laid out anew each time."""
+    return step and in_a_row(cfg.num_hidden_layers)
+
+
 class Table(nn.Module):
     """One parameter with a path of its own, for those who need a part of it."""
 
@@ -82,10 +89,11 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x, layer, angles, mask, cache):
         cfg, width, head_dim, step = self.cfg, self.cfg.hidden_size, self.cfg.head_dim, is_step(x, cache)
+        options = {"dtype": self.dtype, "std": STD, "repeats": repeats(cfg, step)}
         heads, kv_heads = (cfg.num_attention_heads, head_dim), (cfg.num_key_value_heads, head_dim)
-        q = Linear("btd,dnh->btnh", (width, *heads), dtype=self.dtype, std=STD, repeats=step, name="q_proj")(x)
-        k = Linear("btd,dkh->btkh", (width, *kv_heads), dtype=self.dtype, std=STD, repeats=step, name="k_proj")(x)
-        v = Linear("btd,dkh->btkh", (width, *kv_heads), dtype=self.dtype, std=STD, repeats=step, name="v_proj")(x)
+        q = Linear("btd,dnh->btnh", (width, *heads), **options, name="q_proj")(x)
+        k = Linear("btd,dkh->btkh", (width, *kv_heads), **options, name="k_proj")(x)
+        v = Linear("btd,dkh->btkh", (width, *kv_heads), **options, name="v_proj")(x)
         if step:
             q, k, v = (keep_rows(y, None, "tensor") for y in (q, k, v))
         q = apply_rotary(RMSNorm(cfg.rms_norm_eps, name="q_norm")(q), angles)
@@ -102,7 +110,7 @@ class SelfAttention(nn.Module):
         y = attention(q, k, v, mask, head_dim**-0.5, implementation)
         if step:
             y = cut(y, "data", None, "tensor")
-        return Linear("btnh,nhd->btd", (*heads, width), dtype=self.dtype, std=STD, repeats=step, name="o_proj")(y), cache
+        return Linear("btnh,nhd->btd", (*heads, width), **options, name="o_proj")(y), cache
 
 
 class Mlp(nn.Module):
@@ -114,12 +122,13 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x, step: bool):
         width, hidden = self.cfg.hidden_size, self.cfg.intermediate_size
-        gate = Linear("btd,df->btf", (width, hidden), dtype=self.dtype, std=STD, repeats=step, name="gate_proj")(x)
-        up = Linear("btd,df->btf", (width, hidden), dtype=self.dtype, std=STD, repeats=step, name="up_proj")(x)
+        options = {"dtype": self.dtype, "std": STD, "repeats": repeats(self.cfg, step)}
+        gate = Linear("btd,df->btf", (width, hidden), **options, name="gate_proj")(x)
+        up = Linear("btd,df->btf", (width, hidden), **options, name="up_proj")(x)
         y = nn.silu(gate) * up
         if step:
             y = cut(y, "data", None, "tensor")
-        return Linear("btf,fd->btd", (hidden, width), dtype=self.dtype, std=STD, repeats=step, name="down_proj")(y)
+        return Linear("btf,fd->btd", (hidden, width), **options, name="down_proj")(y)
 
 
 class Block(nn.Module):

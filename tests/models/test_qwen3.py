@@ -162,3 +162,13 @@ def test_published_size(name, vocab_size, count):
     abstract = abstract_params(cfg)
     assert abstract["embed_tokens"]["embedding"].shape == (vocab_size, cfg.hidden_size)
     assert abstract["layers"]["self_attn"]["o_proj"]["kernel"].shape == (28, 16, 128, cfg.hidden_size)
+
+
+@pytest.mark.parametrize(("layers", "products"), [(16, 15), (17, 8)])
+def test_weights_of_a_loop_over_layers_are_not_laid_out_for_tokens(layers, products):
+    """A product's kernel as sums needs two products with ones; attention has one for its query."""
+    cfg = dataclasses.replace(TIED, num_hidden_layers=layers)
+    one = jax.ShapeDtypeStruct((5, 1), jnp.int32)
+    cache = jax.eval_shape(partial(init_cache, cfg, 5, 9, jnp.float32))
+    step = jax.make_jaxpr(Qwen3(cfg).apply)({"params": abstract_params(cfg)}, one, one, jax.ShapeDtypeStruct((5, 1), bool), cache)
+    assert str(step).count("dot_general[") == products
