@@ -166,7 +166,7 @@ def _rows_product(x, matrix, repeats: bool):
     sizes = jax.sharding.get_abstract_mesh().shape
     parts = sizes.get("data", 1)
     rows = len(x) // parts
-    if len(x) % parts or rows == 1 or any(sizes[axis] > 1 for axis in sizes if axis != "data"):
+    if len(x) % parts or rows < 2 or any(sizes[axis] > 1 for axis in sizes if axis != "data"):
         return x @ matrix
     if rows <= FEWER and matrix.size <= SMALL:
         x = x.reshape(parts, rows, -1)
