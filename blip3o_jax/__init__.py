@@ -1,4 +1,5 @@
-"""BLIP3o-NEXT in JAX: `model = blip3o_jax.load("emoji_64"); images = model.generate(["two red hearts"], seed=0)`."""
+"""BLIP3o-NEXT in JAX: `model = blip3o_jax.load("emoji_64"); images = model.generate(["two red
+hearts"], seed=0)`."""
 
 __version__ = "0.1.0"
 

@@ -1,35 +1,20 @@
 """The whole model as frozen dataclasses, and the named presets.
 
-Field names follow the PyTorch configs they mirror (transformers' Qwen3Config and SiglipConfig, diffusers' SanaTransformer2DModel and
-AutoencoderDC, TA-Tok's checkpoint arguments), so that a `config.json` maps onto them by name. Every class checks itself: a wrong
-combination raises `ConfigError` with one sentence. The published sizes are those of BLIP3o-NEXT (arXiv 2510.15857).
+Field names follow the PyTorch configs they mirror (transformers' Qwen3Config and SiglipConfig,
+diffusers' SanaTransformer2DModel and AutoencoderDC, TA-Tok's checkpoint arguments), so that a
+`config.json` maps onto them by name. Every class checks itself: a wrong combination raises
+`InputError` with one sentence. The published sizes are those of BLIP3o-NEXT (arXiv 2510.15857).
 """
 
 import dataclasses
-import difflib
 from dataclasses import dataclass, field
 
-
-class ConfigError(ValueError):
-    """A configuration or input that cannot work; the message is one sentence for the user."""
+from blip3o_jax.errors import InputError, nearest
 
 
 def _need(condition: bool, message: str) -> None:
     if not condition:
-        raise ConfigError(message)
-
-
-def nearest(name: str, known) -> str:
-    """`', did you mean X?'` for the closest of `known`, or the whole list."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}."
-
-
-def multiples(size: int, divisor: int) -> str:
-    """`'the nearest that do are 8 and 16.'` for a size that does not divide."""
-    below = size // divisor * divisor
-    return f"the nearest that do are {below} and {below + divisor}." if below else f"the nearest that does is {divisor}."
+        raise InputError(message)
 
 
 @dataclass(frozen=True)
@@ -46,15 +31,23 @@ class Qwen3Config:
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
-    vocab_padding: int = 0  # rows behind the vocabulary, so that a mesh divides it: in memory, never in a published file
+    # rows behind the vocabulary, so that a mesh divides it: in memory, never in a published file
+    vocab_padding: int = 0
 
     def __post_init__(self):
         _need(
             self.num_attention_heads % self.num_key_value_heads == 0,
-            f"Qwen3: {self.num_attention_heads} query heads do not divide by {self.num_key_value_heads} key-value heads.",
+            f"Qwen3: {self.num_attention_heads} query heads do not divide by "
+            f"{self.num_key_value_heads} key-value heads.",
         )
-        _need(self.vocab_padding >= 0, f"Qwen3: vocab_padding is at least 0, not {self.vocab_padding}.")
-        _need(self.head_dim % 2 == 0, f"Qwen3: head_dim {self.head_dim} must be even for rotary embedding.")
+        _need(
+            self.vocab_padding >= 0,
+            f"Qwen3: vocab_padding is at least 0, not {self.vocab_padding}.",
+        )
+        _need(
+            self.head_dim % 2 == 0,
+            f"Qwen3: head_dim {self.head_dim} must be even for rotary embedding.",
+        )
 
     @property
     def vocab_rows(self) -> int:
@@ -64,7 +57,10 @@ class Qwen3Config:
 
 @dataclass(frozen=True)
 class SiglipConfig:
-    """SiglipVisionModel (fixed resolution). `num_hidden_layers` as published; TaTokConfig says how many are used."""
+    """SiglipVisionModel (fixed resolution).
+
+    `num_hidden_layers` as published; TaTokConfig says how many are used.
+    """
 
     hidden_size: int = 1152
     intermediate_size: int = 4304
@@ -77,7 +73,8 @@ class SiglipConfig:
     def __post_init__(self):
         _need(
             self.hidden_size % self.num_attention_heads == 0,
-            f"SigLIP: width {self.hidden_size} does not divide by {self.num_attention_heads} heads.",
+            f"SigLIP: width {self.hidden_size} does not divide by "
+            f"{self.num_attention_heads} heads.",
         )
 
     @property
@@ -88,10 +85,12 @@ class SiglipConfig:
 
 @dataclass(frozen=True)
 class TaTokConfig:
-    """TA-Tok: SigLIP2 features -> SimVQ codes, and a small ViT that decodes codes to features (spec S2.3)."""
+    """TA-Tok: SigLIP2 features -> SimVQ codes, and a small ViT that decodes codes to features
+    (docs/model.md §2.3)."""
 
     encoder: SiglipConfig = field(default_factory=SiglipConfig)
-    select_layer_id: int = -2  # which of the encoder's hidden states is quantised; -1 is the last layer's output
+    # which of the encoder's hidden states is quantised; -1 is the last layer's output
+    select_layer_id: int = -2
     bottleneck_dim: int = 1536
     codebook_size: int = 65536
     stochastic_temperature: float = 0.03
@@ -104,12 +103,19 @@ class TaTokConfig:
     def __post_init__(self):
         _need(
             -self.encoder.num_hidden_layers <= self.select_layer_id <= -1,
-            f"TA-Tok: select_layer_id {self.select_layer_id} must lie in [-{self.encoder.num_hidden_layers}, -1].",
+            f"TA-Tok: select_layer_id {self.select_layer_id} must lie in "
+            f"[-{self.encoder.num_hidden_layers}, -1].",
         )
         side = round(self.decoder_num_patches**0.5)
-        _need(side * side == self.decoder_num_patches, "TA-Tok: decoder_num_patches must be a square number.")
+        _need(
+            side * side == self.decoder_num_patches,
+            "TA-Tok: decoder_num_patches must be a square number.",
+        )
         width, heads = self.encoder.hidden_size, self.decoder_num_attention_heads
-        _need(width % heads == 0, f"TA-Tok: width {width} does not divide by the decoder's {heads} heads.")
+        _need(
+            width % heads == 0,
+            f"TA-Tok: width {width} does not divide by the decoder's {heads} heads.",
+        )
 
     @property
     def num_encoder_layers(self) -> int:
@@ -127,7 +133,7 @@ class TaTokConfig:
 
 @dataclass(frozen=True)
 class SanaConfig:
-    """SanaTransformer2DModel (spec S2.4). SANA 1.0 has `qk_norm=False`, 1.5 has True."""
+    """SanaTransformer2DModel (docs/model.md §2.4). SANA 1.0 has `qk_norm=False`, 1.5 has True."""
 
     in_channels: int = 32
     out_channels: int = 32
@@ -141,17 +147,21 @@ class SanaConfig:
     qk_norm: bool = True
     norm_eps: float = 1e-6
     sample_size: int = 32  # latent rows and columns at the preset's resolution
-    interpolation_scale: float | None = None  # not None: fixed sine-cosine positions are added to the latent tokens
-    condition_positions: bool = False  # ours: the same positions on the condition, whose tokens after the first are a square grid
+    # not None: fixed sine-cosine positions are added to the latent tokens
+    interpolation_scale: float | None = None
+    # ours: the same positions on the condition, whose tokens after the first are a square grid
+    condition_positions: bool = False
 
     def __post_init__(self):
         _need(
             self.interpolation_scale is not None or not self.condition_positions,
-            "SANA: condition_positions are those of the latents, which need an interpolation_scale.",
+            "SANA: condition_positions are those of the latents, which need an "
+            "interpolation_scale.",
         )
         _need(
             self.hidden_size == self.num_cross_attention_heads * self.cross_attention_head_dim,
-            f"SANA: width {self.hidden_size} is not {self.num_cross_attention_heads} cross heads x {self.cross_attention_head_dim}.",
+            f"SANA: width {self.hidden_size} is not {self.num_cross_attention_heads} cross "
+            f"heads x {self.cross_attention_head_dim}.",
         )
 
     @property
@@ -166,7 +176,7 @@ class SanaConfig:
 
 @dataclass(frozen=True)
 class DcAeConfig:
-    """AutoencoderDC (spec S2.5). Tuples run from the highest resolution to the lowest."""
+    """AutoencoderDC (docs/model.md §2.5). Tuples run from the highest resolution to the lowest."""
 
     latent_channels: int = 32
     attention_head_dim: int = 32
@@ -182,24 +192,51 @@ class DcAeConfig:
     def __post_init__(self):
         stages = len(self.block_out_channels)
         _need(stages > 0, "DC-AE: block_out_channels must have an entry.")
-        for name in ("block_types", "encoder_layers_per_block", "decoder_layers_per_block", "qkv_multiscales"):
-            _need(len(getattr(self, name)) == stages, f"DC-AE: {name} must have {stages} entries, as block_out_channels.")
+        for name in (
+            "block_types",
+            "encoder_layers_per_block",
+            "decoder_layers_per_block",
+            "qkv_multiscales",
+        ):
+            _need(
+                len(getattr(self, name)) == stages,
+                f"DC-AE: {name} must have {stages} entries, as block_out_channels.",
+            )
         unknown = set(self.block_types) - {"ResBlock", "EfficientViTBlock"}
-        _need(not unknown, f"DC-AE: unknown block types {sorted(unknown)}; known: ResBlock, EfficientViTBlock.")
-        _need(self.downsample_block_type in ("Conv", "pixel_unshuffle"), "DC-AE: downsample_block_type is Conv or pixel_unshuffle.")
-        _need(self.upsample_block_type in ("interpolate", "pixel_shuffle"), "DC-AE: upsample_block_type is interpolate or pixel_shuffle.")
-        _need(self.block_out_channels[-1] % self.latent_channels == 0, "DC-AE: the last width must divide by latent_channels.")
+        _need(
+            not unknown,
+            f"DC-AE: unknown block types {sorted(unknown)}; known: ResBlock, EfficientViTBlock.",
+        )
+        _need(
+            self.downsample_block_type in ("Conv", "pixel_unshuffle"),
+            "DC-AE: downsample_block_type is Conv or pixel_unshuffle.",
+        )
+        _need(
+            self.upsample_block_type in ("interpolate", "pixel_shuffle"),
+            "DC-AE: upsample_block_type is interpolate or pixel_shuffle.",
+        )
+        _need(
+            self.block_out_channels[-1] % self.latent_channels == 0,
+            "DC-AE: the last width must divide by latent_channels.",
+        )
         widths = self.block_out_channels
         for width, kind in zip(widths, self.block_types, strict=True):
             fits = kind == "ResBlock" or width % self.attention_head_dim == 0
-            _need(fits, f"DC-AE: width {width} does not divide into heads of {self.attention_head_dim}.")
+            _need(
+                fits,
+                f"DC-AE: width {width} does not divide into heads of {self.attention_head_dim}.",
+            )
         for layers in (self.encoder_layers_per_block, self.decoder_layers_per_block):
             _need(
                 all(layers[1:-1]),
-                "DC-AE: only the first and the last stage may have no layers, the others would not change the resolution.",
+                "DC-AE: only the first and the last stage may have no layers, the others "
+                "would not change the resolution.",
             )
             for fine, coarse, count in zip(widths, widths[1:], layers, strict=False):
-                _need(not count or 4 * fine % coarse == 0, f"DC-AE: four times width {fine} must divide by the next width, {coarse}.")
+                _need(
+                    not count or 4 * fine % coarse == 0,
+                    f"DC-AE: four times width {fine} must divide by the next width, {coarse}.",
+                )
 
     @property
     def factor(self) -> int:
@@ -209,7 +246,8 @@ class DcAeConfig:
 
 @dataclass(frozen=True)
 class VocabConfig:
-    """Ids of the special and image tokens, with the names that BLIP3o's config.json gives them (spec S4.1)."""
+    """Ids of the special and image tokens, with the names that BLIP3o's config.json gives them
+    (docs/model.md §4.1)."""
 
     image_start_tag_id: int = 151669  # <im_start>
     image_end_tag_id: int = 151670  # <im_end>
@@ -242,24 +280,30 @@ class Blip3oConfig:
     dc_ae: DcAeConfig = field(default_factory=DcAeConfig)
     max_prompt_tokens: int = 512
     connector_eps: float = 1e-5
-    # What an editing checkpoint does with the source image's latents (spec S1.2). Text to image does not look at these.
+    # What an editing checkpoint does with the source image's latents (docs/model.md §1.2). Text to
+    # image does not look at these.
     use_und_image_vae: bool = False  # more condition tokens, through a connector of their own
     use_und_image_vae_as_noise: bool = False  # beside the noisy latents
-    only_use_und_image_vae_as_noise: bool = False  # the first of the two is then off, though its connector exists
-    use_tar_siglip_features: bool = False  # the tokenizer's features in place of the prompt's image tokens
+    # the first of the two is then off, though its connector exists
+    only_use_und_image_vae_as_noise: bool = False
+    # the tokenizer's features in place of the prompt's image tokens
+    use_tar_siglip_features: bool = False
 
     def __post_init__(self):
         _need(
             self.qwen3.vocab_size >= self.vocab.size,
-            f"{self.name}: vocabulary of {self.qwen3.vocab_size} rows is smaller than the ids need ({self.vocab.size}).",
+            f"{self.name}: vocabulary of {self.qwen3.vocab_size} rows is smaller than the "
+            f"ids need ({self.vocab.size}).",
         )
         _need(
             self.vocab.num_image_tokens == self.ta_tok.codebook_size,
-            f"{self.name}: {self.vocab.num_image_tokens} image tokens but a codebook of {self.ta_tok.codebook_size}.",
+            f"{self.name}: {self.vocab.num_image_tokens} image tokens but a codebook of "
+            f"{self.ta_tok.codebook_size}.",
         )
         _need(
             self.sana.in_channels == self.dc_ae.latent_channels,
-            f"{self.name}: SANA takes {self.sana.in_channels} channels, the autoencoder gives {self.dc_ae.latent_channels}.",
+            f"{self.name}: SANA takes {self.sana.in_channels} channels, the autoencoder "
+            f"gives {self.dc_ae.latent_channels}.",
         )
 
     @property
@@ -273,148 +317,26 @@ class Blip3oConfig:
         return self.ta_tok.num_tokens + 1
 
 
-def _emoji_64() -> Blip3oConfig:
-    """A miniature of every part, trained and embedded: 64 px scenes, 8x8 tokens of 256 codes, 8x8 latents."""
-    words = 559  # bytes and words of assets/emoji_64/tokenizer.json; then three vision tokens, the pad and two chat tokens
-    text_tokens = words + 6
-    vocab = VocabConfig(
-        image_start_tag_id=text_tokens,
-        image_end_tag_id=text_tokens + 1,
-        scale_start_token_id=text_tokens + 2,
-        image_start_token_id=text_tokens + 5,
-        num_image_tokens=256,
-        pad_token_id=words + 3,
-        eos_token_id=words + 5,
-    )
-    return Blip3oConfig(
-        name="emoji_64",
-        vocab=vocab,
-        qwen3=Qwen3Config(
-            vocab_size=vocab.size,
-            hidden_size=192,
-            intermediate_size=512,
-            num_hidden_layers=6,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            head_dim=32,
-            rope_theta=1e4,
-        ),
-        ta_tok=TaTokConfig(
-            encoder=SiglipConfig(
-                hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, image_size=64, patch_size=8
-            ),
-            select_layer_id=-1,
-            bottleneck_dim=32,
-            codebook_size=256,
-            decoder_depth=2,
-            decoder_num_attention_heads=4,
-            decoder_intermediate_size=256,
-            decoder_num_patches=64,
-        ),
-        sana=SanaConfig(
-            in_channels=16,
-            out_channels=16,
-            num_layers=6,
-            num_attention_heads=6,
-            attention_head_dim=32,
-            num_cross_attention_heads=6,
-            cross_attention_head_dim=32,
-            caption_channels=192,
-            sample_size=8,
-            interpolation_scale=1.0,
-            condition_positions=True,
-        ),
-        dc_ae=DcAeConfig(
-            latent_channels=16,
-            block_types=("ResBlock",) * 4,
-            block_out_channels=(32, 32, 64, 128),
-            encoder_layers_per_block=(0, 1, 2, 2),
-            decoder_layers_per_block=(0, 1, 2, 3),
-            qkv_multiscales=((), (), (), ()),
-            downsample_block_type="pixel_unshuffle",
-            upsample_block_type="pixel_shuffle",
-            scaling_factor=0.01872,  # 1 / the standard deviation of the trained autoencoder's latents
-        ),
-        max_prompt_tokens=64,
-    )
-
-
-def _mid_128() -> Blip3oConfig:
-    """Between the miniature and the published models, made as the latter are: about 100 M + 100 M parameters, for measuring speed.
-
-    128 px, 16x16 tokens of 4096 codes, 16x16 latents; the text vocabulary is emoji_64's. There are no weights of it.
-    """
-    vocab = dataclasses.replace(_emoji_64().vocab, num_image_tokens=4096)
-    encoder = SiglipConfig(384, 1536, num_hidden_layers=12, num_attention_heads=6, image_size=128, patch_size=8)
-    return Blip3oConfig(
-        name="mid_128",
-        vocab=vocab,
-        qwen3=Qwen3Config(vocab.size, 768, 2304, num_hidden_layers=14, num_attention_heads=12, num_key_value_heads=4, head_dim=64),
-        ta_tok=TaTokConfig(
-            encoder=encoder, bottleneck_dim=512, codebook_size=4096, decoder_num_attention_heads=4, decoder_intermediate_size=1024
-        ),
-        sana=SanaConfig(num_layers=14, num_attention_heads=21, num_cross_attention_heads=6, caption_channels=768, sample_size=16),
-        dc_ae=DcAeConfig(
-            block_types=("ResBlock",) * 2 + ("EfficientViTBlock",) * 2,
-            block_out_channels=(64, 128, 256, 256),
-            encoder_layers_per_block=(1, 1, 2, 2),
-            decoder_layers_per_block=(2, 2, 2, 2),
-            qkv_multiscales=((), (), (5,), (5,)),
-        ),
-        max_prompt_tokens=64,
-    )
-
-
-def _next(name: str, hidden: int, ffn: int) -> Blip3oConfig:
-    """BLIP3o-NEXT around a Qwen3 of 28 layers (0.6B: width 1024, 1.7B: width 2048)."""
-    return Blip3oConfig(
-        name=name,
-        qwen3=Qwen3Config(
-            vocab_size=217210,
-            hidden_size=hidden,
-            intermediate_size=ffn,
-            num_hidden_layers=28,
-            num_attention_heads=16,
-            num_key_value_heads=8,
-            head_dim=128,
-        ),
-    )
-
-
-PRESETS = {
-    "emoji_64": _emoji_64,
-    "mid_128": _mid_128,
-    "blip3o_next_0_6b": lambda: _next("blip3o_next_0_6b", 1024, 3072),
-    "blip3o_next_3b": lambda: _next("blip3o_next_3b", 2048, 6144),
-}
-
-SANA_PRESETS = {
-    "sana_0_6b": lambda: SanaConfig(
-        num_layers=28, num_attention_heads=36, num_cross_attention_heads=16, cross_attention_head_dim=72, qk_norm=False
-    ),
-    "sana_1_0_1_6b": lambda: SanaConfig(qk_norm=False),
-    "sana_1_6b": SanaConfig,
-    "sana_4_8b": lambda: SanaConfig(num_layers=60),
-}
-
-
-def preset(name: str) -> Blip3oConfig:
-    """The named preset; raises ConfigError naming the nearest one when there is none."""
-    if name not in PRESETS:
-        raise ConfigError(f"Unknown preset {name!r}; {nearest(name, PRESETS)}")
-    return PRESETS[name]()
-
-
 def replace(config, **changes):
-    """`dataclasses.replace` that accepts dotted names: replace(c, **{"sana.num_layers": 2}). All changes are made before any check."""
+    """`dataclasses.replace` that accepts dotted names: replace(c, **{"sana.num_layers": 2}).
+
+    All changes are made before any check.
+    """
     own: dict = {}
     for key, value in changes.items():
         head, _, rest = key.partition(".")
         if head not in {f.name for f in dataclasses.fields(config)}:
-            raise ConfigError(f"Unknown key {key!r}; {nearest(head, [f.name for f in dataclasses.fields(config)])}")
+            raise InputError(
+                f"Unknown key {key!r}; "
+                f"{nearest(head, [f.name for f in dataclasses.fields(config)])}"
+            )
         if rest:
             own.setdefault(head, {})[rest] = value
         else:
             own[head] = value
-    nested = {head: replace(getattr(config, head), **value) for head, value in own.items() if isinstance(value, dict)}
+    nested = {
+        head: replace(getattr(config, head), **value)
+        for head, value in own.items()
+        if isinstance(value, dict)
+    }
     return dataclasses.replace(config, **{**own, **nested})

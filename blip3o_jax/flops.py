@@ -1,22 +1,38 @@
-"""Floating-point operations of every part, from its config: a multiply-add is two, norms and activations are not counted.
+"""Floating-point operations of every part, from its config: a multiply-add is two, norms and
+activations are not counted.
 
-XLA's own count (`cost_analysis`) has the body of a scan once, however often it runs, so it agrees with these for unrolled or single-layer
-stacks only.
+XLA's own count (`cost_analysis`) has the body of a scan once, however often it runs, so it agrees
+with these for unrolled or single-layer stacks only.
 """
 
-from blip3o_jax.config import Blip3oConfig, DcAeConfig, Qwen3Config, SanaConfig, SiglipConfig, TaTokConfig
+from blip3o_jax.config import (
+    Blip3oConfig,
+    DcAeConfig,
+    Qwen3Config,
+    SanaConfig,
+    SiglipConfig,
+    TaTokConfig,
+)
 
 
 def qwen3(cfg: Qwen3Config, tokens: int, context: float, logits: int = 0) -> int:
-    """A forward of `tokens` tokens, all rows of the batch together, each attending to `context` keys; then `logits` logits of each."""
-    width, queries, keys = cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
+    """A forward of `tokens` tokens, all rows of the batch together, each attending to `context`
+    keys; then `logits` logits of each."""
+    width, queries, keys = (
+        cfg.hidden_size,
+        cfg.num_attention_heads * cfg.head_dim,
+        cfg.num_key_value_heads * cfg.head_dim,
+    )
     projections = 2 * width * queries + 2 * width * keys + 3 * width * cfg.intermediate_size
     layer = 2 * projections + 4 * queries * context
     return round(tokens * (cfg.num_hidden_layers * layer + 2 * width * logits))
 
 
 def decode(cfg: Blip3oConfig, batch: int, prompt: int) -> int:
-    """Prefill of `prompt` tokens a row, then the image tokens, with logits of the image range only. A cached token sees what is written."""
+    """Prefill of `prompt` tokens a row, then the image tokens, with logits of the image range only.
+
+    A cached token sees what is written.
+    """
     tokens, codes = cfg.ta_tok.num_tokens, cfg.vocab.num_image_tokens
     written = qwen3(cfg.qwen3, batch * tokens, prompt + (tokens + 1) / 2, codes)
     return qwen3(cfg.qwen3, batch * prompt, (prompt + 1) / 2) + written
@@ -29,15 +45,22 @@ def connector(cfg: Blip3oConfig, tokens: int) -> int:
 
 
 def sana_condition(cfg: SanaConfig, tokens: int) -> int:
-    """The caption projection of `tokens` condition tokens, and every block's keys and values of them: needed once an image."""
-    return 2 * tokens * cfg.hidden_size * (cfg.caption_channels + cfg.hidden_size + 2 * cfg.num_layers * cfg.hidden_size)
+    """The caption projection of `tokens` condition tokens, and every block's keys and values of
+    them: needed once an image."""
+    return (
+        2
+        * tokens
+        * cfg.hidden_size
+        * (cfg.caption_channels + cfg.hidden_size + 2 * cfg.num_layers * cfg.hidden_size)
+    )
 
 
 def sana(cfg: SanaConfig, rows: int, condition: int, without: int = 0) -> int:
-    """A forward of `rows` latents, with keys and values of a condition of `condition` tokens each given, but for `without` of them, whose
-    cross-attention is given."""
+    """A forward of `rows` latents, with keys and values of a condition of `condition` tokens each
+    given, but for `without` of them, whose cross-attention is given."""
     width, pixels = cfg.hidden_size, cfg.sample_size**2
-    own = 4 * width * width + 2 * width * cfg.attention_head_dim  # projections; the state and its product with the queries
+    # projections; the state and its product with the queries
+    own = 4 * width * width + 2 * width * cfg.attention_head_dim
     cross = 2 * width * width + 2 * width * condition
     mlp = 3 * width * cfg.mlp_hidden + 9 * 2 * cfg.mlp_hidden
     layer = pixels * (rows * (own + mlp) + (rows - without) * cross)
@@ -47,8 +70,10 @@ def sana(cfg: SanaConfig, rows: int, condition: int, without: int = 0) -> int:
 
 
 def denoise(cfg: Blip3oConfig, batch: int) -> tuple[int, int]:
-    """Of `batch` images with guidance, two rows each: (what is needed once, a step). Without positions the unconditional half's tokens are
-    all equal, so that one stands for them."""
+    """Of `batch` images with guidance, two rows each: (what is needed once, a step).
+
+    Without positions the unconditional half's tokens are all equal, so that one stands for them.
+    """
     condition, positions = cfg.num_condition_tokens, cfg.sana.condition_positions
     tokens = 2 * batch * condition if positions else batch * condition + 1
     once = connector(cfg, tokens) + sana_condition(cfg.sana, tokens)
@@ -79,11 +104,16 @@ def dc_ae_decode(cfg: DcAeConfig, rows: int, side: int) -> int:
             total += _up(cfg, widths[stage + 1], widths[stage], pixels)
         total += layers[stage] * pixels * _dc_ae_block(cfg, stage)
     pixels = (side * cfg.factor) ** 2
-    return 2 * rows * (total + (9 * widths[0] * 3 * pixels if layers[0] else _up(cfg, widths[1], 3, pixels)))
+    return (
+        2
+        * rows
+        * (total + (9 * widths[0] * 3 * pixels if layers[0] else _up(cfg, widths[1], 3, pixels)))
+    )
 
 
 def _up(cfg: DcAeConfig, inputs: int, outputs: int, pixels: int) -> int:
-    """`pixels` after it: nine taps from a quarter of them to four times the outputs, or four taps at each of repeated pixels."""
+    """`pixels` after it: nine taps from a quarter of them to four times the outputs, or four taps
+    at each of repeated pixels."""
     return (4 if cfg.upsample_block_type == "interpolate" else 9) * inputs * outputs * pixels
 
 
@@ -118,15 +148,25 @@ def ta_tok_encode(cfg: TaTokConfig, rows: int) -> int:
 def text_to_image(cfg: Blip3oConfig, batch: int, prompt: int, num_inference_steps: int) -> int:
     """Tokens, latents with guidance and pixels of `batch` images."""
     once, step = denoise(cfg, batch)
-    return decode(cfg, batch, prompt) + once + num_inference_steps * step + dc_ae_decode(cfg.dc_ae, batch, cfg.sana.sample_size)
+    return (
+        decode(cfg, batch, prompt)
+        + once
+        + num_inference_steps * step
+        + dc_ae_decode(cfg.dc_ae, batch, cfg.sana.sample_size)
+    )
 
 
 def joint_step(cfg: Blip3oConfig, batch: int, length: int, whole_sana: bool = True) -> int:
-    """A training step on rows of `length` tokens: three forwards' worth for what is trained (the backward pass is two), two for SANA's
-    blocks where only the captions' way into them is trained, and one for the frozen tokenizer and autoencoder. Attention is counted as
-    causal, half of the square."""
+    """A training step on rows of `length` tokens: three forwards' worth for what is trained (the
+    backward pass is two), two for SANA's blocks where only the captions' way into them is trained,
+    and one for the frozen tokenizer and autoencoder. Attention is counted as causal, half of the
+    square."""
     n = batch * cfg.num_condition_tokens
-    trained = qwen3(cfg.qwen3, batch * length, (length + 1) / 2, cfg.qwen3.vocab_size) + connector(cfg, n)
+    trained = qwen3(cfg.qwen3, batch * length, (length + 1) / 2, cfg.qwen3.vocab_size) + connector(
+        cfg, n
+    )
     diffusion = sana_condition(cfg.sana, n) + sana(cfg.sana, batch, cfg.num_condition_tokens)
-    encoders = ta_tok_encode(cfg.ta_tok, batch) + dc_ae_encode(cfg.dc_ae, batch, cfg.sana.sample_size)
+    encoders = ta_tok_encode(cfg.ta_tok, batch) + dc_ae_encode(
+        cfg.dc_ae, batch, cfg.sana.sample_size
+    )
     return 3 * trained + (3 if whole_sana else 2) * diffusion + encoders

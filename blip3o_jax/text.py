@@ -1,11 +1,14 @@
-"""Tokenizer, prompt templates and token rows (spec S4; paper section 2).
+"""Tokenizer, prompt templates and token rows (docs/model.md §4; paper section 2).
 
 A caption becomes a ChatML conversation that ends where the image begins:
 
-    system turn | user turn with the caption | assistant header | <im_start> <S0>            (what generation is given)
-    ... the same | t1 .. tn <im_end> <|im_end|> \\n                                           (what training adds)
+    system turn | user turn with the caption | assistant header | <im_start> <S0>            (what
+    generation is given)
+    ... the same | t1 .. tn <im_end> <|im_end|> \\n                                           (what
+    training adds)
 
-`<im_start>` opens an image; `<|im_start|>`, with bars, opens a chat turn. Everything here is numpy on the host.
+`<im_start>` opens an image; `<|im_start|>`, with bars, opens a chat turn. Everything here is numpy
+on the host.
 """
 
 import functools
@@ -16,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from blip3o_jax.config import ConfigError, VocabConfig
+from blip3o_jax.config import VocabConfig
+from blip3o_jax.errors import InputError
 
 CHAT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -25,38 +29,53 @@ CHAT = (
 )
 IMAGE_END = "<im_end><|im_end|>\n"
 IMAGE_PAD = "<|image_pad|>"
-CHAT_TOKENS = ("<|im_start|>", "<|vision_start|>", "<|vision_end|>", IMAGE_PAD)  # needed by the templates, not named in VocabConfig
+# needed by the templates, not named in VocabConfig
+CHAT_TOKENS = ("<|im_start|>", "<|vision_start|>", "<|vision_end|>", IMAGE_PAD)
 
 
 def t2i_prompt(caption: str) -> str:
-    """The text that asks for an image of `caption`, as inference, GRPO and training all write it (S4.2)."""
+    """The text that asks for an image of `caption`, as inference, GRPO and training all write it
+    (§4.2)."""
     return CHAT.format(content=f"Please generate image based on the following caption: {caption}")
 
 
 def edit_prompt(instruction: str, num_images: int, num_image_tokens: int) -> str:
-    """The text that asks for an edit; the tokens of the source images take the places of `<|image_pad|>` (S4.2)."""
+    """The text that asks for an edit; the tokens of the source images take the places of
+    `<|image_pad|>` (§4.2)."""
     what = "this image" if num_images == 1 else "these images"
     images = f"<|vision_start|>{IMAGE_PAD * num_images * num_image_tokens}<|vision_end|>"
-    return CHAT.format(content=f"Please edit {what} according to the following instruction: {instruction}.\n{images}")
+    return CHAT.format(
+        content=f"Please edit {what} according to the following instruction: "
+        f"{instruction}.\n{images}"
+    )
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The `tokenizers.Tokenizer` of a tokenizer.json, with any truncation or padding saved in the file switched off."""
+    """The `tokenizers.Tokenizer` of a tokenizer.json, with any truncation or padding saved in the
+    file switched off."""
     from tokenizers import Tokenizer
 
     if not Path(path).is_file():
-        raise ConfigError(f"No tokenizer at {str(path)!r}; a checkpoint folder holds it as tokenizer.json.")
+        raise InputError(
+            f"No tokenizer at {str(path)!r}; a checkpoint folder holds it as tokenizer.json."
+        )
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
-        raise ConfigError(f"{str(path)!r} is not a tokenizer.json that this version of tokenizers reads ({error}).") from error
+        raise InputError(
+            f"{str(path)!r} is not a tokenizer.json that this version of tokenizers reads "
+            f"({error})."
+        ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def left_pad(rows: Sequence[Sequence[int]], length: int, pad_token_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token rows -> (ids [B,length] int32, valid [B,length] bool), aligned right so that all rows end in the same column."""
+def left_pad(
+    rows: Sequence[Sequence[int]], length: int, pad_token_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token rows -> (ids [B,length] int32, valid [B,length] bool), aligned right so that all rows
+    end in the same column."""
     sizes = np.array([len(row) for row in rows], np.int32)
     _fits(sizes, length, "prompt")
     valid = np.arange(length) >= length - sizes[:, None]
@@ -66,7 +85,8 @@ def left_pad(rows: Sequence[Sequence[int]], length: int, pad_token_id: int) -> t
 
 
 def targets(tokens, start, vocab: VocabConfig):
-    """Which tokens [B,T] the cross-entropy asks for, bool [B,T]: all but padding and the source images inside an edit prompt (S6.5).
+    """Which tokens [B,T] the cross-entropy asks for, bool [B,T]: all but padding and the source
+    images inside an edit prompt (§6.5).
 
     `start` [B] is where each row's `<S0>` stands. Takes numpy or jax arrays.
     """
@@ -77,12 +97,16 @@ def targets(tokens, start, vocab: VocabConfig):
 
 def _fits(sizes: np.ndarray, length: int, what: str) -> None:
     if sizes.size and sizes.max() > length:
-        raise ConfigError(f"A {what} of {sizes.max()} tokens does not fit a row of {length}; make the rows longer or the text shorter.")
+        raise InputError(
+            f"A {what} of {sizes.max()} tokens does not fit a row of {length}; make the "
+            "rows longer or the text shorter."
+        )
 
 
 @dataclass(frozen=True)
 class Text:
-    """A tokenizer that agrees with `vocab`; ConfigError when a special token is missing or has another id.
+    """A tokenizer that agrees with `vocab`; InputError when a special token is missing or has
+    another id.
 
     `max_prompt_tokens` bounds a templated prompt, without the source images of an edit.
     """
@@ -105,30 +129,46 @@ class Text:
         }
         for token, id_ in wanted.items():
             if self.tokenizer.token_to_id(token) != id_:
-                raise ConfigError(f"The tokenizer gives {token} the id {self.tokenizer.token_to_id(token)}, the config says {id_}.")
+                raise InputError(
+                    f"The tokenizer gives {token} the id "
+                    f"{self.tokenizer.token_to_id(token)}, the config says {id_}."
+                )
         for token in CHAT_TOKENS:
             if self.tokenizer.token_to_id(token) is None:
-                raise ConfigError(f"The tokenizer has no token {token}, which the prompt template needs.")
+                raise InputError(
+                    f"The tokenizer has no token {token}, which the prompt template needs."
+                )
 
     def encode_prompt(self, caption: str) -> list[int]:
-        """Ids of the templated caption, ending in `<im_start> <S0>`; ConfigError when it is empty, too long or holds a control token."""
+        """Ids of the templated caption, ending in `<im_start> <S0>`; InputError when it is empty,
+        too long or holds a control token."""
         return self._encode(t2i_prompt(caption), caption, 0)
 
     def encode_edit(self, instruction: str, image_ids: np.ndarray) -> list[int]:
-        """Ids of the templated instruction with the source images' codes [images, n] in place; errors as `encode_prompt`."""
-        ids = np.array(self._encode(edit_prompt(instruction, *image_ids.shape), instruction, image_ids.size))
-        ids[ids == self.tokenizer.token_to_id(IMAGE_PAD)] = image_ids.ravel() + self.vocab.image_start_token_id
+        """Ids of the templated instruction with the source images' codes [images, n] in place;
+        errors as `encode_prompt`."""
+        ids = np.array(
+            self._encode(edit_prompt(instruction, *image_ids.shape), instruction, image_ids.size)
+        )
+        ids[ids == self.tokenizer.token_to_id(IMAGE_PAD)] = (
+            image_ids.ravel() + self.vocab.image_start_token_id
+        )
         return ids.tolist()
 
     def encode_prompts(self, captions: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Captions -> (ids [B,length] int32, valid [B,length] bool), left-padded."""
-        return left_pad([self.encode_prompt(caption) for caption in captions], length, self.vocab.pad_token_id)
+        return left_pad(
+            [self.encode_prompt(caption) for caption in captions], length, self.vocab.pad_token_id
+        )
 
-    def training_rows(self, prompts: Sequence[Sequence[int]], image_ids: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Encoded prompts and the codes [B,n] of their images -> (tokens [B,length] int32, start [B] int32), right-padded (S4.3).
+    def training_rows(
+        self, prompts: Sequence[Sequence[int]], image_ids: np.ndarray, length: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Encoded prompts and the codes [B,n] of their images -> (tokens [B,length] int32, start
+        [B] int32), right-padded (§4.3).
 
-        `start` is the column of `<S0>`, so the image tokens stand in start+1 .. start+n; where the codes are made on the device, pass
-        zeros and write them there.
+        `start` is the column of `<S0>`, so the image tokens stand in start+1 .. start+n; where the
+        codes are made on the device, pass zeros and write them there.
         """
         end = self.tokenizer.encode(IMAGE_END, add_special_tokens=False).ids
         batch, n = image_ids.shape
@@ -148,18 +188,27 @@ class Text:
     def _encode(self, prompt: str, written: str, num_image_tokens: int) -> list[int]:
         """Ids of a template that holds the user's words `written`, after the checks."""
         if not written.strip():
-            raise ConfigError("The prompt is empty; write what the image should show.")
+            raise InputError("The prompt is empty; write what the image should show.")
         if not written.isascii() and any("\ud800" <= c <= "\udfff" for c in written):
-            raise ConfigError(f"The prompt {_beginning(written)} holds bytes that are not UTF-8 text; save it as UTF-8.")
+            raise InputError(
+                f"The prompt {_beginning(written)} holds bytes that are not UTF-8 text; "
+                "save it as UTF-8."
+            )
         for id_ in self.tokenizer.encode(written, add_special_tokens=False).ids:
             if id_ in self._controls:
                 token = self.tokenizer.id_to_token(id_)
-                raise ConfigError(f"The prompt {_beginning(written)} contains the control token {token}; write it without.")
+                raise InputError(
+                    f"The prompt {_beginning(written)} contains the control token {token}; "
+                    "write it without."
+                )
         ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
         size = len(ids) - num_image_tokens
         if size > self.max_prompt_tokens:
             limit = f"more than the {self.max_prompt_tokens} allowed"
-            raise ConfigError(f"The prompt {_beginning(written)} has {size} tokens with its template, {limit}; shorten it.")
+            raise InputError(
+                f"The prompt {_beginning(written)} has {size} tokens with its template, "
+                f"{limit}; shorten it."
+            )
         return ids
 
 

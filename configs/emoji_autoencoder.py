@@ -2,8 +2,8 @@
 
 blip3o-jax train --config emoji_autoencoder --workdir runs/autoencoder
 
-Cost: 33 minutes on two CPU cores that the next stage shared. Result on held-out scenes: 32.5 dB PSNR. The latents' standard deviation
-is 53; the preset's `dc_ae.scaling_factor` brings it to 1.
+Cost: 33 minutes on two CPU cores that the next stage shared. Result on held-out scenes: 32.5 dB
+PSNR. The latents' standard deviation is 53; the preset's `dc_ae.scaling_factor` brings it to 1.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,5 @@
-"""Goes on from the embedded checkpoint: all parts from it, the transformer and the diffusion part trained further.
+"""Goes on from the embedded checkpoint: all parts from it, the transformer and the diffusion part
+trained further.
 
     blip3o-jax train --config emoji_finetune --workdir runs/finetune
 
@@ -17,7 +18,9 @@ def get_config() -> ConfigDict:
             "seed": 2,  # another order of the scenes than the stages before saw
             "num_steps": 2000,
             "trainable_sana": "all",
-            "init": dict.fromkeys(("qwen3", "diffusion_connector", "sana", "ta_tok", "dc_ae"), "emoji_64"),
+            "init": dict.fromkeys(
+                ("qwen3", "diffusion_connector", "sana", "ta_tok", "dc_ae"), "emoji_64"
+            ),
             "data": {"num_train": 60000, "row_length": 112},
             "optimizer": {
                 "learning_rate": 1e-3,

@@ -1,8 +1,10 @@
-"""Stage 3 of the embedded model: the transformer learns to say words again, as image tokens, forwards and backwards.
+"""Stage 3 of the embedded model: the transformer learns to say words again, as image tokens,
+forwards and backwards.
 
     blip3o-jax train --config emoji_recital --workdir runs/recital
 
-Image tokens start as the words that name them. 99.8 % of the held-out words are right after 200 steps, a minute and a half on two cores.
+Image tokens start as the words that name them. 99.8 % of the held-out words are right after 200
+steps, a minute and a half on two cores.
 """
 
 from ml_collections import ConfigDict
@@ -17,10 +19,7 @@ def get_config() -> ConfigDict:
             "seed": 0,
             "num_steps": 250,
             "named_tokens": True,
-            "data": {
-                "exercises": {"recital": 1.0},
-                "row_length": 34,
-            },
+            "data": {"exercises": {"recital": 1.0}, "row_length": 34},
             "optimizer": {
                 "learning_rate": 2e-3,
                 "final_learning_rate": 1e-3,

@@ -1,9 +1,10 @@
-"""Stage 2 of the embedded model: the image tokenizer, 8x8 tokens of 256 codes, each the name of what its patch shows.
+"""Stage 2 of the embedded model: the image tokenizer, 8x8 tokens of 256 codes, each the name of
+what its patch shows.
 
 blip3o-jax train --config emoji_tokenizer --workdir runs/tokenizer
 
-Cost: 18 minutes on two CPU cores that the stage before shared. Result: 99.5 % of the patches named right on training scenes, 98.4 % on
-held-out ones.
+Cost: 18 minutes on two CPU cores that the stage before shared. Result: 99.5 % of the patches named
+right on training scenes, 98.4 % on held-out ones.
 """
 
 from ml_collections import ConfigDict

@@ -1,17 +1,20 @@
-"""BLIP3o-NEXT 3B, supervised fine-tuning of `pretrain_3b` on BLIP3o-60k and ShareGPT-4o-Image (spec S6).
+"""BLIP3o-NEXT 3B, supervised fine-tuning of `pretrain_3b` on BLIP3o-60k and ShareGPT-4o-Image
+(docs/model.md §6).
 
     blip3o-jax data cache --config sft_3b --out cache/sft
     blip3o-jax train --config sft_3b:v5e:16x16 --workdir /mnt/runs/sft_3b
 
-128 images a step, 7,000 steps, as on the project's page: several passes over the data, so they are encoded once, into a cache. Two chips
-share an image where a pod has more chips than a step has images.
-Planned at 40 % of the peak, which is arithmetic (`blip3o-jax plan --config sft_3b:TOPOLOGY`): v5e:16x16 0.14 s a step, 67 chip-hours;
-v5p:4x4x8 0.12 s, 29; v6e:16x16 0.03 s, 14; v5e:4x4 2.2 s, 4.2 h; v5p:2x2x4 0.93 s, 1.8 h; v6e:4x4 0.46 s, 0.9 h; tpu7x:2x2x1 0.74 s, 1.4 h.
+128 images a step, 7,000 steps, as on the project's page: several passes over the data, so they are
+encoded once, into a cache. Two chips share an image where a pod has more chips than a step has
+images. Planned at 40 % of the peak, which is arithmetic (`blip3o-jax plan --config
+sft_3b:TOPOLOGY`): v5e:16x16 0.14 s a step, 67 chip-hours; v5p:4x4x8 0.12 s, 29; v6e:16x16 0.03 s,
+14; v5e:4x4 2.2 s, 4.2 h; v5p:2x2x4 0.93 s, 1.8 h; v6e:4x4 0.46 s, 0.9 h; tpu7x:2x2x1 0.74 s, 1.4 h.
 """
 
 from ml_collections import ConfigDict
 
-# What the pods that the run was planned for need; on others it takes what the plan of them finds (`blip3o-jax plan --search`).
+# What the pods that the run was planned for need; on others it takes what the plan of them finds
+# (`blip3o-jax plan --search`).
 PODS = {
     "v5e:16x16": {"mesh": {"fsdp": 16, "tensor": 2}, "remat": "dots"},
     "v5p:4x4x8": {"mesh": {"fsdp": 32}, "remat": "none"},
@@ -33,7 +36,9 @@ def get_config(topology: str = "v5e:16x16") -> ConfigDict:
             "remat": "full",
             "batch_size": 128,
             "num_steps": 7_000,
-            "init": dict.fromkeys(("qwen3", "diffusion_connector", "sana", "ta_tok", "dc_ae"), "runs/pretrain_3b"),
+            "init": dict.fromkeys(
+                ("qwen3", "diffusion_connector", "sana", "ta_tok", "dc_ae"), "runs/pretrain_3b"
+            ),
             "data": {
                 "sources": [
                     {"kind": "webdataset", "path": "data/BLIP3o-60k/*.tar"},
@@ -41,7 +46,9 @@ def get_config(topology: str = "v5e:16x16") -> ConfigDict:
                 ],
                 "tokenizer": "jax-3b/tokenizer.json",
                 "cache": "cache/sft",
-                "row_length": 1280,  # of a prompt of 512 tokens, 729 of the image and its end: a multiple of 128, for the TPU's kernel
+                # of a prompt of 512 tokens, 729 of the image and its end: a multiple of 128, for
+                # the TPU's kernel
+                "row_length": 1280,
                 "reader_threads": 16,
             },
             "optimizer": {"learning_rate": 5e-5, "final_learning_rate": 1e-5, "warmup_steps": 70},

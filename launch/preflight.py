@@ -1,9 +1,11 @@
-"""Whether a job can start on this host, before it costs anything: one line a check, exit code 0 or 1. Run it on all hosts at once.
+"""Whether a job can start on this host, before it costs anything: one line a check, exit code 0 or
+1. Run it on all hosts at once.
 
     python launch/preflight.py --workdir /mnt/runs/pretrain_3b --config pretrain_3b:v5e:16x16
 
-A check that hangs, as a pod does that lacks a host, fails after --timeout seconds. Processes find each other as those of a run do
-(mesh.start_processes). Exit code 75 is never given: what fails here fails again.
+A check that hangs, as a pod does that lacks a host, fails after --timeout seconds. Processes find
+each other as those of a run do (mesh.start_processes). Exit code 75 is never given: what fails here
+fails again.
 """
 
 import argparse
@@ -35,10 +37,16 @@ def say(name: str, verdict: str, what: str) -> None:
 
 @contextlib.contextmanager
 def deadline(name: str, seconds: float) -> Iterator[None]:
-    """Ends the process when the body takes longer: a collective without its partners listens to nothing else."""
+    """Ends the process when the body takes longer: a collective without its partners listens to
+    nothing else."""
 
     def end():
-        say(name, "FAILED", f"no answer within {seconds:g} s; a host is missing, or a disk or the network does not answer")
+        say(
+            name,
+            "FAILED",
+            f"no answer within {seconds:g} s; a host is missing, or a disk or the network "
+            "does not answer",
+        )
         os._exit(1)
 
     timer = threading.Timer(seconds, end)
@@ -56,7 +64,9 @@ def versions(args) -> str:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found.append(f"{name} {importlib.metadata.version(name)}")
     if not found or not found[0].startswith("blip3o-jax"):
-        raise CheckError("blip3o-jax is not installed for this Python; pip install it on every host")
+        raise CheckError(
+            "blip3o-jax is not installed for this Python; pip install it on every host"
+        )
     return f"Python {platform.python_version()}, {', '.join(found)}"
 
 
@@ -80,22 +90,31 @@ def workdir(args) -> str:
 
 
 def data(args) -> str:
-    """The first bytes of the first file of everything that the config reads: its cache, or its sources, and what parts come from."""
+    """The first bytes of the first file of everything that the config reads: its cache, or its
+    sources, and what parts come from."""
     if not args.config:
         return "no --config, nothing to look for"
-    from blip3o_jax.config import ConfigError
+    from blip3o_jax.errors import InputError
     from blip3o_jax.jobs.train import read_config
 
     try:
         cfg = read_config(args.config, [])
-    except ConfigError as error:
+    except InputError as error:
         raise CheckError(str(error)) from error
     patterns = [cfg.data.cache] if cfg.data.cache else [source.path for source in cfg.data.sources]
     patterns += [cfg.data.tokenizer, *sorted(set(cfg.init.values()))]
     patterns = [pattern for pattern in patterns if pattern]
     for pattern in patterns:
         found = (path for path in map(Path, sorted(glob.glob(pattern))) if path.exists())
-        first = next((file for path in found for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()), None)
+        first = next(
+            (
+                file
+                for path in found
+                for file in ([path] if path.is_file() else path.rglob("*"))
+                if file.is_file()
+            ),
+            None,
+        )
         if first is None:
             raise CheckError(f"{pattern} names no file on this host; mount it or change the config")
         try:
@@ -107,17 +126,21 @@ def data(args) -> str:
 
 
 def processes(args) -> str:
-    from blip3o_jax.config import ConfigError
-    from blip3o_jax.mesh import start_processes
+    from blip3o_jax.errors import InputError
+    from blip3o_jax.parallel.processes import start_processes
 
     try:
-        start_processes(int(args.timeout) + 60)  # `deadline` comes first: JAX's own ends the process without a word for people
-    except ConfigError as error:
+        # `deadline` comes first: JAX's own ends the process without a word for people
+        start_processes(int(args.timeout) + 60)
+    except InputError as error:
         raise CheckError(str(error)) from error
     import jax
 
     if args.processes and jax.process_count() != args.processes:
-        raise CheckError(f"{jax.process_count()} processes found each other, not {args.processes}; start one on every host")
+        raise CheckError(
+            f"{jax.process_count()} processes found each other, not {args.processes}; "
+            "start one on every host"
+        )
     return f"this is {jax.process_index()} of {jax.process_count()}"
 
 
@@ -126,7 +149,10 @@ def devices(args) -> str:
     import jax
 
     kinds = sorted({device.device_kind for device in jax.devices()})
-    found = f"{jax.local_device_count()} of {jax.device_count()} devices are local, {' and '.join(kinds)}"
+    found = (
+        f"{jax.local_device_count()} of {jax.device_count()} devices are local, "
+        f"{' and '.join(kinds)}"
+    )
     if len(kinds) > 1 or jax.local_device_count() * jax.process_count() != jax.device_count():
         raise CheckError(f"{found}; all hosts must have as many of the same")
     if args.topology:
@@ -146,11 +172,15 @@ def all_reduce(args) -> str:
     count = jax.device_count()
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("all",))
     cut, whole = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (["all"], []))
-    mine = jax.make_array_from_callback((count,), cut, lambda index: np.arange(count, dtype=np.float32)[index])
+    mine = jax.make_array_from_callback(
+        (count,), cut, lambda index: np.arange(count, dtype=np.float32)[index]
+    )
     began = time.perf_counter()
     total = float(jax.jit(jnp.sum, out_shardings=whole)(mine))
     if total != count * (count - 1) / 2:
-        raise CheckError(f"the sum of 0 to {count - 1} over all devices came out as {total:g}; a link is broken")
+        raise CheckError(
+            f"the sum of 0 to {count - 1} over all devices came out as {total:g}; a link is broken"
+        )
     return f"{count} devices add up, {time.perf_counter() - began:.2f} s"
 
 
@@ -163,7 +193,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", help="whose data must be there")
     parser.add_argument("--topology", help="devices that must be there, e.g. v5e:16x16")
     parser.add_argument("--processes", type=int, help="that must be there")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds of each check (default: %(default)s)")
+    parser.add_argument(
+        "--timeout", type=float, default=300, help="seconds of each check (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     for check in CHECKS:
         name = check.__name__
@@ -172,7 +204,11 @@ def main(argv: list[str] | None = None) -> int:
                 say(name, "ok", check(args))
         except Exception as error:  # whatever it is, it is this check that failed
             reason = str(error).splitlines()[0] if str(error) else "no reason given"
-            say(name, "FAILED", reason if isinstance(error, CheckError) else f"{type(error).__name__}: {reason}")
+            say(
+                name,
+                "FAILED",
+                reason if isinstance(error, CheckError) else f"{type(error).__name__}: {reason}",
+            )
             return 1
     return 0
 

@@ -1,16 +1,20 @@
-"""The formulas against XLA's count of the lowered programs, on stacks without loops: scan bodies are counted once there.
+"""The formulas against XLA's count of the lowered programs, on stacks without loops: scan bodies
+are counted once there.
 
-XLA also counts norms, activations and softmax, which the formulas leave out: up to 5 % at these widths, which are wide for their depth.
+XLA also counts norms, activations and softmax, which the formulas leave out: up to 5 % at these
+widths, which are wide for their depth.
 """
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from blip3o_jax import flops, generate
-from blip3o_jax.config import DcAeConfig, preset, replace
+from blip3o_jax import flops
+from blip3o_jax.config import DcAeConfig, replace
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.models.dc_ae import DcAe
+from blip3o_jax.presets import preset
+from blip3o_jax.sample import generate
 
 TOLERANCE = 0.05
 
@@ -19,7 +23,11 @@ def small():
     """Single layers, widths at which matrix products are nearly all."""
     return replace(
         preset("mid_128"),
-        **{"qwen3.num_hidden_layers": 1, "sana.num_layers": 1, "ta_tok.encoder.num_hidden_layers": 2},
+        **{
+            "qwen3.num_hidden_layers": 1,
+            "sana.num_layers": 1,
+            "ta_tok.encoder.num_hidden_layers": 2,
+        },
     )
 
 
@@ -64,10 +72,18 @@ def test_connector_and_condition(model, params):
     states = shape(2, 65, model.config.qwen3.hidden_size)
     close(
         flops.connector(model.config, 130),
-        counted(lambda p, x: model.connector.apply({"params": p}, x), params["diffusion_connector"], states),
+        counted(
+            lambda p, x: model.connector.apply({"params": p}, x),
+            params["diffusion_connector"],
+            states,
+        ),
     )
     captions = shape(2, 65, model.config.sana.caption_channels)
-    encode = counted(lambda p, x: model.sana.apply({"params": p}, x, method="keys_values"), params["sana"], captions)
+    encode = counted(
+        lambda p, x: model.sana.apply({"params": p}, x, method="keys_values"),
+        params["sana"],
+        captions,
+    )
     close(flops.sana_condition(model.config.sana, 130), encode)
 
 
@@ -77,14 +93,18 @@ def test_sana(model, params):
     def forward(params, x, t, condition):
         return model.sana.apply({"params": params}, x, t, condition, method="step")
 
-    kept = shape(cfg.num_layers, 2, 257, cfg.num_cross_attention_heads, cfg.cross_attention_head_dim)
+    kept = shape(
+        cfg.num_layers, 2, 257, cfg.num_cross_attention_heads, cfg.cross_attention_head_dim
+    )
     given = shape(2, 16, 16, cfg.in_channels), shape(2), (kept, kept)
     close(flops.sana(cfg, 2, 257), counted(forward, params["sana"], *given))
 
 
 @pytest.mark.parametrize("positions", [False, True])
 def test_denoise(positions):
-    model = Blip3o(replace(small(), **{"sana.condition_positions": positions, "sana.interpolation_scale": 1.0}))
+    model = Blip3o(
+        replace(small(), **{"sana.condition_positions": positions, "sana.interpolation_scale": 1.0})
+    )
     cfg, params = model.config, model.abstract()
     states = shape(2, cfg.num_condition_tokens, cfg.qwen3.hidden_size)
     noise = shape(2, cfg.sana.sample_size, cfg.sana.sample_size, cfg.sana.in_channels)
@@ -101,30 +121,54 @@ def test_dc_ae_both_ways(name):
     if name == "emoji_64":  # its shuffling forms, wide enough
         cfg = DcAeConfig(**(vars(cfg) | {"block_out_channels": (96, 96, 192, 384)}))
     module = DcAe(cfg)
-    params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, cfg.factor, cfg.factor, 3)))
-    side = 96  # XLA does not count the taps that fall on padding, which at the presets' own sides are up to a tenth
-    latents, images = shape(1, side, side, cfg.latent_channels), shape(1, side * cfg.factor, side * cfg.factor, 3)
-    close(flops.dc_ae_decode(cfg, 1, side), counted(lambda p, x: module.apply(p, x, method="decode"), params, latents))
-    close(flops.dc_ae_encode(cfg, 1, side), counted(lambda p, x: module.apply(p, x, method="encode"), params, images))
+    params = jax.eval_shape(
+        module.init, jax.random.key(0), jnp.zeros((1, cfg.factor, cfg.factor, 3))
+    )
+    # XLA does not count the taps that fall on padding, which at the presets' own sides are up to a
+    # tenth
+    side = 96
+    latents, images = (
+        shape(1, side, side, cfg.latent_channels),
+        shape(1, side * cfg.factor, side * cfg.factor, 3),
+    )
+    close(
+        flops.dc_ae_decode(cfg, 1, side),
+        counted(lambda p, x: module.apply(p, x, method="decode"), params, latents),
+    )
+    close(
+        flops.dc_ae_encode(cfg, 1, side),
+        counted(lambda p, x: module.apply(p, x, method="encode"), params, images),
+    )
 
 
 def test_ta_tok_encode(model, params):
     cfg = model.config.ta_tok
     images = shape(2, cfg.encoder.image_size, cfg.encoder.image_size, 3)
-    counts = counted(lambda p, x: model.ta_tok.apply({"params": p}, x, method="encode"), params["ta_tok"], images)
+    counts = counted(
+        lambda p, x: model.ta_tok.apply({"params": p}, x, method="encode"), params["ta_tok"], images
+    )
     close(flops.ta_tok_encode(cfg, 2), counts)
 
 
 def test_layers_and_tokens_add_up():
-    """What single layers cannot show: each further layer costs the same, and decoding is prefill and growing contexts."""
+    """What single layers cannot show: each further layer costs the same, and decoding is prefill
+    and growing contexts."""
     cfg = preset("mid_128")
-    one, two, three = (flops.qwen3(replace(cfg.qwen3, num_hidden_layers=n), 8, 100) for n in (1, 2, 3))
+    one, two, three = (
+        flops.qwen3(replace(cfg.qwen3, num_hidden_layers=n), 8, 100) for n in (1, 2, 3)
+    )
     assert three - two == two - one == one
     n, batch, prompt = cfg.ta_tok.num_tokens, 4, 64
-    steps = sum(flops.qwen3(cfg.qwen3, batch, prompt + i + 1, cfg.vocab.num_image_tokens) for i in range(n))
+    steps = sum(
+        flops.qwen3(cfg.qwen3, batch, prompt + i + 1, cfg.vocab.num_image_tokens) for i in range(n)
+    )
     prefill = sum(flops.qwen3(cfg.qwen3, batch, i + 1) for i in range(prompt))
     assert flops.decode(cfg, batch, prompt) == steps + prefill
-    assert flops.joint_step(cfg, 8, 323) == 2 * flops.joint_step(cfg, 4, 323) - 2 * cfg.ta_tok.codebook_size * cfg.ta_tok.bottleneck_dim**2
+    assert (
+        flops.joint_step(cfg, 8, 323)
+        == 2 * flops.joint_step(cfg, 4, 323)
+        - 2 * cfg.ta_tok.codebook_size * cfg.ta_tok.bottleneck_dim**2
+    )
 
 
 def test_frozen_blocks_are_passed_twice():

@@ -9,12 +9,18 @@ from PIL import Image
 
 import blip3o_jax
 from blip3o_jax.cli import main
-from blip3o_jax.config import ConfigError, replace
+from blip3o_jax.config import replace
+from blip3o_jax.errors import InputError
 from blip3o_jax.pipeline import config_of
-from blip3o_jax.sampler import Settings
+from blip3o_jax.sample.settings import Settings
 from blip3o_jax.scenes.judge import judge
 
-PROMPTS = ["two red hearts", "a cat", "a photo of a blue fish left of a green tree on pink", "three stars"]
+PROMPTS = [
+    "two red hearts",
+    "a cat",
+    "a photo of a blue fish left of a green tree on pink",
+    "three stars",
+]
 QUICK = Settings(num_inference_steps=8)
 
 
@@ -46,7 +52,12 @@ def test_a_ragged_batch_equals_single_runs_bit_for_bit(pipeline, batch):
 
 def test_an_image_depends_on_prompt_seed_and_index_only(pipeline, batch):
     again = list(pipeline.samples([PROMPTS[3], PROMPTS[0]], seed=3, num_images=2, settings=QUICK))
-    assert [(s.prompt, s.index) for s in again] == [(PROMPTS[3], 0), (PROMPTS[3], 1), (PROMPTS[0], 0), (PROMPTS[0], 1)]
+    assert [(s.prompt, s.index) for s in again] == [
+        (PROMPTS[3], 0),
+        (PROMPTS[3], 1),
+        (PROMPTS[0], 0),
+        (PROMPTS[0], 1),
+    ]
     np.testing.assert_array_equal(again[0].image, batch[3].image)
     np.testing.assert_array_equal(again[2].image, batch[0].image)
     assert (again[1].tokens != again[0].tokens).any()
@@ -56,13 +67,18 @@ def test_an_image_depends_on_prompt_seed_and_index_only(pipeline, batch):
 
 def test_new_prompts_and_settings_compile_nothing(pipeline, batch):
     compiled = []
-    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name)
+    )
     try:
-        changed = Settings(num_inference_steps=8, guidance_scale=3.0, top_p=0.5, temperature=0.7, shift=2.0)
+        changed = Settings(
+            num_inference_steps=8, guidance_scale=3.0, top_p=0.5, temperature=0.7, shift=2.0
+        )
         list(pipeline.samples(["a dog", "four yellow keys"], seed=9, settings=changed))
         assert [name for name in compiled if "backend_compile" in name] == []
         list(pipeline.samples(["a dog"], seed=9, settings=Settings(num_inference_steps=2)))
-        assert [name for name in compiled if "backend_compile" in name]  # the listener does see compilations
+        # the listener does see compilations
+        assert [name for name in compiled if "backend_compile" in name]
     finally:
         jax.monitoring.clear_event_listeners()
 
@@ -76,14 +92,37 @@ def test_eight_devices_give_the_same_tokens_and_pixels(batch):
 
 @pytest.mark.parametrize(
     ("options", "width", "asked"),
-    [([], 192, [4]), (["--batch-size", "6"], 192, [6]), ([], 2048, []), (["--mesh", "data=1"], 192, [])],
+    [
+        ([], 192, [4]),
+        (["--batch-size", "6"], 192, [6]),
+        ([], 2048, []),
+        (["--mesh", "data=1"], 192, []),
+    ],
 )
-def test_a_narrow_model_takes_a_device_per_core_unless_a_mesh_is_named(options, width, asked, pipeline, tmp_path, monkeypatch):
+def test_a_narrow_model_takes_a_device_per_core_unless_a_mesh_is_named(
+    options, width, asked, pipeline, tmp_path, monkeypatch
+):
     counted = []
-    monkeypatch.setattr("blip3o_jax.jobs.generate.a_device_per_core", counted.append)
-    monkeypatch.setattr("blip3o_jax.jobs.generate.config_of", lambda folder: replace(config_of(folder), **{"qwen3.hidden_size": width}))
+    monkeypatch.setattr("blip3o_jax.jobs.generate.split_cpu_into_devices", counted.append)
+    monkeypatch.setattr(
+        "blip3o_jax.jobs.generate.config_of",
+        lambda folder: replace(config_of(folder), **{"qwen3.hidden_size": width}),
+    )
     monkeypatch.setattr("blip3o_jax.jobs.generate.load", lambda *_, **__: pipeline)
-    assert main(["generate", "a cat", "--num-inference-steps", "8", "--out", str(tmp_path / "made"), *options]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "a cat",
+                "--num-inference-steps",
+                "8",
+                "--out",
+                str(tmp_path / "made"),
+                *options,
+            ]
+        )
+        == 0
+    )
     assert counted == asked
 
 
@@ -94,20 +133,47 @@ def test_by_default_a_cpu_makes_four_images_at_once_whatever_its_devices():
 
 
 def test_the_model_draws_what_is_asked(pipeline):
-    """Training prompts that any working model gets right; the score itself is `blip3o-jax evaluate scenes`."""
-    asked = {name: {"tag": "single_object", "include": [{"class": name, "count": 1}]} for name in ("apple", "heart", "tree", "key")}
-    samples = pipeline.samples([f"a photo of {'an' if name == 'apple' else 'a'} {name}" for name in asked], seed=0, settings=QUICK)
-    right = [judge(sample.image, meta)["correct"] for sample, meta in zip(samples, asked.values(), strict=True)]
+    """Training prompts that any working model gets right; the score itself is `blip3o-jax evaluate
+    scenes`."""
+    asked = {
+        name: {"tag": "single_object", "include": [{"class": name, "count": 1}]}
+        for name in ("apple", "heart", "tree", "key")
+    }
+    samples = pipeline.samples(
+        [f"a photo of {'an' if name == 'apple' else 'a'} {name}" for name in asked],
+        seed=0,
+        settings=QUICK,
+    )
+    right = [
+        judge(sample.image, meta)["correct"]
+        for sample, meta in zip(samples, asked.values(), strict=True)
+    ]
     assert sum(right) >= 3
 
 
 def test_python_and_command_line_give_the_same_image(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr("blip3o_jax.jobs.generate.load", lambda *_, **__: pipeline)
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS[:2]))
-    argv = ["generate", "--prompts", str(tmp_path / "prompts.jsonl"), "--seed", "3", "--num-images", "2", "--num-inference-steps", "8"]
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS[:2])
+    )
+    argv = [
+        "generate",
+        "--prompts",
+        str(tmp_path / "prompts.jsonl"),
+        "--seed",
+        "3",
+        "--num-images",
+        "2",
+        "--num-inference-steps",
+        "8",
+    ]
     assert main([*argv, "--out", str(tmp_path / "made")]) == 0
-    manifest = [json.loads(line) for line in (tmp_path / "made" / "manifest.jsonl").read_text().splitlines()]
-    assert [(line["prompt"], line["index"]) for line in manifest] == [(p, i) for p in PROMPTS[:2] for i in (0, 1)]
+    manifest = [
+        json.loads(line) for line in (tmp_path / "made" / "manifest.jsonl").read_text().splitlines()
+    ]
+    assert [(line["prompt"], line["index"]) for line in manifest] == [
+        (p, i) for p in PROMPTS[:2] for i in (0, 1)
+    ]
     images = pipeline.generate(PROMPTS[:2], seed=3, num_images=2, num_inference_steps=8)
     for line, image in zip(manifest, images, strict=True):
         kept = Image.open(tmp_path / "made" / line["file"])
@@ -126,7 +192,7 @@ def test_a_failure_half_way_leaves_nothing(pipeline, tmp_path, monkeypatch):
 
     def broken(*_, **__):
         yield next(whole(PROMPTS[:1], settings=QUICK))
-        raise ConfigError("The device is gone.")
+        raise InputError("The device is gone.")
 
     monkeypatch.setattr(pipeline, "samples", broken, raising=False)
     monkeypatch.setattr("blip3o_jax.jobs.generate.load", lambda *_, **__: pipeline)
@@ -135,31 +201,61 @@ def test_a_failure_half_way_leaves_nothing(pipeline, tmp_path, monkeypatch):
 
 
 def test_the_embedded_files_are_complete_and_small():
-    from blip3o_jax.shipped import ASSETS
+    from blip3o_jax.resources import ASSETS
 
     size = sum(file.stat().st_size for file in ASSETS.rglob("*") if file.is_file())
     assert size < 30e6
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in (ASSETS / "emoji_64").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        file.name for file in (ASSETS / "emoji_64").iterdir()
+    }
 
 
 def test_evaluation_writes_scores_ceilings_and_a_sheet(pipeline, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("blip3o_jax.jobs.evaluate.load_for", lambda _: pipeline)
-    argv = ["evaluate", "scenes", "--num-prompts", "6", "--seeds", "2", "--num-inference-steps", "8", "--out", str(tmp_path / "made")]
+    argv = [
+        "evaluate",
+        "scenes",
+        "--num-prompts",
+        "6",
+        "--seeds",
+        "2",
+        "--num-inference-steps",
+        "8",
+        "--out",
+        str(tmp_path / "made"),
+    ]
     assert main(argv) == 0
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert result == json.loads((tmp_path / "made" / "result.json").read_text())
-    assert set(result["scores"]["correct"]) == {"overall", "single_object", "two_object", "counting", "colors", "position", "color_attr"}
+    assert set(result["scores"]["correct"]) == {
+        "overall",
+        "single_object",
+        "two_object",
+        "counting",
+        "colors",
+        "position",
+        "color_attr",
+    }
     assert result["judge_on_true_renders"]["strict"]["overall"] == 1.0
     for rule in ("correct", "strict"):
         tags = {k: v for k, v in result["scores"][rule].items() if k != "overall"}
-        assert result["scores"][rule]["overall"] == pytest.approx(np.mean(list(tags.values())), abs=1e-3)
-    lines = [json.loads(line) for line in (tmp_path / "made" / "images.jsonl").read_text().splitlines()]
+        assert result["scores"][rule]["overall"] == pytest.approx(
+            np.mean(list(tags.values())), abs=1e-3
+        )
+    lines = [
+        json.loads(line) for line in (tmp_path / "made" / "images.jsonl").read_text().splitlines()
+    ]
     assert [line["index"] for line in lines] == [0, 1] * 6
-    assert np.mean([line["correct"] for line in lines]) == pytest.approx(result["scores"]["correct"]["overall"], abs=1e-3)
+    assert np.mean([line["correct"] for line in lines]) == pytest.approx(
+        result["scores"]["correct"]["overall"], abs=1e-3
+    )
     assert Image.open(tmp_path / "made" / "sheet.png").size[0] > 1000
 
 
 def test_a_damaged_config_is_named_once(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{")
-    assert main(["generate", "a cat", "--checkpoint", str(tmp_path), "--out", str(tmp_path / "made")]) == 2
+    assert (
+        main(["generate", "a cat", "--checkpoint", str(tmp_path), "--out", str(tmp_path / "made")])
+        == 2
+    )
     assert capsys.readouterr().err.count(f"{tmp_path / 'config.json'}") == 1

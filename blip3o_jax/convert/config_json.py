@@ -1,9 +1,11 @@
 """The checkpoint's config.json and Blip3oConfig, both ways.
 
-The top level is transformers' Qwen3Config with the ids that BLIP3o adds (spec S4.1). Published files say nothing of the other networks,
-since the PyTorch code fetches them from elsewhere: then they are SANA 1.5 1.6B, its DC-AE and TA-Tok, as in our defaults. Files written
-here say it in three more objects named after the PyTorch attributes: "sana" and "sana_vae" in the field names of diffusers'
-SanaTransformer2DModel and AutoencoderDC, "vision_tower" in those of TA-Tok's arguments and transformers' SiglipVisionConfig.
+The top level is transformers' Qwen3Config with the ids that BLIP3o adds (docs/model.md §4.1).
+Published files say nothing of the other networks, since the PyTorch code fetches them from
+elsewhere: then they are SANA 1.5 1.6B, its DC-AE and TA-Tok, as in our defaults. Files written here
+say it in three more objects named after the PyTorch attributes: "sana" and "sana_vae" in the field
+names of diffusers' SanaTransformer2DModel and AutoencoderDC, "vision_tower" in those of TA-Tok's
+arguments and transformers' SiglipVisionConfig.
 """
 
 import dataclasses
@@ -16,33 +18,57 @@ from typing import Any
 
 from blip3o_jax.config import (
     Blip3oConfig,
-    ConfigError,
     DcAeConfig,
     Qwen3Config,
     SanaConfig,
     SiglipConfig,
     TaTokConfig,
     VocabConfig,
-    nearest,
 )
+from blip3o_jax.errors import InputError, nearest
 
 EMBEDDING = "model.embed_tokens.weight"
 SUPPORTED = "supported is BLIP3o-NEXT, which stands on Qwen3, SANA and TA-Tok"
-FAMILIES = ("blip3o_qwen", "llava_qwen", "qwen3")  # beginnings of model_type; the first two also name the BLIP3o of 4B and 8B
+# beginnings of model_type; the first two also name the BLIP3o of 4B and 8B
+FAMILIES = ("blip3o_qwen", "llava_qwen", "qwen3")
 MAX_LAYERS, MAX_STAGES = 1024, 16
 
-# Facts of the architecture that have no field here: written, and a file that says otherwise is refused.
+# Facts of the architecture that have no field here: written, and a file that says otherwise is
+# refused.
 QWEN3_FACTS = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
-SIGLIP_FACTS = {"model_type": "siglip_vision_model", "num_channels": 3, "hidden_act": "gelu_pytorch_tanh", "attention_dropout": 0.0}
-SANA_FACTS = {"patch_size": 1, "dropout": 0.0, "attention_bias": False, "norm_elementwise_affine": False, "guidance_embeds": False}
+SIGLIP_FACTS = {
+    "model_type": "siglip_vision_model",
+    "num_channels": 3,
+    "hidden_act": "gelu_pytorch_tanh",
+    "attention_dropout": 0.0,
+}
+SANA_FACTS = {
+    "patch_size": 1,
+    "dropout": 0.0,
+    "attention_bias": False,
+    "norm_elementwise_affine": False,
+    "guidance_embeds": False,
+}
 SANA_FACTS |= {"guidance_embeds_scale": 0.1, "timestep_scale": 1.0}
-DC_AE_FACTS = {"in_channels": 3, "decoder_norm_types": "rms_norm", "decoder_act_fns": "silu", "decoder_conv_act_fn": "relu"}
+DC_AE_FACTS = {
+    "in_channels": 3,
+    "decoder_norm_types": "rms_norm",
+    "decoder_act_fns": "silu",
+    "decoder_conv_act_fn": "relu",
+}
 DC_AE_FACTS |= {"encoder_out_shortcut": True, "decoder_in_shortcut": True}
 QK_NORM = "rms_norm_across_heads"
-DC_AE_SHARED = ("block_types", "block_out_channels", "qkv_multiscales")  # one field here, one for each half in diffusers
-OURS = ("name", "max_prompt_tokens", "connector_eps")  # fields of Blip3oConfig that PyTorch has no name for
+# one field here, one for each half in diffusers
+DC_AE_SHARED = ("block_types", "block_out_channels", "qkv_multiscales")
+# fields of Blip3oConfig that PyTorch has no name for
+OURS = ("name", "max_prompt_tokens", "connector_eps")
 # What the editing checkpoints say at the top level, and others leave out.
-EDIT_FLAGS = ("use_und_image_vae", "use_und_image_vae_as_noise", "only_use_und_image_vae_as_noise", "use_tar_siglip_features")
+EDIT_FLAGS = (
+    "use_und_image_vae",
+    "use_und_image_vae_as_noise",
+    "only_use_und_image_vae_as_noise",
+    "use_tar_siglip_features",
+)
 
 
 def _siglip_json(cfg: SiglipConfig) -> dict[str, Any]:
@@ -64,12 +90,21 @@ def sana_json(cfg: SanaConfig) -> dict[str, Any]:
 
 def dc_ae_json(cfg: DcAeConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(cfg)
-    shared = {f"{half}_{name}": fields[name] for name in DC_AE_SHARED for half in ("encoder", "decoder")}
-    return {**{name: value for name, value in fields.items() if name not in DC_AE_SHARED}, **shared, **DC_AE_FACTS}
+    shared = {
+        f"{half}_{name}": fields[name] for name in DC_AE_SHARED for half in ("encoder", "decoder")
+    }
+    return {
+        **{name: value for name, value in fields.items() if name not in DC_AE_SHARED},
+        **shared,
+        **DC_AE_FACTS,
+    }
 
 
 def _vocab_json(cfg: VocabConfig) -> dict[str, Any]:
-    ends = {"scale_end_token_id": cfg.scale_start_token_id + cfg.num_scale_tokens - 1, "image_end_token_id": cfg.image_end_token_id}
+    ends = {
+        "scale_end_token_id": cfg.scale_start_token_id + cfg.num_scale_tokens - 1,
+        "image_end_token_id": cfg.image_end_token_id,
+    }
     return {**dataclasses.asdict(cfg), **ends}
 
 
@@ -79,7 +114,11 @@ def config_to_json(cfg: Blip3oConfig, dtype: str = "float32") -> dict[str, Any]:
         "model_type": "blip3o_qwen",
         "architectures": ["blip3oQwenForCausalLM"],
         "torch_dtype": dtype,
-        **{name: value for name, value in dataclasses.asdict(cfg.qwen3).items() if name != "vocab_padding"},
+        **{
+            name: value
+            for name, value in dataclasses.asdict(cfg.qwen3).items()
+            if name != "vocab_padding"
+        },
         "rope_scaling": None,
         "max_position_embeddings": 40960,
         **QWEN3_FACTS,
@@ -94,7 +133,8 @@ def config_to_json(cfg: Blip3oConfig, dtype: str = "float32") -> dict[str, Any]:
 
 
 def _typed(value: Any, kind: Any, name: str) -> Any:
-    """`value` from JSON as a dataclass annotation has it; ConfigError when it is of another type or beyond all sense."""
+    """`value` from JSON as a dataclass annotation has it; InputError when it is of another type or
+    beyond all sense."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType and value is None:
         return None
@@ -111,35 +151,46 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
             return value
     if kind in (str, bool) and type(value) is kind:
         return value
-    raise ConfigError(f"{name} is {reprlib.repr(value)}, which makes no sense as {getattr(kind, '__name__', kind)}.")
+    raise InputError(
+        f"{name} is {reprlib.repr(value)}, which makes no sense as "
+        f"{getattr(kind, '__name__', kind)}."
+    )
 
 
 def _read(cls, fields: Any, section: str, **given) -> Any:
-    """`cls` from the JSON object `fields`, whose keys are the class's field names but for those in `given`."""
+    """`cls` from the JSON object `fields`, whose keys are the class's field names but for those in
+    `given`."""
     if not isinstance(fields, Mapping):
-        raise ConfigError(f"{section} is a JSON {type(fields).__name__} and should be an object.")
+        raise InputError(f"{section} is a JSON {type(fields).__name__} and should be an object.")
     for field in dataclasses.fields(cls):
         if field.name not in given:
             if field.name not in fields:
-                raise ConfigError(f"{section} has no {field.name}.")
+                raise InputError(f"{section} has no {field.name}.")
             given[field.name] = _typed(fields[field.name], field.type, field.name)
     return cls(**given)
 
 
 def _agree(fields: Mapping[str, Any], expected: Mapping[str, Any], section: str) -> None:
-    """ConfigError when `fields` has a key that `expected` lacks, or another value under it."""
+    """InputError when `fields` has a key that `expected` lacks, or another value under it."""
     expected = json.loads(json.dumps(expected))
     for name, value in fields.items():
         if name.startswith("_"):  # _class_name, _diffusers_version, ...
             continue
         if name not in expected:
-            raise ConfigError(f"unknown key {name!r} in {section}; {nearest(name, expected)}")
+            raise InputError(f"unknown key {name!r} in {section}; {nearest(name, expected)}")
         if value != expected[name]:
-            raise ConfigError(f"{section} has {name} = {reprlib.repr(value)}; this model has {reprlib.repr(expected[name])}.")
+            raise InputError(
+                f"{section} has {name} = {reprlib.repr(value)}; this model has "
+                f"{reprlib.repr(expected[name])}."
+            )
 
 
 def _read_ta_tok(fields: Any) -> TaTokConfig:
-    encoder = _read(SiglipConfig, fields.get("encoder") if isinstance(fields, Mapping) else None, "vision_tower.encoder")
+    encoder = _read(
+        SiglipConfig,
+        fields.get("encoder") if isinstance(fields, Mapping) else None,
+        "vision_tower.encoder",
+    )
     cfg = _read(TaTokConfig, fields, "vision_tower", encoder=encoder)
     _agree(fields["encoder"], _siglip_json(encoder), "vision_tower.encoder")
     _agree(fields, {**ta_tok_json(cfg), "encoder": fields["encoder"]}, "vision_tower")
@@ -150,7 +201,12 @@ def read_sana(fields: Any) -> SanaConfig:
     """From diffusers' field names, as in SanaTransformer2DModel's own config.json."""
     if isinstance(fields, Mapping):
         fields = {"condition_positions": False, **fields}
-    cfg = _read(SanaConfig, fields, "sana", qk_norm=isinstance(fields, Mapping) and fields.get("qk_norm") is not None)
+    cfg = _read(
+        SanaConfig,
+        fields,
+        "sana",
+        qk_norm=isinstance(fields, Mapping) and fields.get("qk_norm") is not None,
+    )
     _agree(fields, {"condition_positions": False, **sana_json(cfg)}, "sana")
     return cfg
 
@@ -158,54 +214,100 @@ def read_sana(fields: Any) -> SanaConfig:
 def read_dc_ae(fields: Any) -> DcAeConfig:
     """From diffusers' field names, as in AutoencoderDC's own config.json."""
     if isinstance(fields, Mapping):
-        fields = {**fields, **{name: fields[f"encoder_{name}"] for name in DC_AE_SHARED if f"encoder_{name}" in fields}}
+        fields = {
+            **fields,
+            **{
+                name: fields[f"encoder_{name}"]
+                for name in DC_AE_SHARED
+                if f"encoder_{name}" in fields
+            },
+        }
     cfg = _read(DcAeConfig, fields, "sana_vae")
-    _agree({name: value for name, value in fields.items() if name not in DC_AE_SHARED}, dc_ae_json(cfg), "sana_vae")
+    _agree(
+        {name: value for name, value in fields.items() if name not in DC_AE_SHARED},
+        dc_ae_json(cfg),
+        "sana_vae",
+    )
     return cfg
 
 
-def read_qwen3(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None) -> Qwen3Config:
-    """transformers 5 keeps rope_theta inside rope_parameters; the vocabulary is as long as the embedding, where its shape is known."""
+def read_qwen3(
+    fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None
+) -> Qwen3Config:
+    """transformers 5 keeps rope_theta inside rope_parameters; the vocabulary is as long as the
+    embedding, where its shape is known."""
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping) or rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ConfigError(f"the rotary embedding is scaled ({reprlib.repr(rope)}), which is not supported.")
+    if (
+        not isinstance(rope, Mapping)
+        or rope.get("rope_type", rope.get("type", "default")) != "default"
+    ):
+        raise InputError(
+            f"the rotary embedding is scaled ({reprlib.repr(rope)}), which is not supported."
+        )
     fields = {"tie_word_embeddings": True, "rope_theta": rope.get("rope_theta"), **fields}
     if shapes is not None:
         if len(shapes.get(EMBEDDING, ())) != 2:
-            raise ConfigError(f"the files hold no matrix {EMBEDDING}.")
+            raise InputError(f"the files hold no matrix {EMBEDDING}.")
         fields["vocab_size"] = shapes[EMBEDDING][0]
     _agree({name: fields[name] for name in QWEN3_FACTS if name in fields}, QWEN3_FACTS, "it")
     return _read(Qwen3Config, fields, "it", vocab_padding=0)
 
 
 def check_family(fields: Mapping[str, Any]) -> None:
-    """ConfigError unless this is the config.json of a BLIP3o-NEXT."""
+    """InputError unless this is the config.json of a BLIP3o-NEXT."""
     kind = fields.get("model_type")
-    if "vision_config" in fields or "gen_vision_tower" in fields or "n_query" in fields or str(kind).startswith("qwen2"):
-        raise ConfigError(f"model_type {kind!r} is a BLIP3o of 4B or 8B on Qwen2.5-VL; {SUPPORTED}.")
+    if (
+        "vision_config" in fields
+        or "gen_vision_tower" in fields
+        or "n_query" in fields
+        or str(kind).startswith("qwen2")
+    ):
+        raise InputError(f"model_type {kind!r} is a BLIP3o of 4B or 8B on Qwen2.5-VL; {SUPPORTED}.")
     if not str(kind).startswith(FAMILIES):
-        raise ConfigError(f"model_type {kind!r} is another family; {SUPPORTED}.")
+        raise InputError(f"model_type {kind!r} is another family; {SUPPORTED}.")
     if "image_start_tag_id" not in fields:
-        raise ConfigError(f"there is no image_start_tag_id, so model_type {kind!r} is not BLIP3o-NEXT here; {SUPPORTED}.")
+        raise InputError(
+            f"there is no image_start_tag_id, so model_type {kind!r} is not BLIP3o-NEXT "
+            f"here; {SUPPORTED}."
+        )
 
 
-def config_from_json(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None, name: str = "published") -> Blip3oConfig:
-    """The configuration behind a config.json and the shapes of the tensors beside it (None: not looked at); `name` is for files that
-    carry none.
+def config_from_json(
+    fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None, name: str = "published"
+) -> Blip3oConfig:
+    """The configuration behind a config.json and the shapes of the tensors beside it (None: not
+    looked at); `name` is for files that carry none.
 
-    Keys that PyTorch's trainers leave at the top level and that change nothing here are not looked at. Raises ConfigError for another
-    family of models, a missing or senseless value, and a value that this implementation does not support.
+    Keys that PyTorch's trainers leave at the top level and that change nothing here are not looked
+    at. Raises InputError for another family of models, a missing or senseless value, and a value
+    that this implementation does not support.
     """
     check_family(fields)
     defaults = {"pad_token_id": VocabConfig.pad_token_id, "eos_token_id": VocabConfig.eos_token_id}
-    vocab = _read(VocabConfig, {**fields, **{k: v for k, v in defaults.items() if fields.get(k) is None}}, "it")
-    _agree({key: fields[key] for key in ("scale_end_token_id", "image_end_token_id") if key in fields}, _vocab_json(vocab), "it")
-    readers = (("sana", "sana", read_sana), ("sana_vae", "dc_ae", read_dc_ae), ("vision_tower", "ta_tok", _read_ta_tok))
+    vocab = _read(
+        VocabConfig,
+        {**fields, **{k: v for k, v in defaults.items() if fields.get(k) is None}},
+        "it",
+    )
+    _agree(
+        {key: fields[key] for key in ("scale_end_token_id", "image_end_token_id") if key in fields},
+        _vocab_json(vocab),
+        "it",
+    )
+    readers = (
+        ("sana", "sana", read_sana),
+        ("sana_vae", "dc_ae", read_dc_ae),
+        ("vision_tower", "ta_tok", _read_ta_tok),
+    )
     parts = {field: read(fields[key]) for key, field, read in readers if key in fields}
     ours = fields.get("blip3o_jax", {})
     if not isinstance(ours, Mapping) or set(ours) - set(OURS):
-        raise ConfigError(f"blip3o_jax is {reprlib.repr(ours)} and should be an object of {', '.join(OURS)}.")
+        raise InputError(
+            f"blip3o_jax is {reprlib.repr(ours)} and should be an object of {', '.join(OURS)}."
+        )
     kinds = {field.name: field.type for field in dataclasses.fields(Blip3oConfig)}
     ours = {"name": name, **{key: _typed(value, kinds[key], key) for key, value in ours.items()}}
-    flags = {key: _typed(fields[key], bool, key) for key in EDIT_FLAGS if fields.get(key) is not None}
+    flags = {
+        key: _typed(fields[key], bool, key) for key in EDIT_FLAGS if fields.get(key) is not None
+    }
     return Blip3oConfig(qwen3=read_qwen3(fields, shapes), vocab=vocab, **parts, **ours, **flags)

@@ -5,14 +5,26 @@ from blip3o_jax.convert.rules import CONV, LINEAR, Rule, linear, norm, under
 
 
 def _res_block() -> list[Rule]:
-    return [*linear("conv1", "conv1", CONV), *linear("conv2", "conv2", CONV, bias=None), *norm("norm", "norm", bias=True)]
+    return [
+        *linear("conv1", "conv1", CONV),
+        *linear("conv2", "conv2", CONV, bias=None),
+        *norm("norm", "norm", bias=True),
+    ]
 
 
 def _efficient_vit_block(scales: int) -> list[Rule]:
-    rules = [rule for name in ("to_q", "to_k", "to_v", "to_out") for rule in linear(f"attn.{name}", f"attn/{name}", LINEAR, bias=None)]
+    rules = [
+        rule
+        for name in ("to_q", "to_k", "to_v", "to_out")
+        for rule in linear(f"attn.{name}", f"attn/{name}", LINEAR, bias=None)
+    ]
     for i in range(scales):
-        rules += linear(f"attn.to_qkv_multiscale.{i}.proj_in", f"attn/multiscale{i}_in", CONV, bias=None)
-        rules += linear(f"attn.to_qkv_multiscale.{i}.proj_out", f"attn/multiscale{i}_out", CONV, bias=None)
+        rules += linear(
+            f"attn.to_qkv_multiscale.{i}.proj_in", f"attn/multiscale{i}_in", CONV, bias=None
+        )
+        rules += linear(
+            f"attn.to_qkv_multiscale.{i}.proj_out", f"attn/multiscale{i}_out", CONV, bias=None
+        )
     return [
         *rules,
         *norm("attn.norm_out", "attn/norm_out", bias=True),
@@ -24,15 +36,23 @@ def _efficient_vit_block(scales: int) -> list[Rule]:
 
 
 def _blocks(cfg: DcAeConfig, stage: int, count: int, source: str, first: int) -> list[Rule]:
-    """A stage's `count` blocks; theirs are numbered from `first`, together with the resampling layer."""
+    """A stage's `count` blocks; theirs are numbered from `first`, together with the resampling
+    layer."""
     is_res = cfg.block_types[stage] == "ResBlock"
     block = _res_block() if is_res else _efficient_vit_block(len(cfg.qkv_multiscales[stage]))
-    return [r for i in range(count) for r in under(f"{source}.{first + i}.", f"stage{stage}_block{i}/", block)]
+    return [
+        r
+        for i in range(count)
+        for r in under(f"{source}.{first + i}.", f"stage{stage}_block{i}/", block)
+    ]
 
 
 def _resampled(name: str, layers: tuple[int, ...]) -> list[Rule]:
-    """The outermost convolution, which lies inside a resampling layer when the first stage has no layers."""
-    return linear(name, name, CONV) if layers[0] > 0 else linear(f"{name}.conv", f"{name}/conv", CONV)
+    """The outermost convolution, which lies inside a resampling layer when the first stage has no
+    layers."""
+    return (
+        linear(name, name, CONV) if layers[0] > 0 else linear(f"{name}.conv", f"{name}/conv", CONV)
+    )
 
 
 def dc_ae_rules(cfg: DcAeConfig) -> list[Rule]:
@@ -46,7 +66,11 @@ def dc_ae_rules(cfg: DcAeConfig) -> list[Rule]:
         if count > 0 and stage < last:
             encoder += linear(f"{source}.{count}.conv", f"stage{stage}_down/conv", CONV)
     layers = cfg.decoder_layers_per_block
-    decoder = [*linear("conv_in", "conv_in", CONV), *norm("norm_out", "norm_out", bias=True), *_resampled("conv_out", layers)]
+    decoder = [
+        *linear("conv_in", "conv_in", CONV),
+        *norm("norm_out", "norm_out", bias=True),
+        *_resampled("conv_out", layers),
+    ]
     for stage, count in enumerate(layers):
         source, has_up = f"up_blocks.{stage}", count > 0 and stage < last
         decoder += _blocks(cfg, stage, count, source, first=int(has_up))

@@ -1,8 +1,9 @@
 """Parameters as an Orbax checkpoint, written and read a block at a time.
 
-Orbax saves arrays that are whole in memory. So it saves a tree of single numbers first, which makes the files that describe the tree; then
-each of those arrays is replaced by one of the true shape through TensorStore, on which Orbax stands, and filled. Nothing in the describing
-files depends on shapes. What results is an ordinary checkpoint: Orbax restores it onto any mesh.
+Orbax saves arrays that are whole in memory. So it saves a tree of single numbers first, which makes
+the files that describe the tree; then each of those arrays is replaced by one of the true shape
+through TensorStore, on which Orbax stands, and filled. Nothing in the describing files depends on
+shapes. What results is an ordinary checkpoint: Orbax restores it onto any mesh.
 """
 
 import contextlib
@@ -18,11 +19,12 @@ from typing import Any
 import ml_dtypes  # noqa: F401, gives numpy the name bfloat16
 import numpy as np
 
-from blip3o_jax.config import ConfigError
 from blip3o_jax.convert.rules import Shape, unflatten
 from blip3o_jax.convert.safetensors_io import BLOCK, finite, row_blocks
+from blip3o_jax.errors import InputError
 
-COMPRESSOR = {"id": "zstd", "level": 1}  # Orbax's own choice; a fifth smaller than none for bfloat16 weights, and as fast
+# Orbax's own choice; a fifth smaller than none for bfloat16 weights, and as fast
+COMPRESSOR = {"id": "zstd", "level": 1}
 DTYPES = {"<f4": "float32", "<f2": "float16", "bfloat16": "bfloat16"}  # Zarr's names
 
 
@@ -35,8 +37,11 @@ class Leaf:
     dtype: np.dtype
 
     def layers(self, stacked: bool) -> Iterator[np.ndarray]:
-        """The array, or its layers along the first axis, one in memory at a time; ConfigError when one is missing or damaged."""
-        store = _open({"driver": "zarr", "kvstore": _place(self.folder), "fill_missing_data_reads": False})
+        """The array, or its layers along the first axis, one in memory at a time; InputError when
+        one is missing or damaged."""
+        store = _open(
+            {"driver": "zarr", "kvstore": _place(self.folder), "fill_missing_data_reads": False}
+        )
         for view in (store[i] for i in range(self.shape[0])) if stacked else (store,):
             array = np.empty(view.shape, self.dtype)
             for rows in row_blocks(view.shape, self.dtype.itemsize):
@@ -46,7 +51,8 @@ class Leaf:
 
 
 def chunk_shape(shape: Shape, itemsize: int, stacked: bool, shards: Shape) -> Shape:
-    """How an array is cut into files: by layer, by the number of `shards` on each axis, and into rows of at most BLOCK bytes.
+    """How an array is cut into files: by layer, by the number of `shards` on each axis, and into
+    rows of at most BLOCK bytes.
 
     All chunks of a block of rows are written together, so that none is written twice.
     """
@@ -65,21 +71,32 @@ def save_tree(folder: Path, dtypes: Mapping[str, np.dtype]) -> None:
 
     assert not any("." in path for path in dtypes)  # Orbax's separator in folder names
     tree = unflatten({path: np.zeros(1, dtype) for path, dtype in dtypes.items()})
-    with _disk_errors(f"{folder} cannot be written"), ocp.Checkpointer(ocp.StandardCheckpointHandler(use_ocdbt=False)) as writer:
+    with (
+        _disk_errors(f"{folder} cannot be written"),
+        ocp.Checkpointer(ocp.StandardCheckpointHandler(use_ocdbt=False)) as writer,
+    ):
         writer.save(folder.absolute(), args=ocp.args.StandardSave(tree))
 
 
 def create(folder: Path, path: str, shape: Shape, dtype: np.dtype, chunks: Shape) -> Any:
-    """Replaces the leaf `path` of a `save_tree` checkpoint by an empty array, which is returned, a TensorStore."""
-    metadata = {"shape": shape, "chunks": chunks, "compressor": COMPRESSOR, "dimension_separator": "."}
+    """Replaces the leaf `path` of a `save_tree` checkpoint by an empty array, which is returned, a
+    TensorStore."""
+    metadata = {
+        "shape": shape,
+        "chunks": chunks,
+        "compressor": COMPRESSOR,
+        "dimension_separator": ".",
+    }
     spec = {"driver": "zarr", "kvstore": _place(_leaf_folder(folder, path)), "metadata": metadata}
     return _open(spec, dtype=np.dtype(dtype), create=True, delete_existing=True)
 
 
 def write(store: Any, values: np.ndarray, dtype: np.dtype, where: str) -> None:
-    """Fills `store`, an array or one layer of it, with `values`, a view of any order, as `dtype`; a block of rows at a time.
+    """Fills `store`, an array or one layer of it, with `values`, a view of any order, as `dtype`; a
+    block of rows at a time.
 
-    ConfigError beginning with `where` when a value is not finite in `dtype`; OSError when the disk is full.
+    InputError beginning with `where` when a value is not finite in `dtype`; OSError when the disk
+    is full.
     """
     rows = store.chunk_layout.write_chunk.shape[0]
     for start in range(0, len(values), rows):
@@ -89,14 +106,14 @@ def write(store: Any, values: np.ndarray, dtype: np.dtype, where: str) -> None:
 
 
 def open_leaves(folder: Path) -> dict[str, Leaf]:
-    """The arrays of a checkpoint by path; ConfigError when one's description makes no sense."""
+    """The arrays of a checkpoint by path; InputError when one's description makes no sense."""
     leaves = {}
     for file in sorted(folder.glob("*/.zarray")):
         try:
             fields = json.loads(file.read_text())
             shape, dtype = tuple(map(int, fields["shape"])), np.dtype(DTYPES[fields["dtype"]])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{file} does not describe an array of floats.") from error
+            raise InputError(f"{file} does not describe an array of floats.") from error
         leaves[file.parent.name.replace(".", "/")] = Leaf(file.parent, shape, dtype)
     return leaves
 
@@ -118,13 +135,14 @@ def _open(spec: dict[str, Any], **options) -> Any:
 
 @contextlib.contextmanager
 def _disk_errors(what: str, reading: bool = False):
-    """TensorStore's ValueError -> a ConfigError; while writing an OSError with the system's reason where there is one, as a full disk."""
+    """TensorStore's ValueError -> a InputError; while writing an OSError with the system's reason
+    where there is one, as a full disk."""
     try:
         yield
-    except ConfigError:
+    except InputError:
         raise
     except ValueError as error:
         code = re.search(r"os_error_code='(\d+)'", str(error))
         if code and not reading:
             raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
-        raise ConfigError(f"{what}: {str(error).splitlines()[0][:200]}.") from error
+        raise InputError(f"{what}: {str(error).splitlines()[0][:200]}.") from error

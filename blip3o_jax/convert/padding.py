@@ -1,10 +1,14 @@
-"""Rows behind the vocabulary. A mesh cuts the embedding along it, and 217,210 divides by next to nothing (spec S4.1)."""
+"""Rows behind the vocabulary.
+
+A mesh cuts the embedding along it, and 217,210 divides by next to nothing (docs/model.md §4.1).
+"""
 
 import numpy as np
 
 from blip3o_jax.config import Blip3oConfig, replace
 
-VOCAB_AXIS = {"qwen3/embed_tokens/embedding": 0, "qwen3/lm_head/kernel": 1}  # the vocabulary's, by path
+# the vocabulary's, by path
+VOCAB_AXIS = {"qwen3/embed_tokens/embedding": 0, "qwen3/lm_head/kernel": 1}
 
 
 def padded(cfg: Blip3oConfig, multiple: int) -> Blip3oConfig:
@@ -13,7 +17,8 @@ def padded(cfg: Blip3oConfig, multiple: int) -> Blip3oConfig:
 
 
 def fit_vocabulary(path: str, leaf: np.ndarray, rows: int) -> np.ndarray:
-    """The leaf at `path` with the vocabulary's axis padded by zeros, or cut, to `rows`; any other leaf as it is."""
+    """The leaf at `path` with the vocabulary's axis padded by zeros, or cut, to `rows`; any other
+    leaf as it is."""
     axis = VOCAB_AXIS.get(path)
     if axis is None or leaf.shape[axis] == rows:
         return leaf

@@ -1,8 +1,9 @@
 """PyTorch's own files (`.pth`), read without PyTorch and without executing anything in them.
 
-Such a file is a zip archive: `NAME/data.pkl`, a pickle of the saved object, whose tensors point into `NAME/data/KEY`, raw values that are
-not compressed. A pickle is a program: it may call whatever it can name. Here it can name the few things below, none of which does
-anything but hold values; any other name is an error. Tensors come out as places in the file, unread.
+Such a file is a zip archive: `NAME/data.pkl`, a pickle of the saved object, whose tensors point
+into `NAME/data/KEY`, raw values that are not compressed. A pickle is a program: it may call
+whatever it can name. Here it can name the few things below, none of which does anything but hold
+values; any other name is an error. Tensors come out as places in the file, unread.
 """
 
 import collections
@@ -15,13 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip3o_jax.config import ConfigError
 from blip3o_jax.convert.safetensors_io import Stored
+from blip3o_jax.errors import InputError
 
-PICKLE_LIMIT = 4 << 20  # bytes; names and places take less, and each may become a hundred bytes of objects
+# bytes; names and places take less, and each may become a hundred bytes of objects
+PICKLE_LIMIT = 4 << 20
 STORAGES = {  # torch's storage class -> the dtype's code and its bytes
-    **{"FloatStorage": ("F32", 4), "HalfStorage": ("F16", 2), "BFloat16Storage": ("BF16", 2), "DoubleStorage": ("F64", 8)},
-    **{"LongStorage": ("I64", 8), "IntStorage": ("I32", 4), "ShortStorage": ("I16", 2), "CharStorage": ("I8", 1)},
+    **{
+        "FloatStorage": ("F32", 4),
+        "HalfStorage": ("F16", 2),
+        "BFloat16Storage": ("BF16", 2),
+        "DoubleStorage": ("F64", 8),
+    },
+    **{
+        "LongStorage": ("I64", 8),
+        "IntStorage": ("I32", 4),
+        "ShortStorage": ("I16", 2),
+        "CharStorage": ("I8", 1),
+    },
     **{"ByteStorage": ("U8", 1), "BoolStorage": ("BOOL", 1)},
 }
 
@@ -37,18 +49,28 @@ class Place:
 
 
 class Fields(dict):
-    """A dict that a pickle may also give attributes, as it does for EasyDict, in which TA-Tok keeps its arguments."""
+    """A dict that a pickle may also give attributes, as it does for EasyDict, in which TA-Tok keeps
+    its arguments."""
 
 
 def _rebuild_tensor(storage, offset, shape, stride, *_unused) -> Place:
     """torch._utils._rebuild_tensor_v2, for a tensor whose values lie back to back."""
-    if not (isinstance(storage, Place) and all(type(n) is int and n >= 0 for n in (offset, *shape, *stride))):
-        raise ConfigError("it places a tensor in no storage")
+    if not (
+        isinstance(storage, Place)
+        and all(type(n) is int and n >= 0 for n in (offset, *shape, *stride))
+    ):
+        raise InputError("it places a tensor in no storage")
     row_major = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    if any(step != expected for size, step, expected in zip(shape, stride, row_major, strict=True) if size > 1):
-        raise ConfigError(f"it holds a tensor of shape {tuple(shape)} that is not contiguous")
+    if any(
+        step != expected
+        for size, step, expected in zip(shape, stride, row_major, strict=True)
+        if size > 1
+    ):
+        raise InputError(f"it holds a tensor of shape {tuple(shape)} that is not contiguous")
     if offset + math.prod(shape) > storage.count:
-        raise ConfigError(f"it places a tensor of shape {tuple(shape)} beyond the end of its storage")
+        raise InputError(
+            f"it places a tensor of shape {tuple(shape)} beyond the end of its storage"
+        )
     item = next(item for code, item in STORAGES.values() if code == storage.code)
     return Place(storage.code, storage.offset + offset * item, math.prod(shape), tuple(shape))
 
@@ -82,17 +104,28 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED:
-            raise ConfigError(f"it names {module}.{name}, which is not read: only tensors and plain values are")
+            raise InputError(
+                f"it names {module}.{name}, which is not read: only tensors and plain values are"
+            )
         return ALLOWED[module, name]
 
     def persistent_load(self, pid: Any) -> Place:
         kind, storage, key, _, count = pid
-        if kind != "storage" or storage not in STORAGES or type(count) is not int or not re.fullmatch(r"\w+", str(key)):
-            raise ConfigError(f"it places values in {str(pid)[:100]}, which is no storage of this file")
+        if (
+            kind != "storage"
+            or storage not in STORAGES
+            or type(count) is not int
+            or not re.fullmatch(r"\w+", str(key))
+        ):
+            raise InputError(
+                f"it places values in {str(pid)[:100]}, which is no storage of this file"
+            )
         code, item = STORAGES[storage]
         entry = _entry(self._archive, f"{self._root}/data/{key}")
         if count * item > entry.file_size:
-            raise ConfigError(f"{entry.filename} has {entry.file_size} bytes, and {count * item} are needed")
+            raise InputError(
+                f"{entry.filename} has {entry.file_size} bytes, and {count * item} are needed"
+            )
         return Place(code, _data_offset(self._archive, entry), count)
 
 
@@ -101,61 +134,82 @@ def _entry(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
     try:
         entry = archive.getinfo(name)
     except KeyError as error:
-        raise ConfigError(f"it has no entry {name}") from error
-    if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
-        raise ConfigError(f"its entry {name} is compressed or encrypted, which torch.save never does")
+        raise InputError(f"it has no entry {name}") from error
+    if (
+        entry.compress_type != zipfile.ZIP_STORED
+        or entry.compress_size != entry.file_size
+        or entry.flag_bits & 1
+    ):
+        raise InputError(
+            f"its entry {name} is compressed or encrypted, which torch.save never does"
+        )
     return entry
 
 
 def _data_offset(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> int:
-    """Where the bytes of an entry begin: behind its local header, whose name and extra field have lengths of their own."""
+    """Where the bytes of an entry begin: behind its local header, whose name and extra field have
+    lengths of their own."""
     stream = archive.fp
     stream.seek(entry.header_offset)
     header = stream.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
-        raise ConfigError(f"its entry {entry.filename} is not where the archive's directory says")
+        raise InputError(f"its entry {entry.filename} is not where the archive's directory says")
     offset = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
     stream.seek(0, 2)
     if offset + entry.file_size > stream.tell():
-        raise ConfigError(f"its entry {entry.filename} reaches beyond the end of the file")
+        raise InputError(f"its entry {entry.filename} reaches beyond the end of the file")
     return offset
 
 
 def _load(archive: zipfile.ZipFile) -> Any:
     """The saved object, with a Place for every tensor."""
-    roots = {name.removesuffix("/data.pkl") for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1}
+    roots = {
+        name.removesuffix("/data.pkl")
+        for name in archive.namelist()
+        if name.endswith("/data.pkl") and name.count("/") == 1
+    }
     if len(roots) != 1:
-        raise ConfigError("it is a zip archive, but not one of torch.save")
+        raise InputError("it is a zip archive, but not one of torch.save")
     (root,) = roots
     names = archive.namelist()
     if len(set(names)) < len(names):
-        raise ConfigError("two entries of its archive have one name")
-    if f"{root}/byteorder" in names and archive.read(_entry(archive, f"{root}/byteorder")) != b"little":
-        raise ConfigError("its values are big-endian")
+        raise InputError("two entries of its archive have one name")
+    if (
+        f"{root}/byteorder" in names
+        and archive.read(_entry(archive, f"{root}/byteorder")) != b"little"
+    ):
+        raise InputError("its values are big-endian")
     entry = _entry(archive, f"{root}/data.pkl")
     if entry.file_size > PICKLE_LIMIT:
-        raise ConfigError(f"its pickle has {entry.file_size} bytes, more than names and places take")
+        raise InputError(f"its pickle has {entry.file_size} bytes, more than names and places take")
     with archive.open(entry) as stream:
         return _Unpickler(stream, archive, root).load()
 
 
 def load_pth(file: Path) -> Any:
-    """The object that torch.save wrote, tensors as Place; ConfigError, naming the file, for anything but tensors and plain values."""
+    """The object that torch.save wrote, tensors as Place; InputError, naming the file, for anything
+    but tensors and plain values."""
     try:
         with zipfile.ZipFile(file) as archive:
             return _load(archive)
-    except ConfigError as error:
-        raise ConfigError(f"{file} is refused: {error}.") from error
+    except InputError as error:
+        raise InputError(f"{file} is refused: {error}.") from error
     except zipfile.BadZipFile as error:
-        raise ConfigError(f"{file} is not a zip archive as torch.save has written them since PyTorch 1.6, or is cut short.") from error
+        raise InputError(
+            f"{file} is not a zip archive as torch.save has written them since PyTorch "
+            "1.6, or is cut short."
+        ) from error
     except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}.") from error
+        raise InputError(f"{file} cannot be read: {error.strerror}.") from error
     except Exception as error:  # a pickle's program may fail in any way, and is not ours to trust
-        raise ConfigError(f"{file} is refused: its pickle is damaged ({type(error).__name__}).") from error
+        raise InputError(
+            f"{file} is refused: its pickle is damaged ({type(error).__name__})."
+        ) from error
 
 
 def open_ta_tok(file: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
-    """(arguments, tensors by name) of `ta_tok.pth`: {"model": {"args", "sd"}}, or the inner two, or a bare dict of tensors.
+    """(arguments, tensors by name) of `ta_tok.pth`: {"model": {"args", "sd"}}, or the inner two, or
+    a bare dict of tensors.
 
     Nested arguments are brought to one level; those of a bare dict are empty.
     """
@@ -163,14 +217,21 @@ def open_ta_tok(file: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]
     if not isinstance(content, dict):
-        raise ConfigError(f"{file} holds a {type(content).__name__} and should hold TA-Tok's arguments and tensors.")
+        raise InputError(
+            f"{file} holds a {type(content).__name__} and should hold TA-Tok's arguments "
+            "and tensors."
+        )
     tensors, args = (content["sd"], content.get("args", {})) if "sd" in content else (content, {})
     found = {}
     if not isinstance(tensors, dict) or not isinstance(args, dict):
-        raise ConfigError(f"{file}: `sd` and `args` should be dictionaries.")
+        raise InputError(f"{file}: `sd` and `args` should be dictionaries.")
     for name, place in tensors.items():
-        if not (isinstance(name, str) and isinstance(place, Place) and _lies_within(place, file.stat().st_size)):
-            raise ConfigError(f"{file}: {str(name)[:60]!r} is not a tensor in this file.")
+        if not (
+            isinstance(name, str)
+            and isinstance(place, Place)
+            and _lies_within(place, file.stat().st_size)
+        ):
+            raise InputError(f"{file}: {str(name)[:60]!r} is not a tensor in this file.")
         found[name] = Stored(file, name, place.shape, place.code, place.offset)
     return _flat(args), found
 
@@ -179,11 +240,18 @@ def _lies_within(place: Place, size: int) -> bool:
     """Asked again in the end, since a pickle may also change what it has made."""
     numbers = (place.offset, *place.shape) if isinstance(place.shape, tuple) else (None,)
     items = [item for code, item in STORAGES.values() if code == place.code]
-    return bool(items) and all(type(n) is int and n >= 0 for n in numbers) and place.offset + math.prod(place.shape) * items[0] <= size
+    return (
+        bool(items)
+        and all(type(n) is int and n >= 0 for n in numbers)
+        and place.offset + math.prod(place.shape) * items[0] <= size
+    )
 
 
 def _flat(args: dict[str, Any]) -> dict[str, Any]:
-    """Nested dicts to one level, by the last key; the outermost wins. Each dict is visited once, whatever holds it."""
+    """Nested dicts to one level, by the last key; the outermost wins.
+
+    Each dict is visited once, whatever holds it.
+    """
     flat: dict[str, Any] = {}
     level, seen = [args], set()
     while level:
@@ -191,5 +259,8 @@ def _flat(args: dict[str, Any]) -> dict[str, Any]:
         if id(fields) not in seen:
             seen.add(id(fields))
             level += [value for value in fields.values() if isinstance(value, dict)]
-            flat = {**{key: value for key, value in fields.items() if not isinstance(value, dict)}, **flat}
+            flat = {
+                **{key: value for key, value in fields.items() if not isinstance(value, dict)},
+                **flat,
+            }
     return flat

@@ -1,6 +1,8 @@
-"""A checkpoint in the published PyTorch layout: config.json, safetensors (one file, or shards and an index), tokenizer.json.
+"""A checkpoint in the published PyTorch layout: config.json, safetensors (one file, or shards and
+an index), tokenizer.json.
 
-Names and shapes are those of spec S3. Reading and writing hold one parameter at a time beside the result.
+Names and shapes are those of docs/model.md §3. Reading and writing hold one parameter at a time
+beside the result.
 """
 
 import contextlib
@@ -18,32 +20,48 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from blip3o_jax.config import Blip3oConfig, ConfigError, replace
+from blip3o_jax.config import Blip3oConfig, replace
 from blip3o_jax.convert import ta_tok
 from blip3o_jax.convert.config_json import EMBEDDING, check_family, config_from_json, config_to_json
 from blip3o_jax.convert.dc_ae import dc_ae_rules
 from blip3o_jax.convert.padding import fit_vocabulary, padded
 from blip3o_jax.convert.qwen3 import qwen3_rules
 from blip3o_jax.convert.rules import Rule, flatten, to_jax, torch_shapes, torch_tensors, under
-from blip3o_jax.convert.safetensors_io import Entry, Stored, Tensors, open_tensors, read_json, row_blocks, write_tensors
+from blip3o_jax.convert.safetensors_io import (
+    Entry,
+    Stored,
+    Tensors,
+    open_tensors,
+    read_json,
+    row_blocks,
+    write_tensors,
+)
 from blip3o_jax.convert.sana import connector_rules, sana_rules
+from blip3o_jax.errors import InputError
 from blip3o_jax.models.blip3o import Blip3o, parts_of
 
 CONFIG_LIMIT = 1 << 20  # bytes
 LM_HEAD = "lm_head.weight"
 TA_TOK = "model.vision_tower.vision_tower."
 DTYPES = ("float16", "bfloat16", "float32")
-NEVER_CALLED = {"model.und_image_vae_as_noise_connector.*": "the PyTorch code of the editing models makes it and never calls it"}
+NEVER_CALLED = {
+    "model.und_image_vae_as_noise_connector.*": "the PyTorch code of the editing models "
+    "makes it and never calls it"
+}
 
 log = logging.getLogger(__name__)
 
 
 def published_rules(cfg: Blip3oConfig) -> list[Rule]:
-    """The names of all parameters, with their prefixes (spec S3.1)."""
+    """The names of all parameters, with their prefixes (docs/model.md §3.1)."""
     connectors = [part for part in parts_of(cfg) if part.endswith("_connector")]
     return [
         *under("", "qwen3/", qwen3_rules(cfg.qwen3)),
-        *(rule for part in connectors for rule in under(f"model.{part}.", f"{part}/", connector_rules())),
+        *(
+            rule
+            for part in connectors
+            for rule in under(f"model.{part}.", f"{part}/", connector_rules())
+        ),
         *under("model.sana.", "sana/", sana_rules(cfg.sana)),
         *under("model.sana_vae.", "dc_ae/", dc_ae_rules(cfg.dc_ae)),
         *under(TA_TOK, "ta_tok/", ta_tok.ta_tok_rules(cfg.ta_tok)),
@@ -51,22 +69,37 @@ def published_rules(cfg: Blip3oConfig) -> list[Rule]:
 
 
 def published_name(name: str) -> str:
-    """The name of S3 for a name in a file, which may come from another version of transformers."""
-    return TA_TOK + ta_tok.published_name(name.removeprefix(TA_TOK)) if name.startswith(TA_TOK) else name
+    """The name of §3 for a name in a file, which may come from another version of transformers."""
+    return (
+        TA_TOK + ta_tok.published_name(name.removeprefix(TA_TOK))
+        if name.startswith(TA_TOK)
+        else name
+    )
 
 
 def ignored_tensors(cfg: Blip3oConfig, names: Iterable[str]) -> dict[str, str]:
-    """Those of the published `names` that belong to the checkpoint and are not needed -> the reason."""
-    patterns = {**{TA_TOK + pattern: reason for pattern, reason in ta_tok.ignored(cfg.ta_tok).items()}, **NEVER_CALLED}
-    return {name: reason for name in names for pattern, reason in patterns.items() if fnmatch.fnmatchcase(name, pattern)}
+    """Those of the published `names` that belong to the checkpoint and are not needed -> the
+    reason."""
+    patterns = {
+        **{TA_TOK + pattern: reason for pattern, reason in ta_tok.ignored(cfg.ta_tok).items()},
+        **NEVER_CALLED,
+    }
+    return {
+        name: reason
+        for name in names
+        for pattern, reason in patterns.items()
+        if fnmatch.fnmatchcase(name, pattern)
+    }
 
 
 def by_published_name(stored: Mapping[str, Stored]) -> dict[str, Stored]:
-    """Tensors of a file under the names of S3; ConfigError when two of them have one name there."""
+    """Tensors of a file under the names of §3; InputError when two of them have one name there."""
     found: dict[str, Stored] = {}
     for name, tensor in stored.items():
         if published_name(name) in found:
-            raise ConfigError(f"{tensor} is there twice, also as {found[published_name(name)].name!r}.")
+            raise InputError(
+                f"{tensor} is there twice, also as {found[published_name(name)].name!r}."
+            )
         found[published_name(name)] = tensor
     return found
 
@@ -76,31 +109,44 @@ def _same_values(a: Stored, b: Stored) -> bool:
     if a.shape != b.shape:
         return False
     blocks = row_blocks(a.shape, 4)
-    return all(np.array_equal(*(x.rows(rows.start, rows.stop).astype(np.float32) for x in (a, b))) for rows in blocks)
+    return all(
+        np.array_equal(*(x.rows(rows.start, rows.stop).astype(np.float32) for x in (a, b)))
+        for rows in blocks
+    )
 
 
 def resolve_lm_head(tied: bool, stored: Mapping[str, Stored]) -> tuple[bool, dict[str, str]]:
-    """(whether the model is tied, {name: reason} of what is not needed). A tied model's file may repeat the embedding as lm_head, which is
-    then not needed; when the two differ, the model is not tied."""
+    """(whether the model is tied, {name: reason} of what is not needed).
+
+    A tied model's file may repeat the embedding as lm_head, which is then not needed; when the two
+    differ, the model is not tied.
+    """
     if not tied or LM_HEAD not in stored or EMBEDDING not in stored:
         return tied, {}
     if _same_values(stored[LM_HEAD], stored[EMBEDDING]):
         return True, {LM_HEAD: "repeats the embedding, to which it is tied"}
-    log.warning("%s differs from the embedding, so the two are not tied, whatever config.json says.", LM_HEAD)
+    log.warning(
+        "%s differs from the embedding, so the two are not tied, whatever config.json says.",
+        LM_HEAD,
+    )
     return False, {}
 
 
 @dataclass(frozen=True)
 class Match:
-    """Which tensors fill which parameters: the rules, the parameters' shapes, and the tensors that are not needed, with the reason."""
+    """Which tensors fill which parameters: the rules, the parameters' shapes, and the tensors that
+    are not needed, with the reason."""
 
     rules: list[Rule]
     abstract: dict[str, Any]
     ignored: dict[str, str]
 
 
-def match(where: Path, cfg: Blip3oConfig, stored: Mapping[str, Stored], parts: tuple[str, ...]) -> Match:
-    """ConfigError unless every tensor of `parts` is stored, and nothing that is neither expected nor known, in the expected shapes.
+def match(
+    where: Path, cfg: Blip3oConfig, stored: Mapping[str, Stored], parts: tuple[str, ...]
+) -> Match:
+    """InputError unless every tensor of `parts` is stored, and nothing that is neither expected nor
+    known, in the expected shapes.
 
     `stored` is by published name; `where` is what to call the whole of it.
     """
@@ -109,32 +155,36 @@ def match(where: Path, cfg: Blip3oConfig, stored: Mapping[str, Stored], parts: t
     chosen = [rule for rule in rules if rule.path.split("/")[0] in parts]
     ignored, expected = ignored_tensors(cfg, stored), torch_shapes(rules, every)
     if missing := sorted(set(torch_shapes(chosen, abstract)) - set(stored)):
-        raise ConfigError(f"{where}: tensor {missing[0]!r} is missing, and {len(missing) - 1} others.")
+        raise InputError(
+            f"{where}: tensor {missing[0]!r} is missing, and {len(missing) - 1} others."
+        )
     for name, tensor in stored.items():
         if name in ignored:
             continue
         if name not in expected:
-            raise ConfigError(f"{tensor} is not part of the model that config.json describes.")
+            raise InputError(f"{tensor} is not part of the model that config.json describes.")
         if tensor.shape != expected[name]:
-            raise ConfigError(f"{tensor} has shape {tensor.shape}, and config.json implies {expected[name]}.")
+            raise InputError(
+                f"{tensor} has shape {tensor.shape}, and config.json implies {expected[name]}."
+            )
     return Match(chosen, abstract, ignored)
 
 
 def float_dtype(dtype: Any) -> np.dtype:
-    """The numpy dtype of parameters; ConfigError for one that they cannot have."""
+    """The numpy dtype of parameters; InputError for one that they cannot have."""
     name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
     if name not in DTYPES:
-        raise ConfigError(f"Parameters are {', '.join(DTYPES)}, not {name}.")
+        raise InputError(f"Parameters are {', '.join(DTYPES)}, not {name}.")
     return np.dtype(name)
 
 
 @contextlib.contextmanager
 def about(file: Path):
-    """Puts the file's name before the sentence of a ConfigError."""
+    """Puts the file's name before the sentence of a InputError."""
     try:
         yield
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from error
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
 
 
 def load_published(
@@ -144,12 +194,14 @@ def load_published(
     parts: tuple[str, ...] | None = None,
     vocab_multiple: int = 1,
 ) -> tuple[Blip3oConfig, dict]:
-    """The configuration and the parameters (of `parts`, or all) as `dtype`, read leaf by leaf from float16, bfloat16 or float32 files.
+    """The configuration and the parameters (of `parts`, or all) as `dtype`, read leaf by leaf from
+    float16, bfloat16 or float32 files.
 
-    `shardings` is a tree of shardings like the parameters, or a function from the abstract parameters to it; each leaf is placed by it
-    before the next is read. Without it the leaves are numpy arrays. Tensors of parts that are not asked for may be missing. The embedding
-    is padded to a multiple of `vocab_multiple` rows, which the configuration says.
-    Raises ConfigError, naming file and tensor, for anything missing, superfluous, damaged, not finite or contradictory.
+    `shardings` is a tree of shardings like the parameters, or a function from the abstract
+    parameters to it; each leaf is placed by it before the next is read. Without it the leaves are
+    numpy arrays. Tensors of parts that are not asked for may be missing. The embedding is padded to
+    a multiple of `vocab_multiple` rows, which the configuration says. Raises InputError, naming
+    file and tensor, for anything missing, superfluous, damaged, not finite or contradictory.
     """
     directory, dtype = Path(directory), float_dtype(dtype)
     cfg, stored = open_published(directory)
@@ -163,30 +215,46 @@ def load_published(
     cfg = padded(cfg, vocab_multiple)
     abstract = Blip3o(cfg).abstract(chosen) if vocab_multiple > 1 else found.abstract
     placed = flatten(shardings(abstract) if callable(shardings) else shardings or {})
-    with tqdm(total=len(found.rules), desc=f"Reading {directory.name}", unit="leaf", delay=3, disable=None) as progress:
+    with tqdm(
+        total=len(found.rules), desc=f"Reading {directory.name}", unit="leaf", delay=3, disable=None
+    ) as progress:
 
         def place(path: str, leaf: np.ndarray):
             progress.update()
             leaf = fit_vocabulary(path, leaf, cfg.qwen3.vocab_rows)
-            return jax.make_array_from_callback(leaf.shape, placed[path], lambda index: leaf[index]) if placed else leaf
+            return (
+                jax.make_array_from_callback(leaf.shape, placed[path], lambda index: leaf[index])
+                if placed
+                else leaf
+            )
 
-        return cfg, to_jax(found.rules, Tensors({name: stored[name] for name in needed}, dtype), found.abstract, place)
+        return cfg, to_jax(
+            found.rules,
+            Tensors({name: stored[name] for name in needed}, dtype),
+            found.abstract,
+            place,
+        )
 
 
 def open_published(directory: Path) -> tuple[Blip3oConfig, dict[str, Stored]]:
-    """(configuration, tensors by published name) of a checkpoint; nothing is read yet but headers, and nothing compared.
+    """(configuration, tensors by published name) of a checkpoint; nothing is read yet but headers,
+    and nothing compared.
 
-    ConfigError for another family of models, and for files that contradict each other.
+    InputError for another family of models, and for files that contradict each other.
     """
     if not directory.is_dir():
-        raise ConfigError(f"{directory} is not a directory.")
+        raise InputError(f"{directory} is not a directory.")
     file = directory / "config.json"
     fields = read_json(file, CONFIG_LIMIT)
     with about(file):
         check_family(fields)  # before the weights: those of another family need no opening
     stored = by_published_name(open_tensors(directory))
     with about(file):
-        return config_from_json(fields, {name: tensor.shape for name, tensor in stored.items()}, directory.resolve().name), stored
+        return config_from_json(
+            fields,
+            {name: tensor.shape for name, tensor in stored.items()},
+            directory.resolve().name,
+        ), stored
 
 
 def save_published(
@@ -198,32 +266,55 @@ def save_published(
     max_shard_bytes: float = 5e9,
     overwrite: bool = False,
 ) -> None:
-    """Writes the parameters as `dtype` ("float16", "bfloat16", "float32"), config.json and a copy of the tokenizer.
+    """Writes the parameters as `dtype` ("float16", "bfloat16", "float32"), config.json and a copy
+    of the tokenizer.
 
-    Everything is written to a directory beside it, which takes its name in the end: an interrupted run leaves no half checkpoint under
-    that name. Raises ConfigError when `directory` exists (with `overwrite`: and is not a checkpoint), when the parameters are not those
-    of `cfg`, or for a value that is not finite in `dtype`.
+    Everything is written to a directory beside it, which takes its name in the end: an interrupted
+    run leaves no half checkpoint under that name. Raises InputError when `directory` exists (with
+    `overwrite`: and is not a checkpoint), when the parameters are not those of `cfg`, or for a
+    value that is not finite in `dtype`.
     """
     directory, dtype = Path(directory).absolute(), float_dtype(dtype)
     if directory.exists() and not (overwrite and (directory / "config.json").is_file()):
-        hint = "and is not a checkpoint that could be overwritten" if overwrite else "already; choose another name, or overwrite it"
-        raise ConfigError(f"{directory} exists {hint}.")
+        hint = (
+            "and is not a checkpoint that could be overwritten"
+            if overwrite
+            else "already; choose another name, or overwrite it"
+        )
+        raise InputError(f"{directory} exists {hint}.")
     if tokenizer_file is not None and not Path(tokenizer_file).is_file():
-        raise ConfigError(f"The tokenizer file {tokenizer_file} is missing.")
+        raise InputError(f"The tokenizer file {tokenizer_file} is missing.")
     shapes, needed = (
-        {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()} for tree in (params, Blip3o(cfg).abstract(parts_of(cfg)))
+        {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
+        for tree in (params, Blip3o(cfg).abstract(parts_of(cfg)))
     )
     if shapes != needed:
-        path = min(path for path in shapes.keys() | needed.keys() if shapes.get(path) != needed.get(path))
-        raise ConfigError(f"Parameter {path} has shape {shapes.get(path)}, and {cfg.name} needs {needed.get(path)}.")
+        path = min(
+            path for path in shapes.keys() | needed.keys() if shapes.get(path) != needed.get(path)
+        )
+        raise InputError(
+            f"Parameter {path} has shape {shapes.get(path)}, and {cfg.name} needs "
+            f"{needed.get(path)}."
+        )
     rules = published_rules(cfg)
     entries = {name: Entry(shape, dtype) for name, shape in torch_shapes(rules, params).items()}
-    tensors = tqdm(torch_tensors(rules, params), total=len(entries), desc=f"Writing {directory.name}", unit="tensor", delay=3, disable=None)
-    temporary, old = (directory.with_name(f".{directory.name}.{word}-{os.getpid()}") for word in ("new", "old"))
+    tensors = tqdm(
+        torch_tensors(rules, params),
+        total=len(entries),
+        desc=f"Writing {directory.name}",
+        unit="tensor",
+        delay=3,
+        disable=None,
+    )
+    temporary, old = (
+        directory.with_name(f".{directory.name}.{word}-{os.getpid()}") for word in ("new", "old")
+    )
     temporary.mkdir(parents=True)
     try:
         write_tensors(temporary, entries, tensors, max_shard_bytes)
-        (temporary / "config.json").write_text(json.dumps(config_to_json(cfg, dtype.name), indent=2) + "\n")
+        (temporary / "config.json").write_text(
+            json.dumps(config_to_json(cfg, dtype.name), indent=2) + "\n"
+        )
         if tokenizer_file is not None:
             shutil.copyfile(tokenizer_file, temporary / "tokenizer.json")
         if directory.exists():

@@ -6,18 +6,27 @@ from blip3o_jax.convert.rules import HEADS_IN, HEADS_OUT, Rule, linear, norm, un
 LAYER = [
     *norm("input_layernorm", "input_layernorm"),
     *norm("post_attention_layernorm", "post_attention_layernorm"),
-    *(rule for name in ("q_proj", "k_proj", "v_proj") for rule in linear(f"self_attn.{name}", f"self_attn/{name}", HEADS_OUT, bias=None)),
+    *(
+        rule
+        for name in ("q_proj", "k_proj", "v_proj")
+        for rule in linear(f"self_attn.{name}", f"self_attn/{name}", HEADS_OUT, bias=None)
+    ),
     *linear("self_attn.o_proj", "self_attn/o_proj", HEADS_IN, bias=None),
     *norm("self_attn.q_norm", "self_attn/q_norm"),
     *norm("self_attn.k_norm", "self_attn/k_norm"),
-    *(rule for name in ("gate_proj", "up_proj", "down_proj") for rule in linear(f"mlp.{name}", f"mlp/{name}", bias=None)),
+    *(
+        rule
+        for name in ("gate_proj", "up_proj", "down_proj")
+        for rule in linear(f"mlp.{name}", f"mlp/{name}", bias=None)
+    ),
 ]
 
 
 def qwen3_rules(cfg: Qwen3Config) -> list[Rule]:
     """Every parameter, under the names of Qwen3ForCausalLM and of a BLIP3o checkpoint alike.
 
-    A tied model has no `lm_head.weight`; some files carry that copy of the embedding all the same, and their reader must leave it out.
+    A tied model has no `lm_head.weight`; some files carry that copy of the embedding all the same,
+    and their reader must leave it out.
     """
     rules = [
         Rule("model.embed_tokens.weight", "embed_tokens/embedding"),

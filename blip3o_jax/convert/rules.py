@@ -1,8 +1,9 @@
 """How a PyTorch tensor becomes a leaf of our parameter tree, and back.
 
-Every conversion here only regroups and reorders axes, so one einops pattern serves both directions: a torch Linear [out, in] is stored
-as [in, out] ("o i -> i o"), a projection onto heads [N*H, D] as [D, N, H] ("(n h) d -> d n h").
-Layers that the JAX model scans are stacked along a new first axis: their rules carry `{}` where the torch name has the layer's index.
+Every conversion here only regroups and reorders axes, so one einops pattern serves both directions:
+a torch Linear [out, in] is stored as [in, out] ("o i -> i o"), a projection onto heads [N*H, D] as
+[D, N, H] ("(n h) d -> d n h"). Layers that the JAX model scans are stacked along a new first axis:
+their rules carry `{}` where the torch name has the layer's index.
 """
 
 import math
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from blip3o_jax.config import ConfigError
+from blip3o_jax.errors import InputError
 
 LINEAR = "o i -> i o"
 HEADS_OUT = "(n h) d -> d n h"  # projection onto heads; its bias is "(n h) -> n h"
@@ -27,7 +28,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Rule:
-    """`source`: torch name, `{}` for a stacked layer's index. `path`: ours, `/` between keys. `pattern`: einops, torch axes -> our axes."""
+    """`source`: torch name, `{}` for a stacked layer's index.
+
+    `path`: ours, `/` between keys. `pattern`: einops, torch axes -> our axes.
+    """
 
     source: str
     path: str
@@ -42,20 +46,28 @@ class Rule:
         return (self.source.format(i) for i in range(shape[0] if self.stacked else 1))
 
     def tensor_shape(self, shape: Shape) -> Shape:
-        """The shape of the torch tensor (of each, where layers are stacked) behind a leaf of `shape`."""
+        """The shape of the torch tensor (of each, where layers are stacked) behind a leaf of
+        `shape`."""
         shape = shape[1:] if self.stacked else shape
         if self.pattern is None:
             return shape
         theirs, ours = self.pattern.split("->")
         if len(ours.split()) != len(shape):
-            raise ConfigError(f"The table gives {self.path} the axes{ours}, but its shape is {shape}.")
+            raise InputError(
+                f"The table gives {self.path} the axes{ours}, but its shape is {shape}."
+            )
         sizes = {"1": 1, **dict(zip(ours.split(), shape, strict=True))}
         groups = re.findall(r"\([^)]*\)|\S+", theirs)
-        return tuple(math.prod(sizes[axis] for axis in group.strip("()").split()) for group in groups)
+        return tuple(
+            math.prod(sizes[axis] for axis in group.strip("()").split()) for group in groups
+        )
 
 
-def linear(source: str, path: str, pattern: str = LINEAR, bias: str | None = "o -> o") -> list[Rule]:
-    """The rules of a torch Linear or Conv2d: weight -> kernel and, unless `bias` is None, bias -> bias."""
+def linear(
+    source: str, path: str, pattern: str = LINEAR, bias: str | None = "o -> o"
+) -> list[Rule]:
+    """The rules of a torch Linear or Conv2d: weight -> kernel and, unless `bias` is None, bias ->
+    bias."""
     rules = [Rule(f"{source}.weight", f"{path}/kernel", pattern)]
     return [*rules, Rule(f"{source}.bias", f"{path}/bias", bias)] if bias else rules
 
@@ -67,7 +79,8 @@ def norm(source: str, path: str, bias: bool = False) -> list[Rule]:
 
 
 def under(source: str, path: str, rules: list[Rule]) -> list[Rule]:
-    """The same rules with a prefix before both names (given with their separators, e.g. "model.sana.", "sana/")."""
+    """The same rules with a prefix before both names (given with their separators, e.g.
+    "model.sana.", "sana/")."""
     return [Rule(source + rule.source, path + rule.path, rule.pattern) for rule in rules]
 
 
@@ -93,7 +106,8 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def leaf_shapes(rules: list[Rule], tree: Mapping[str, Any]) -> dict[str, Shape]:
-    """Our shapes by path, from leaves with `.shape`; ConfigError unless the rules name every leaf once and nothing else."""
+    """Our shapes by path, from leaves with `.shape`; InputError unless the rules name every leaf
+    once and nothing else."""
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
     named = Counter(rule.path for rule in rules)
     for problem, paths in (
@@ -102,29 +116,39 @@ def leaf_shapes(rules: list[Rule], tree: Mapping[str, Any]) -> dict[str, Shape]:
         ("names parameters twice", {path for path, count in named.items() if count > 1}),
     ):
         if paths:
-            raise ConfigError(f"The conversion table {problem}: {len(paths)}, first {min(paths)!r}.")
+            raise InputError(f"The conversion table {problem}: {len(paths)}, first {min(paths)!r}.")
     return shapes
 
 
 def torch_shapes(rules: list[Rule], tree: Mapping[str, Any]) -> dict[str, Shape]:
-    """The torch shapes by name that the rules imply for a tree whose leaves have `.shape`; allocates nothing."""
+    """The torch shapes by name that the rules imply for a tree whose leaves have `.shape`;
+    allocates nothing."""
     shapes = leaf_shapes(rules, tree)
-    return {name: rule.tensor_shape(shapes[rule.path]) for rule in rules for name in rule.names(shapes[rule.path])}
+    return {
+        name: rule.tensor_shape(shapes[rule.path])
+        for rule in rules
+        for name in rule.names(shapes[rule.path])
+    }
 
 
 def tensor_to_leaf(tensor: np.ndarray, shape: Shape, rule: Rule, name: str) -> np.ndarray:
-    """One torch tensor as (one layer of) a leaf of `shape`, a view where possible; ConfigError when it does not fit."""
+    """One torch tensor as (one layer of) a leaf of `shape`, a view where possible; InputError when
+    it does not fit."""
     expected = rule.tensor_shape(shape)
     if tensor.shape != expected:
-        raise ConfigError(f"Tensor {name!r} has shape {tensor.shape}, but {rule.path} needs {expected}.")
+        raise InputError(
+            f"Tensor {name!r} has shape {tensor.shape}, but {rule.path} needs {expected}."
+        )
     if rule.pattern is None:
         return tensor
     axes = rule.pattern.split("->")[1].split()
-    return rearrange(tensor, rule.pattern, **dict(zip(axes, shape[1:] if rule.stacked else shape, strict=True)))
+    return rearrange(
+        tensor, rule.pattern, **dict(zip(axes, shape[1:] if rule.stacked else shape, strict=True))
+    )
 
 
 def leaf_to_tensor(leaf: np.ndarray, rule: Rule) -> np.ndarray:
-    """Inverse of `tensor_to_leaf`, for one layer where layers are stacked; a view where possible."""
+    """Inverse of `tensor_to_leaf`, for one layer of a stack; a view where possible."""
     if rule.pattern is None:
         return leaf
     theirs, ours = rule.pattern.split("->")
@@ -140,7 +164,9 @@ def _gather(rule: Rule, shape: Shape, tensors: Mapping[str, np.ndarray]) -> np.n
             return np.ascontiguousarray(layer)
         leaf = np.empty(shape, layer.dtype) if leaf is None else leaf
         if layer.dtype != leaf.dtype:
-            raise ConfigError(f"Tensor {name!r} is {layer.dtype}, and the layers before it are {leaf.dtype}.")
+            raise InputError(
+                f"Tensor {name!r} is {layer.dtype}, and the layers before it are {leaf.dtype}."
+            )
         leaf[i] = layer
     return leaf
 
@@ -151,30 +177,37 @@ def to_jax(
     abstract: Mapping[str, Any],
     place: Callable[[str, np.ndarray], Any] = lambda path, leaf: leaf,
 ) -> dict[str, Any]:
-    """Fills a tree shaped like `abstract` (leaves have `.shape`) from torch tensors by name, leaf by leaf.
+    """Fills a tree shaped like `abstract` (leaves have `.shape`) from torch tensors by name, leaf
+    by leaf.
 
-    `tensors` may read lazily: names are compared before the first is asked for, and each is asked for once. Each finished leaf goes
-    through `place(path, leaf)`, for instance onto devices, before the next is begun.
-    Raises ConfigError for a missing tensor, a wrong shape, a tensor that no rule names, or a parameter that no rule fills.
+    `tensors` may read lazily: names are compared before the first is asked for, and each is asked
+    for once. Each finished leaf goes through `place(path, leaf)`, for instance onto devices, before
+    the next is begun. Raises InputError for a missing tensor, a wrong shape, a tensor that no rule
+    names, or a parameter that no rule fills.
     """
     shapes = leaf_shapes(rules, abstract)
     used = set()
     for rule in rules:
         for name in rule.names(shapes[rule.path]):
             if name not in tensors:
-                raise ConfigError(f"Tensor {name!r} is missing.")
+                raise InputError(f"Tensor {name!r} is missing.")
             used.add(name)
     if unused := sorted(set(tensors) - used):
-        raise ConfigError(f"{len(unused)} tensors are not part of this model, first {unused[0]!r}.")
-    return unflatten({rule.path: place(rule.path, _gather(rule, shapes[rule.path], tensors)) for rule in rules})
+        raise InputError(f"{len(unused)} tensors are not part of this model, first {unused[0]!r}.")
+    return unflatten(
+        {rule.path: place(rule.path, _gather(rule, shapes[rule.path], tensors)) for rule in rules}
+    )
 
 
 def torch_tensors(rules: list[Rule], params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """(torch name, tensor) of our tree in the order of the rules; one leaf at a time is brought to the host."""
+    """(torch name, tensor) of our tree in the order of the rules; one leaf at a time is brought to
+    the host."""
     flat = flatten(params)
     for rule in rules:
         leaf = np.asarray(flat[rule.path])
-        for name, layer in zip(rule.names(leaf.shape), leaf if rule.stacked else leaf[None], strict=True):
+        for name, layer in zip(
+            rule.names(leaf.shape), leaf if rule.stacked else leaf[None], strict=True
+        ):
             yield name, leaf_to_tensor(layer, rule)
 
 

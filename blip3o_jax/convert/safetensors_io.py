@@ -1,8 +1,10 @@
-"""Safetensors files: a directory's tensors as a lazy mapping, and writing them one at a time, in shards.
+"""Safetensors files: a directory's tensors as a lazy mapping, and writing them one at a time, in
+shards.
 
-The format is 8 bytes (the header's length), a JSON header, then the tensors back to back. The safetensors library checks the headers;
-the values are read and written here, because the library maps whole files into memory to read them, which a process's peak then counts,
-and wants a whole shard in memory to write it.
+The format is 8 bytes (the header's length), a JSON header, then the tensors back to back. The
+safetensors library checks the headers; the values are read and written here, because the library
+maps whole files into memory to read them, which a process's peak then counts, and wants a whole
+shard in memory to write it.
 """
 
 import json
@@ -19,16 +21,23 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from blip3o_jax.config import ConfigError
+from blip3o_jax.errors import InputError
 
 HEADER_LIMIT, INDEX_LIMIT = 100 << 20, 16 << 20  # bytes; the first is the library's own
 BLOCK = 64 << 20  # bytes of a tensor that are checked, converted and written at once
-DTYPES = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype(np.float32)}
+DTYPES = {
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file, unread, its values back to back from byte `offset` on. `name` is the file's own, `code` stands for the dtype."""
+    """A tensor in a file, unread, its values back to back from byte `offset` on.
+
+    `name` is the file's own, `code` stands for the dtype.
+    """
 
     file: Path
     name: str
@@ -38,9 +47,9 @@ class Stored:
 
     @property
     def dtype(self) -> np.dtype:
-        """ConfigError when the values are not floats that can be read."""
+        """InputError when the values are not floats that can be read."""
         if self.code not in DTYPES:
-            raise ConfigError(f"{self} has dtype {self.code}; readable are {', '.join(DTYPES)}.")
+            raise InputError(f"{self} has dtype {self.code}; readable are {', '.join(DTYPES)}.")
         return DTYPES[self.code]
 
     def rows(self, start: int, stop: int) -> np.ndarray:
@@ -53,7 +62,8 @@ class Stored:
         return self._values(self.shape, 0)
 
     def read(self, dtype) -> np.ndarray:
-        """The values as `dtype`; ConfigError when they are not floats or not finite (in `dtype`, where float16 ends at 65504)."""
+        """The values as `dtype`; InputError when they are not floats or not finite (in `dtype`,
+        where float16 ends at 65504)."""
         return finite(self.raw(), dtype, str(self))
 
     def _values(self, shape: tuple[int, ...], first: int) -> np.ndarray:
@@ -62,9 +72,9 @@ class Stored:
             with self.file.open("rb") as stream:
                 stream.seek(self.offset + first * self.dtype.itemsize)
                 if stream.readinto(buffer.data) != buffer.size:
-                    raise ConfigError(f"{self} is cut short.")
+                    raise InputError(f"{self} is cut short.")
         except OSError as error:
-            raise ConfigError(f"{self} cannot be read: {error.strerror}.") from error
+            raise InputError(f"{self} cannot be read: {error.strerror}.") from error
         return buffer.view(self.dtype).reshape(shape)
 
     def __str__(self) -> str:
@@ -91,22 +101,24 @@ class Tensors(Mapping):
 
 
 def row_blocks(shape: tuple[int, ...], itemsize: int, limit: int = BLOCK) -> Iterator[slice]:
-    """Slices of the first axis that hold at most `limit` bytes each, or one row where a row is larger."""
+    """Slices of the first axis that hold at most `limit` bytes each, or one row where a row is
+    larger."""
     rows = max(1, limit // max(1, math.prod(shape[1:]) * itemsize))
     return (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
 
 
 def finite(tensor: np.ndarray, dtype, where: str) -> np.ndarray:
-    """`tensor` as `dtype`; ConfigError beginning with `where` when a value is not finite in it."""
+    """`tensor` as `dtype`; InputError beginning with `where` when a value is not finite in it."""
     with np.errstate(over="ignore"):
         tensor = tensor.astype(dtype, copy=False)
     if not np.isfinite(tensor).all():
-        raise ConfigError(f"{where} holds NaN or infinity as {tensor.dtype.name}.")
+        raise InputError(f"{where} holds NaN or infinity as {tensor.dtype.name}.")
     return tensor
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json's `object_pairs_hook`: ValueError where plain JSON would keep the last of two equal keys."""
+    """For json's `object_pairs_hook`: ValueError where plain JSON would keep the last of two equal
+    keys."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
@@ -115,75 +127,93 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: Path, limit: int) -> dict[str, Any]:
-    """The JSON object in a file of at most `limit` bytes; ConfigError otherwise, and when a key is there twice."""
+    """The JSON object in a file of at most `limit` bytes; InputError otherwise, and when a key is
+    there twice."""
     try:
         with path.open("rb") as stream:
-            text = stream.read(min(os.fstat(stream.fileno()).st_size, limit) + 1)  # Python allocates what it may read
+            # Python allocates what it may read
+            text = stream.read(min(os.fstat(stream.fileno()).st_size, limit) + 1)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
     if len(text) > limit:
-        raise ConfigError(f"{path} is larger than {limit} bytes, which it never needs to be.")
+        raise InputError(f"{path} is larger than {limit} bytes, which it never needs to be.")
     try:
         value = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}.") from error
+        raise InputError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds a JSON {type(value).__name__} and should hold an object.")
+        raise InputError(f"{path} holds a JSON {type(value).__name__} and should hold an object.")
     return value
 
 
 def _open(file: Path) -> dict[str, Stored]:
-    """The tensors of one file by name; ConfigError when its header and its length do not agree, or a name is there twice."""
+    """The tensors of one file by name; InputError when its header and its length do not agree, or a
+    name is there twice."""
     try:
         with safe_open(file, framework="numpy"):
             pass  # the library has checked the header against the file's length
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(min(length, HEADER_LIMIT)), object_pairs_hook=unique_keys)
+            header = json.loads(
+                stream.read(min(length, HEADER_LIMIT)), object_pairs_hook=unique_keys
+            )
     except (SafetensorError, OSError, ValueError) as error:
-        raise ConfigError(f"{file} is damaged or cut short: {error}.") from error
+        raise InputError(f"{file} is damaged or cut short: {error}.") from error
     header.pop("__metadata__", None)
     return {
-        name: Stored(file, name, tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0])
+        name: Stored(
+            file, name, tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0]
+        )
         for name, entry in header.items()
     }
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """{tensor name: file name} of an index; ConfigError for a file name that could lead out of the directory."""
+    """{tensor name: file name} of an index; InputError for a file name that could lead out of the
+    directory."""
     places = read_json(path, INDEX_LIMIT).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise ConfigError(f"{path} has no weight_map of tensor names to files.")
+        raise InputError(f"{path} has no weight_map of tensor names to files.")
     for name, file in places.items():
         if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
-            raise ConfigError(f"{path} places {name!r} in {file!r}, which is not the plain name of a .safetensors file.")
+            raise InputError(
+                f"{path} places {name!r} in {file!r}, which is not the plain name of a "
+                ".safetensors file."
+            )
         if not (path.parent / file).is_file():
-            raise ConfigError(f"{path} places {name!r} in {file}, which is missing.")
+            raise InputError(f"{path} places {name!r} in {file}, which is missing.")
     return places
 
 
 def open_tensors(directory: Path, stem: str = "model") -> dict[str, Stored]:
-    """All tensors of `STEM.safetensors`, or of the shards that `STEM.safetensors.index.json` names; none is read yet.
+    """All tensors of `STEM.safetensors`, or of the shards that `STEM.safetensors.index.json` names;
+    none is read yet.
 
-    Raises ConfigError, naming file and tensor, when there are neither or both, when a shard is missing or damaged, when a tensor is in
-    two shards, or when the index and the shards disagree.
+    Raises InputError, naming file and tensor, when there are neither or both, when a shard is
+    missing or damaged, when a tensor is in two shards, or when the index and the shards disagree.
     """
     single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
     if single.is_file() == index.is_file():
         found = "both" if single.is_file() else "neither"
-        raise ConfigError(f"{directory} needs either {single.name} or {index.name}, and has {found}.")
+        raise InputError(
+            f"{directory} needs either {single.name} or {index.name}, and has {found}."
+        )
     if single.is_file():
         return _open(single)
     places, found = _read_index(index), {}
     for file in sorted(set(places.values())):
         for name, stored in _open(directory / file).items():
             if name in found:
-                raise ConfigError(f"{directory}: tensor {name!r} is in both {found[name].file.name} and {file}.")
+                raise InputError(
+                    f"{directory}: tensor {name!r} is in both {found[name].file.name} and {file}."
+                )
             if places.get(name) != file:
-                raise ConfigError(f"{index} does not place {name!r} in {file}, which holds it.")
+                raise InputError(f"{index} does not place {name!r} in {file}, which holds it.")
             found[name] = stored
     if absent := sorted(set(places) - set(found)):
-        raise ConfigError(f"{index} places {absent[0]!r} in {places[absent[0]]}, which does not hold it.")
+        raise InputError(
+            f"{index} places {absent[0]!r} in {places[absent[0]]}, which does not hold it."
+        )
     return found
 
 
@@ -201,7 +231,8 @@ class Entry:
 
 
 def _plan(entries: Mapping[str, Entry], limit: float) -> list[list[str]]:
-    """Names of each shard in the order of `entries`, each of at most `limit` bytes unless a single tensor is larger."""
+    """Names of each shard in the order of `entries`, each of at most `limit` bytes unless a single
+    tensor is larger."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, entry in entries.items():
@@ -219,7 +250,11 @@ def _header(names: list[str], entries: Mapping[str, Entry]) -> bytes:
     end = 0
     for name in names:
         entry = entries[name]
-        fields[name] = {"dtype": codes[entry.dtype], "shape": list(entry.shape), "data_offsets": [end, end + entry.size]}
+        fields[name] = {
+            "dtype": codes[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [end, end + entry.size],
+        }
         end += entry.size
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
@@ -227,18 +262,31 @@ def _header(names: list[str], entries: Mapping[str, Entry]) -> bytes:
 
 
 def _write(stream, tensor: np.ndarray, dtype: np.dtype, where: str) -> None:
-    """The bytes of `tensor`, which may be a view of any order; a block of rows at a time is converted, checked and copied."""
+    """The bytes of `tensor`, which may be a view of any order; a block of rows at a time is
+    converted, checked and copied."""
     tensor = tensor if tensor.ndim else tensor[None]
     for rows in row_blocks(tensor.shape, dtype.itemsize):
-        stream.write(np.ascontiguousarray(finite(tensor[rows], dtype, where)).reshape(-1).view(np.uint8).data)
+        stream.write(
+            np.ascontiguousarray(finite(tensor[rows], dtype, where)).reshape(-1).view(np.uint8).data
+        )
 
 
-def write_tensors(directory: Path, entries: Mapping[str, Entry], tensors: Iterable[tuple[str, np.ndarray]], max_shard_bytes: float) -> None:
-    """Writes `tensors`, which come in the order of `entries`, into one file, or into shards with an index when they exceed
-    `max_shard_bytes`. Raises ConfigError for a value that is not finite in its entry's dtype."""
+def write_tensors(
+    directory: Path,
+    entries: Mapping[str, Entry],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    max_shard_bytes: float,
+) -> None:
+    """Writes `tensors`, which come in the order of `entries`, into one file, or into shards with an
+    index when they exceed `max_shard_bytes`. Raises InputError for a value that is not finite in
+    its entry's dtype."""
     shards, tensors, places = _plan(entries, max_shard_bytes), iter(tensors), {}
     for i, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+        file = (
+            "model.safetensors"
+            if len(shards) == 1
+            else f"model-{i:05}-of-{len(shards):05}.safetensors"
+        )
         places.update(dict.fromkeys(names, file))
         with (directory / file).open("wb") as stream:
             stream.write(_header(names, entries))
@@ -249,4 +297,6 @@ def write_tensors(directory: Path, entries: Mapping[str, Entry], tensors: Iterab
     if len(shards) > 1:
         total = sum(entry.size for entry in entries.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (directory / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2, sort_keys=True) + "\n"
+        )

@@ -1,4 +1,5 @@
-"""The tables between diffusers' SanaTransformer2DModel and models/sana.py, and between BLIP3o's diffusion_connector and Connector."""
+"""The tables between diffusers' SanaTransformer2DModel and models/sana.py, and between BLIP3o's
+diffusion_connector and Connector."""
 
 from blip3o_jax.config import SanaConfig
 from blip3o_jax.convert.rules import CONV, HEADS_IN, HEADS_OUT, LINEAR, Rule, linear, norm, under
@@ -10,9 +11,14 @@ MODULATIONS = "(m e) d -> d m e"
 def _attention(cfg: SanaConfig, name: str, qkv_bias: bool) -> list[Rule]:
     rules = linear(f"{name}.to_out.0", f"{name}/to_out", HEADS_IN)
     for part in ("to_q", "to_k", "to_v"):
-        rules += linear(f"{name}.{part}", f"{name}/{part}", HEADS_OUT, bias="(n h) -> n h" if qkv_bias else None)
+        rules += linear(
+            f"{name}.{part}", f"{name}/{part}", HEADS_OUT, bias="(n h) -> n h" if qkv_bias else None
+        )
     if cfg.qk_norm:
-        rules += [*norm(f"{name}.norm_q", f"{name}/norm_q"), *norm(f"{name}.norm_k", f"{name}/norm_k")]
+        rules += [
+            *norm(f"{name}.norm_q", f"{name}/norm_q"),
+            *norm(f"{name}.norm_k", f"{name}/norm_k"),
+        ]
     return rules
 
 

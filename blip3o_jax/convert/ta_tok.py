@@ -1,4 +1,5 @@
-"""TA-Tok's names in PyTorch (csuhan/TA-Tok `ta_tok.pth`, or a BLIP3o checkpoint after its prefix) and here."""
+"""TA-Tok's names in PyTorch (csuhan/TA-Tok `ta_tok.pth`, or a BLIP3o checkpoint after its prefix)
+and here."""
 
 from blip3o_jax.config import TaTokConfig
 from blip3o_jax.convert.rules import CONV, HEADS_IN, HEADS_OUT, Rule, linear, norm
@@ -12,13 +13,22 @@ def _layers(source: str, path: str) -> list[Rule]:
         *norm(f"{source}.layer_norm2", f"{path}/layer_norm2", bias=True),
     ]
     for name in ("q_proj", "k_proj", "v_proj"):
-        rules += linear(f"{source}.self_attn.{name}", f"{path}/self_attn/{name}", HEADS_OUT, "(n h) -> n h")
+        rules += linear(
+            f"{source}.self_attn.{name}", f"{path}/self_attn/{name}", HEADS_OUT, "(n h) -> n h"
+        )
     rules += linear(f"{source}.self_attn.out_proj", f"{path}/self_attn/out_proj", HEADS_IN)
-    return rules + [rule for name in ("fc1", "fc2") for rule in linear(f"{source}.mlp.{name}", f"{path}/mlp/{name}")]
+    return rules + [
+        rule
+        for name in ("fc1", "fc2")
+        for rule in linear(f"{source}.mlp.{name}", f"{path}/mlp/{name}")
+    ]
 
 
 def ta_tok_rules(cfg: TaTokConfig) -> list[Rule]:
-    """The table of models.ta_tok.TaTok. Names of the decoder are the published ones; see `published_name`."""
+    """The table of models.ta_tok.TaTok.
+
+    Names of the decoder are the published ones; see `published_name`.
+    """
     decoder = "decoder.vision_model"
     return [
         *linear("encoder.embeddings.patch_embedding", "encoder/patch_embedding", CONV),
@@ -39,16 +49,25 @@ def ta_tok_rules(cfg: TaTokConfig) -> list[Rule]:
 
 
 def published_name(name: str) -> str:
-    """transformers 5 writes `decoder.X` where the published files (transformers 4) have `decoder.vision_model.X`; both name one tensor."""
+    """transformers 5 writes `decoder.X` where the published files (transformers 4) have
+    `decoder.vision_model.X`; both name one tensor."""
     inner = name.removeprefix("decoder.")
-    return name if inner == name or inner.startswith("vision_model.") else f"decoder.vision_model.{inner}"
+    return (
+        name
+        if inner == name or inner.startswith("vision_model.")
+        else f"decoder.vision_model.{inner}"
+    )
 
 
 def ignored(cfg: TaTokConfig) -> dict[str, str]:
-    """Published tensors that this model does not have, as shell patterns (fnmatch) of published names -> the reason."""
+    """Published tensors that this model does not have, as shell patterns (fnmatch) of published
+    names -> the reason."""
     unused = "TA-Tok takes the encoder's hidden state before it"
     return {
-        **{f"encoder.encoder.layers.{i}.*": unused for i in range(cfg.num_encoder_layers, cfg.encoder.num_hidden_layers)},
+        **{
+            f"encoder.encoder.layers.{i}.*": unused
+            for i in range(cfg.num_encoder_layers, cfg.encoder.num_hidden_layers)
+        },
         "encoder.post_layernorm.*": unused,
         "encoder.head.*": "pools the encoder's output, and TA-Tok does not pool",
         "decoder.vision_model.head.*": "pools the decoder's output, and TA-Tok does not pool",

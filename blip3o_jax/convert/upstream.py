@@ -1,6 +1,8 @@
-"""The parts that BLIP3o-NEXT is made of, as their own authors publish them: Qwen3, SANA and its autoencoder, TA-Tok.
+"""The parts that BLIP3o-NEXT is made of, as their own authors publish them: Qwen3, SANA and its
+autoencoder, TA-Tok.
 
-Each opener gives the part's configuration and its tensors under the names that they have in a BLIP3o checkpoint (spec S3).
+Each opener gives the part's configuration and its tensors under the names that they have in a
+BLIP3o checkpoint (docs/model.md §3).
 """
 
 import re
@@ -9,20 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip3o_jax.config import ConfigError, DcAeConfig, SanaConfig, SiglipConfig, TaTokConfig
+from blip3o_jax.config import DcAeConfig, SanaConfig, SiglipConfig, TaTokConfig
 from blip3o_jax.convert.config_json import MAX_LAYERS, SUPPORTED, read_dc_ae, read_sana
 from blip3o_jax.convert.pth import open_ta_tok
 from blip3o_jax.convert.published import CONFIG_LIMIT, TA_TOK, about
 from blip3o_jax.convert.safetensors_io import Stored, open_tensors, read_json
+from blip3o_jax.errors import InputError
 
 DIFFUSERS = "diffusion_pytorch_model"
-# Widths of a head in SigLIP so400m and in TA-Tok's decoder: nothing in ta_tok.pth says them (spec S2.2, S2.3).
+# Widths of a head in SigLIP so400m and in TA-Tok's decoder: nothing in ta_tok.pth says them
+# (docs/model.md §2.2, §2.3).
 TEACHER, ENCODER_HEAD, DECODER_HEAD = "so400m", 72, 96
 
 
 @dataclass(frozen=True)
 class Upstream:
-    """`config` is the part's, or config.json's fields for Qwen3; `tensors` by the name in a BLIP3o checkpoint; `files` described them."""
+    """`config` is the part's, or config.json's fields for Qwen3; `tensors` by the name in a BLIP3o
+    checkpoint; `files` described them."""
 
     folder: Path
     config: Any
@@ -31,17 +36,18 @@ class Upstream:
 
 
 def _within(path: str, inner: str, name: str) -> Path:
-    """`path` itself, or its folder `inner` as in a diffusers repository; ConfigError when neither holds config.json."""
+    """`path` itself, or its folder `inner` as in a diffusers repository; InputError when neither
+    holds config.json."""
     folder = Path(path)
     for candidate in (folder / inner, folder):
         if (candidate / "config.json").is_file():
             return candidate
-    raise ConfigError(f"{path} holds no config.json, nor does its folder {inner}: it is no {name}.")
+    raise InputError(f"{path} holds no config.json, nor does its folder {inner}: it is no {name}.")
 
 
 def _class_of(fields: Mapping[str, Any], expected: str) -> None:
     if fields.get("_class_name") != expected:
-        raise ConfigError(f"it describes a {fields.get('_class_name')}, not a {expected}.")
+        raise InputError(f"it describes a {fields.get('_class_name')}, not a {expected}.")
 
 
 def open_sana(path: str) -> Upstream:
@@ -51,7 +57,9 @@ def open_sana(path: str) -> Upstream:
     with about(folder / "config.json"):
         _class_of(fields, "SanaTransformer2DModel")
         cfg: SanaConfig = read_sana(fields)
-    tensors = {f"model.sana.{name}": stored for name, stored in open_tensors(folder, DIFFUSERS).items()}
+    tensors = {
+        f"model.sana.{name}": stored for name, stored in open_tensors(folder, DIFFUSERS).items()
+    }
     return Upstream(folder, cfg, tensors, (folder / "config.json",))
 
 
@@ -62,7 +70,9 @@ def open_dc_ae(path: str) -> Upstream:
     with about(folder / "config.json"):
         _class_of(fields, "AutoencoderDC")
         cfg: DcAeConfig = read_dc_ae(fields)
-    tensors = {f"model.sana_vae.{name}": stored for name, stored in open_tensors(folder, DIFFUSERS).items()}
+    tensors = {
+        f"model.sana_vae.{name}": stored for name, stored in open_tensors(folder, DIFFUSERS).items()
+    }
     return Upstream(folder, cfg, tensors, (folder / "config.json",))
 
 
@@ -70,10 +80,19 @@ def open_qwen3(path: str) -> Upstream:
     """A Qwen3ForCausalLM directory of transformers, plain or with BLIP3o's vocabulary."""
     folder = Path(path)
     fields = read_json(folder / "config.json", CONFIG_LIMIT)
-    if not str(fields.get("model_type")).startswith(("qwen3", "blip3o_qwen")) or "vision_config" in fields:
-        raise ConfigError(f"{folder / 'config.json'}: model_type {fields.get('model_type')!r} is another family; {SUPPORTED}.")
+    if (
+        not str(fields.get("model_type")).startswith(("qwen3", "blip3o_qwen"))
+        or "vision_config" in fields
+    ):
+        raise InputError(
+            f"{folder / 'config.json'}: model_type {fields.get('model_type')!r} is another "
+            f"family; {SUPPORTED}."
+        )
     if "num_experts" in fields:
-        raise ConfigError(f"{folder / 'config.json'}: it is a Qwen3 with experts, not the dense Qwen3; {SUPPORTED}.")
+        raise InputError(
+            f"{folder / 'config.json'}: it is a Qwen3 with experts, not the dense Qwen3; "
+            f"{SUPPORTED}."
+        )
     return Upstream(folder, fields, open_tensors(folder), (folder / "config.json",))
 
 
@@ -81,36 +100,45 @@ def open_tokenizer(path: str) -> Upstream:
     """TA-Tok's `ta_tok.pth`, or a directory that holds it."""
     file = Path(path) / "ta_tok.pth" if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise ConfigError(f"{path} is neither TA-Tok's .pth file nor a folder with ta_tok.pth.")
+        raise InputError(f"{path} is neither TA-Tok's .pth file nor a folder with ta_tok.pth.")
     args, tensors = open_ta_tok(file)
     with about(file):
         cfg = _ta_tok_config(args, {name: stored.shape for name, stored in tensors.items()})
-    return Upstream(file.parent, cfg, {TA_TOK + name: stored for name, stored in tensors.items()}, ())
+    return Upstream(
+        file.parent, cfg, {TA_TOK + name: stored for name, stored in tensors.items()}, ()
+    )
 
 
 def _layers(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
     found = (re.match(pattern, name) for name in shapes)
     count = max((int(match[1][:9]) + 1 for match in found if match), default=0)
     if not 0 < count <= MAX_LAYERS:
-        raise ConfigError(f"it holds {count} layers named {pattern!r}.")
+        raise InputError(f"it holds {count} layers named {pattern!r}.")
     return count
 
 
 def _ta_tok_config(args: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> TaTokConfig:
-    """TA-Tok's sizes: those of its tensors where they tell, else its arguments, else the defaults of its class (spec S2.3)."""
+    """TA-Tok's sizes: those of its tensors where they tell, else its arguments, else the defaults
+    of its class (docs/model.md §2.3)."""
     if args.get("teacher") and TEACHER not in str(args["teacher"]):
-        raise ConfigError(f"its encoder is {str(args['teacher'])[:60]!r}; supported is SigLIP2 {TEACHER}.")
-    decoder = "decoder.vision_model." if any(name.startswith("decoder.vision_model.") for name in shapes) else "decoder."
+        raise InputError(
+            f"its encoder is {str(args['teacher'])[:60]!r}; supported is SigLIP2 {TEACHER}."
+        )
+    decoder = (
+        "decoder.vision_model."
+        if any(name.startswith("decoder.vision_model.") for name in shapes)
+        else "decoder."
+    )
 
     def size(name: str, axis: int, rank: int) -> int:
         if len(shapes.get(name, ())) != rank:
-            raise ConfigError(f"it holds no tensor {name!r} of {rank} axes.")
+            raise InputError(f"it holds no tensor {name!r} of {rank} axes.")
         return shapes[name][axis]
 
     def given(name: str, kind: type, default):
         value = args.get(name, default)
         if type(value) not in (kind, int) or not -1e9 < value < 1e9:
-            raise ConfigError(f"its argument {name} is {str(value)[:60]!r}.")
+            raise InputError(f"its argument {name} is {str(value)[:60]!r}.")
         return value
 
     width = size("encoder.embeddings.patch_embedding.weight", 0, 4)
@@ -127,7 +155,9 @@ def _ta_tok_config(args: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
         select_layer_id=given("select_layer_id", int, TaTokConfig.select_layer_id),
         bottleneck_dim=size("bottleneck.regularizer.embedding.weight", 1, 2),
         codebook_size=size("bottleneck.regularizer.embedding.weight", 0, 2),
-        stochastic_temperature=float(given("stochastic_temperature", float, TaTokConfig.stochastic_temperature)),
+        stochastic_temperature=float(
+            given("stochastic_temperature", float, TaTokConfig.stochastic_temperature)
+        ),
         pool_scale=given("pool_scale", int, 1),
         decoder_depth=_layers(shapes, re.escape(decoder) + r"encoder\.layers\.(\d+)\."),
         decoder_num_attention_heads=max(1, width // DECODER_HEAD),

@@ -1,7 +1,9 @@
-"""Qwen3's vocabulary and BLIP3o's: the ids of the new tokens, and rows for them in an embedding that has none (spec S4.1).
+"""Qwen3's vocabulary and BLIP3o's: the ids of the new tokens, and rows for them in an embedding
+that has none (docs/model.md §4.1).
 
-The new tokens follow the tokenizer's last: `<im_start> <im_end>` (special), `<S0>` to `<S2>`, `<I0>` to the last code. Qwen3's matrix has
-more rows than its tokenizer has tokens; its rows beyond the new ones are dropped.
+The new tokens follow the tokenizer's last: `<im_start> <im_end>` (special), `<S0>` to `<S2>`,
+`<I0>` to the last code. Qwen3's matrix has more rows than its tokenizer has tokens; its rows beyond
+the new ones are dropped.
 """
 
 import logging
@@ -12,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from blip3o_jax.config import ConfigError, VocabConfig
+from blip3o_jax.config import VocabConfig
 from blip3o_jax.convert.safetensors_io import Stored, finite, row_blocks
+from blip3o_jax.errors import InputError
 from blip3o_jax.text import Text, load_tokenizer
 
 MODES = ("mean", "projected-codebook")
@@ -56,16 +59,17 @@ def known_vocabulary(tokenizer: Any, num_image_tokens: int) -> VocabConfig | Non
     if ids["image_start_token_id"] is None:
         return None
     if missing := [names[field] for field, id_ in ids.items() if id_ is None]:
-        raise ConfigError(f"The tokenizer has <I0> but not {missing[0]}.")
+        raise InputError(f"The tokenizer has <I0> but not {missing[0]}.")
     scales = [token for token in SCALES if tokenizer.token_to_id(token) is not None]
     return VocabConfig(**ids, num_scale_tokens=len(scales), num_image_tokens=num_image_tokens)
 
 
 def extend_tokenizer(file: Path, num_image_tokens: int) -> tuple[str, VocabConfig]:
-    """(tokenizer.json with BLIP3o's tokens at its end, their ids); ConfigError when the result would not fit the templates."""
+    """(tokenizer.json with BLIP3o's tokens at its end, their ids); InputError when the result would
+    not fit the templates."""
     tokenizer = load_tokenizer(file)
     if present := [token for token in (*TAGS, *SCALES) if tokenizer.token_to_id(token) is not None]:
-        raise ConfigError(f"{file} has the token {present[0]} already, and not all of the others.")
+        raise InputError(f"{file} has the token {present[0]} already, and not all of the others.")
     tokenizer.add_special_tokens(list(TAGS))
     tokenizer.add_tokens([*SCALES, *(f"<I{i}>" for i in range(num_image_tokens))])
     vocab = known_vocabulary(tokenizer, num_image_tokens)
@@ -79,16 +83,31 @@ def _rows(matrix: Stored, count: int) -> Iterator[tuple[slice, np.ndarray]]:
         yield rows, finite(matrix.rows(rows.start, rows.stop), np.float32, str(matrix))
 
 
-def extend_matrix(matrix: Stored, vocab: VocabConfig, mode: str, codes: Callable[[], Iterator[tuple[slice, np.ndarray]]]) -> Made:
-    """Qwen3's embedding (or head) with a row for every id of `vocab`; made when asked for, in the dtype of the file.
+def extend_matrix(
+    matrix: Stored,
+    vocab: VocabConfig,
+    mode: str,
+    codes: Callable[[], Iterator[tuple[slice, np.ndarray]]],
+) -> Made:
+    """Qwen3's embedding (or head) with a row for every id of `vocab`; made when asked for, in the
+    dtype of the file.
 
-    The rows of the two tags are Qwen3's own, unused as yet. Those of the scale tokens are drawn, as transformers draws new rows, around
-    the mean of the rows before them with SPREAD of their covariance. Those of the image tokens are, for "mean", all the mean of the rows
-    before them; for "projected-codebook" TA-Tok's codes times a fixed random matrix, as large as a text row is on average.
+    The rows of the two tags are Qwen3's own, unused as yet. Those of the scale tokens are drawn, as
+    transformers draws new rows, around the mean of the rows before them with SPREAD of their
+    covariance. Those of the image tokens are, for "mean", all the mean of the rows before them; for
+    "projected-codebook" TA-Tok's codes times a fixed random matrix, as large as a text row is on
+    average.
     """
-    tags, scales, images = vocab.image_start_tag_id, vocab.scale_start_token_id, vocab.image_start_token_id
+    tags, scales, images = (
+        vocab.image_start_tag_id,
+        vocab.scale_start_token_id,
+        vocab.image_start_token_id,
+    )
     if matrix.shape[0] < scales:
-        raise ConfigError(f"{matrix} has {matrix.shape[0]} rows, too few for the {tags} tokens of its tokenizer and two more.")
+        raise InputError(
+            f"{matrix} has {matrix.shape[0]} rows, too few for the {tags} tokens of its "
+            "tokenizer and two more."
+        )
 
     def make() -> np.ndarray:
         made = np.empty((vocab.size, matrix.shape[1]), matrix.dtype)
@@ -98,10 +117,13 @@ def extend_matrix(matrix: Stored, vocab: VocabConfig, mode: str, codes: Callable
             total += block.sum(0, dtype=np.float64)
             squares += float(np.square(block, dtype=np.float64).sum())
         mean, rng = total / scales, np.random.default_rng(SEED)
-        # A sum of centred rows with random weights has their covariance, which need not be formed for that.
+        # A sum of centred rows with random weights has their covariance, which need not be formed
+        # for that.
         drawn = np.zeros((images - scales, matrix.shape[1]))
         for _, block in _rows(matrix, scales):
-            drawn += rng.standard_normal((images - scales, len(block)), np.float32) @ (block - mean.astype(np.float32))
+            drawn += rng.standard_normal((images - scales, len(block)), np.float32) @ (
+                block - mean.astype(np.float32)
+            )
         drawn = mean + (SPREAD / scales) ** 0.5 * drawn
         made[scales:images] = drawn
         if mode == "mean":
@@ -113,11 +135,18 @@ def extend_matrix(matrix: Stored, vocab: VocabConfig, mode: str, codes: Callable
     return Made(matrix.name, (vocab.size, matrix.shape[1]), matrix.dtype, make)
 
 
-def _projected(codes: Iterator[tuple[slice, np.ndarray]], shape: tuple[int, int], length: float) -> np.ndarray:
-    """Codes [n,c] -> rows of `shape` [n,d] in other directions but at roughly the same angles, each `length` long on average."""
+def _projected(
+    codes: Iterator[tuple[slice, np.ndarray]], shape: tuple[int, int], length: float
+) -> np.ndarray:
+    """Codes [n,c] -> rows of `shape` [n,d] in other directions but at roughly the same angles, each
+    `length` long on average."""
     rows, rng, matrix, squares = np.empty(shape, np.float32), np.random.default_rng(SEED), None, 0.0
     for at, block in codes:
-        matrix = rng.standard_normal((block.shape[1], shape[1]), np.float32) if matrix is None else matrix
+        matrix = (
+            rng.standard_normal((block.shape[1], shape[1]), np.float32)
+            if matrix is None
+            else matrix
+        )
         rows[at] = block @ matrix
         squares += float(np.square(rows[at]).sum(dtype=np.float64))
     rows *= length / (squares / len(rows)) ** 0.5
@@ -125,7 +154,8 @@ def _projected(codes: Iterator[tuple[slice, np.ndarray]], shape: tuple[int, int]
 
 
 def codebook(embedding: Stored, weight: Stored, bias: Stored) -> Iterator[tuple[slice, np.ndarray]]:
-    """TA-Tok's effective codes [n,c] in blocks: the embedding through `embedding_proj`, of length 1 (spec S2.3)."""
+    """TA-Tok's effective codes [n,c] in blocks: the embedding through `embedding_proj`, of length 1
+    (docs/model.md §2.3)."""
     matrix, offset = weight.read(np.float32).T, bias.read(np.float32)
     for rows, block in _rows(embedding, embedding.shape[0]):
         projected = block @ matrix + offset

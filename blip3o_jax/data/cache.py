@@ -1,7 +1,9 @@
-"""The cache of a mixture: each record's codes and latents, so that a training step encodes no image.
+"""The cache of a mixture: each record's codes and latents, so that a training step encodes no
+image.
 
-A folder holds `cache.json`, which says what the records were made with, and shards SSS-NNNNN-of-NNNNN.array_record of source SSS. Record i
-of a source stays record i: one that could not be used is kept with its reason, so a run reads the same order from the cache as without.
+A folder holds `cache.json`, which says what the records were made with, and shards
+SSS-NNNNN-of-NNNNN.array_record of source SSS. Record i of a source stays record i: one that could
+not be used is kept with its reason, so a run reads the same order from the cache as without.
 """
 
 import hashlib
@@ -13,13 +15,14 @@ import numpy as np
 from flax import serialization
 from flax.traverse_util import flatten_dict
 
-from blip3o_jax.config import ConfigError
+from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.records import RecordError
+from blip3o_jax.errors import InputError
 from blip3o_jax.train.config import TrainConfig
-from blip3o_jax.train.data_config import SourceConfig
 
 FORMAT = 1
-PLACE = ("kind", "path", "root", "split", "image_field", "caption_field")  # what tells sources apart; weights may change
+# what tells sources apart; weights may change
+PLACE = ("kind", "path", "root", "split", "image_field", "caption_field")
 
 
 def weights_hash(params) -> str:
@@ -33,14 +36,18 @@ def weights_hash(params) -> str:
 
 
 def describe(cfg: TrainConfig, params) -> dict:
-    """What a cache's codes and latents depend on besides the records; params of `ta_tok` and `dc_ae`."""
+    """What a cache's codes and latents depend on besides the records; params of `ta_tok` and
+    `dc_ae`."""
     model = cfg.blip3o()
     made_with = {
         "format": FORMAT,
         "image_size": model.image_size,
         "crop": cfg.data.crop,
         "ta_tok": {"config": asdict(model.ta_tok), "weights": weights_hash(params["ta_tok"])},
-        "dc_ae": {"config": asdict(model.dc_ae), "weights": weights_hash(params["dc_ae"]["encoder"])},
+        "dc_ae": {
+            "config": asdict(model.dc_ae),
+            "weights": weights_hash(params["dc_ae"]["encoder"]),
+        },
     }
     return json.loads(json.dumps(made_with))
 
@@ -48,7 +55,10 @@ def describe(cfg: TrainConfig, params) -> dict:
 def source_entry(spec: SourceConfig, source) -> dict:
     """A source's place in cache.json. Its blocks decide its order, so they are kept too."""
     blocks = None if source.blocks is None else [int(start) for start in source.blocks]
-    return {name: getattr(spec, name) for name in PLACE} | {"records": len(source), "blocks": blocks}
+    return {name: getattr(spec, name) for name in PLACE} | {
+        "records": len(source),
+        "blocks": blocks,
+    }
 
 
 def shard_names(source: int, records: int, shard_records: int) -> list[str]:
@@ -57,21 +67,26 @@ def shard_names(source: int, records: int, shard_records: int) -> list[str]:
 
 
 def read_description(folder: str) -> dict:
-    """cache.json; ConfigError when the folder holds none that we can read."""
+    """cache.json; InputError when the folder holds none that we can read."""
     file = pathlib.Path(folder) / "cache.json"
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"data.cache: {folder} holds no cache ({file.name} cannot be read); make one by `blip3o-jax data cache`."
+        raise InputError(
+            f"data.cache: {folder} holds no cache ({file.name} cannot be read); make one "
+            "by `blip3o-jax data cache`."
         ) from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ConfigError(f"data.cache: {file} is of another format than {FORMAT}; make it anew by `blip3o-jax data cache`.")
+        raise InputError(
+            f"data.cache: {file} is of another format than {FORMAT}; make it anew by "
+            "`blip3o-jax data cache`."
+        )
     return found
 
 
 def difference(found: dict, wanted: dict) -> str | None:
-    """In words, the first thing in which a cache was made otherwise than `describe` wants; None when it fits."""
+    """In words, the first thing in which a cache was made otherwise than `describe` wants; None
+    when it fits."""
     found, wanted = (flatten_dict(tree, sep=".") for tree in (found, wanted))
     for name, value in wanted.items():
         if found.get(name) != value:
@@ -81,10 +96,12 @@ def difference(found: dict, wanted: dict) -> str | None:
 
 
 def check_cache(cfg: TrainConfig, params) -> None:
-    """ConfigError unless `data.cache` was made with these encoders and the run's crop; params of `ta_tok` and `dc_ae`."""
+    """InputError unless `data.cache` was made with these encoders and the run's crop; params of
+    `ta_tok` and `dc_ae`."""
     if differs := difference(read_description(cfg.data.cache), describe(cfg, params)):
-        raise ConfigError(
-            f"data.cache: {cfg.data.cache} was made with other settings ({differs}); make a new one by `blip3o-jax data cache`."
+        raise InputError(
+            f"data.cache: {cfg.data.cache} was made with other settings ({differs}); make "
+            "a new one by `blip3o-jax data cache`."
         )
 
 
@@ -101,7 +118,8 @@ def write_shard(file: pathlib.Path, records) -> None:
 
 
 class CachedSource:
-    """Records of one source: dicts of key, caption, codes int32 [n], latents float [Y,X,C] as SANA takes them; RecordError for bad ones."""
+    """Records of one source: dicts of key, caption, codes int32 [n], latents float [Y,X,C] as SANA
+    takes them; RecordError for bad ones."""
 
     def __init__(self, files: list[pathlib.Path], blocks: list[int] | None):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -110,7 +128,10 @@ class CachedSource:
         try:
             self.source = ArrayRecordDataSource([str(file) for file in files])
         except Exception as error:  # array_record's own errors are not public
-            raise ConfigError(f"data.cache: a shard in {files[0].parent} is damaged ({str(error).splitlines()[0]}); delete it.") from error
+            raise InputError(
+                f"data.cache: a shard in {files[0].parent} is damaged "
+                f"({str(error).splitlines()[0]}); delete it."
+            ) from error
 
     def __len__(self) -> int:
         return len(self.source)
@@ -129,20 +150,30 @@ class CachedSource:
 
 
 def open_cached(folder: str, spec: SourceConfig) -> CachedSource:
-    """A source's records in a cache; ConfigError when it is not in there or not whole."""
+    """A source's records in a cache; InputError when it is not in there or not whole."""
     found = read_description(folder)
     places = [{name: entry[name] for name in PLACE} for entry in found["sources"]]
     wanted = {name: getattr(spec, name) for name in PLACE}
     if wanted not in places:
-        raise ConfigError(f"data.cache: {folder} holds no source {spec.path!r} of kind {spec.kind!r}; make another cache with it.")
+        raise InputError(
+            f"data.cache: {folder} holds no source {spec.path!r} of kind {spec.kind!r}; "
+            "make another cache with it."
+        )
     number = places.index(wanted)
     entry = found["sources"][number]
-    files = [pathlib.Path(folder) / name for name in shard_names(number, entry["records"], found["shard_records"])]
+    files = [
+        pathlib.Path(folder) / name
+        for name in shard_names(number, entry["records"], found["shard_records"])
+    ]
     if missing := [file for file in files if not file.is_file()]:
-        raise ConfigError(
-            f"data.cache: {len(missing)} of {len(files)} shards of {spec.path!r} are missing in {folder}; run `data cache` to the end."
+        raise InputError(
+            f"data.cache: {len(missing)} of {len(files)} shards of {spec.path!r} are "
+            f"missing in {folder}; run `data cache` to the end."
         )
     source = CachedSource(files, entry["blocks"])
     if len(source) != entry["records"]:
-        raise ConfigError(f"data.cache: {folder} holds {len(source)} records of {spec.path!r}, not {entry['records']}; make it anew.")
+        raise InputError(
+            f"data.cache: {folder} holds {len(source)} records of {spec.path!r}, not "
+            f"{entry['records']}; make it anew."
+        )
     return source

@@ -1,4 +1,5 @@
-"""The order of records: what stands at position i is a pure function of (seed, i), whatever the number of hosts."""
+"""The order of records: what stands at position i is a pure function of (seed, i), whatever the
+number of hosts."""
 
 import functools
 import math
@@ -8,13 +9,14 @@ from fractions import Fraction
 import grain
 import numpy as np
 
-from blip3o_jax.config import ConfigError
+from blip3o_jax.errors import InputError
 
 WINDOW = 4  # blocks whose records are shuffled together
 
 
 def whole_weights(weights) -> tuple[int, ...]:
-    """Weights in the same proportions as whole numbers without a common factor: 0.7 and 0.3 are 7 and 3, exactly."""
+    """Weights in the same proportions as whole numbers without a common factor: 0.7 and 0.3 are 7
+    and 3, exactly."""
     exact = [Fraction(str(w)) for w in weights]
     scale = math.lcm(*(w.denominator for w in exact))
     whole = [int(w * scale) for w in exact]
@@ -24,9 +26,10 @@ def whole_weights(weights) -> tuple[int, ...]:
 def place(i: int, weights: tuple[int, ...]) -> tuple[int, int]:
     """Position of a mixture -> (source, how many of that source came before).
 
-    The first source gets every position where the whole part of i w / sum(w) grows, the others share the rest in the same way, so each
-    run of sum(w) positions holds exactly w of each source, evenly spread. (grain.MapDataset.mix does so too, but rounds weights to a
-    hundredth of the smallest.)
+    The first source gets every position where the whole part of i w / sum(w) grows, the others
+    share the rest in the same way, so each run of sum(w) positions holds exactly w of each source,
+    evenly spread. (grain.MapDataset.mix does so too, but rounds weights to a hundredth of the
+    smallest.)
     """
     total = sum(weights)
     for source, weight in enumerate(weights):
@@ -39,13 +42,15 @@ def place(i: int, weights: tuple[int, ...]) -> tuple[int, int]:
 
 
 def shuffled(size: int, seed: int):
-    """Position -> record in [0, size): every epoch of `size` positions holds each record once, in an order of its own."""
+    """Position -> record in [0, size): every epoch of `size` positions holds each record once, in
+    an order of its own."""
     order = grain.MapDataset.range(size).seed(seed).shuffle().repeat()
     return lambda position: int(order[position])
 
 
 def shuffled_blocks(starts: np.ndarray, size: int, seed: int):
-    """As `shuffled`, for records that are read a block at a time: blocks in random order, and records among those of `WINDOW` blocks."""
+    """As `shuffled`, for records that are read a block at a time: blocks in random order, and
+    records among those of `WINDOW` blocks."""
     lengths = np.diff([*starts, size])
 
     @functools.lru_cache(2)
@@ -58,7 +63,9 @@ def shuffled_blocks(starts: np.ndarray, size: int, seed: int):
         order, ends = epoch_order(epoch)
         blocks = order[window * WINDOW : (window + 1) * WINDOW]
         records = np.concatenate([np.arange(starts[b], starts[b] + lengths[b]) for b in blocks])
-        return ends[window * WINDOW], np.random.default_rng([seed, epoch, window]).permutation(records)
+        return ends[window * WINDOW], np.random.default_rng([seed, epoch, window]).permutation(
+            records
+        )
 
     def record(position: int) -> int:
         epoch, position = divmod(position, size)
@@ -70,12 +77,15 @@ def shuffled_blocks(starts: np.ndarray, size: int, seed: int):
 
 
 class HeldOut:
-    """`count` records of a source, evenly spread, or all the others (`kept=False`), numbered anew."""
+    """`count` records of a source, evenly spread, or all the others (`kept=False`), renumbered."""
 
     def __init__(self, source, count: int, kept: bool):
         self.source, self.count, self.kept, self.stride = source, count, kept, len(source) // count
         if self.stride < 2:
-            raise ConfigError(f"data.heldout {count} leaves too few of the first source's {len(source)} records; at most half.")
+            raise InputError(
+                f"data.heldout {count} leaves too few of the first source's {len(source)} "
+                "records; at most half."
+            )
 
     def __len__(self) -> int:
         return self.count if self.kept else len(self.source) - self.count
@@ -92,7 +102,8 @@ class HeldOut:
         starts = self.source.blocks
         if starts is None or self.kept:
             return None
-        held = np.minimum(-(-np.asarray(starts) // self.stride), self.count)  # held-out records before each block
+        # held-out records before each block
+        held = np.minimum(-(-np.asarray(starts) // self.stride), self.count)
         return np.unique(starts - held)
 
     def key(self, i: int) -> str:
@@ -103,9 +114,12 @@ class HeldOut:
 
 
 class Mixture:
-    """Endless: position -> what `readers[source]` gives for the record there. Weights as `place` takes them.
+    """Endless: position -> what `readers[source]` gives for the record there.
 
-    readers: one per source, a function of the record's number; sizes, blocks: number of records, and where their blocks start or None.
+    Weights as `place` takes them.
+
+    readers: one per source, a function of the record's number; sizes, blocks: number of records,
+    and where their blocks start or None.
     """
 
     def __init__(self, readers, sizes, blocks, weights: tuple[int, ...], seed: int):
@@ -124,10 +138,16 @@ class Mixture:
 
 
 class HostRows:
-    """This host's rows of every batch of an endless sequence of records: row r of the whole batch is the same, whatever the hosts."""
+    """This host's rows of every batch of an endless sequence of records: row r of the whole batch
+    is the same, whatever the hosts."""
 
     def __init__(self, records, batch_size: int, host: int, hosts: int):
-        self.records, self.batch_size, self.rows, self.first = records, batch_size, batch_size // hosts, host * (batch_size // hosts)
+        self.records, self.batch_size, self.rows, self.first = (
+            records,
+            batch_size,
+            batch_size // hosts,
+            host * (batch_size // hosts),
+        )
 
     def __len__(self) -> int:
         return sys.maxsize

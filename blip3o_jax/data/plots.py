@@ -11,8 +11,11 @@ def _short(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def histogram(values, title: str, unit: str, mark: float | None = None, mark_name: str = "", log: bool = False) -> Image.Image:
-    """Bars of counts over `values` [n], linear or in octaves; `mark` is a vertical line, e.g. a limit, named in the title's line."""
+def histogram(
+    values, title: str, unit: str, mark: float | None = None, mark_name: str = "", log: bool = False
+) -> Image.Image:
+    """Bars of counts over `values` [n], linear or in octaves; `mark` is a vertical line, e.g. a
+    limit, named in the title's line."""
     values = np.asarray(values, float)
     ends = [*values, *([] if mark is None else [mark])] or [1.0]
     low, high = min(ends), max(ends)
@@ -34,7 +37,9 @@ def histogram(values, title: str, unit: str, mark: float | None = None, mark_nam
         draw.text((LEFT - 8, y), _short(share * top), INK, font, anchor="rm")
     for count, start, end in zip(counts, edges[:-1], edges[1:], strict=True):
         if count:
-            draw.rectangle((x(start) + 1, floor - count / top * (floor - TOP), x(end) - 1, floor), BAR)
+            draw.rectangle(
+                (x(start) + 1, floor - count / top * (floor - TOP), x(end) - 1, floor), BAR
+            )
     for value in np.linspace(low, high, 6):
         shown = 2**value if log else value
         draw.text((x(value), floor + 8), _short(shown), INK, font, anchor="ma")

@@ -1,4 +1,7 @@
-"""What a source gives: one record. And the files that sources are made of, on disk or in a bucket (through etils.epath)."""
+"""What a source gives: one record.
+
+And the files that sources are made of, on disk or in a bucket (through etils.epath).
+"""
 
 import bisect
 import glob
@@ -6,7 +9,7 @@ import os
 import posixpath
 from dataclasses import dataclass
 
-from blip3o_jax.config import ConfigError
+from blip3o_jax.errors import InputError
 
 MAGIC = "*?["
 
@@ -17,7 +20,8 @@ class RecordError(Exception):
 
 @dataclass(frozen=True)
 class Record:
-    """An image with its caption; or an edit: `inputs` are the images before, `caption` the instruction, `image` the result. All encoded."""
+    """An image with its caption; or an edit: `inputs` are the images before, `caption` the
+    instruction, `image` the result. All encoded."""
 
     key: str
     caption: str
@@ -26,13 +30,14 @@ class Record:
 
 
 def locate(ends: list[int], i: int) -> tuple[int, int]:
-    """Record i of pieces laid end to end -> (piece, record in it); `ends` are the running totals of the pieces' records."""
+    """Record i of pieces laid end to end -> (piece, record in it); `ends` are the running totals of
+    the pieces' records."""
     piece = bisect.bisect_right(ends, i)
     return piece, i - (ends[piece - 1] if piece else 0)
 
 
 def expand(pattern: str) -> list[str]:
-    """The files of a path or glob pattern, sorted; ConfigError when there are none."""
+    """The files of a path or glob pattern, sorted; InputError when there are none."""
     if "://" in pattern:
         found = _remote(pattern)
     elif any(c in pattern for c in MAGIC) and not os.path.exists(pattern):
@@ -40,7 +45,9 @@ def expand(pattern: str) -> list[str]:
     else:
         found = [pattern] if os.path.isfile(pattern) else []
     if not found:
-        raise ConfigError(f"data.sources: no file at {pattern!r}; name a file or a pattern that matches some.")
+        raise InputError(
+            f"data.sources: no file at {pattern!r}; name a file or a pattern that matches some."
+        )
     return found
 
 
@@ -55,7 +62,9 @@ def _remote(pattern: str) -> list[str]:
         folder = epath.Path("/".join(parts[: magic[0]]))
         return sorted(str(path) for path in folder.glob("/".join(parts[magic[0] :])))
     except Exception as error:  # whatever the bucket's client raises
-        raise ConfigError(f"data.sources: {pattern!r} cannot be listed: {type(error).__name__}: {error}.") from error
+        raise InputError(
+            f"data.sources: {pattern!r} cannot be listed: {type(error).__name__}: {error}."
+        ) from error
 
 
 def open_binary(path: str):

@@ -1,9 +1,10 @@
-"""The sources of a mixture, opened: each has `len(source)`, `source[i]` -> Record or RecordError, `source.key(i)` and `source.blocks`."""
+"""The sources of a mixture, opened: each has `len(source)`, `source[i]` -> Record or RecordError,
+`source.key(i)` and `source.blocks`."""
 
-from blip3o_jax.config import ConfigError
 from blip3o_jax.data import tables, tars
+from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.records import Record, RecordError
-from blip3o_jax.train.data_config import SourceConfig
+from blip3o_jax.errors import InputError
 
 OPENERS = {
     "webdataset": tars.TarSource,
@@ -14,19 +15,24 @@ OPENERS = {
 
 
 def open_source(spec: SourceConfig):
-    """The source; ConfigError when files are missing, damaged or empty."""
+    """The source; InputError when files are missing, damaged or empty."""
     source = OPENERS[spec.kind](spec)
     if not len(source):
-        raise ConfigError(f"data.sources: {spec.path!r} ({spec.kind}) holds no records; remove it or name other files.")
+        raise InputError(
+            f"data.sources: {spec.path!r} ({spec.kind}) holds no records; remove it or "
+            "name other files."
+        )
     return source
 
 
 def first_record(source) -> Record:
-    """The first record that can be read; ConfigError when none of the first hundred can."""
+    """The first record that can be read; InputError when none of the first hundred can."""
     reasons = []
     for i in range(min(100, len(source))):
         try:
             return source[i]
         except RecordError as error:
             reasons.append(f"{source.key(i)}: {error}")
-    raise ConfigError(f"data.sources: none of the first {len(reasons)} records can be read; {reasons[0]}.")
+    raise InputError(
+        f"data.sources: none of the first {len(reasons)} records can be read; {reasons[0]}."
+    )

@@ -1,4 +1,5 @@
-"""What a source holds, record by record: what cannot be used and why, sizes, perceptual hashes, lengths of captions."""
+"""What a source holds, record by record: what cannot be used and why, sizes, perceptual hashes,
+lengths of captions."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -8,21 +9,25 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from blip3o_jax.config import ConfigError
 from blip3o_jax.data.records import Record, RecordError
 from blip3o_jax.data.transform import decode_image, fit_caption, prompt_length
+from blip3o_jax.errors import InputError
 from blip3o_jax.text import Text, edit_prompt
 
 NEAR = 3  # bits of 64 in which the hashes of near duplicates differ at most
 BANDS = NEAR + 1  # of two such hashes at least one band agrees
-CELLS, NEAR_CELLS = 8, 16  # and of a thumbnail of 8x8 cells none by more than this; a flat picture's hash says too little
+# and of a thumbnail of 8x8 cells none by more than this; a flat picture's hash says too little
+CELLS, NEAR_CELLS = 8, 16
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One record; `problem` is "" when it can be used. `tokens` are the templated caption's, without source images.
+    """One record; `problem` is "" when it can be used.
 
-    `pixels` is a 64-bit hash of all pixels, `hash` is `dhash`, `thumbnail` the RGB bytes of `CELLS` x `CELLS` cells.
+    `tokens` are the templated caption's, without source images.
+
+    `pixels` is a 64-bit hash of all pixels, `hash` is `dhash`, `thumbnail` the RGB bytes of `CELLS`
+    x `CELLS` cells.
     """
 
     key: str
@@ -37,7 +42,8 @@ class Seen:
 
 
 def dhash(image: Image.Image) -> int:
-    """64 bits: of the image shrunk to 9x8 in grey, whether each pixel is brighter than the one to its right."""
+    """64 bits: of the image shrunk to 9x8 in grey, whether each pixel is brighter than the one to
+    its right."""
     grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BILINEAR), np.int16)
     return int.from_bytes(np.packbits(grey[:, :-1] > grey[:, 1:]).tobytes(), "big")
 
@@ -61,14 +67,20 @@ def look(source, i: int, tokenizer: Text) -> Seen:
 def _tokens(record: Record, tokenizer: Text) -> int:
     try:
         tokenizer.encode_prompt(fit_caption(tokenizer, record.caption))
-    except ConfigError as error:
+    except InputError as error:
         raise RecordError(str(error).rstrip(".")) from error
     if record.inputs:
-        return len(tokenizer.tokenizer.encode(edit_prompt(record.caption, len(record.inputs), 0), add_special_tokens=False).ids)
+        return len(
+            tokenizer.tokenizer.encode(
+                edit_prompt(record.caption, len(record.inputs), 0), add_special_tokens=False
+            ).ids
+        )
     return prompt_length(tokenizer, record.caption)
 
 
-def survey(source, tokenizer: Text, limit: int, threads: int, progress: Callable[[Iterator], Iterator]) -> list[Seen]:
+def survey(
+    source, tokenizer: Text, limit: int, threads: int, progress: Callable[[Iterator], Iterator]
+) -> list[Seen]:
     """Looks at all records, or at `limit` evenly spread."""
     count = min(limit or len(source), len(source))
     numbers = [i * len(source) // count for i in range(count)]
@@ -77,15 +89,21 @@ def survey(source, tokenizer: Text, limit: int, threads: int, progress: Callable
 
 
 def equal_groups(seen: list[Seen]) -> list[list[int]]:
-    """Positions of records with the same pixels, a list for each picture that is there more than once."""
+    """Positions of records with the same pixels, a list for each picture that is there more than
+    once."""
     return _groups(np.array([s.pixels for s in seen], np.uint64))
 
 
 def near_groups(seen: list[Seen]) -> list[list[int]]:
-    """The same for pictures that look alike: hash and thumbnail are near, or there is a chain of such pairs."""
-    _, first, inverse = np.unique(np.array([s.pixels for s in seen], np.uint64), return_index=True, return_inverse=True)
+    """The same for pictures that look alike: hash and thumbnail are near, or there is a chain of
+    such pairs."""
+    _, first, inverse = np.unique(
+        np.array([s.pixels for s in seen], np.uint64), return_index=True, return_inverse=True
+    )
     hashes = np.array([seen[i].hash for i in first], np.uint64)
-    cells = np.array([np.frombuffer(seen[i].thumbnail, np.uint8) for i in first], np.int16).reshape(len(first), 3 * CELLS**2)
+    cells = np.array([np.frombuffer(seen[i].thumbnail, np.uint8) for i in first], np.int16).reshape(
+        len(first), 3 * CELLS**2
+    )
     parents = np.arange(len(first))
 
     def root(i: int) -> int:
@@ -102,7 +120,9 @@ def near_groups(seen: list[Seen]) -> list[list[int]]:
             for k, i in enumerate(bucket[:-1]):
                 others = bucket[k + 1 :]
                 others = others[np.bitwise_count(hashes[others] ^ hashes[i]) <= NEAR]
-                for j in others[np.abs(cells[others] - cells[i]).max(axis=1, initial=0) <= NEAR_CELLS]:
+                for j in others[
+                    np.abs(cells[others] - cells[i]).max(axis=1, initial=0) <= NEAR_CELLS
+                ]:
                     parents[root(int(j))] = root(int(i))
     joined = np.array([root(i) for i in range(len(first))], np.int64)
     return _groups(joined[inverse] if len(first) else inverse)
@@ -117,7 +137,11 @@ def _groups(labels: np.ndarray) -> list[list[int]]:
 def quantiles(values) -> dict[str, float]:
     """Least, 5 %, middle, 95 % and greatest."""
     names, shares = ("min", "p5", "median", "p95", "max"), (0, 0.05, 0.5, 0.95, 1)
-    return {} if not len(values) else dict(zip(names, np.quantile(np.asarray(values, float), shares).tolist(), strict=True))
+    return (
+        {}
+        if not len(values)
+        else dict(zip(names, np.quantile(np.asarray(values, float), shares).tolist(), strict=True))
+    )
 
 
 def summary(seen: list[Seen], image_size: int, max_prompt_tokens: int) -> dict:

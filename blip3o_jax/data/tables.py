@@ -9,12 +9,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from blip3o_jax.config import ConfigError, nearest
-from blip3o_jax.data.records import Record, RecordError, base_name, expand, locate, open_binary, read_bytes
-from blip3o_jax.train.data_config import SourceConfig
+from blip3o_jax.data.config import SourceConfig
+from blip3o_jax.data.records import (
+    Record,
+    RecordError,
+    base_name,
+    expand,
+    locate,
+    open_binary,
+    read_bytes,
+)
+from blip3o_jax.errors import InputError, nearest
 
 CAPTIONS = ("caption", "text", "txt", "prompt")  # the usual names, the first that is there
-# Editing sets' names of instruction, source images and result: X2I2 reflect, X2I2 and Nano-150k, ShareGPT-4o.
+# Editing sets' names of instruction, source images and result: X2I2 reflect, X2I2 and Nano-150k,
+# ShareGPT-4o.
 EDITS = (
     ("used_instruction", "input_images", "image"),
     ("instruction", "input_images", "output_image"),
@@ -24,9 +33,11 @@ GROUPS_KEPT = 8  # row groups of parquet in memory
 
 
 class ParquetSource:
-    """Rows with an image (bytes, or a struct with `bytes`, as in Hugging Face's data sets) and a caption.
+    """Rows with an image (bytes, or a struct with `bytes`, as in Hugging Face's data sets) and a
+    caption.
 
-    A row group is the least that can be read, so the newest few are kept; `blocks` says where they start, for an order that stays near.
+    A row group is the least that can be read, so the newest few are kept; `blocks` says where they
+    start, for an order that stays near.
     """
 
     def __init__(self, spec: SourceConfig):
@@ -38,19 +49,29 @@ class ParquetSource:
             try:
                 return pq.ParquetFile(open_binary(path) if "://" in path else path)
             except (OSError, ValueError) as error:  # pyarrow's errors are of these
-                raise ConfigError(f"{path} is no whole parquet file: {str(error).splitlines()[0]}") from error
+                raise InputError(
+                    f"{path} is no whole parquet file: {str(error).splitlines()[0]}"
+                ) from error
 
         with ThreadPoolExecutor(8) as pool:
             self.files = list(pool.map(open_file, self.paths))
         columns = self.files[0].schema_arrow.names
         self.image = _column(spec.image_field or "image", columns, self.paths[0], "image_field")
-        wanted = spec.caption_field or next((name for name in CAPTIONS if name in columns), CAPTIONS[0])
+        wanted = spec.caption_field or next(
+            (name for name in CAPTIONS if name in columns), CAPTIONS[0]
+        )
         self.caption = _column(wanted, columns, self.paths[0], "caption_field")
         for path, file in zip(self.paths, self.files, strict=True):
             for name in (self.image, self.caption):
                 _column(name, file.schema_arrow.names, path, "")
-        self.groups = [(f, g) for f, file in enumerate(self.files) for g in range(file.metadata.num_row_groups)]
-        self.ends = list(itertools.accumulate(self.files[f].metadata.row_group(g).num_rows for f, g in self.groups))
+        self.groups = [
+            (f, g) for f, file in enumerate(self.files) for g in range(file.metadata.num_row_groups)
+        ]
+        self.ends = list(
+            itertools.accumulate(
+                self.files[f].metadata.row_group(g).num_rows for f, g in self.groups
+            )
+        )
         self.blocks = np.array([0, *self.ends[:-1]])
         self.file_ends = list(itertools.accumulate(file.metadata.num_rows for file in self.files))
         self._kept, self._lock = OrderedDict(), threading.Lock()
@@ -78,9 +99,14 @@ class ParquetSource:
             if group not in self._kept:
                 f, g = self.groups[group]
                 try:
-                    self._kept[group] = self.files[f].read_row_group(g, columns=[self.image, self.caption])
+                    self._kept[group] = self.files[f].read_row_group(
+                        g, columns=[self.image, self.caption]
+                    )
                 except (OSError, ValueError) as error:
-                    raise RecordError(f"row group {g} of {self.paths[f]} cannot be read ({str(error).splitlines()[0]})") from error
+                    raise RecordError(
+                        f"row group {g} of {self.paths[f]} cannot be read "
+                        f"({str(error).splitlines()[0]})"
+                    ) from error
                 if len(self._kept) > GROUPS_KEPT:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(group)
@@ -89,13 +115,18 @@ class ParquetSource:
 
 def _column(name: str, columns, path: str, setting: str) -> str:
     if name not in columns:
-        how = f"; set {setting} of the source, {nearest(name, columns)}" if setting else f"; {nearest(name, columns)}"
-        raise ConfigError(f"{path} has no column {name!r}{how}")
+        how = (
+            f"; set {setting} of the source, {nearest(name, columns)}"
+            if setting
+            else f"; {nearest(name, columns)}"
+        )
+        raise InputError(f"{path} has no column {name!r}{how}")
     return name
 
 
 class JsonlSource:
-    """Lines with a caption and the path of an image; or edits, whose field names follow `EDITS` unless the source names them."""
+    """Lines with a caption and the path of an image; or edits, whose field names follow `EDITS`
+    unless the source names them."""
 
     blocks = None
 
@@ -125,8 +156,15 @@ class JsonlSource:
         caption, inputs, image = self._names(fields)
         paths = fields[inputs] if inputs else []
         paths = [paths] if isinstance(paths, str) else paths
-        if not isinstance(fields[caption], str) or not isinstance(fields[image], str) or not isinstance(paths, list):
-            raise RecordError(f"{caption!r} and {image!r} are not text" + (f", or {inputs!r} is no list of paths" if inputs else ""))
+        if (
+            not isinstance(fields[caption], str)
+            or not isinstance(fields[image], str)
+            or not isinstance(paths, list)
+        ):
+            raise RecordError(
+                f"{caption!r} and {image!r} are not text"
+                + (f", or {inputs!r} is no list of paths" if inputs else "")
+            )
         if inputs and not (paths and all(isinstance(path, str) for path in paths)):
             raise RecordError(f"{inputs!r} is no list of paths")
         root = self.spec.root or os.path.dirname(self.paths[file])
@@ -139,9 +177,15 @@ class JsonlSource:
         known = next((names for names in EDITS if all(name in fields for name in names)), None)
         if known is None or (spec.image_field and not spec.inputs_field):
             known = next((name for name in CAPTIONS if name in fields), CAPTIONS[0]), "", "image"
-        names = spec.caption_field or known[0], spec.inputs_field or known[1], spec.image_field or known[2]
+        names = (
+            spec.caption_field or known[0],
+            spec.inputs_field or known[1],
+            spec.image_field or known[2],
+        )
         if missing := [name for name in names if name and name not in fields]:
-            raise RecordError(f"no field {missing[0]!r} among {', '.join(sorted(map(repr, fields)))}")
+            raise RecordError(
+                f"no field {missing[0]!r} among {', '.join(sorted(map(repr, fields)))}"
+            )
         return names
 
 
@@ -157,12 +201,13 @@ def _line_starts(path: str) -> np.ndarray:
                 else:
                     starts[-1] = at  # belongs to the line before, so that JSON ignores it
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     return np.array(starts, np.int64)
 
 
 class TfdsSource:
-    """A split of a folder that TFDS wrote in the ArrayRecord format, with an image feature and a text feature; no TensorFlow needed."""
+    """A split of a folder that TFDS wrote in the ArrayRecord format, with an image feature and a
+    text feature; no TensorFlow needed."""
 
     blocks = None
 
@@ -172,18 +217,28 @@ class TfdsSource:
         try:
             builder = tfds.builder_from_directory(spec.path)
         except Exception as error:  # TFDS raises what its file system and its parser raise
-            raise ConfigError(f"{spec.path} is no folder that TFDS wrote: {str(error).splitlines()[0]}") from error
+            raise InputError(
+                f"{spec.path} is no folder that TFDS wrote: {str(error).splitlines()[0]}"
+            ) from error
         features, where = builder.info.features, f"The data set {spec.path}"
         self.image = _column(spec.image_field or "image", features, where, "image_field")
-        wanted = spec.caption_field or next((name for name in CAPTIONS if name in features), CAPTIONS[0])
+        wanted = spec.caption_field or next(
+            (name for name in CAPTIONS if name in features), CAPTIONS[0]
+        )
         self.caption = _column(wanted, features, where, "caption_field")
         if spec.split not in builder.info.splits:
-            raise ConfigError(f"{where} has no split {spec.split!r}; {nearest(spec.split, builder.info.splits)}")
+            raise InputError(
+                f"{where} has no split {spec.split!r}; {nearest(spec.split, builder.info.splits)}"
+            )
         self.name, self.split = builder.info.full_name, spec.split
         try:
-            self.source = builder.as_data_source(spec.split, decoders={self.image: tfds.decode.SkipDecoding()})
+            self.source = builder.as_data_source(
+                spec.split, decoders={self.image: tfds.decode.SkipDecoding()}
+            )
         except Exception as error:
-            raise ConfigError(f"{where} cannot be read at random: {str(error).splitlines()[0]}") from error
+            raise InputError(
+                f"{where} cannot be read at random: {str(error).splitlines()[0]}"
+            ) from error
 
     def __len__(self) -> int:
         return len(self.source)
@@ -194,4 +249,8 @@ class TfdsSource:
     def __getitem__(self, i: int) -> Record:
         fields = self.source[i]
         caption = fields[self.caption]
-        return Record(self.key(i), (caption.decode() if isinstance(caption, bytes) else str(caption)).strip(), fields[self.image])
+        return Record(
+            self.key(i),
+            (caption.decode() if isinstance(caption, bytes) else str(caption)).strip(),
+            fields[self.image],
+        )

@@ -1,7 +1,9 @@
-"""WebDataset tars, read at random: a tar's headers are read once, in order, and its offsets kept in NAME.tar.index beside it.
+"""WebDataset tars, read at random: a tar's headers are read once, in order, and its offsets kept in
+NAME.tar.index beside it.
 
-A record is a run of members that share their name up to the first dot of its last part: KEY.jpg|jpeg|png|webp, KEY.txt and perhaps
-KEY.json, as BLIP3o-Pretrain-* are laid out. Other members are no concern of ours.
+A record is a run of members that share their name up to the first dot of its last part:
+KEY.jpg|jpeg|png|webp, KEY.txt and perhaps KEY.json, as BLIP3o-Pretrain-* are laid out. Other
+members are no concern of ours.
 """
 
 import hashlib
@@ -16,13 +18,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from blip3o_jax.config import ConfigError
+from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.records import Record, RecordError, base_name, expand, locate, open_binary
-from blip3o_jax.train.data_config import SourceConfig
+from blip3o_jax.errors import InputError
 
 VERSION = 1
 BLOCK = 512
-PARTS = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "text", "json": "json"}
+PARTS = {
+    "jpg": "image",
+    "jpeg": "image",
+    "png": "image",
+    "webp": "image",
+    "txt": "text",
+    "json": "json",
+}
 INDEXERS = 8  # tars whose headers are read at once; what counts is the latency of the disk
 
 log = logging.getLogger(__name__)
@@ -69,7 +78,11 @@ class TarSource:
                 return written.decode().strip()
             return str(json.loads(written)[self.caption_field]).strip()
         except (ValueError, KeyError, TypeError) as error:
-            what = f"json without {self.caption_field!r}" if self.caption_field else "txt that is not UTF-8"
+            what = (
+                f"json without {self.caption_field!r}"
+                if self.caption_field
+                else "txt that is not UTF-8"
+            )
             raise RecordError(what) from error
 
 
@@ -82,7 +95,8 @@ def _span(file, start: int, size: int) -> bytes:
 
 
 def open_index(tar: str) -> np.ndarray:
-    """The offsets of a tar's records, from the index file if that is of this very tar, else from the tar. ConfigError for a damaged tar."""
+    """The offsets of a tar's records, from the index file if that is of this very tar, else from
+    the tar. InputError for a damaged tar."""
     version = _version(tar)
     places = _index_files(tar)
     for file in places:
@@ -95,12 +109,17 @@ def open_index(tar: str) -> np.ndarray:
             return _load(file, version)
         except OSError:
             continue  # the next place; in memory at last
-    log.warning("The index of %s can be kept neither beside it nor in the cache folder; it is made anew in every run.", tar)
+    log.warning(
+        "The index of %s can be kept neither beside it nor in the cache folder; it is made "
+        "anew in every run.",
+        tar,
+    )
     return index
 
 
 def read_headers(tar: str) -> np.ndarray:
-    """Reads a tar's headers in order: key and, of each part, (offset, size), (-1, -1) where it is missing."""
+    """Reads a tar's headers in order: key and, of each part, (offset, size), (-1, -1) where it is
+    missing."""
     rows, end = [], 0
     try:
         with open_binary(tar) as raw, tarfile.open(fileobj=raw, mode="r:") as members:
@@ -108,17 +127,28 @@ def read_headers(tar: str) -> np.ndarray:
                 members.members = []  # it would keep them all
                 if member.isfile():
                     _add(rows, member)
-                end = member.offset_data + (-(-member.size // BLOCK) * BLOCK if member.isfile() else 0)
+                end = member.offset_data + (
+                    -(-member.size // BLOCK) * BLOCK if member.isfile() else 0
+                )
             raw.seek(end)
             beyond = raw.read(BLOCK)
     except (tarfile.TarError, EOFError) as error:
-        raise ConfigError(f"{tar} is no whole uncompressed tar ({error}); copy it again or unpack its compression.") from error
+        raise InputError(
+            f"{tar} is no whole uncompressed tar ({error}); copy it again or unpack its "
+            "compression."
+        ) from error
     except OSError as error:
-        raise ConfigError(f"{tar} cannot be read: {error.strerror or error}.") from error
+        raise InputError(f"{tar} cannot be read: {error.strerror or error}.") from error
     if beyond.strip(b"\0") or (end % BLOCK and rows):  # tarfile takes a damaged header for the end
-        raise ConfigError(f"{tar} is damaged at byte {end}, after {len(rows)} records; copy it again.")
+        raise InputError(
+            f"{tar} is damaged at byte {end}, after {len(rows)} records; copy it again."
+        )
     width = max((len(key) for key, _ in rows), default=1)
-    index = np.full(len(rows), -1, [("key", f"S{width}"), ("image", "<i8", 2), ("text", "<i8", 2), ("json", "<i8", 2)])
+    index = np.full(
+        len(rows),
+        -1,
+        [("key", f"S{width}"), ("image", "<i8", 2), ("text", "<i8", 2), ("json", "<i8", 2)],
+    )
     for row, (key, parts) in zip(index, rows, strict=True):
         row["key"] = key
         for part, span in parts.items():
@@ -152,7 +182,11 @@ def _version(tar: str) -> dict:
 
 def _index_files(tar: str) -> list[pathlib.Path]:
     """Beside the tar, and where that is not writable."""
-    root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "blip3o_jax" / "tars"
+    root = (
+        pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        / "blip3o_jax"
+        / "tars"
+    )
     remote = "://" in tar
     name = hashlib.sha256((tar if remote else os.path.abspath(tar)).encode()).hexdigest()[:32]
     cached = root / f"{name}.index"
@@ -160,7 +194,8 @@ def _index_files(tar: str) -> list[pathlib.Path]:
 
 
 def _load(file: pathlib.Path, version: dict) -> np.ndarray | None:
-    """The index in a file: a line of JSON, then the array; None when there is none or it is of another state of the tar."""
+    """The index in a file: a line of JSON, then the array; None when there is none or it is of
+    another state of the tar."""
     try:
         with file.open("rb") as stream:
             head = json.loads(stream.readline())

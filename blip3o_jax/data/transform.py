@@ -1,4 +1,7 @@
-"""A record to arrays: decoding, the crop, the caption's length. And the account of what could not be used as it was."""
+"""A record to arrays: decoding, the crop, the caption's length.
+
+And the account of what could not be used as it was.
+"""
 
 import io
 import json
@@ -9,8 +12,8 @@ import threading
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from blip3o_jax.config import ConfigError
 from blip3o_jax.data.records import Record, RecordError
+from blip3o_jax.errors import InputError
 from blip3o_jax.text import Text, t2i_prompt
 
 FEWEST = 1000  # records before the share of bad ones is trusted
@@ -25,23 +28,31 @@ def decode_image(data: bytes) -> Image.Image:
     except UnidentifiedImageError as error:  # whose text names an address in memory
         raise RecordError("the image cannot be decoded (its format is unknown)") from error
     except Exception as error:  # decoders of images raise what they please
-        raise RecordError(f"the image cannot be decoded ({str(error) or type(error).__name__})") from error
+        raise RecordError(
+            f"the image cannot be decoded ({str(error) or type(error).__name__})"
+        ) from error
 
 
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:
-    """uint8 [size,size,3]: the shorter side resized (bilinear, antialiased), then the middle of the longer one (S6.4)."""
+    """uint8 [size,size,3]: the shorter side resized (bilinear, antialiased), then the middle of the
+    longer one (§6.4)."""
     width, height = image.size
     if width <= height:
         width, height = size, max(size, int(size * height / width))
     else:
         width, height = max(size, int(size * width / height)), size
-    image = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BILINEAR)
+    image = (
+        image
+        if image.size == (width, height)
+        else image.resize((width, height), Image.Resampling.BILINEAR)
+    )
     left, top = round((width - size) / 2), round((height - size) / 2)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
 def squash(image: Image.Image, size: int) -> np.ndarray:
-    """uint8 [size,size,3]: the whole frame, whatever its shape, as the PyTorch code shows it to the tokenizer (bicubic; S6.4)."""
+    """uint8 [size,size,3]: the whole frame, whatever its shape, as the PyTorch code shows it to the
+    tokenizer (bicubic; §6.4)."""
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
@@ -51,10 +62,13 @@ def prompt_length(tokenizer: Text, caption: str) -> int:
 
 
 def fit_caption(tokenizer: Text, caption: str) -> str:
-    """The longest beginning of the caption, by its tokens, whose prompt is no longer than the model allows."""
+    """The longest beginning of the caption, by its tokens, whose prompt is no longer than the model
+    allows."""
     encoding = tokenizer.tokenizer.encode(caption, add_special_tokens=False)
     keep = len(encoding.ids)
-    while keep > 0 and (over := prompt_length(tokenizer, caption) - tokenizer.max_prompt_tokens) > 0:
+    while (
+        keep > 0 and (over := prompt_length(tokenizer, caption) - tokenizer.max_prompt_tokens) > 0
+    ):
         keep -= over
         caption = caption[: encoding.offsets[keep - 1][1]].rstrip() if keep > 0 else ""
     return caption
@@ -63,8 +77,8 @@ def fit_caption(tokenizer: Text, caption: str) -> str:
 class Tally:
     """Counts of records read, bad, and of captions cut or dropped; thread-safe.
 
-    A bad record is named in `path` (a line of JSON: key, reason) once. Raises ConfigError once they are more than `max_fraction` of
-    those read, of which a thousand are assumed at least.
+    A bad record is named in `path` (a line of JSON: key, reason) once. Raises InputError once they
+    are more than `max_fraction` of those read, of which a thousand are assumed at least.
     """
 
     def __init__(self, max_fraction: float, path: pathlib.Path | None = None):
@@ -77,8 +91,14 @@ class Tally:
             for name, count in counts.items():
                 self.counts[name] += count
                 total = self.counts[name]
-                if name in ("truncated", "dropped") and total & (total - 1) == 0:  # at powers of two
-                    log.info("Captions too long for the prompt: %d %s of %d records read.", total, name, self.counts["read"])
+                # at powers of two
+                if name in ("truncated", "dropped") and total & (total - 1) == 0:
+                    log.info(
+                        "Captions too long for the prompt: %d %s of %d records read.",
+                        total,
+                        name,
+                        self.counts["read"],
+                    )
 
     def bad(self, key: str, reason: str) -> None:
         with self._lock:
@@ -91,23 +111,42 @@ class Tally:
                         file.write(json.dumps({"key": key, "reason": reason}) + "\n")
             if self.counts["bad"] > self.max_fraction * max(self.counts["read"], FEWEST):
                 where = f"; {self.path} names them" if self.path else ""
-                raise ConfigError(
-                    f"{self.counts['bad']} of {self.counts['read']} records cannot be used, more than data.max_bad_fraction "
+                raise InputError(
+                    f"{self.counts['bad']} of {self.counts['read']} records cannot be "
+                    "used, more than data.max_bad_fraction "
                     f"{self.max_fraction} (the last: {key}: {reason}){where}."
                 )
 
 
 class Rows:
-    """Record number -> the arrays of a training row. What stands for a bad record is the next good one of the source.
+    """Record number -> the arrays of a training row.
 
-    `source` gives Records, or the cache's dicts with `codes` and `latents`. Rows hold `tokens` int32 [length] with the image's codes
-    open, `start` int32, and `images` uint8 [size,size,3] (with crop "original" also `view`, the tokenizer's) or `codes` and `latents`.
+    What stands for a bad record is the next good one of the source.
+
+    `source` gives Records, or the cache's dicts with `codes` and `latents`. Rows hold `tokens`
+    int32 [length] with the image's codes open, `start` int32, and `images` uint8 [size,size,3]
+    (with crop "original" also `view`, the tokenizer's) or `codes` and `latents`.
     """
 
     ATTEMPTS = 100
 
-    def __init__(self, source, tokenizer: Text, num_tokens: int, length: int, sizes: tuple[int, int], crop: str, long: str, tally: Tally):
-        self.source, self.tokenizer, self.num_tokens, self.length = source, tokenizer, num_tokens, length
+    def __init__(
+        self,
+        source,
+        tokenizer: Text,
+        num_tokens: int,
+        length: int,
+        sizes: tuple[int, int],
+        crop: str,
+        long: str,
+        tally: Tally,
+    ):
+        self.source, self.tokenizer, self.num_tokens, self.length = (
+            source,
+            tokenizer,
+            num_tokens,
+            length,
+        )
         self.sizes, self.crop, self.long, self.tally = sizes, crop, long, tally
 
     def __len__(self) -> int:
@@ -122,7 +161,10 @@ class Rows:
                     return row
             except RecordError as error:
                 self.tally.bad(self.source.key(number), str(error))
-        raise ConfigError(f"None of {self.ATTEMPTS} records from {self.source.key(i)} on can be used; see `blip3o-jax data check`.")
+        raise InputError(
+            f"None of {self.ATTEMPTS} records from {self.source.key(i)} on can be used; "
+            "see `blip3o-jax data check`."
+        )
 
     def _row(self, record) -> dict[str, np.ndarray] | None:
         cached = isinstance(record, dict)
@@ -134,9 +176,11 @@ class Rows:
             caption = fit_caption(self.tokenizer, caption)
         try:
             prompt = self.tokenizer.encode_prompt(caption)
-        except ConfigError as error:
+        except InputError as error:
             raise RecordError(str(error).rstrip(".")) from error
-        tokens, start = self.tokenizer.training_rows([prompt], np.zeros((1, self.num_tokens), np.int32), self.length)
+        tokens, start = self.tokenizer.training_rows(
+            [prompt], np.zeros((1, self.num_tokens), np.int32), self.length
+        )
         row = {"tokens": tokens[0], "start": start[0]}
         if cached:
             self.tally.add(bytes=record["codes"].nbytes + record["latents"].nbytes)
@@ -148,7 +192,8 @@ class Rows:
 
 
 def image_arrays(record: Record, sizes: tuple[int, int], crop: str) -> dict[str, np.ndarray]:
-    """`images` uint8 [size,size,3] and, with the original's crop, `view`; `sizes` are those of the autoencoder and of the tokenizer."""
+    """`images` uint8 [size,size,3] and, with the original's crop, `view`; `sizes` are those of the
+    autoencoder and of the tokenizer."""
     image = decode_image(record.image)
     arrays = {"images": centre_crop(image, sizes[0])}
     if crop == "original":

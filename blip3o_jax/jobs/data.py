@@ -8,10 +8,10 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from blip3o_jax.config import ConfigError
+from blip3o_jax.errors import InputError
 from blip3o_jax.jobs.output import new_folder
 from blip3o_jax.jobs.train import open_tokenizer, read_config
-from blip3o_jax.mesh import cores
+from blip3o_jax.parallel.mesh import cores
 from blip3o_jax.train.config import TrainConfig
 
 REPORT = "report.json"
@@ -24,17 +24,18 @@ log = logging.getLogger(__name__)
 def _mixture(args) -> TrainConfig:
     cfg = read_config(args.config, args.overrides)
     if not cfg.data.sources:
-        raise ConfigError(f"{args.config} names no data.sources, so there is no mixture to read.")
+        raise InputError(f"{args.config} names no data.sources, so there is no mixture to read.")
     return cfg
 
 
 def run_check(args) -> None:
-    """Looks at every record of every source; writes report.json, problems.jsonl, duplicates.jsonl and plots; prints the report as JSON."""
+    """Looks at every record of every source; writes report.json, problems.jsonl, duplicates.jsonl
+    and plots; prints the report as JSON."""
     from blip3o_jax.data import survey
     from blip3o_jax.data.sources import open_source
 
     if args.limit < 0:
-        raise ConfigError(f"--limit is at least 0, not {args.limit}.")
+        raise InputError(f"--limit is at least 0, not {args.limit}.")
     cfg = _mixture(args)
     model, tokenizer = cfg.blip3o(), open_tokenizer(cfg)
     sources = [open_source(spec) for spec in cfg.data.sources]
@@ -44,20 +45,41 @@ def run_check(args) -> None:
         for spec, source in zip(cfg.data.sources, sources, strict=True):
             count = min(args.limit or len(source), len(source))
             seen = survey.survey(
-                source, tokenizer, args.limit, threads, lambda it, n=count, p=spec.path: tqdm(it, p, n, disable=None, mininterval=1)
+                source,
+                tokenizer,
+                args.limit,
+                threads,
+                lambda it, n=count, p=spec.path: tqdm(it, p, n, disable=None, mininterval=1),
             )
             found.append(seen)
             bad = [s for s in seen if s.problem]
             examples = [{"key": s.key, "reason": s.problem} for s in bad[:EXAMPLES]]
             row = {"path": spec.path, "kind": spec.kind, "records": len(source)}
-            rows.append(row | survey.summary(seen, model.image_size, model.max_prompt_tokens) | {"examples": examples})
-            log.info("%s: %d of %d records looked at, %d cannot be used.", spec.path, len(seen), len(source), len(bad))
+            rows.append(
+                row
+                | survey.summary(seen, model.image_size, model.max_prompt_tokens)
+                | {"examples": examples}
+            )
+            log.info(
+                "%s: %d of %d records looked at, %d cannot be used.",
+                spec.path,
+                len(seen),
+                len(source),
+                len(bad),
+            )
         good = [s for seen in found for s in seen if not s.problem]
         near = survey.near_groups(good)
-        _write_lines(folder / "problems.jsonl", ({"key": s.key, "reason": s.problem} for seen in found for s in seen if s.problem))
+        _write_lines(
+            folder / "problems.jsonl",
+            ({"key": s.key, "reason": s.problem} for seen in found for s in seen if s.problem),
+        )
         _write_lines(folder / "duplicates.jsonl", ([good[i].key for i in group] for group in near))
         _plots(folder, good, model)
-        report = {"sources": rows, "duplicates": _counted(survey.equal_groups(good)), "near_duplicates": _counted(near)}
+        report = {
+            "sources": rows,
+            "duplicates": _counted(survey.equal_groups(good)),
+            "near_duplicates": _counted(near),
+        }
         (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
 
@@ -78,20 +100,31 @@ def _plots(folder, good, model) -> None:
 
     sides, ratios = [min(s.width, s.height) for s in good], [s.width / s.height for s in good]
     plots = {
-        "sizes": histogram(sides, "Shorter side", "pixels, in octaves", model.image_size, "the run's", log=True),
-        "aspect_ratios": histogram(ratios, "Aspect ratio", "width / height, in octaves", 1.0, "square,", log=True),
-        "prompt_tokens": histogram([s.tokens for s in good], "Prompt", "tokens", model.max_prompt_tokens, "the longest allowed,"),
+        "sizes": histogram(
+            sides, "Shorter side", "pixels, in octaves", model.image_size, "the run's", log=True
+        ),
+        "aspect_ratios": histogram(
+            ratios, "Aspect ratio", "width / height, in octaves", 1.0, "square,", log=True
+        ),
+        "prompt_tokens": histogram(
+            [s.tokens for s in good],
+            "Prompt",
+            "tokens",
+            model.max_prompt_tokens,
+            "the longest allowed,",
+        ),
     }
     for name, image in plots.items():
         image.save(folder / f"{name}.png")
 
 
 def measure(cfg: TrainConfig, tokenizer, sources, batches: int) -> dict:
-    """Reads `batches` batches on this host; nothing else is done meanwhile, so a batch's wait is its whole cost."""
-    from blip3o_jax.data import pipeline
+    """Reads `batches` batches on this host; nothing else is done meanwhile, so a batch's wait is
+    its whole cost."""
+    from blip3o_jax.data import feed
 
-    tally = pipeline.tally_of(cfg)
-    iterator = pipeline.train_batches(cfg, "", tokenizer, 0, sources, tally)
+    tally = feed.tally_of(cfg)
+    iterator = feed.train_batches(cfg, "", tokenizer, 0, sources, tally)
     for _ in range(WARM):
         rows = len(next(iterator)["tokens"])
     waits = []
@@ -112,22 +145,24 @@ def measure(cfg: TrainConfig, tokenizer, sources, batches: int) -> dict:
 
 def run_stats(args) -> None:
     """Prints a line for each number of reader threads, then all as one JSON line."""
-    from blip3o_jax.data import pipeline
+    from blip3o_jax.data import feed
 
     numbers = args.threads.split(",")
     if not all(n.isdigit() and int(n) > 0 for n in numbers):
-        raise ConfigError(f"--threads are numbers of at least 1, as in 1,2,4, not {args.threads!r}.")
+        raise InputError(f"--threads are numbers of at least 1, as in 1,2,4, not {args.threads!r}.")
     if args.batches < 1:
-        raise ConfigError(f"--batches is at least 1, not {args.batches}.")
+        raise InputError(f"--batches is at least 1, not {args.batches}.")
     cfg = _mixture(args)
-    tokenizer, sources = open_tokenizer(cfg), pipeline.open_sources(cfg)
+    tokenizer, sources = open_tokenizer(cfg), feed.open_sources(cfg)
     rows = []
     for n in map(int, numbers):
         data = dataclasses.replace(cfg.data, reader_threads=n)
         row = measure(dataclasses.replace(cfg, data=data), tokenizer, sources, args.batches)
         print(
-            f"{n} threads: {row['examples_per_second']:.1f} examples/s, {row['mb_per_second']:.2f} MB/s, "
-            f"a batch of {cfg.batch_size} takes {row['wait_ms']:.1f} ms (the longest {row['longest_wait_ms']:.1f})"
+            f"{n} threads: {row['examples_per_second']:.1f} examples/s, "
+            f"{row['mb_per_second']:.2f} MB/s, "
+            f"a batch of {cfg.batch_size} takes {row['wait_ms']:.1f} ms (the longest "
+            f"{row['longest_wait_ms']:.1f})"
         )
         rows.append(row)
     print(json.dumps({"batch_size": cfg.batch_size, "cores": cores(), "by_threads": rows}))

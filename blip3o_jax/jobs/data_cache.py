@@ -1,4 +1,5 @@
-"""`blip3o-jax data cache`: the tokenizer and the autoencoder over a mixture, a shard at a time; what is there already stays."""
+"""`blip3o-jax data cache`: the tokenizer and the autoencoder over a mixture, a shard at a time;
+what is there already stays."""
 
 import json
 import logging
@@ -11,19 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip3o_jax.config import ConfigError
 from blip3o_jax.data import cache
 from blip3o_jax.data.records import RecordError
 from blip3o_jax.data.transform import Tally, image_arrays
-from blip3o_jax.mesh import BATCH, make_mesh, meet, start_processes
+from blip3o_jax.errors import InputError
 from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.parallel.mesh import BATCH, make_mesh
+from blip3o_jax.parallel.processes import barrier, start_processes
 from blip3o_jax.train.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
 
 def encoder_params(cfg: TrainConfig, load_part: Callable[[str, str], dict]) -> dict:
-    """The run's `ta_tok` and `dc_ae` at its start, float32 on the host: from `init`, or at random from the seed as the loop makes them."""
+    """The run's `ta_tok` and `dc_ae` at its start, float32 on the host: from `init`, or at random
+    from the seed as the loop makes them."""
     made = {}
     for part in ("ta_tok", "dc_ae"):
         if part in cfg.init:
@@ -35,20 +38,25 @@ def encoder_params(cfg: TrainConfig, load_part: Callable[[str, str], dict]) -> d
 
 
 def make_encoder(cfg: TrainConfig, params: dict, batch_size: int):
-    """list of image arrays -> (codes int32 [b,n], latents f32 [b,Y,X,C]), `batch_size` images at a time over this host's devices."""
-    from blip3o_jax.compilation import jit
+    """list of image arrays -> (codes int32 [b,n], latents f32 [b,Y,X,C]), `batch_size` images at a
+    time over this host's devices."""
+    from blip3o_jax.kernels.platform import jit
     from blip3o_jax.train import losses
     from blip3o_jax.train.loop import build_model
 
     mesh = make_mesh(devices=jax.local_devices())
     if batch_size % mesh.size:
-        raise ConfigError(f"--batch-size {batch_size} does not divide by the {mesh.size} devices of this host.")
+        raise InputError(
+            f"--batch-size {batch_size} does not divide by the {mesh.size} devices of this host."
+        )
     model, place = build_model(cfg), jax.NamedSharding(mesh, BATCH)
     params = jax.device_put(params, jax.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
     @jit
     def encode(params, batch):
-        return losses.encode_codes(model, params, batch), losses.encode_latents(model, params, batch["images"])
+        return losses.encode_codes(model, params, batch), losses.encode_latents(
+            model, params, batch["images"]
+        )
 
     def run(images: list[dict]) -> tuple[np.ndarray, np.ndarray]:
         padded = images + [images[-1]] * (batch_size - len(images))
@@ -81,40 +89,55 @@ def shard_records(source, numbers, decode, encode, tally: Tally, dtype, batch_si
                     yield {"key": key, "error": arrays}
                     continue
                 codes, latents = next(made)
-                yield {"key": key, "caption": caption, "codes": codes.astype(np.int32), "latents": latents.astype(dtype)}
+                yield {
+                    "key": key,
+                    "caption": caption,
+                    "codes": codes.astype(np.int32),
+                    "latents": latents.astype(dtype),
+                }
 
 
 def begin(folder: pathlib.Path, wanted: dict) -> None:
-    """Makes the folder and writes its description; ConfigError when it holds another cache or something else."""
+    """Makes the folder and writes its description; InputError when it holds another cache or
+    something else."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "cache.json").exists():
-            if others := sorted(p.name for p in folder.iterdir() if not p.name.startswith((".", "bad_records"))):
-                raise ConfigError(f"{folder} holds {others[0]} and no cache.json; name another folder.")
+            if others := sorted(
+                p.name for p in folder.iterdir() if not p.name.startswith((".", "bad_records"))
+            ):
+                raise InputError(
+                    f"{folder} holds {others[0]} and no cache.json; name another folder."
+                )
             temporary = folder / f".cache.json.{jax.process_index()}"
             temporary.write_text(json.dumps(wanted, indent=1) + "\n")
             temporary.replace(folder / "cache.json")
     except OSError as error:
-        raise ConfigError(f"{folder} cannot be written: {error.strerror}.") from error
+        raise InputError(f"{folder} cannot be written: {error.strerror}.") from error
     found = cache.read_description(str(folder))
     if found != wanted:
         differs = cache.difference(found, wanted) or "other fields"
-        raise ConfigError(f"{folder} holds a cache made otherwise ({differs}); name another folder.")
+        raise InputError(f"{folder} holds a cache made otherwise ({differs}); name another folder.")
 
 
 def run(args) -> None:
-    """Writes the shards that are missing; several hosts share them by number. Prints one JSON line."""
-    from blip3o_jax.compilation import enable_compilation_cache
-    from blip3o_jax.data.pipeline import open_sources
+    """Writes the shards that are missing; several hosts share them by number.
+
+    Prints one JSON line.
+    """
+    from blip3o_jax.data.feed import open_sources
     from blip3o_jax.jobs.train import load_part, read_config
+    from blip3o_jax.kernels.platform import enable_compilation_cache
     from blip3o_jax.pipeline import find_checkpoint
 
     cfg = read_config(args.config, [*args.overrides, "--config.data.cache="])
     for name in ("shard_records", "batch_size"):
         if getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is at least 1, not {getattr(args, name)}.")
+            raise InputError(
+                f"--{name.replace('_', '-')} is at least 1, not {getattr(args, name)}."
+            )
     if not cfg.data.sources:
-        raise ConfigError(f"{args.config} names no data.sources, so there is nothing to cache.")
+        raise InputError(f"{args.config} names no data.sources, so there is nothing to cache.")
     for directory in cfg.init.values():
         find_checkpoint(directory)
     start_processes()
@@ -123,7 +146,10 @@ def run(args) -> None:
     wanted = cache.describe(cfg, params) | {
         "latents": args.latents,
         "shard_records": args.shard_records,
-        "sources": [cache.source_entry(spec, source) for spec, source in zip(cfg.data.sources, sources, strict=True)],
+        "sources": [
+            cache.source_entry(spec, source)
+            for spec, source in zip(cfg.data.sources, sources, strict=True)
+        ],
     }
     folder, host, hosts = pathlib.Path(args.out), jax.process_index(), jax.process_count()
     encode = make_encoder(cfg, params, args.batch_size)
@@ -132,7 +158,9 @@ def run(args) -> None:
     model = cfg.blip3o()
     sizes = model.image_size, model.ta_tok.encoder.image_size
     names = [
-        (s, k, name) for s, source in enumerate(sources) for k, name in enumerate(cache.shard_names(s, len(source), args.shard_records))
+        (s, k, name)
+        for s, source in enumerate(sources)
+        for k, name in enumerate(cache.shard_names(s, len(source), args.shard_records))
     ]
     todo = [item for item in names[host::hosts] if not (folder / item[2]).exists()]
     log.info("%d of %d shards are to be made on host %d of %d.", len(todo), len(names), host, hosts)
@@ -144,11 +172,15 @@ def run(args) -> None:
         def decode(record):
             return image_arrays(record, sizes, cfg.data.crop)
 
-        cache.write_shard(folder / name, shard_records(sources[s], numbers, decode, encode, tally, dtype, args.batch_size))
+        cache.write_shard(
+            folder / name,
+            shard_records(sources[s], numbers, decode, encode, tally, dtype, args.batch_size),
+        )
         rate = tally.counts["read"] / (time.perf_counter() - began)
         eta = (time.perf_counter() - began) / done * (len(todo) - done) / 60
         log.info("shard %d/%d %s, %.1f records/s, eta %.0f min", done, len(todo), name, rate, eta)
-    meet("the end of the cache", timeout=86_400)  # a process that left earlier would take the others along
+    # a process that left earlier would take the others along
+    barrier("the end of the cache", timeout=86_400)
     size = sum(file.stat().st_size for file in folder.glob("*.array_record"))
     report = {"cache": str(folder), "shards": len(names), "made": len(todo), "bytes": size}
     print(json.dumps(report | {name: tally.counts[name] for name in ("read", "bad")}))

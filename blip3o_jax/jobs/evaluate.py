@@ -1,4 +1,5 @@
-"""`blip3o-jax evaluate scenes`: held-out prompts of the embedded world, judged; beside them the judge's own accuracy and the ceilings."""
+"""`blip3o-jax evaluate scenes`: held-out prompts of the embedded world, judged; beside them the
+judge's own accuracy and the ceilings."""
 
 import functools
 import json
@@ -7,17 +8,16 @@ from dataclasses import asdict
 import jax
 import numpy as np
 
-from blip3o_jax import generate, sampler
-from blip3o_jax.compilation import jit
-from blip3o_jax.config import ConfigError
+from blip3o_jax.errors import InputError
 from blip3o_jax.jobs.generate import load_for, settings_of
 from blip3o_jax.jobs.output import new_folder
-from blip3o_jax.mesh import put_batch
-from blip3o_jax.metrics import sheet
+from blip3o_jax.kernels.platform import jit
+from blip3o_jax.parallel.batches import put_batch
 from blip3o_jax.pipeline import Pipeline
+from blip3o_jax.pixels import contact_sheet, to_unit
+from blip3o_jax.sample import generate, programs
 from blip3o_jax.scenes import judge, prompts, scene
 from blip3o_jax.text import Text
-from blip3o_jax.train.losses import to_unit
 
 SHEET = 48  # pictures shown
 DATA_SEED = 1  # of the held-out prompts; training draws from seed 0
@@ -26,22 +26,31 @@ DATA_SEED = 1  # of the held-out prompts; training draws from seed 0
 def heldout(count: int) -> list[tuple[dict, scene.Scene]]:
     """`count` held-out prompts with a scene each, spread evenly over the six tags of GenEval."""
     tags = list(prompts.TAGS)
-    return [prompts.sample(DATA_SEED, i, "heldout", {tags[i % len(tags)]: 1.0}) for i in range(count)]
+    return [
+        prompts.sample(DATA_SEED, i, "heldout", {tags[i % len(tags)]: 1.0}) for i in range(count)
+    ]
 
 
 def table(metadata: list[dict], images: np.ndarray) -> dict[str, dict[str, float]]:
-    """Shares of `correct` and `strict` by tag and over all, overall being the mean of the tags as in GenEval."""
+    """Shares of `correct` and `strict` by tag and over all, overall being the mean of the tags as
+    in GenEval."""
     verdicts = judge.judge_batch(images, metadata)
     result = {}
     for rule in ("correct", "strict"):
-        tags = {tag: [v[rule] for v, m in zip(verdicts, metadata, strict=True) if m["tag"] == tag] for tag in prompts.TAGS}
+        tags = {
+            tag: [v[rule] for v, m in zip(verdicts, metadata, strict=True) if m["tag"] == tag]
+            for tag in prompts.TAGS
+        }
         rates = {tag: round(float(np.mean(values)), 4) for tag, values in tags.items() if values}
         result[rule] = {"overall": round(float(np.mean(list(rates.values()))), 4), **rates}
     return result
 
 
-def ceilings(pipeline: Pipeline, metadata: list[dict], images: np.ndarray, settings) -> dict[str, np.ndarray]:
-    """Pictures of two shorter ways: the autoencoder alone, and the diffusion part fed the tokens of the true picture."""
+def ceilings(
+    pipeline: Pipeline, metadata: list[dict], images: np.ndarray, settings
+) -> dict[str, np.ndarray]:
+    """Pictures of two shorter ways: the autoencoder alone, and the diffusion part fed the tokens of
+    the true picture."""
     model, params, text = pipeline.model, pipeline.params, pipeline.text
 
     @jit
@@ -50,19 +59,27 @@ def ceilings(pipeline: Pipeline, metadata: list[dict], images: np.ndarray, setti
         return model.dc_ae.apply({"params": params["dc_ae"]}, latents, method="decode")
 
     read = jit(functools.partial(generate.read_tokens, model), model.config)
-    _, draw = sampler.programs(model)
-    chosen = {name: getattr(settings, name) for name in ("num_inference_steps", "guidance_scale", "shift")}
+    _, draw = programs.programs(model)
+    chosen = {
+        name: getattr(settings, name) for name in ("num_inference_steps", "guidance_scale", "shift")
+    }
     made = {"autoencoder": [], "true_tokens": []}
     size = pipeline.batch_size
     rows, start = _token_rows(text, metadata, model.config.ta_tok.num_tokens)
     for first in range(0, len(images), size):
         index = np.minimum(np.arange(first, first + size), len(images) - 1)
         keep = min(size, len(images) - first)
-        numbers = np.array([generate.sample_key(0, metadata[i]["prompt"], 0) for i in index], np.uint32)
-        *inputs, numbers = put_batch((images[index], rows[index], start[index], numbers), pipeline.mesh)
+        numbers = np.array(
+            [generate.sample_key(0, metadata[i]["prompt"], 0) for i in index], np.uint32
+        )
+        *inputs, numbers = put_batch(
+            (images[index], rows[index], start[index], numbers), pipeline.mesh
+        )
         with jax.set_mesh(pipeline.mesh):
             pixels = np.asarray(reconstruct(params, inputs[0]))[:keep]
-            made["autoencoder"].append(np.round(np.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(np.uint8))
+            made["autoencoder"].append(
+                np.round(np.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
+            )
             out = draw(params, read(params, *inputs), numbers, **chosen)
             made["true_tokens"].append(np.asarray(out)[:keep])
     return {name: np.concatenate(parts) for name, parts in made.items()}
@@ -70,13 +87,18 @@ def ceilings(pipeline: Pipeline, metadata: list[dict], images: np.ndarray, setti
 
 def _token_rows(text: Text, metadata: list[dict], num_tokens: int):
     encoded = [text.encode_prompt(m["prompt"]) for m in metadata]
-    return text.training_rows(encoded, np.zeros((len(encoded), num_tokens), np.int32), text.max_prompt_tokens + num_tokens + 3)
+    return text.training_rows(
+        encoded,
+        np.zeros((len(encoded), num_tokens), np.int32),
+        text.max_prompt_tokens + num_tokens + 3,
+    )
 
 
 def run(args) -> None:
-    """Writes OUT/{result.json,images.jsonl,images.npz,sheet.png} and prints the result as one JSON line."""
+    """Writes OUT/{result.json,images.jsonl,images.npz,sheet.png} and prints the result as one JSON
+    line."""
     if args.num_prompts < len(prompts.TAGS) or args.seeds < 1:
-        raise ConfigError(f"--num-prompts is at least {len(prompts.TAGS)} and --seeds at least 1.")
+        raise InputError(f"--num-prompts is at least {len(prompts.TAGS)} and --seeds at least 1.")
     from PIL import Image
     from tqdm import tqdm
 
@@ -110,8 +132,11 @@ def run(args) -> None:
     print(json.dumps(result))
 
 
-def labelled_sheet(images: np.ndarray, metadata: list[dict], verdicts: list[dict], columns: int = 8) -> np.ndarray:
-    """`SHEET` pictures spread over all, twice as large, each with its verdict (+ strict, o correct, - wrong) and prompt below."""
+def labelled_sheet(
+    images: np.ndarray, metadata: list[dict], verdicts: list[dict], columns: int = 8
+) -> np.ndarray:
+    """`SHEET` pictures spread over all, twice as large, each with its verdict (+ strict, o correct,
+    - wrong) and prompt below."""
     from PIL import Image, ImageDraw
 
     step = max(1, len(images) // SHEET) | 1  # odd, so that all tags and seeds are shown
@@ -126,6 +151,8 @@ def labelled_sheet(images: np.ndarray, metadata: list[dict], verdicts: list[dict
             if len(lines[-1]) + len(word) > 25:
                 lines.append("")
             lines[-1] += f" {word}" if lines[-1] else word
-        ImageDraw.Draw(cell).multiline_text((4, 129), "\n".join(lines[:2]), fill="black", font_size=10, spacing=1)
+        ImageDraw.Draw(cell).multiline_text(
+            (4, 129), "\n".join(lines[:2]), fill="black", font_size=10, spacing=1
+        )
         cells.append(np.asarray(cell))
-    return sheet(np.stack(cells), columns, margin=2)
+    return contact_sheet(np.stack(cells), columns, margin=2)

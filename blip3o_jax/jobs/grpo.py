@@ -1,48 +1,60 @@
-"""`blip3o-jax grpo`: config file -> checked config -> prompts and judge of the embedded world -> loop."""
+"""`blip3o-jax grpo`: config file -> checked config -> prompts and judge of the embedded world ->
+loop."""
 
 import json
 
 import jax
 
-from blip3o_jax.config import ConfigError
+from blip3o_jax.errors import InputError
 from blip3o_jax.jobs.train import load_part, own_workdir, read_config
 
 HELDOUT_SEED = 2  # of the prompts shown while training; the benchmark draws from seed 1
 
 
-def run(config: str, workdir: str, overrides: list[str]) -> None:
+def run(args) -> None:
     """Trains; prints the last held-out numbers as one JSON line."""
-    from blip3o_jax.compilation import enable_compilation_cache
-    from blip3o_jax.mesh import check_batch, make_mesh, start_processes
+    from blip3o_jax.kernels.platform import enable_compilation_cache
+    from blip3o_jax.parallel.batches import check_batch
+    from blip3o_jax.parallel.mesh import make_mesh
+    from blip3o_jax.parallel.processes import start_processes
     from blip3o_jax.pipeline import find_checkpoint, tokenizer_of
     from blip3o_jax.rl import loop
     from blip3o_jax.rl.rewards import scene_rewards
     from blip3o_jax.scenes import prompts
     from blip3o_jax.text import Text, load_tokenizer
 
-    cfg = read_config(config, overrides)
+    cfg = read_config(args.config, args.overrides)
     if cfg.stage != "grpo":
-        raise ConfigError(f"{config} is of stage {cfg.stage!r}; `blip3o-jax train` runs that.")
+        raise InputError(f"{args.config} is of stage {cfg.stage!r}; `blip3o-jax train` runs that.")
     for directory in cfg.init.values():
         find_checkpoint(directory)  # before anything is made
     start_processes()
     if jax.process_count() > 1:
-        raise ConfigError("GRPO runs in one process; rewards are not yet gathered from several.")
+        raise InputError("GRPO runs in one process; rewards are not yet gathered from several.")
     check_batch(cfg.batch_size, make_mesh(cfg.mesh))
     model, data = cfg.blip3o(), cfg.data
     text = Text(load_tokenizer(tokenizer_of(model.name)), model.vocab, model.max_prompt_tokens)
-    count, shares = cfg.batch_size // cfg.grpo.num_generations, {"extra": data.extra, "named_ground": data.named_ground}
+    count, shares = (
+        cfg.batch_size // cfg.grpo.num_generations,
+        {"extra": data.extra, "named_ground": data.named_ground},
+    )
 
     def asked(step: int) -> list[dict]:
         weights = data.weights or prompts.WEIGHTS
-        return [prompts.sample(data.seed, step * count + i, "train", weights, **shares)[0] for i in range(count)]
+        return [
+            prompts.sample(data.seed, step * count + i, "train", weights, **shares)[0]
+            for i in range(count)
+        ]
 
-    heldout = [prompts.sample(HELDOUT_SEED, i, "heldout", dict.fromkeys(prompts.TAGS, 1.0))[0] for i in range(min(64, cfg.batch_size))]
+    heldout = [
+        prompts.sample(HELDOUT_SEED, i, "heldout", dict.fromkeys(prompts.TAGS, 1.0))[0]
+        for i in range(min(64, cfg.batch_size))
+    ]
 
     def reward(images, metadata):
         return scene_rewards(images, metadata, cfg.grpo.strict)
 
-    with own_workdir(cfg, workdir) as folder:
+    with own_workdir(cfg, args.workdir) as folder:
         enable_compilation_cache()
         result = loop.run(cfg, folder, asked, heldout, text, reward, load_part)
     print(json.dumps(result))

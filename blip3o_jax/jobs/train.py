@@ -8,46 +8,54 @@ import pathlib
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from blip3o_jax import shipped
-from blip3o_jax.config import ConfigError
+from blip3o_jax import resources
+from blip3o_jax.errors import InputError
 from blip3o_jax.train.config import TrainConfig, from_dict
 
-# What a run must do to follow the original's curves (spec S6.6 no. 1 and 2).
+# What a run must do to follow the original's curves (docs/model.md §6.6 no. 1 and 2).
 REFERENCE_QUIRKS = ["--config.loss.last_slice=true", "--config.loss.stochastic_codes=true"]
 
 
 def read_config(name: str, overrides: list[str]) -> TrainConfig:
-    """Runs `get_config()` of a config file, applies `--config.a.b=value` overrides and checks the result.
+    """Runs `get_config()` of a config file, applies `--config.a.b=value` overrides and checks the
+    result.
 
-    "NAME:TOPOLOGY" runs `get_config(TOPOLOGY)`. Values are read as JSON where they are JSON, else as text.
+    "NAME:TOPOLOGY" runs `get_config(TOPOLOGY)`. Values are read as JSON where they are JSON, else
+    as text.
     """
     name, _, topology = name.partition(":")
-    path = shipped.find_config(name)
+    path = resources.find_config(name)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         if topology and not inspect.signature(module.get_config).parameters:
-            raise ConfigError(f"The config {name} is the same on all topologies; leave ':{topology}' out.")
+            raise InputError(
+                f"The config {name} is the same on all topologies; leave ':{topology}' out."
+            )
         values = module.get_config(*filter(None, [topology])).to_dict()
-    except ConfigError:
+    except InputError:
         raise
     except Exception as error:
-        raise ConfigError(f"{path} gives no config: {type(error).__name__}: {error}.") from error
+        raise InputError(f"{path} gives no config: {type(error).__name__}: {error}.") from error
     for item in overrides:
         key, equals, text = item.removeprefix("--config.").partition("=")
         if not equals:
-            raise ConfigError(f"{item}: write --config.{key}=VALUE.")
+            raise InputError(f"{item}: write --config.{key}=VALUE.")
         try:
             value = json.loads(text)
         except json.JSONDecodeError:
             value = text
-        *parents, last = key.split(".") if not key.startswith("model.") else ("model", key.removeprefix("model."))
+        *parents, last = (
+            key.split(".")
+            if not key.startswith("model.")
+            else ("model", key.removeprefix("model."))
+        )
         node = values
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise ConfigError(f"{item}: {parent!r} is a value, not a group of keys.")
+                raise InputError(f"{item}: {parent!r} is a value, not a group of keys.")
         node[last] = value
     return from_dict(TrainConfig, values)
 
@@ -58,61 +66,82 @@ def open_tokenizer(cfg: TrainConfig):
     from blip3o_jax.text import Text, load_tokenizer
 
     model = cfg.blip3o()
-    return Text(load_tokenizer(cfg.data.tokenizer or tokenizer_of(model.name)), model.vocab, model.max_prompt_tokens)
+    return Text(
+        load_tokenizer(cfg.data.tokenizer or tokenizer_of(model.name)),
+        model.vocab,
+        model.max_prompt_tokens,
+    )
 
 
 def load_part(directory: str, part: str) -> dict:
     """One part's params from a training run or a published or converted checkpoint."""
-    from blip3o_jax import checkpoint
+    from blip3o_jax import training_checkpoint
     from blip3o_jax.convert import converted, published
     from blip3o_jax.pipeline import find_checkpoint
 
     folder = find_checkpoint(directory)
-    if not checkpoint.is_workdir(folder):
-        load = converted.load_converted if converted.is_converted(folder) else published.load_published
+    if not training_checkpoint.is_workdir(folder):
+        load = (
+            converted.load_converted if converted.is_converted(folder) else published.load_published
+        )
         return load(folder, dtype="float32", parts=(part,))[1][part]
-    params = checkpoint.load_run(folder)[1]
+    params = training_checkpoint.load_run(folder)[1]
     if part not in params:
-        raise ConfigError(f"{directory} holds no {part!r}, only {', '.join(sorted(params))}.")
+        raise InputError(f"{directory} holds no {part!r}, only {', '.join(sorted(params))}.")
     return params[part]
 
 
 def open_workdir(cfg: TrainConfig, workdir: str) -> pathlib.Path:
-    """Makes the workdir and keeps the config in it; ConfigError when it holds another run's or cannot be written."""
-    from blip3o_jax.mesh import first_alone
+    """Makes the workdir and keeps the config in it; InputError when it holds another run's or
+    cannot be written."""
+    from blip3o_jax.parallel.processes import process_zero_first
 
     folder = pathlib.Path(workdir)
     text = json.dumps(asdict(cfg), indent=1, sort_keys=True)
     kept, new = folder / "config.json", folder / ".config.json"
-    with first_alone("the workdir") as first:
+    with process_zero_first("the workdir") as first:
         try:
             if first:
                 folder.mkdir(parents=True, exist_ok=True)
-                new.write_text(text)  # even when there is one: so that it shows now whether the workdir can be written
+                # even when there is one: so that it shows now whether the workdir can be written
+                new.write_text(text)
                 new.unlink() if kept.exists() else new.replace(kept)
         except OSError as error:
             with contextlib.suppress(OSError):
                 new.unlink()
-            raise ConfigError(f"The workdir {workdir} cannot be written: {error.strerror}.") from error
+            raise InputError(
+                f"The workdir {workdir} cannot be written: {error.strerror}."
+            ) from error
     before, now = (_flat(json.loads(t)) for t in (kept.read_text(), text))
-    changed = [f"{k}: {before.get(k)} there, {now.get(k)} here" for k in sorted(before | now) if before.get(k) != now.get(k)]
+    changed = [
+        f"{k}: {before.get(k)} there, {now.get(k)} here"
+        for k in sorted(before | now)
+        if before.get(k) != now.get(k)
+    ]
     if changed:
-        raise ConfigError(f"The workdir {workdir} is of another config ({'; '.join(changed[:3])}); take a new workdir.")
+        raise InputError(
+            f"The workdir {workdir} is of another config ({'; '.join(changed[:3])}); take "
+            "a new workdir."
+        )
     return folder
 
 
 @contextlib.contextmanager
 def own_workdir(cfg: TrainConfig, workdir: str) -> Iterator[pathlib.Path]:
-    """`open_workdir` around a run. One that a wrong input ends before it has metrics or a checkpoint leaves no config there, so that the
-    mended command may take the same folder."""
-    from blip3o_jax.checkpoint import is_workdir
+    """`open_workdir` around a run.
+
+    One that a wrong input ends before it has metrics or a checkpoint leaves no config there, so
+    that the mended command may take the same folder.
+    """
+    from blip3o_jax.training_checkpoint import is_workdir
 
     folder = open_workdir(cfg, workdir)
     try:
         yield folder
-    except ConfigError:
+    except InputError:
         if not (folder / "metrics.jsonl").exists() and not is_workdir(folder):
-            (folder / "config.json").unlink(missing_ok=True)  # another process of the run may be quicker
+            # another process of the run may be quicker
+            (folder / "config.json").unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # it holds something else
                 folder.rmdir()
         raise
@@ -121,24 +150,29 @@ def own_workdir(cfg: TrainConfig, workdir: str) -> Iterator[pathlib.Path]:
 def _flat(tree: dict, prefix: str = "") -> dict:
     flat = {}
     for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+        flat.update(
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return flat
 
 
-def run(config: str, workdir: str, overrides: list[str]) -> None:
+def run(args) -> None:
     """Trains; prints the last evaluation as one JSON line, from process 0 if there are several."""
-    from blip3o_jax.compilation import enable_compilation_cache
-    from blip3o_jax.data import pipeline as data
+    from blip3o_jax.data import feed as data
     from blip3o_jax.data.cache import check_cache
     from blip3o_jax.jobs.data_cache import encoder_params
-    from blip3o_jax.mesh import batch_hosts, check_batch, first_alone, is_first, make_mesh, start_processes
+    from blip3o_jax.kernels.platform import enable_compilation_cache
+    from blip3o_jax.parallel.batches import batch_hosts, check_batch
+    from blip3o_jax.parallel.mesh import make_mesh
+    from blip3o_jax.parallel.processes import is_process_zero, process_zero_first, start_processes
     from blip3o_jax.pipeline import find_checkpoint
     from blip3o_jax.scenes.exercises import name_ids
     from blip3o_jax.train import loop
 
-    cfg = read_config(config, overrides)
+    quirks = REFERENCE_QUIRKS if args.reference_quirks else []
+    cfg = read_config(args.config, [*args.overrides, *quirks])
     if cfg.stage == "grpo":
-        raise ConfigError(f"{config} is of stage 'grpo'; `blip3o-jax grpo` runs that.")
+        raise InputError(f"{args.config} is of stage 'grpo'; `blip3o-jax grpo` runs that.")
     for directory in cfg.init.values():
         find_checkpoint(directory)  # before anything is made
     start_processes()
@@ -150,16 +184,16 @@ def run(config: str, workdir: str, overrides: list[str]) -> None:
     if cfg.data.cache:
         check_cache(cfg, encoder_params(cfg, load_part))
     words = name_ids(tokenizer) if cfg.named_tokens else None
-    with own_workdir(cfg, workdir) as folder:
+    with own_workdir(cfg, args.workdir) as folder:
         enable_compilation_cache()
         data_dir = cfg.data.data_dir or str(folder.parent / "scenes")
         tally = data.tally_of(cfg, folder)
-        with first_alone("the data"):
+        with process_zero_first("the data"):
             heldout = data.heldout_batch(cfg, data_dir, tokenizer, 64, sources, tally)
 
         def batches(step):
             return data.train_batches(cfg, data_dir, tokenizer, step, sources, tally, hosts)
 
         result = loop.run(cfg, folder, batches, heldout, load_part, words)
-    if is_first():
+    if is_process_zero():
         print(json.dumps(result))

@@ -1,4 +1,5 @@
-"""`blip3o-jax convert verify A B`: whether two copies of a model are the same, tensor by tensor and stage by stage."""
+"""`blip3o-jax convert verify A B`: whether two copies of a model are the same, tensor by tensor and
+stage by stage."""
 
 import hashlib
 import json
@@ -10,15 +11,22 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from blip3o_jax import checkpoint
-from blip3o_jax.config import Blip3oConfig, ConfigError, replace
-from blip3o_jax.convert import stages
+from blip3o_jax import training_checkpoint
+from blip3o_jax.config import Blip3oConfig, replace
 from blip3o_jax.convert.converted import is_converted, load_converted, open_converted
-from blip3o_jax.convert.published import load_published, match, open_published, published_rules, resolve_lm_head
+from blip3o_jax.convert.published import (
+    load_published,
+    match,
+    open_published,
+    published_rules,
+    resolve_lm_head,
+)
 from blip3o_jax.convert.rules import leaf_to_tensor
+from blip3o_jax.errors import InputError
 from blip3o_jax.jobs.convert import open_run
 from blip3o_jax.models.blip3o import Blip3o, parts_of
 from blip3o_jax.pipeline import find_checkpoint
+from blip3o_jax.verify import stages
 
 INTEGERS = ("codes", "tokens")
 LARGEST_RUN = 1_000_000_000  # parameters, beyond which stages run only when asked for
@@ -26,7 +34,8 @@ LARGEST_RUN = 1_000_000_000  # parameters, beyond which stages run only when ask
 
 @dataclass(frozen=True)
 class Copy:
-    """A checkpoint of any kind, unread: `tensors()` yields (published name, values) in the order of the rules."""
+    """A checkpoint of any kind, unread: `tensors()` yields (published name, values) in the order of
+    the rules."""
 
     folder: pathlib.Path
     config: Blip3oConfig
@@ -37,9 +46,14 @@ class Copy:
 def open_copy(name: str) -> Copy:
     """An embedded name, a published folder, a directory of `to-jax`, or a training run."""
     folder = find_checkpoint(name)
-    if checkpoint.is_workdir(folder):
+    if training_checkpoint.is_workdir(folder):
         cfg, leaves, _ = open_run(folder)
-        return Copy(folder, cfg, lambda: _of_leaves(cfg, leaves), lambda: checkpoint.load_run(folder)[1])
+        return Copy(
+            folder,
+            cfg,
+            lambda: _of_leaves(cfg, leaves),
+            lambda: training_checkpoint.load_run(folder)[1],
+        )
     if is_converted(folder):
         cfg, leaves = open_converted(folder)
         return Copy(folder, cfg, lambda: _of_leaves(cfg, leaves), lambda: load_converted(folder)[1])
@@ -49,7 +63,12 @@ def open_copy(name: str) -> Copy:
     kept = {key: tensor for key, tensor in stored.items() if key not in repeated}
     found = match(folder, cfg, kept, parts_of(cfg))
     names = [key for rule in found.rules for key in rule.names(_shape(found.abstract, rule.path))]
-    return Copy(folder, cfg, lambda: ((key, stored[key].read(stored[key].dtype)) for key in names), lambda: load_published(folder)[1])
+    return Copy(
+        folder,
+        cfg,
+        lambda: ((key, stored[key].read(stored[key].dtype)) for key in names),
+        lambda: load_published(folder)[1],
+    )
 
 
 def _shape(tree, path: str):
@@ -66,11 +85,17 @@ def _of_leaves(cfg: Blip3oConfig, leaves) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def compare_tensors(a: np.ndarray, b: np.ndarray) -> dict:
-    """Shapes, dtypes, hashes and the largest differences. They agree when equal in the coarser of two dtypes."""
+    """Shapes, dtypes, hashes and the largest differences.
+
+    They agree when equal in the coarser of two dtypes.
+    """
     row = {"shape": list(a.shape), "dtypes": [a.dtype.name, b.dtype.name]}
     if a.shape != b.shape:
         return {**row, "other_shape": list(b.shape), "agree": False}
-    hashes = [hashlib.sha256(np.ascontiguousarray(x).reshape(-1).view(np.uint8)).hexdigest()[:16] for x in (a, b)]
+    hashes = [
+        hashlib.sha256(np.ascontiguousarray(x).reshape(-1).view(np.uint8)).hexdigest()[:16]
+        for x in (a, b)
+    ]
     one, other = (x.astype(np.float32) for x in (a, b))
     largest = float(np.abs(one - other).max(initial=0.0))
     coarse = min((a.dtype, b.dtype), key=lambda dtype: dtype.itemsize)
@@ -85,7 +110,9 @@ def compare_tensors(a: np.ndarray, b: np.ndarray) -> dict:
     }
 
 
-def compare_stages(a: dict[str, np.ndarray], b: dict[str, np.ndarray], tolerance: float) -> dict[str, dict]:
+def compare_stages(
+    a: dict[str, np.ndarray], b: dict[str, np.ndarray], tolerance: float
+) -> dict[str, dict]:
     """By stage: the largest difference against the largest value; ids must be identical."""
     rows = {}
     for name, values in a.items():
@@ -95,28 +122,41 @@ def compare_stages(a: dict[str, np.ndarray], b: dict[str, np.ndarray], tolerance
         else:
             largest = float(np.abs(values - b[name]).max())
             relative = largest / float(np.abs(values).max())
-            rows[name] = {"max_abs": largest, "max_rel": relative, "agree": bool(np.isfinite(relative) and relative <= tolerance)}
+            rows[name] = {
+                "max_abs": largest,
+                "max_rel": relative,
+                "agree": bool(np.isfinite(relative) and relative <= tolerance),
+            }
     return rows
 
 
 def run(args) -> int:
     """Prints a table and one JSON report; 0 when all agrees, 1 when anything does not."""
     if not args.tolerance > 0:
-        raise ConfigError(f"--tolerance is above 0, not {args.tolerance}.")
+        raise InputError(f"--tolerance is above 0, not {args.tolerance}.")
     a, b = open_copy(args.a), open_copy(args.b)
-    if args.torch and (checkpoint.is_workdir(a.folder) or is_converted(a.folder)):
-        raise ConfigError(f"--torch runs {args.a} in PyTorch, which reads the published layout only.")
+    if args.torch and (training_checkpoint.is_workdir(a.folder) or is_converted(a.folder)):
+        raise InputError(
+            f"--torch runs {args.a} in PyTorch, which reads the published layout only."
+        )
     names = ("name", "max_prompt_tokens")  # of ours; no tensor depends on them
-    differing = [f for f in vars(a.config) if f not in names and getattr(a.config, f) != getattr(b.config, f)]
+    differing = [
+        f for f in vars(a.config) if f not in names and getattr(a.config, f) != getattr(b.config, f)
+    ]
     tensors = {}
     theirs = b.tensors()
     for name, values in tqdm(a.tensors(), desc="Comparing", unit="tensor", delay=3, disable=None):
         other, found = next(theirs, (None, None))
         if other != name:
-            raise ConfigError(f"{args.a} has tensor {name!r} where {args.b} has {other!r}: these are different models.")
+            raise InputError(
+                f"{args.a} has tensor {name!r} where {args.b} has {other!r}: these are "
+                "different models."
+            )
         tensors[name] = compare_tensors(values, found)
     if (other := next(theirs, None)) is not None:
-        raise ConfigError(f"{args.b} has tensor {other[0]!r}, which {args.a} has not: these are different models.")
+        raise InputError(
+            f"{args.b} has tensor {other[0]!r}, which {args.a} has not: these are different models."
+        )
     unequal = [name for name, row in tensors.items() if not row["agree"]]
     count = sum(int(np.prod(row["shape"])) for row in tensors.values())
     rows = {}
@@ -138,12 +178,16 @@ def run(args) -> int:
         "config_differs_in": differing,
         "tensors": len(tensors),
         "unequal": unequal,
-        "bit_identical": sum(row.get("sha256", [0, 1])[0] == row.get("sha256", [0, 1])[1] for row in tensors.values()),
+        "bit_identical": sum(
+            row.get("sha256", [0, 1])[0] == row.get("sha256", [0, 1])[1] for row in tensors.values()
+        ),
         "largest": {name: tensors[name] for name in largest},
         "stages": rows or "not run: pass --stages to run a model of this size",
     }
     if args.report:
-        pathlib.Path(args.report).write_text(json.dumps({**report, "every_tensor": tensors}, indent=1) + "\n")
+        pathlib.Path(args.report).write_text(
+            json.dumps({**report, "every_tensor": tensors}, indent=1) + "\n"
+        )
     print(json.dumps(report))
     return 0 if passed else 1
 
@@ -160,7 +204,8 @@ def _run_a(copy: Copy, in_torch: bool) -> dict[str, np.ndarray]:
         from blip3o_jax.reference import modules
         from blip3o_jax.reference.stages import stage_outputs
     except ImportError as error:
-        raise ConfigError(
-            f"--torch needs PyTorch, transformers and diffusers ({error.name} is missing): pip install 'blip3o-jax[parity]'."
+        raise InputError(
+            f"--torch needs PyTorch, transformers and diffusers ({error.name} is missing): "
+            "pip install 'blip3o-jax[parity]'."
         ) from error
     return stage_outputs(modules.load(copy.folder), stages.stage_inputs(copy.config))

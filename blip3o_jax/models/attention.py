@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from blip3o_jax.config import ConfigError
-from blip3o_jax.models.layers import in_memory, on_cpu, platform
+from blip3o_jax.errors import InputError
+from blip3o_jax.kernels.cpu import in_memory
+from blip3o_jax.kernels.platform import on_cpu, platform
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 LANES = 128  # the width of a TPU register, in which splash attention counts its blocks
@@ -25,8 +26,8 @@ class Causal(NamedTuple):
 
 
 def best_implementation(q, mask) -> str:
-    """The kernel of the platform that `jax.set_mesh` names, where it takes these arguments, else "xla". Without a mesh always "xla": the
-    compiler does not know by itself how to cut a kernel."""
+    """The kernel of the platform that `jax.set_mesh` names, where it takes these arguments, else
+    "xla". Without a mesh always "xla": the compiler does not know by itself how to cut a kernel."""
     if not isinstance(mask, Causal) or jax.sharding.get_abstract_mesh().empty:
         return "xla"
     whole = q.shape[1] % LANES == q.shape[3] % LANES == 0
@@ -39,44 +40,69 @@ def best_implementation(q, mask) -> str:
 
 @jax.named_scope("attention")
 def attention(q, k, v, mask, scale: float, implementation: str = "xla"):
-    """softmax(scale * q k^T) v, [B,T,N,H]: q [B,T,N,H], k and v [B,S,K,H]; key-value head j serves the N/K query heads from j*N/K on.
+    """softmax(scale * q k^T) v, [B,T,N,H]: q [B,T,N,H], k and v [B,S,K,H]; key-value head j serves
+    the N/K query heads from j*N/K on.
 
-    `mask` is None, bool broadcastable to [B,1|N,T,S] (True: may be seen), or `Causal`. A row that may see nothing comes out finite and
-    meaningless. "auto" is `best_implementation`. "xla" runs anywhere. "cudnn" is the GPU's fused kernel, for bf16 and f16. "splash" is
-    the TPU's, for `Causal` only: it takes T and H in multiples of 128, and under `jax.set_mesh` it runs on shards, heads cut along the
-    mesh axis "tensor" and the batch along all others. Raises ConfigError for an unknown implementation or a shape that it does not take.
+    `mask` is None, bool broadcastable to [B,1|N,T,S] (True: may be seen), or `Causal`. A row that
+    may see nothing comes out finite and meaningless. "auto" is `best_implementation`. "xla" runs
+    anywhere. "cudnn" is the GPU's fused kernel, for bf16 and f16. "splash" is the TPU's, for
+    `Causal` only: it takes T and H in multiples of 128, and under `jax.set_mesh` it runs on shards,
+    heads cut along the mesh axis "tensor" and the batch along all others. Raises InputError for an
+    unknown implementation or a shape that it does not take.
     """
     if implementation not in IMPLEMENTATIONS:
-        raise ConfigError(f"Unknown attention implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}.")
+        raise InputError(
+            f"Unknown attention implementation {implementation!r}; known: "
+            f"{', '.join(IMPLEMENTATIONS)}."
+        )
     if implementation == "auto":
         implementation = best_implementation(q, mask)
     if implementation == "splash":
         if not isinstance(mask, Causal):
-            raise ConfigError("Splash attention is for causal self-attention; use the implementation 'xla' here.")
+            raise InputError(
+                "Splash attention is for causal self-attention; use the implementation 'xla' here."
+            )
         return _splash(q, k, v, mask.valid, scale)
     if isinstance(mask, Causal):
         mask = mask.array()
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
-    return _one_query(q, k, v, mask, scale) if q.shape[1] == 1 and on_cpu() else _xla(q, k, v, mask, scale)
+    return (
+        _one_query(q, k, v, mask, scale)
+        if q.shape[1] == 1 and on_cpu()
+        else _xla(q, k, v, mask, scale)
+    )
 
 
 def _xla(q, k, v, mask, scale):
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     groups = heads // kv_heads
-    # The query heads of a key-value head stand below each other, so that each of the two products is one of plain matrices per [B,K].
-    rows = q.reshape(batch, length, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
+    # The query heads of a key-value head stand below each other, so that each of the two products
+    # is one of plain matrices per [B,K].
+    rows = (
+        q.reshape(batch, length, kv_heads, groups, head_dim)
+        .transpose(0, 2, 3, 1, 4)
+        .reshape(batch, kv_heads, -1, head_dim)
+    )
     logits = scale * jnp.einsum("bkrh,bskh->bkrs", rows, k, preferred_element_type=jnp.float32)
     logits = _masked(logits.reshape(batch, kv_heads, groups, length, -1), mask)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     out = jnp.einsum("bkrs,bskh->bkrh", weights.reshape(batch, kv_heads, groups * length, -1), v)
-    return out.reshape(batch, kv_heads, groups, length, head_dim).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    return (
+        out.reshape(batch, kv_heads, groups, length, head_dim)
+        .transpose(0, 3, 1, 2, 4)
+        .reshape(q.shape)
+    )
 
 
 def _one_query(q, k, v, mask, scale):
-    """`_xla` for q [B,1,N,H] on CPU, as sums over H and S. They read keys [B,K,S,H] and values [B,K,H,S] once, as they lie in a cache;
-    products of a few rows would lay them out anew, and copy the layer's part of the cache before (see `layers._sums_of_products`)."""
+    """`_xla` for q [B,1,N,H] on CPU, as sums over H and S.
+
+    They read keys [B,K,S,H] and values [B,K,H,S] once, as they lie in a cache; products of a few
+    rows would lay them out anew, and copy the layer's part of the cache before (see
+    `kernels.cpu._sums_of_products`).
+    """
     dtype, (batch, _, heads, head_dim), kv_heads = q.dtype, q.shape, k.shape[2]
     q, k, v = (x.astype(jnp.float32) for x in (q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 3, 1)))
     q = in_memory(q @ (scale * jnp.eye(head_dim)))
@@ -88,12 +114,15 @@ def _one_query(q, k, v, mask, scale):
 
 
 def _masked(logits, mask):
-    """logits [B,K,G,T,S] f32, as low as can be where `mask`, see `attention`, is False: not -inf, which makes a row of nothing else NaN."""
+    """logits [B,K,G,T,S] f32, as low as can be where `mask`, see `attention`, is False: not -inf,
+    which makes a row of nothing else NaN."""
     if mask is None:
         return logits
     kv_heads, groups = logits.shape[1:3]
     per_head = (kv_heads, groups) if mask.shape[1] == kv_heads * groups else (1, 1)
-    return jnp.where(mask.reshape(mask.shape[0], *per_head, *mask.shape[2:]), logits, jnp.finfo(jnp.float32).min)
+    return jnp.where(
+        mask.reshape(mask.shape[0], *per_head, *mask.shape[2:]), logits, jnp.finfo(jnp.float32).min
+    )
 
 
 def _splash(q, k, v, valid, scale):
@@ -102,7 +131,10 @@ def _splash(q, k, v, valid, scale):
 
     length, head_dim = q.shape[1], q.shape[3]
     if length % LANES or head_dim % LANES:
-        raise ConfigError(f"Splash attention takes lengths and head dims in multiples of {LANES}, not {length} and {head_dim}.")
+        raise InputError(
+            f"Splash attention takes lengths and head dims in multiples of {LANES}, not "
+            f"{length} and {head_dim}."
+        )
     block = next(size for size in (512, 256, 128) if length % size == 0)
     names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
     blocks = splash.BlockSizes(**dict.fromkeys(names, block))
@@ -111,7 +143,8 @@ def _splash(q, k, v, valid, scale):
         mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * q.shape[2])
         kernel = splash.make_splash_mha_single_device(mask, block_sizes=blocks)
         q, k, v = (x.swapaxes(1, 2) for x in (q * scale, k, v))
-        # Padding is a segment of its own: valid tokens do not see it, and its rows see themselves, so that none is empty.
+        # Padding is a segment of its own: valid tokens do not see it, and its rows see themselves,
+        # so that none is empty.
         segments = valid.astype(jnp.int32)
         return jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments)).swapaxes(1, 2)
 
@@ -121,14 +154,18 @@ def _splash(q, k, v, valid, scale):
     # The compiler cannot cut a kernel by itself.
     batch = P(tuple(axis for axis in mesh.axis_names if axis != "tensor"))
     heads = P(*batch, None, "tensor" if "tensor" in mesh.axis_names else None)
-    return jax.shard_map(local, in_specs=(heads, heads, heads, batch), out_specs=heads, check_vma=False)(q, k, v, valid)
+    return jax.shard_map(
+        local, in_specs=(heads, heads, heads, batch), out_specs=heads, check_vma=False
+    )(q, k, v, valid)
 
 
 @jax.named_scope("linear_attention")
 def linear_attention(q, k, v, eps: float = 1e-15):
-    """q (sum_s k_s v_s^T) / (q . sum_s k_s + eps), [B,T,N,H]: q [B,T,N,H], k and v [B,S,N,H], q and k already non-negative.
+    """q (sum_s k_s v_s^T) / (q . sum_s k_s + eps), [B,T,N,H]: q [B,T,N,H], k and v [B,S,N,H], q and
+    k already non-negative.
 
-    f32 inside, cast back to q's dtype; `eps` is added, not a floor (diffusers' SanaLinearAttnProcessor2_0).
+    f32 inside, cast back to q's dtype; `eps` is added, not a floor (diffusers'
+    SanaLinearAttnProcessor2_0).
     """
     dtype = q.dtype
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))

@@ -1,14 +1,17 @@
-"""DC-AE (arXiv 2410.10733): a deterministic autoencoder of high compression, diffusers' AutoencoderDC with channels last.
+"""DC-AE (arXiv 2410.10733): a deterministic autoencoder of high compression, diffusers'
+AutoencoderDC with channels last.
 
-Latents are raw here as they are there; the diffusion model works on `scaling_factor` times them, see `encode_scaled` and `decode_scaled`.
-Where pixels move into channels and back, the channel order is torch's: c * 4 + dy * 2 + dx.
+Latents are raw here as they are there; the diffusion model works on `scaling_factor` times them,
+see `encode_scaled` and `decode_scaled`. Where pixels move into channels and back, the channel order
+is torch's: c * 4 + dy * 2 + dx.
 """
 
 import flax.linen as nn
 import jax.numpy as jnp
 from einops import rearrange, repeat
 
-from blip3o_jax.config import ConfigError, DcAeConfig
+from blip3o_jax.config import DcAeConfig
+from blip3o_jax.errors import InputError
 from blip3o_jax.models.attention import linear_attention
 from blip3o_jax.models.layers import Conv2d, Linear, RMSNorm
 
@@ -37,7 +40,8 @@ def repeat_channels(x, features: int):
 
 
 class Down(nn.Module):
-    """Half the rows and columns: a convolution plus, unless `shortcut` is off, averaged channels; DCDownBlock2d."""
+    """Half the rows and columns: a convolution plus, unless `shortcut` is off, averaged channels;
+    DCDownBlock2d."""
 
     features: int
     unshuffle: bool
@@ -54,7 +58,8 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Twice the rows and columns: a convolution plus, unless `shortcut` is off, repeated channels; DCUpBlock2d."""
+    """Twice the rows and columns: a convolution plus, unless `shortcut` is off, repeated channels;
+    DCUpBlock2d."""
 
     features: int
     interpolate: bool
@@ -84,13 +89,17 @@ class ResBlock(nn.Module):
 
 
 def relu_linear_attention(q, k, v):
-    """q, k, v [B,Y,X,N,H] -> [B,Y,X,N,H] f32: attention with relu(q) . relu(k) as weight, over all pixels, linear in their number."""
-    flat = (a.astype(jnp.float32).reshape(len(a), -1, *a.shape[3:]) for a in (nn.relu(q), nn.relu(k), v))
+    """q, k, v [B,Y,X,N,H] -> [B,Y,X,N,H] f32: attention with relu(q) . relu(k) as weight, over all
+    pixels, linear in their number."""
+    flat = (
+        a.astype(jnp.float32).reshape(len(a), -1, *a.shape[3:]) for a in (nn.relu(q), nn.relu(k), v)
+    )
     return linear_attention(*flat, ATTENTION_EPS).reshape(q.shape)
 
 
 class MultiscaleAttention(nn.Module):
-    """Linear attention on the projections and on their averages over neighbours; SanaMultiscaleLinearAttention."""
+    """Linear attention on the projections and on their averages over neighbours;
+    SanaMultiscaleLinearAttention."""
 
     head_dim: int
     kernel_sizes: tuple[int, ...]
@@ -101,14 +110,36 @@ class MultiscaleAttention(nn.Module):
         width = x.shape[-1]
         heads = width // self.head_dim
         inner = heads * self.head_dim
-        qkv = [Linear("byxc,cd->byxd", (width, inner), dtype=self.dtype, name=name)(x) for name in ("to_q", "to_k", "to_v")]
+        qkv = [
+            Linear("byxc,cd->byxd", (width, inner), dtype=self.dtype, name=name)(x)
+            for name in ("to_q", "to_k", "to_v")
+        ]
         qkv = jnp.concatenate(qkv, axis=-1)
         scales = [qkv]
         for i, size in enumerate(self.kernel_sizes):
-            y = Conv2d(3 * inner, size, groups=3 * inner, use_bias=False, dtype=self.dtype, name=f"multiscale{i}_in")(qkv)
-            scales.append(Conv2d(3 * inner, 1, groups=3 * heads, use_bias=False, dtype=self.dtype, name=f"multiscale{i}_out")(y))
-        # A head is 3 * H consecutive channels of this, so its q, k and v may all come from to_q: the published weights expect it.
-        qkv = rearrange(jnp.concatenate(scales, axis=-1), "b y x (n k h) -> k b y x n h", k=3, h=self.head_dim)
+            y = Conv2d(
+                3 * inner,
+                size,
+                groups=3 * inner,
+                use_bias=False,
+                dtype=self.dtype,
+                name=f"multiscale{i}_in",
+            )(qkv)
+            scales.append(
+                Conv2d(
+                    3 * inner,
+                    1,
+                    groups=3 * heads,
+                    use_bias=False,
+                    dtype=self.dtype,
+                    name=f"multiscale{i}_out",
+                )(y)
+            )
+        # A head is 3 * H consecutive channels of this, so its q, k and v may all come from to_q:
+        # the published weights expect it.
+        qkv = rearrange(
+            jnp.concatenate(scales, axis=-1), "b y x (n k h) -> k b y x n h", k=3, h=self.head_dim
+        )
         y = rearrange(relu_linear_attention(*qkv).astype(self.dtype), "b y x n h -> b y x (n h)")
         y = Linear("byxd,dc->byxc", (y.shape[-1], width), dtype=self.dtype, name="to_out")(y)
         return x + RMSNorm(NORM_EPS, use_bias=True, name="norm_out")(y)
@@ -123,7 +154,11 @@ class GatedConv(nn.Module):
     def __call__(self, x):
         width = x.shape[-1]
         y = nn.silu(Conv2d(8 * width, 1, dtype=self.dtype, name="conv_inverted")(x))
-        y, gate = jnp.split(Conv2d(8 * width, 3, groups=8 * width, dtype=self.dtype, name="conv_depth")(y), 2, axis=-1)
+        y, gate = jnp.split(
+            Conv2d(8 * width, 3, groups=8 * width, dtype=self.dtype, name="conv_depth")(y),
+            2,
+            axis=-1,
+        )
         y = Conv2d(width, 1, use_bias=False, dtype=self.dtype, name="conv_point")(y * nn.silu(gate))
         return x + RMSNorm(NORM_EPS, use_bias=True, name="norm")(y)
 
@@ -145,11 +180,16 @@ def _block(cfg: DcAeConfig, stage: int, index: int, dtype) -> nn.Module:
     name = f"stage{stage}_block{index}"
     if cfg.block_types[stage] == "ResBlock":
         return ResBlock(dtype=dtype, name=name)
-    return EfficientViTBlock(cfg.attention_head_dim, cfg.qkv_multiscales[stage], dtype=dtype, name=name)
+    return EfficientViTBlock(
+        cfg.attention_head_dim, cfg.qkv_multiscales[stage], dtype=dtype, name=name
+    )
 
 
 class Encoder(nn.Module):
-    """Images [B,Y,X,3] -> latents [B,Y/f,X/f,C]. A first stage without layers leaves halving, without shortcut, to `conv_in`."""
+    """Images [B,Y,X,3] -> latents [B,Y/f,X/f,C].
+
+    A first stage without layers leaves halving, without shortcut, to `conv_in`.
+    """
 
     cfg: DcAeConfig
     dtype: jnp.dtype = jnp.float32
@@ -168,11 +208,16 @@ class Encoder(nn.Module):
                 x = _block(cfg, stage, index, dtype)(x)
             if count > 0 and stage + 1 < len(widths):
                 x = Down(widths[stage + 1], unshuffle, dtype=dtype, name=f"stage{stage}_down")(x)
-        return Conv2d(cfg.latent_channels, 3, dtype=dtype, name="conv_out")(x) + average_channels(x, cfg.latent_channels)
+        return Conv2d(cfg.latent_channels, 3, dtype=dtype, name="conv_out")(x) + average_channels(
+            x, cfg.latent_channels
+        )
 
 
 class Decoder(nn.Module):
-    """Latents [B,Y/f,X/f,C] -> images [B,Y,X,3], not clipped. Stages run from the last to the first."""
+    """Latents [B,Y/f,X/f,C] -> images [B,Y,X,3], not clipped.
+
+    Stages run from the last to the first.
+    """
 
     cfg: DcAeConfig
     dtype: jnp.dtype = jnp.float32
@@ -195,7 +240,10 @@ class Decoder(nn.Module):
 
 
 class DcAe(nn.Module):
-    """diffusers' AutoencoderDC. Calling it reconstructs; `encode` and `decode` share its parameters."""
+    """diffusers' AutoencoderDC.
+
+    Calling it reconstructs; `encode` and `decode` share its parameters.
+    """
 
     cfg: DcAeConfig
     dtype: jnp.dtype = jnp.float32
@@ -208,14 +256,19 @@ class DcAe(nn.Module):
         return self.decode(self.encode(images))
 
     def encode(self, images):
-        """images [B,Y,X,3] in [-1, 1] -> raw latents [B,Y/f,X/f,C]; ConfigError unless f divides Y and X."""
+        """images [B,Y,X,3] in [-1, 1] -> raw latents [B,Y/f,X/f,C]; InputError unless f divides Y
+        and X."""
         _, rows, columns, _ = images.shape
         if rows % self.cfg.factor or columns % self.cfg.factor:
-            raise ConfigError(f"DC-AE: an image of {rows}x{columns} pixels does not divide into latents of {self.cfg.factor} pixels.")
+            raise InputError(
+                f"DC-AE: an image of {rows}x{columns} pixels does not divide into latents "
+                f"of {self.cfg.factor} pixels."
+            )
         return self.encoder(images.astype(self.dtype))
 
     def decode(self, latents):
-        """Raw latents [B,Y/f,X/f,C] -> images [B,Y,X,3], in [-1, 1] but for errors: clip before use."""
+        """Raw latents [B,Y/f,X/f,C] -> images [B,Y,X,3], in [-1, 1] but for errors: clip before
+        use."""
         return self.decoder(latents.astype(self.dtype))
 
     def encode_scaled(self, images):

@@ -1,4 +1,5 @@
-"""A published checkpoint as PyTorch modules: Qwen3ForCausalLM, SanaTransformer2DModel, AutoencoderDC, TA-Tok and the connector."""
+"""A published checkpoint as PyTorch modules: Qwen3ForCausalLM, SanaTransformer2DModel,
+AutoencoderDC, TA-Tok and the connector."""
 
 import math
 from dataclasses import dataclass
@@ -10,24 +11,42 @@ import torch.nn.functional as F
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from diffusers.models.normalization import RMSNorm
 from torch import nn
-from transformers import Qwen3Config, Qwen3ForCausalLM, Siglip2VisionConfig, Siglip2VisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
-from blip3o_jax.config import Blip3oConfig, ConfigError, TaTokConfig, replace
+from blip3o_jax.config import Blip3oConfig, TaTokConfig, replace
 from blip3o_jax.convert.config_json import dc_ae_json, sana_json
 from blip3o_jax.convert.published import TA_TOK, open_published, published_name, resolve_lm_head
+from blip3o_jax.errors import InputError
 from blip3o_jax.models.sana import grid_positions
 
 
 class TaTok(nn.Module):
-    """TA-Tok from its description (spec S2.3), around transformers' SigLIP; pixels [B,3,H,W] in [-1,1]."""
+    """TA-Tok from its description (docs/model.md §2.3), around transformers' SigLIP; pixels
+    [B,3,H,W] in [-1,1]."""
 
     def __init__(self, cfg: TaTokConfig):
         super().__init__()
         self.cfg, enc = cfg, cfg.encoder
         width, dim = enc.hidden_size, cfg.bottleneck_dim
         act = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": enc.layer_norm_eps}
-        fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
-        self.encoder = SiglipVisionModel(SiglipVisionConfig(**{name: getattr(enc, name) for name in fields}, **act))
+        fields = (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "image_size",
+            "patch_size",
+        )
+        self.encoder = SiglipVisionModel(
+            SiglipVisionConfig(**{name: getattr(enc, name) for name in fields}, **act)
+        )
         self.decoder = Siglip2VisionModel(
             Siglip2VisionConfig(
                 hidden_size=width,
@@ -41,7 +60,9 @@ class TaTok(nn.Module):
             )
         )
         self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh())
-        self.decode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+        self.decode_task_layer = nn.Sequential(
+            nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width)
+        )
         self.bottleneck = nn.Module()
         self.bottleneck.in_linear = nn.Linear(width, dim)
         self.bottleneck.out_linear = nn.Linear(dim, dim)
@@ -55,14 +76,19 @@ class TaTok(nn.Module):
         return F.normalize(regularizer.embedding_proj(regularizer.embedding.weight), dim=-1)
 
     def encode(self, pixels: torch.Tensor, only_needed: bool = False) -> torch.Tensor:
-        """Nearest codes [B,n]. `only_needed` leaves out the encoder's layers and head behind the state that is quantised."""
+        """Nearest codes [B,n].
+
+        `only_needed` leaves out the encoder's layers and head behind the state that is quantised.
+        """
         cfg = self.cfg
         if only_needed:
             x = self.encoder.embeddings(pixels)
             for layer in self.encoder.encoder.layers[: cfg.num_encoder_layers]:
                 x = layer(x, None)
         else:
-            x = self.encoder(pixels, output_hidden_states=True).hidden_states[cfg.num_encoder_layers]
+            x = self.encoder(pixels, output_hidden_states=True).hidden_states[
+                cfg.num_encoder_layers
+            ]
         if cfg.pool_scale > 1:
             square = x.transpose(1, 2).reshape(len(x), -1, cfg.encoder.grid, cfg.encoder.grid)
             x = F.avg_pool2d(square, cfg.pool_scale, cfg.pool_scale).flatten(2).transpose(1, 2)
@@ -70,10 +96,16 @@ class TaTok(nn.Module):
         return (z @ self.codebook().T).argmax(dim=-1)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """codes [B,n] -> features [B,n,D]: what the original computes whenever it encodes, and BLIP3o-NEXT never looks at."""
-        side, x = math.isqrt(codes.shape[1]), self.bottleneck.out_linear(F.embedding(codes, self.codebook()))
+        """codes [B,n] -> features [B,n,D]: what the original computes whenever it encodes, and
+        BLIP3o-NEXT never looks at."""
+        side, x = (
+            math.isqrt(codes.shape[1]),
+            self.bottleneck.out_linear(F.embedding(codes, self.codebook())),
+        )
         shapes = torch.tensor([[side, side]] * len(codes))
-        vit = self.decoder(pixel_values=x, pixel_attention_mask=torch.ones_like(codes), spatial_shapes=shapes).last_hidden_state
+        vit = self.decoder(
+            pixel_values=x, pixel_attention_mask=torch.ones_like(codes), spatial_shapes=shapes
+        ).last_hidden_state
         return self.decode_task_layer(vit)
 
 
@@ -92,9 +124,19 @@ class Reference:
 def build(cfg: Blip3oConfig) -> Reference:
     """The modules of a configuration, with PyTorch's own initial weights."""
     q, width = cfg.qwen3, cfg.sana.caption_channels
-    fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    fields = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
     ar = Qwen3Config(
-        **{name: getattr(q, name) for name in (*fields, "head_dim", "rms_norm_eps", "tie_word_embeddings")},
+        **{
+            name: getattr(q, name)
+            for name in (*fields, "head_dim", "rms_norm_eps", "tie_word_embeddings")
+        },
         hidden_act="silu",
         rope_parameters={"rope_type": "default", "rope_theta": q.rope_theta},
         max_position_embeddings=40960,
@@ -105,12 +147,25 @@ def build(cfg: Blip3oConfig) -> Reference:
         bos_token_id=None,
         eos_token_id=None,
     )
-    known = {name: value for name, value in sana_json(cfg.sana).items() if name != "condition_positions"}
+    known = {
+        name: value for name, value in sana_json(cfg.sana).items() if name != "condition_positions"
+    }
     sana = SanaTransformer2DModel.from_config(known)
     if cfg.sana.condition_positions:
         sana.caption_norm.register_forward_hook(_add_positions(cfg))
-    layers = nn.Linear(q.hidden_size, width), nn.GELU(approximate="tanh"), nn.Linear(width, width), RMSNorm(width, eps=cfg.connector_eps)
-    modules = Qwen3ForCausalLM(ar), nn.Sequential(*layers), sana, AutoencoderDC.from_config(dc_ae_json(cfg.dc_ae)), TaTok(cfg.ta_tok)
+    layers = (
+        nn.Linear(q.hidden_size, width),
+        nn.GELU(approximate="tanh"),
+        nn.Linear(width, width),
+        RMSNorm(width, eps=cfg.connector_eps),
+    )
+    modules = (
+        Qwen3ForCausalLM(ar),
+        nn.Sequential(*layers),
+        sana,
+        AutoencoderDC.from_config(dc_ae_json(cfg.dc_ae)),
+        TaTok(cfg.ta_tok),
+    )
     return Reference(cfg, *(module.eval() for module in modules))
 
 
@@ -119,16 +174,22 @@ def _add_positions(cfg: Blip3oConfig):
 
     def hook(module, inputs, encoded):
         grid = math.isqrt(encoded.shape[1] - 1)
-        places = np.pad(grid_positions(cfg.sana, grid, grid).reshape(grid * grid, -1), ((1, 0), (0, 0)))
+        places = np.pad(
+            grid_positions(cfg.sana, grid, grid).reshape(grid * grid, -1), ((1, 0), (0, 0))
+        )
         return encoded + torch.from_numpy(np.asarray(places, np.float32)).to(encoded.dtype)
 
     return hook
 
 
 def load(directory: str | Path, dtype: torch.dtype = torch.float32) -> Reference:
-    """The modules with the weights of a folder in the published layout; ConfigError when one of a module's weights is not there."""
+    """The modules with the weights of a folder in the published layout; InputError when one of a
+    module's weights is not there."""
     cfg, stored = open_published(Path(directory))
-    cfg = replace(cfg, **{"qwen3.tie_word_embeddings": resolve_lm_head(cfg.qwen3.tie_word_embeddings, stored)[0]})
+    cfg = replace(
+        cfg,
+        **{"qwen3.tie_word_embeddings": resolve_lm_head(cfg.qwen3.tie_word_embeddings, stored)[0]},
+    )
     reference = build(cfg)
     parts = {
         "": reference.ar,
@@ -145,6 +206,8 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32) -> Reference
             if known in stored:
                 target.copy_(torch.from_numpy(stored[known].read(np.float32)))
             elif prefix != TA_TOK and name not in ("pos_embed", "patch_embed.pos_embed"):
-                raise ConfigError(f"{directory}: PyTorch's module needs {known!r}, which is not there.")
+                raise InputError(
+                    f"{directory}: PyTorch's module needs {known!r}, which is not there."
+                )
         module.to(dtype)
     return reference

@@ -1,4 +1,7 @@
-"""Text to image in PyTorch, twice: as the original does it, and as PyTorch does it well. Greedy or given tokens, given noise."""
+"""Text to image in PyTorch, twice: as the original does it, and as PyTorch does it well.
+
+Greedy or given tokens, given noise.
+"""
 
 import itertools
 
@@ -15,17 +18,26 @@ def prompt_positions(valid: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def greedy_tokens(ref: Reference, prompt: torch.Tensor, valid: torch.Tensor, image_range_only: bool = True):
-    """prompt [B,P] padded on the left -> (codes [B,n], states [B,n+1,D]): cached decoding that keeps its hidden states.
+def greedy_tokens(
+    ref: Reference, prompt: torch.Tensor, valid: torch.Tensor, image_range_only: bool = True
+):
+    """prompt [B,P] padded on the left -> (codes [B,n], states [B,n+1,D]): cached decoding that
+    keeps its hidden states.
 
-    `image_range_only` computes logits of the image tokens alone; otherwise of the whole vocabulary, as the original does, of which the
-    largest image token is taken.
+    `image_range_only` computes logits of the image tokens alone; otherwise of the whole vocabulary,
+    as the original does, of which the largest image token is taken.
     """
     vocab, n, model = ref.config.vocab, ref.config.ta_tok.num_tokens, ref.ar.model
     first, last = vocab.image_start_token_id, vocab.image_start_token_id + vocab.num_image_tokens
     head = ref.ar.lm_head.weight[first:last] if image_range_only else ref.ar.lm_head.weight
     cache, mask, lengths = DynamicCache(config=ref.ar.config), valid.long(), valid.sum(dim=1)
-    out = model(prompt, attention_mask=mask, position_ids=prompt_positions(valid), cache=cache, use_cache=True)
+    out = model(
+        prompt,
+        attention_mask=mask,
+        position_ids=prompt_positions(valid),
+        cache=cache,
+        use_cache=True,
+    )
     states, codes = [out.last_hidden_state[:, -1]], []
     for i in range(n):
         logits = states[-1] @ head.T
@@ -39,11 +51,16 @@ def greedy_tokens(ref: Reference, prompt: torch.Tensor, valid: torch.Tensor, ima
 
 
 @torch.no_grad()
-def forward_states(ref: Reference, prompt: torch.Tensor, valid: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """The original's second forward over the finished row -> states [B,n+1,D] at `<S0>` and the image tokens."""
+def forward_states(
+    ref: Reference, prompt: torch.Tensor, valid: torch.Tensor, codes: torch.Tensor
+) -> torch.Tensor:
+    """The original's second forward over the finished row -> states [B,n+1,D] at `<S0>` and the
+    image tokens."""
     rows = torch.cat([prompt, codes + ref.config.vocab.image_start_token_id], dim=1)
     mask = torch.cat([valid, torch.ones_like(codes, dtype=torch.bool)], dim=1)
-    states = ref.ar.model(rows, attention_mask=mask.long(), position_ids=prompt_positions(mask)).last_hidden_state
+    states = ref.ar.model(
+        rows, attention_mask=mask.long(), position_ids=prompt_positions(mask)
+    ).last_hidden_state
     return states[:, prompt.shape[1] - 1 :]
 
 
@@ -54,8 +71,16 @@ def sigmas(num_steps: int, shift: float = 1.0) -> np.ndarray:
 
 
 @torch.no_grad()
-def denoise(ref: Reference, states: torch.Tensor, noise: torch.Tensor, num_steps: int, guidance: float, connector_each_step: bool = False):
-    """states [B,n+1,D], noise [B,C,Y,X] -> latents: Euler with guidance, the unconditional half first."""
+def denoise(
+    ref: Reference,
+    states: torch.Tensor,
+    noise: torch.Tensor,
+    num_steps: int,
+    guidance: float,
+    connector_each_step: bool = False,
+):
+    """states [B,n+1,D], noise [B,C,Y,X] -> latents: Euler with guidance, the unconditional half
+    first."""
     x, both = noise.float(), torch.cat([torch.zeros_like(states), states])
     condition = None if connector_each_step else ref.connector(both)
     levels = torch.from_numpy(sigmas(num_steps))
@@ -63,7 +88,9 @@ def denoise(ref: Reference, states: torch.Tensor, noise: torch.Tensor, num_steps
         given = ref.connector(both) if connector_each_step else condition
         t = torch.full((2 * len(x),), float(1000 * sigma), dtype=torch.float32)
         rows = torch.cat([x, x]).to(states.dtype)
-        velocity = ref.sana(rows, encoder_hidden_states=given, timestep=t, return_dict=False)[0].float()
+        velocity = ref.sana(rows, encoder_hidden_states=given, timestep=t, return_dict=False)[
+            0
+        ].float()
         without, with_ = velocity.chunk(2)
         x = x + (following - sigma) * (without + guidance * (with_ - without))
     return x
@@ -73,4 +100,10 @@ def denoise(ref: Reference, states: torch.Tensor, noise: torch.Tensor, num_steps
 def decode(ref: Reference, latents: torch.Tensor) -> torch.Tensor:
     """latents [B,C,Y,X] -> pixels [B,3,H,W] in [0,1]."""
     dtype = next(ref.vae.parameters()).dtype
-    return (ref.vae.decode((latents / ref.config.dc_ae.scaling_factor).to(dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+    return (
+        ref.vae.decode((latents / ref.config.dc_ae.scaling_factor).to(dtype), return_dict=False)[
+            0
+        ].float()
+        / 2
+        + 0.5
+    ).clamp(0, 1)

@@ -1,6 +1,8 @@
-"""Finds the sprites and letters in a 64x64 picture by template matching, in numpy; the eyes of judge.py.
+"""Finds the sprites and letters in a 64x64 picture by template matching, in numpy; the eyes of
+judge.py.
 
-Errors are squared differences over a sprite's surroundings, divided by those of the bare ground: 0 is perfect, 1 as bad as nothing there.
+Errors are squared differences over a sprite's surroundings, divided by those of the bare ground: 0
+is perfect, 1 as bad as nothing there.
 """
 
 from dataclasses import dataclass
@@ -9,11 +11,24 @@ from functools import lru_cache
 import numpy as np
 
 from blip3o_jax.scenes.scene import CELL, LOOKS, SIZE, Scene, Thing, compose
-from blip3o_jax.scenes.sprites import GROUNDS, INK, LETTER_HEIGHT, LETTER_WIDTH, LETTERS, OBJECTS, PLAIN_COLOR, SPRITE, letters, render
+from blip3o_jax.scenes.sprites import (
+    GROUNDS,
+    INK,
+    LETTER_HEIGHT,
+    LETTER_WIDTH,
+    LETTERS,
+    OBJECTS,
+    PLAIN_COLOR,
+    SPRITE,
+    letters,
+    render,
+)
 
-# Chosen by eye on degraded pictures: blur of 1 px and noise of 0.05 pass, even blends of two objects and discs do not.
+# Chosen by eye on degraded pictures: blur of 1 px and noise of 0.05 pass, even blends of two
+# objects and discs do not.
 MOST_ERROR = 0.25
-MOST_OF_RIVAL = 0.6  # a sprite must explain the pixels this much better than any other object or a plain disc
+# a sprite must explain the pixels this much better than any other object or a plain disc
+MOST_OF_RIVAL = 0.6
 MOST_LETTER_ERROR = 0.4
 GROUND_DISTANCE = 0.1  # in RGB, 0..1 each; half the way between two grounds
 FOREGROUND_DISTANCE = 0.15
@@ -24,7 +39,8 @@ REACH = 3  # px around a place where to look
 
 @dataclass(frozen=True)
 class Detection:
-    """An object (or letter) with its top-left corner in px; `color` None is the natural look, `error` 0 perfect."""
+    """An object (or letter) with its top-left corner in px; `color` None is the natural look,
+    `error` 0 perfect."""
 
     object: str
     color: str | None
@@ -40,7 +56,10 @@ class Detection:
 
 @dataclass(frozen=True)
 class Sight:
-    """All that was seen. `ground` None is none of the five; `unexplained`: px of foreground that no detection covers."""
+    """All that was seen.
+
+    `ground` None is none of the five; `unexplained`: px of foreground that no detection covers.
+    """
 
     detections: tuple[Detection, ...]
     ground: str | None
@@ -48,7 +67,8 @@ class Sight:
 
 
 def look(image: np.ndarray, text: bool = False) -> Sight:
-    """Detections in a picture [64, 64, 3], uint8 or float 0..1, best first; letters from left to right instead with `text`."""
+    """Detections in a picture [64, 64, 3], uint8 or float 0..1, best first; letters from left to
+    right instead with `text`."""
     pixels = np.asarray(image, np.float32) / (255 if image.dtype == np.uint8 else 1)
     ground, shade = _find_ground(pixels)
     difference = pixels - shade
@@ -72,7 +92,8 @@ def _distance(shade: np.ndarray, name: str) -> np.ndarray:
 
 
 def _find_ground(pixels: np.ndarray) -> tuple[str | None, np.ndarray]:
-    """The commonest ground among 4x4 blocks and its shade as painted; None and the border's shade if there is hardly any."""
+    """The commonest ground among 4x4 blocks and its shade as painted; None and the border's shade
+    if there is hardly any."""
     blocks = pixels.reshape(16, 4, 16, 4, 3).mean(axis=(1, 3)).reshape(-1, 3)
     distances = np.stack([_distance(blocks, name) for name in GROUNDS])
     near = np.where(distances.min(axis=0) < GROUND_DISTANCE, distances.argmin(axis=0), -1)
@@ -86,7 +107,8 @@ def _find_ground(pixels: np.ndarray) -> tuple[str | None, np.ndarray]:
 
 @dataclass(frozen=True)
 class _Templates:
-    """Per object and look, K in all: mask x difference from the ground [K, pixels], its energy [K]; masks [objects, pixels]."""
+    """Per object and look, K in all: mask x difference from the ground [K, pixels], its energy [K];
+    masks [objects, pixels]."""
 
     weighted: np.ndarray
     energy: np.ndarray
@@ -102,7 +124,9 @@ def _templates(ground: str) -> _Templates:
         mask = _grown(render(name)[..., 3] > 0.2, MARGIN)[::2, ::2, None]
         masks.append(mask.ravel())
         for color in LOOKS:
-            picture = compose(Scene((Thing(name, color, 1, 1),), ground))[CELL : CELL + SPRITE, CELL : CELL + SPRITE]
+            picture = compose(Scene((Thing(name, color, 1, 1),), ground))[
+                CELL : CELL + SPRITE, CELL : CELL + SPRITE
+            ]
             difference = _soften(picture.astype(np.float32) / 255 - shade)[::2, ::2]
             weighted.append((mask * difference).ravel())
             energy.append((mask * difference**2).sum())
@@ -116,30 +140,42 @@ def _grown(mask: np.ndarray, by: int) -> np.ndarray:
 
 
 def _soften(image: np.ndarray) -> np.ndarray:
-    """Blurs [Y, X, C] by 1-2-1 both ways, zero outside. Sharpness and noise are not to be judged, and then every second px is enough."""
+    """Blurs [Y, X, C] by 1-2-1 both ways, zero outside.
+
+    Sharpness and noise are not to be judged, and then every second px is enough.
+    """
     padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
     rows = padded[:-2] + 2 * padded[1:-1] + padded[2:]
     return (rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]) / 16
 
 
 def _errors(softened: np.ndarray, templates: _Templates, step: int = 1) -> np.ndarray:
-    """Error of every template at every step-th place of a softened difference: [rows, columns, objects, looks]."""
-    views = np.lib.stride_tricks.sliding_window_view(softened, (SPRITE, SPRITE), axis=(0, 1))[::step, ::step, :, ::2, ::2]
+    """Error of every template at every step-th place of a softened difference: [rows, columns,
+    objects, looks]."""
+    views = np.lib.stride_tricks.sliding_window_view(softened, (SPRITE, SPRITE), axis=(0, 1))[
+        ::step, ::step, :, ::2, ::2
+    ]
     rows, columns = views.shape[:2]
     flat = views.transpose(0, 1, 3, 4, 2).reshape(rows * columns, -1)
     energy = _product(np.square(flat).reshape(rows * columns, -1, 3).sum(axis=-1), templates.masks)
-    error = np.repeat(energy, len(LOOKS), axis=1) - 2 * _product(flat, templates.weighted) + templates.energy
+    error = (
+        np.repeat(energy, len(LOOKS), axis=1)
+        - 2 * _product(flat, templates.weighted)
+        + templates.energy
+    )
     return (error / templates.energy).reshape(rows, columns, len(OBJECTS), len(LOOKS))
 
 
 def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a @ b.T, three rows at a time: small ones OpenBLAS leaves to one thread, where two would wait for each other on busy cores."""
+    """a @ b.T, three rows at a time: small ones OpenBLAS leaves to one thread, where two would wait
+    for each other on busy cores."""
     padded = np.pad(a, ((0, -len(a) % 3), (0, 0)))
     return (padded.reshape(-1, 3, a.shape[1]) @ b.T).reshape(len(padded), len(b))[: len(a)]
 
 
 def _find_sprites(difference: np.ndarray, ground: str) -> list[Detection]:
-    """Greedy search: the best of every second place is looked at closely, accepted or not, and closed; and so on."""
+    """Greedy search: the best of every second place is looked at closely, accepted or not, and
+    closed; and so on."""
     softened, templates = _soften(difference), _templates(ground)
     coarse = _errors(softened, templates, step=2).min(axis=(2, 3))
     places = 2 * np.arange(len(coarse))
@@ -156,15 +192,20 @@ def _find_sprites(difference: np.ndarray, ground: str) -> list[Detection]:
     return sorted(found, key=lambda d: d.error)
 
 
-def _look_closely(softened: np.ndarray, templates: _Templates, row: int, column: int) -> Detection | None:
-    """The best sprite within REACH px of a place, or None if it is too unlike it or nothing speaks for it against others."""
+def _look_closely(
+    softened: np.ndarray, templates: _Templates, row: int, column: int
+) -> Detection | None:
+    """The best sprite within REACH px of a place, or None if it is too unlike it or nothing speaks
+    for it against others."""
     top, left = max(row - REACH, 0), max(column - REACH, 0)
     bottom, right = (min(at + REACH, SIZE - SPRITE) + SPRITE for at in (row, column))
     errors = _errors(softened[top:bottom, left:right], templates)
     i, j, which, look = (int(n) for n in np.unravel_index(errors.argmin(), errors.shape))
     error = float(errors[i, j, which, look])
     rival = np.delete(errors, which, axis=2).min()
-    disc = _disc_error(softened[top + i :, left + j :], which, templates.energy[which * len(LOOKS) + look])
+    disc = _disc_error(
+        softened[top + i :, left + j :], which, templates.energy[which * len(LOOKS) + look]
+    )
     if error > min(MOST_ERROR, MOST_OF_RIVAL * min(rival, disc)):
         return None
     return Detection(OBJECTS[which], LOOKS[look], top + i, left + j, max(error, 0.0))
@@ -183,7 +224,9 @@ def _disc_error(softened: np.ndarray, which: int, energy: float) -> float:
     """Error of a plain disc in its own mean colour, in the same unit."""
     window, disc = softened[:SPRITE:2, :SPRITE:2], _disc(which)[::2, ::2]
     inside = window[disc]
-    return float((np.square(window).sum() - len(inside) * np.square(inside.mean(axis=0)).sum()) / energy)
+    return float(
+        (np.square(window).sum() - len(inside) * np.square(inside.mean(axis=0)).sum()) / energy
+    )
 
 
 def _find_letters(difference: np.ndarray, ground: str) -> list[Detection]:
@@ -192,25 +235,45 @@ def _find_letters(difference: np.ndarray, ground: str) -> list[Detection]:
     cover = _soften(np.clip(difference @ ink / (ink @ ink), 0, 1)[..., None])[..., 0]
     windows = np.lib.stride_tricks.sliding_window_view(cover, (LETTER_HEIGHT, LETTER_WIDTH))
     rows, columns = windows.shape[:2]
-    flat, shapes = windows.reshape(rows * columns, -1), np.stack([_soften(letter[..., None]).ravel() for letter in letters()])
+    flat, shapes = (
+        windows.reshape(rows * columns, -1),
+        np.stack([_soften(letter[..., None]).ravel() for letter in letters()]),
+    )
     energy = np.square(shapes).sum(axis=1)
     errors = (np.square(flat).sum(axis=1)[:, None] - 2 * _product(flat, shapes) + energy) / energy
-    best, which = errors.min(axis=1).reshape(rows, columns), errors.argmin(axis=1).reshape(rows, columns)
+    best, which = (
+        errors.min(axis=1).reshape(rows, columns),
+        errors.argmin(axis=1).reshape(rows, columns),
+    )
     found = []
     while best.min() < MOST_LETTER_ERROR:
         row, column = (int(i) for i in np.unravel_index(best.argmin(), best.shape))
-        found.append(Detection(LETTERS[which[row, column]], None, row, column, max(float(best[row, column]), 0.0)))
+        found.append(
+            Detection(
+                LETTERS[which[row, column]], None, row, column, max(float(best[row, column]), 0.0)
+            )
+        )
         best[max(row - 11, 0) : row + 12, max(column - 5, 0) : column + 6] = np.inf
     return sorted(found, key=lambda d: (round(d.row_px / LETTER_HEIGHT), d.column_px))
 
 
 def _unexplained(difference: np.ndarray, boxes: list[tuple[int, int, int, int]]) -> int:
-    """Area in px that differs from the ground outside the boxes (row, column, height, width) and 2 px around them."""
+    """Area in px that differs from the ground outside the boxes (row, column, height, width) and 2
+    px around them."""
     foreground = np.repeat(
-        np.repeat(np.linalg.norm(difference.reshape(SIZE // 2, 2, SIZE // 2, 2, 3).mean(axis=(1, 3)), axis=-1) > FOREGROUND_DISTANCE, 2, 0),
+        np.repeat(
+            np.linalg.norm(
+                difference.reshape(SIZE // 2, 2, SIZE // 2, 2, 3).mean(axis=(1, 3)), axis=-1
+            )
+            > FOREGROUND_DISTANCE,
+            2,
+            0,
+        ),
         2,
         1,
     )
     for row, column, height, width in boxes:
-        foreground[max(row - 2, 0) : row + height + 2, max(column - 2, 0) : column + width + 2] = False
+        foreground[max(row - 2, 0) : row + height + 2, max(column - 2, 0) : column + width + 2] = (
+            False
+        )
     return int(foreground.sum())

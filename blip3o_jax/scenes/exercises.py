@@ -1,31 +1,37 @@
-"""What the transformer practises before it is shown pictures; rows of tokens alone, made as they are needed.
+"""What the transformer practises before it is shown pictures; rows of tokens alone, made as they
+are needed.
 
-    recital    words, and the same words again as image tokens, forwards or, by another sign, backwards
+    recital    words, and the same words again as image tokens, forwards or, by another sign,
+    backwards
     sketch     a scene's prompt, then each sprite's first three patches, at their places
     picture    a scene's prompt and all of its image
 
-To say words again, one after the other from either end, is what Qwen3 brings along from text. A transformer that starts at random finds it
-in a recital within a hundred steps, as there is nothing to learn by heart, and then in sketches and pictures, whose things follow the order
-of the prompt (prompts._layouts). In pictures alone it is hidden: which of two colours is whose is one bit among a hundred tokens.
+To say words again, one after the other from either end, is what Qwen3 brings along from text. A
+transformer that starts at random finds it in a recital within a hundred steps, as there is nothing
+to learn by heart, and then in sketches and pictures, whose things follow the order of the prompt
+(prompts._layouts). In pictures alone it is hidden: which of two colours is whose is one bit among a
+hundred tokens.
 
-No scene holds a held-out combination, and no recital both words of one (of things, of thing and colour, of thing and ground).
+No scene holds a held-out combination, and no recital both words of one (of things, of thing and
+colour, of thing and ground).
 """
 
 from functools import lru_cache
 
 import numpy as np
 
-from blip3o_jax.config import ConfigError
+from blip3o_jax.data.config import EXERCISES, DataConfig
+from blip3o_jax.errors import InputError
 from blip3o_jax.scenes import prompts
 from blip3o_jax.scenes.heldout import held_out
 from blip3o_jax.scenes.scene import PATCH_WORDS, SKETCH_WORDS, Scene, patch_words
 from blip3o_jax.text import Text
-from blip3o_jax.train.data_config import EXERCISES, DataConfig
 
 RECITED = 16  # words of a recital
 IMAGE = 64  # tokens of a picture
 
-Row = tuple[list[int], list[int], list[float]]  # ids, places, and what the prediction of each id counts
+# ids, places, and what the prediction of each id counts
+Row = tuple[list[int], list[int], list[float]]
 
 
 @lru_cache
@@ -36,7 +42,8 @@ def _forbidden() -> frozenset[frozenset[str]]:
 
 
 def name_ids(text: Text) -> np.ndarray:
-    """The id of the word that names each of the embedded world's codes, -1 where the vocabulary has none."""
+    """The id of the word that names each of the embedded world's codes, -1 where the vocabulary has
+    none."""
     ids = [text.tokenizer.token_to_id("Ġ" + word.split()[0]) for word in PATCH_WORDS]
     ids += [None] * (text.vocab.num_image_tokens - len(ids))
     return np.array([-1 if i is None else i for i in ids], np.int32)
@@ -56,7 +63,9 @@ def _said(text: Text) -> dict[int, int]:
 def _words(text: Text) -> tuple[np.ndarray, np.ndarray]:
     """Ids of the words that image tokens say, and of all others."""
     said = _said(text)
-    return np.array(list(said)), np.array([i for i in range(256, text.vocab.pad_token_id) if i not in said])
+    return np.array(list(said)), np.array(
+        [i for i in range(256, text.vocab.pad_token_id) if i not in said]
+    )
 
 
 def _recital(rng: np.random.Generator, text: Text) -> Row:
@@ -71,7 +80,8 @@ def _recital(rng: np.random.Generator, text: Text) -> Row:
             words.append(word)
             names.append(name)
     backwards = rng.random() < 0.5
-    signs = [text.vocab.image_start_tag_id] + [text.vocab.scale_start_token_id] * backwards  # a prompt ends with both
+    # a prompt ends with both
+    signs = [text.vocab.image_start_tag_id] + [text.vocab.scale_start_token_id] * backwards
     again = [said.get(word, word) for word in words]
     ids = [*words, *signs, *(reversed(again) if backwards else again)]
     first = int(rng.integers(0, IMAGE))
@@ -88,19 +98,24 @@ def _scene(text: Text, prompt: str, scene: Scene, sketch: bool) -> Row:
 
 
 def exercise(text: Text, data: DataConfig, seed: int, index: int) -> dict[str, np.ndarray]:
-    """Row `index`, a pure function of (seed, index): `tokens` and `positions` int32 [T], padded on the right, and `weights` f32 [T], what
-    the prediction of each token counts; T is `data.row_length`. ConfigError when it does not fit."""
+    """Row `index`, a pure function of (seed, index): `tokens` and `positions` int32 [T], padded on
+    the right, and `weights` f32 [T], what the prediction of each token counts; T is
+    `data.row_length`. InputError when it does not fit."""
     rng = np.random.Generator(np.random.Philox(key=[seed, 0], counter=[0, 0, 0, index]))
     shares = np.array([data.exercises.get(kind, 0.0) for kind in EXERCISES])
     kind = EXERCISES[rng.choice(len(EXERCISES), p=shares / shares.sum())]
     if kind in ("sketch", "picture"):
         weights = data.weights or prompts.WEIGHTS
-        asked, scene = prompts.sample(seed, index, "train", weights, extra=data.extra, named_ground=data.named_ground)
+        asked, scene = prompts.sample(
+            seed, index, "train", weights, extra=data.extra, named_ground=data.named_ground
+        )
         ids, places, counts = _scene(text, asked["prompt"], scene, kind == "sketch")
     else:
         ids, places, counts = _recital(rng, text)
     if len(ids) > data.row_length:
-        raise ConfigError(f"A {kind} of {len(ids)} tokens does not fit data.row_length {data.row_length}.")
+        raise InputError(
+            f"A {kind} of {len(ids)} tokens does not fit data.row_length {data.row_length}."
+        )
     padding = (0, data.row_length - len(ids))
     return {
         "tokens": np.pad(np.array(ids, np.int32), padding, constant_values=text.vocab.pad_token_id),

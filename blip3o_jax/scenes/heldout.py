@@ -20,7 +20,7 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Sets of (object, colour), unordered object pairs, (object, count), (object, ground), words."""
+    """Sets of (object, colour), unordered pairs, (object, count), (object, ground), words."""
 
     colors: frozenset[Pair]
     pairs: frozenset[frozenset[str]]
@@ -41,8 +41,14 @@ class HeldOut:
         ]
 
 
-def _choose(rng: np.random.Generator, candidates: Iterable, number: int, allowed: Callable[[list, tuple], bool]) -> list:
-    """`number` candidates in random order, each `allowed` beside those chosen before; starts over if that got stuck."""
+def _choose(
+    rng: np.random.Generator,
+    candidates: Iterable,
+    number: int,
+    allowed: Callable[[list, tuple], bool],
+) -> list:
+    """`number` candidates in random order, each `allowed` beside those chosen before; starts over
+    if that got stuck."""
     candidates = list(candidates)
     while True:
         chosen: list = []
@@ -54,10 +60,13 @@ def _choose(rng: np.random.Generator, candidates: Iterable, number: int, allowed
 
 
 def _at_most(*limits: int) -> Callable[[list, tuple], bool]:
-    """Rule: the i-th member of a combination occurs at most limits[i] times at that place, so that nothing is held out lopsidedly."""
+    """Rule: the i-th member of a combination occurs at most limits[i] times at that place, so that
+    nothing is held out lopsidedly."""
 
     def allowed(chosen: list, candidate: tuple) -> bool:
-        return all(sum(c[i] == candidate[i] for c in chosen) < limit for i, limit in enumerate(limits))
+        return all(
+            sum(c[i] == candidate[i] for c in chosen) < limit for i, limit in enumerate(limits)
+        )
 
     return allowed
 
@@ -68,13 +77,18 @@ def _three_partners(chosen: list, candidate: tuple) -> bool:
 
 @lru_cache
 def held_out() -> HeldOut:
-    """20 of 168 (object, colour), 42 of 378 object pairs, 8 of 84 (object, count), 21 of 140 (object, ground), 30 words."""
+    """20 of 168 (object, colour), 42 of 378 object pairs, 8 of 84 (object, count), 21 of 140
+    (object, ground), 30 words."""
     rng = np.random.Generator(np.random.Philox(SEED))
     # A natural apple is red, so a red one would not be unseen.
-    tinted = [(name, color) for name, color in product(OBJECTS, COLORS) if PLAIN_COLOR.get(name) != color]
+    tinted = [
+        (name, color) for name, color in product(OBJECTS, COLORS) if PLAIN_COLOR.get(name) != color
+    ]
     return HeldOut(
         colors=frozenset(_choose(rng, tinted, 20, _at_most(1, 4))),
-        pairs=frozenset(map(frozenset, _choose(rng, combinations(OBJECTS, 2), 42, _three_partners))),
+        pairs=frozenset(
+            map(frozenset, _choose(rng, combinations(OBJECTS, 2), 42, _three_partners))
+        ),
         counts=frozenset(_choose(rng, product(OBJECTS, COUNTS), 8, _at_most(1, 3))),
         grounds=frozenset(_choose(rng, product(OBJECTS, GROUNDS), 21, _at_most(1, 5))),
         words=frozenset(WORDS[i] for i in rng.choice(len(WORDS), 30, replace=False)),

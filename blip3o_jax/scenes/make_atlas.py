@@ -1,6 +1,8 @@
-"""Builds the atlases in blip3o_jax/assets/ from their public sources; run once, the results are committed.
+"""Builds the atlases in blip3o_jax/assets/ from their public sources; run once, the results are
+committed.
 
-    python -m blip3o_jax.scenes.make_atlas emoji-datasource-google-16.0.0.tgz DejaVuSansMono-Bold.ttf OUT_DIR
+    python -m blip3o_jax.scenes.make_atlas emoji-datasource-google-16.0.0.tgz
+    DejaVuSansMono-Bold.ttf OUT_DIR
 
 sprites.png   RGBA, 24x24 sprites in rows of seven, in the order of OBJECTS; sprites.json names them
 letters.png   greyscale coverage, A-Z in one row, 8x16 each
@@ -51,12 +53,16 @@ OBJECTS = {
 
 
 def fit(image: Image.Image) -> Image.Image:
-    """Crops the transparent margin and fits the rest, centred, into SIZE x SIZE; Pillow resizes RGBA with premultiplied alpha."""
+    """Crops the transparent margin and fits the rest, centred, into SIZE x SIZE; Pillow resizes
+    RGBA with premultiplied alpha."""
     image = image.crop(image.getchannel("A").getbbox())
     scale = SIZE / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     canvas = Image.new("RGBA", (SIZE, SIZE))
-    canvas.paste(image.resize((width, height), Image.Resampling.LANCZOS), ((SIZE - width) // 2, (SIZE - height) // 2))
+    canvas.paste(
+        image.resize((width, height), Image.Resampling.LANCZOS),
+        ((SIZE - width) // 2, (SIZE - height) // 2),
+    )
     return canvas
 
 
@@ -72,9 +78,18 @@ def make_sprites(package: Path, out: Path) -> None:
         rows = -(-len(OBJECTS) // COLUMNS)
         atlas, entries = Image.new("RGBA", (COLUMNS * SIZE, rows * SIZE)), []
         for i, (name, (plural, source)) in enumerate(OBJECTS.items()):
-            image = Image.open(io.BytesIO(read(f"img/google/64/{emoji[source]['image']}"))).convert("RGBA")
+            image = Image.open(io.BytesIO(read(f"img/google/64/{emoji[source]['image']}"))).convert(
+                "RGBA"
+            )
             atlas.paste(fit(image), (i % COLUMNS * SIZE, i // COLUMNS * SIZE))
-            entries.append({"name": name, "plural": plural, "source": source, "code_points": emoji[source]["unified"]})
+            entries.append(
+                {
+                    "name": name,
+                    "plural": plural,
+                    "source": source,
+                    "code_points": emoji[source]["unified"],
+                }
+            )
     atlas.save(out / "sprites.png", optimize=True)
     lines = ",\n".join("    " + json.dumps(entry) for entry in entries)
     header = f'"package": "{PACKAGE}", "version": "{version}", "size": {SIZE}, "columns": {COLUMNS}'
@@ -94,13 +109,17 @@ def make_letters(font_path: Path, out: Path) -> None:
     for i, (letter, box) in enumerate(zip(letters, boxes, strict=True)):
         cell = Image.new("L", (LETTER_WIDTH, LETTER_HEIGHT))
         x = (LETTER_WIDTH - (box[2] - box[0])) // 2 - box[0]
-        ImageDraw.Draw(cell).text((x, (LETTER_HEIGHT - (bottom - top)) // 2 - top), letter, font=font, fill=255)
+        ImageDraw.Draw(cell).text(
+            (x, (LETTER_HEIGHT - (bottom - top)) // 2 - top), letter, font=font, fill=255
+        )
         atlas.paste(cell, (i * LETTER_WIDTH, 0))
     atlas.save(out / "letters.png", optimize=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("package", type=Path)
     parser.add_argument("font", type=Path)
     parser.add_argument("out", type=Path)

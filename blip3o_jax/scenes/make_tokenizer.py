@@ -1,61 +1,112 @@
 """Makes the tokenizer of preset emoji_64: `python -m blip3o_jax.scenes.make_tokenizer`.
 
-Byte-level BPE as Qwen2's (same pre-tokenisation, normaliser and decoder, so that any text encodes and transformers reads the file),
-trained until every word of the embedded world is one token. Then the special tokens in the order in which BLIP3o adds them (spec S4.1).
+Byte-level BPE as Qwen2's (same pre-tokenisation, normaliser and decoder, so that any text encodes
+and transformers reads the file), trained until every word of the embedded world is one token. Then
+the special tokens in the order in which BLIP3o adds them (docs/model.md §4.1).
 """
 
 import re
 from collections.abc import Iterable
 
-from blip3o_jax.config import preset
+from blip3o_jax.presets import preset
+from blip3o_jax.resources import ASSETS
 from blip3o_jax.scenes.prompts import NUMBERS, RELATIONS
 from blip3o_jax.scenes.sprites import COLORS, GROUNDS, OBJECTS, PLURALS
-from blip3o_jax.shipped import ASSETS
 from blip3o_jax.text import edit_prompt, t2i_prompt
 
-# Qwen2's pattern: contractions, words with one leading mark or space, single digits, punctuation, line ends, spaces.
-QWEN2_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Qwen2's pattern: contractions, words with one leading mark or space, single digits, punctuation,
+# line ends, spaces.
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPECIAL_TOKENS = (
-    *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *(
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+    ),
     *("<im_start>", "<im_end>"),
 )
 GRAMMAR = (
-    *("a", "an", "the", "photo", "of", "and", "on", "in", "with", "it", "one", "natural", "word", '"'),
-    *("make", "change", "replace", "remove", "add", "move", "put", "turn", "to", "from", "into", "color", "background"),
+    *(
+        "a",
+        "an",
+        "the",
+        "photo",
+        "of",
+        "and",
+        "on",
+        "in",
+        "with",
+        "it",
+        "one",
+        "natural",
+        "word",
+        '"',
+    ),
+    *(
+        "make",
+        "change",
+        "replace",
+        "remove",
+        "add",
+        "move",
+        "put",
+        "turn",
+        "to",
+        "from",
+        "into",
+        "color",
+        "background",
+    ),
 )
 
 
 def vocabulary() -> list[str]:
-    """Every word that captions and edits are made of; written words ("SUN") are spelled, letter by letter, and so not here."""
+    """Every word that captions and edits are made of; written words ("SUN") are spelled, letter by
+    letter, and so not here."""
     named = [*OBJECTS, *PLURALS.values(), *COLORS, *GROUNDS, *NUMBERS.values(), *RELATIONS]
     return list(dict.fromkeys([*GRAMMAR, *(word for name in named for word in name.split())]))
 
 
 def corpus() -> list[str]:
-    """The templates' text without their special tokens, and every caption word as it stands in a sentence."""
+    """The templates' text without their special tokens, and every caption word as it stands in a
+    sentence."""
     templates = [t2i_prompt(""), edit_prompt("", 1, 1)]
     plain = [piece for template in templates for piece in re.split(r"<[^>]+>", template)]
     return [*plain, *(f" {word}" for word in vocabulary())]
 
 
-def add_tokens(tokenizer, special: Iterable[str], num_scale_tokens: int, num_image_tokens: int) -> None:
-    """Appends special tokens, then `<S*>` and `<I*>`, which are ordinary added tokens as published."""
+def add_tokens(
+    tokenizer, special: Iterable[str], num_scale_tokens: int, num_image_tokens: int
+) -> None:
+    """Appends special tokens, then `<S*>` and `<I*>`, ordinary added tokens as published."""
     tokenizer.add_special_tokens(list(special))
-    tokenizer.add_tokens([f"<S{i}>" for i in range(num_scale_tokens)] + [f"<I{i}>" for i in range(num_image_tokens)])
+    tokenizer.add_tokens(
+        [f"<S{i}>" for i in range(num_scale_tokens)] + [f"<I{i}>" for i in range(num_image_tokens)]
+    )
 
 
 def make():
-    """The tokenizer; deterministic, ids contiguous from the 256 bytes up to the last image token."""
+    """The tokenizer; deterministic, ids contiguous from the bytes to the last image token."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=1 << 16,  # never reached: merging ends when every word of the corpus is one token
+        # never reached: merging ends when every word of the corpus is one token
+        vocab_size=1 << 16,
         min_frequency=0,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,

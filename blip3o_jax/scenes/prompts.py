@@ -1,4 +1,5 @@
-"""Prompts with GenEval's metadata (djghosh13/geneval) and a scene that satisfies each exactly, as a pure function of (seed, index)."""
+"""Prompts with GenEval's metadata (djghosh13/geneval) and a scene that satisfies each exactly, as a
+pure function of (seed, index)."""
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -6,7 +7,7 @@ from itertools import combinations
 
 import numpy as np
 
-from blip3o_jax.config import ConfigError, nearest
+from blip3o_jax.errors import InputError, nearest
 from blip3o_jax.scenes.heldout import COUNTS, WORDS, held_out
 from blip3o_jax.scenes.scene import POSITIONS, SPAN, Scene, Thing
 from blip3o_jax.scenes.sprites import COLORS, GROUNDS, LETTERS, OBJECTS, PLURALS
@@ -14,10 +15,17 @@ from blip3o_jax.scenes.sprites import COLORS, GROUNDS, LETTERS, OBJECTS, PLURALS
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ("left of", "right of", "above", "below")
 # Share of each tag; two colours at once are the hardest to learn.
-WEIGHTS = {"single_object": 1.0, "two_object": 1.5, "counting": 1.5, "colors": 2.0, "position": 2.0, "color_attr": 3.0}
+WEIGHTS = {
+    "single_object": 1.0,
+    "two_object": 1.5,
+    "counting": 1.5,
+    "colors": 2.0,
+    "position": 2.0,
+    "color_attr": 3.0,
+}
 TAGS = tuple(WEIGHTS)
-# Kinds that GenEval does not know, and their shares: coloured things counted or placed, three or four things, natural or
-# coloured: too many combinations to be learned by heart.
+# Kinds that GenEval does not know, and their shares: coloured things counted or placed, three or
+# four things, natural or coloured: too many combinations to be learned by heart.
 EXTRA = {"counting": 0.5, "position": 1.5, "two_object": 3.0, "color_attr": 4.0}
 EXTRA_SHARE = 0.15  # of training prompts
 PHOTO, NAMED_GROUND = 0.15, 0.5  # shares of prompts; GenEval's own prompts begin with "a photo of"
@@ -37,20 +45,23 @@ def sample(
     extra: float = EXTRA_SHARE,
     named_ground: float = NAMED_GROUND,
 ) -> tuple[dict, Scene]:
-    """A prompt's metadata and its scene; the same for the same arguments, whatever was drawn before.
+    """A prompt's metadata and its scene; the same for the same arguments, whatever was drawn
+    before.
 
-    metadata: tag, include, exclude (counting), prompt; ground where the prompt names it; word for the tag "text";
-    extra=True for the kinds of EXTRA.
-    split: "train" never composes a held-out combination, "heldout" always asks for one. weights: tag -> share.
-    text: share of prompts for a written word. extra: share of extra kinds, training only. named_ground: share that names the ground.
-    Raises ConfigError for an unknown split or tag.
+    metadata: tag, include, exclude (counting), prompt; ground where the prompt names it; word for
+    the tag "text"; extra=True for the kinds of EXTRA. split: "train" never composes a held-out
+    combination, "heldout" always asks for one. weights: tag -> share. text: share of prompts for a
+    written word. extra: share of extra kinds, training only. named_ground: share that names the
+    ground. Raises InputError for an unknown split or tag.
     """
     if split not in NUMBER_OF_SPLIT:
-        raise ConfigError(f"unknown split {split!r}: {nearest(split, NUMBER_OF_SPLIT)}")
+        raise InputError(f"unknown split {split!r}: {nearest(split, NUMBER_OF_SPLIT)}")
     for tag in weights:
         if tag not in TAGS:
-            raise ConfigError(f"unknown tag {tag!r}: {nearest(tag, TAGS)}")
-    rng = np.random.Generator(np.random.Philox(key=[seed, NUMBER_OF_SPLIT[split]], counter=[0, 0, 0, index]))
+            raise InputError(f"unknown tag {tag!r}: {nearest(tag, TAGS)}")
+    rng = np.random.Generator(
+        np.random.Philox(key=[seed, NUMBER_OF_SPLIT[split]], counter=[0, 0, 0, index])
+    )
     training = split == "train"
     if rng.random() < text:
         return _write(rng, training, named_ground)
@@ -61,7 +72,9 @@ def sample(
     return _make(rng, tag, split, named_ground, photo=training and rng.random() < PHOTO)
 
 
-def _make(rng: Rng, tag: str, split: str, named_ground: float, extra: bool = False, photo: bool = False) -> tuple[dict, Scene]:
+def _make(
+    rng: Rng, tag: str, split: str, named_ground: float, extra: bool = False, photo: bool = False
+) -> tuple[dict, Scene]:
     """Draws nouns for the tag until the split allows them, then ground, places and words."""
     held = held_out()
     training = split == "train"
@@ -85,7 +98,10 @@ def _make(rng: Rng, tag: str, split: str, named_ground: float, extra: bool = Fal
             break
     relation = _pick(rng, list(RELATIONS)) if tag == "position" else None
     cells = _cells(rng, len(nouns), relation)
-    scene = Scene(tuple(Thing(name, color, *cell) for (name, color), cell in zip(nouns, cells, strict=True)), ground)
+    scene = Scene(
+        tuple(Thing(name, color, *cell) for (name, color), cell in zip(nouns, cells, strict=True)),
+        ground,
+    )
     return _metadata(tag, nouns, relation, ground if named else None, extra, photo), scene
 
 
@@ -107,7 +123,11 @@ def _nouns(rng: Rng, tag: str, extra: bool) -> list[Noun]:
         number = int(rng.integers(3, 5))
     names = [OBJECTS[i] for i in rng.choice(len(OBJECTS), number, replace=False)]
     colored = tag in ("colors", "color_attr") or (tag == "position" and extra)
-    colors = [COLORS[i] for i in rng.choice(len(COLORS), number, replace=False)] if colored else [None] * number
+    colors = (
+        [COLORS[i] for i in rng.choice(len(COLORS), number, replace=False)]
+        if colored
+        else [None] * number
+    )
     return list(zip(names, colors, strict=True))
 
 
@@ -121,13 +141,19 @@ def describe(nouns: list[Noun], relation: str | None = None, ground: str | None 
     if relation:
         phrase = f"{phrases[0]} {relation} {phrases[1]}"
     else:
-        phrase = " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)
+        phrase = " and ".join(
+            [", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases
+        )
     return phrase + (f" on {ground}" if ground else "")
 
 
-def _metadata(tag: str, nouns: list[Noun], relation: str | None, ground: str | None, extra: bool, photo: bool) -> dict:
+def _metadata(
+    tag: str, nouns: list[Noun], relation: str | None, ground: str | None, extra: bool, photo: bool
+) -> dict:
     """GenEval's dictionary and the prompt's words."""
-    include = [{"class": name, "count": 1} | ({"color": color} if color else {}) for name, color in nouns]
+    include = [
+        {"class": name, "count": 1} | ({"color": color} if color else {}) for name, color in nouns
+    ]
     metadata = {"tag": tag, "include": include}
     if tag == "counting":
         name, color = nouns[0]
@@ -140,7 +166,9 @@ def _metadata(tag: str, nouns: list[Noun], relation: str | None, ground: str | N
         phrase = describe(nouns, relation)
     else:
         phrase = describe(nouns)
-    metadata["prompt"] = ("a photo of " if photo else "") + phrase + (f" on {ground}" if ground else "")
+    metadata["prompt"] = (
+        ("a photo of " if photo else "") + phrase + (f" on {ground}" if ground else "")
+    )
     if ground:
         metadata["ground"] = ground
     if extra:
@@ -149,7 +177,8 @@ def _metadata(tag: str, nouns: list[Noun], relation: str | None, ground: str | N
 
 
 def _write(rng: Rng, training: bool, named_ground: float) -> tuple[dict, Scene]:
-    """A word to be written: training half the time a known one, half the time random letters; otherwise one held out."""
+    """A word to be written: training half the time a known one, half the time random letters;
+    otherwise one held out."""
     unseen = held_out().words
     while True:
         if not training or rng.random() < 0.5:
@@ -159,29 +188,44 @@ def _write(rng: Rng, training: bool, named_ground: float) -> tuple[dict, Scene]:
         if not training or word not in unseen:
             break
     ground, named = _pick(rng, list(GROUNDS)), rng.random() < named_ground
-    metadata = {"tag": "text", "include": [], "word": word, "prompt": f'the word "{word}"' + (f" on {ground}" if named else "")}
+    metadata = {
+        "tag": "text",
+        "include": [],
+        "word": word,
+        "prompt": f'the word "{word}"' + (f" on {ground}" if named else ""),
+    }
     return metadata | ({"ground": ground} if named else {}), Scene((), ground, word)
 
 
 @lru_cache
 def _layouts(number: int, relation: str | None) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """All places for `number` things. They follow each other as one reads, row by row, in the order in which the prompt names them; with a
-    relation, first is `relation` second beyond doubt, and the left or upper one comes first."""
+    """All places for `number` things.
+
+    They follow each other as one reads, row by row, in the order in which the prompt names them;
+    with a relation, first is `relation` second beyond doubt, and the left or upper one comes first.
+    """
     cells = [(row, column) for row in range(POSITIONS) for column in range(POSITIONS)]
     if relation is not None:
-        # GenEval's rule wants a direction within 60 degrees; here the other way is at most half as far, as people draw it.
+        # GenEval's rule wants a direction within 60 degrees; here the other way is at most half as
+        # far, as people draw it.
         holds: dict[str, Callable[[int, int], bool]] = {
             "left of": lambda down, right: right <= -SPAN and 0 <= 2 * -down <= -right,
             "right of": lambda down, right: right >= SPAN and 0 <= 2 * down <= right,
             "above": lambda down, right: down <= -SPAN and 2 * abs(right) <= -down,
             "below": lambda down, right: down >= SPAN and 2 * abs(right) <= down,
         }
-        return tuple((a, b) for a in cells for b in cells if holds[relation](a[0] - b[0], a[1] - b[1]))
+        return tuple(
+            (a, b) for a in cells for b in cells if holds[relation](a[0] - b[0], a[1] - b[1])
+        )
 
     def apart(a: tuple[int, int], b: tuple[int, int]) -> bool:
         return max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= SPAN
 
-    return tuple(layout for layout in combinations(cells, number) if all(apart(a, b) for a, b in combinations(layout, 2)))
+    return tuple(
+        layout
+        for layout in combinations(cells, number)
+        if all(apart(a, b) for a, b in combinations(layout, 2))
+    )
 
 
 def _cells(rng: Rng, number: int, relation: str | None) -> list[tuple[int, int]]:

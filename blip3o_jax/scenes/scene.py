@@ -1,12 +1,24 @@
-"""A scene: one to four 24 px sprites on an 8 px grid of a 64x64 picture, or one short word; its pixels and its patches' names."""
+"""A scene: one to four 24 px sprites on an 8 px grid of a 64x64 picture, or one short word; its
+pixels and its patches' names."""
 
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-from blip3o_jax.config import ConfigError
-from blip3o_jax.scenes.sprites import COLORS, GROUNDS, INK, LETTER_HEIGHT, LETTER_WIDTH, LETTERS, OBJECTS, SPRITE, letters, render
+from blip3o_jax.errors import InputError
+from blip3o_jax.scenes.sprites import (
+    COLORS,
+    GROUNDS,
+    INK,
+    LETTER_HEIGHT,
+    LETTER_WIDTH,
+    LETTERS,
+    OBJECTS,
+    SPRITE,
+    letters,
+    render,
+)
 
 SIZE = 64  # px, both sides of the picture
 CELL = 8  # px, the grid's step and the patch
@@ -16,7 +28,8 @@ POSITIONS = PATCHES - SPAN + 1  # rows and columns where its top-left cell may b
 LONGEST_WORD = SIZE // LETTER_WIDTH
 
 LOOKS = (None, *COLORS)  # None: natural
-# What a patch can be called: even patches of a sprite say what it is, odd ones its colour, so that an unseen pair is made of seen words.
+# What a patch can be called: even patches of a sprite say what it is, odd ones its colour, so that
+# an unseen pair is made of seen words.
 PATCH_WORDS = (
     *(f"{name} {i}" for name in OBJECTS for i in (0, 2, 4, 6, 8)),
     *(f"{color or 'natural'} {i}" for color in LOOKS for i in (1, 3, 5, 7)),
@@ -33,7 +46,8 @@ SKETCH_WORDS = np.array([word.split()[-1] in ("0", "1", "2") for word in PATCH_W
 
 @dataclass(frozen=True)
 class Thing:
-    """An object in one look (`color` None is natural) with its top-left corner at cell (row, column), each 0..5."""
+    """An object in one look (`color` None is natural) with its top-left corner at cell (row,
+    column), each 0..5."""
 
     object: str
     color: str | None
@@ -56,25 +70,29 @@ def word_cell(word: str) -> tuple[int, int]:
 
 
 def _occupied(scene: Scene) -> list[tuple[int, int, int, int]]:
-    """(row, column, height, width) in cells of all that is drawn; raises ConfigError if the scene cannot be drawn."""
+    """(row, column, height, width) in cells of all that is drawn; raises InputError if the scene
+    cannot be drawn."""
     if scene.ground not in GROUNDS:
-        raise ConfigError(f"ground {scene.ground!r} is none of {', '.join(GROUNDS)}.")
+        raise InputError(f"ground {scene.ground!r} is none of {', '.join(GROUNDS)}.")
     boxes = []
     for thing in scene.things:
         if thing.object not in OBJECTS or thing.color not in LOOKS:
-            raise ConfigError(f"no sprite for {thing.color or 'natural'} {thing.object!r}; see scenes.sprites OBJECTS and COLORS.")
+            raise InputError(
+                f"no sprite for {thing.color or 'natural'} {thing.object!r}; see "
+                "scenes.sprites OBJECTS and COLORS."
+            )
         boxes.append((thing.row, thing.column, SPAN, SPAN))
     if scene.word is not None:
         if not 0 < len(scene.word) <= LONGEST_WORD or set(scene.word) - set(LETTERS):
-            raise ConfigError(f"word {scene.word!r} must be 1 to {LONGEST_WORD} letters A-Z.")
+            raise InputError(f"word {scene.word!r} must be 1 to {LONGEST_WORD} letters A-Z.")
         boxes.append((*word_cell(scene.word), LETTER_HEIGHT // CELL, len(scene.word)))
     taken = np.zeros((PATCHES, PATCHES), int)
     for row, column, height, width in boxes:
         if min(row, column) < 0 or row + height > PATCHES or column + width > PATCHES:
-            raise ConfigError(f"cell ({row}, {column}) puts a thing outside the picture.")
+            raise InputError(f"cell ({row}, {column}) puts a thing outside the picture.")
         taken[row : row + height, column : column + width] += 1
     if taken.max(initial=0) > 1:
-        raise ConfigError("things of a scene must not overlap.")
+        raise InputError("things of a scene must not overlap.")
     return boxes
 
 
@@ -83,7 +101,9 @@ def _on_ground(name: str, color: str | None, ground: str) -> np.ndarray:
     """A sprite composed over a ground, uint8 [24, 24, 3]."""
     rgba = render(name, color)
     alpha = rgba[..., 3:]
-    return np.rint(rgba[..., :3] * alpha * 255 + np.float32(GROUNDS[ground]) * (1 - alpha)).astype(np.uint8)
+    return np.rint(rgba[..., :3] * alpha * 255 + np.float32(GROUNDS[ground]) * (1 - alpha)).astype(
+        np.uint8
+    )
 
 
 @lru_cache(maxsize=256)
@@ -94,7 +114,7 @@ def _letter_on_ground(letter: str, ground: str) -> np.ndarray:
 
 
 def compose(scene: Scene) -> np.ndarray:
-    """The scene's pixels, uint8 [64, 64, 3]; raises ConfigError for one that cannot be drawn."""
+    """The scene's pixels, uint8 [64, 64, 3]; raises InputError for one that cannot be drawn."""
     _occupied(scene)
     image = np.empty((SIZE, SIZE, 3), np.uint8)
     image[:] = GROUNDS[scene.ground]
@@ -105,14 +125,17 @@ def compose(scene: Scene) -> np.ndarray:
         y, x = (CELL * c for c in word_cell(scene.word))
         for i, letter in enumerate(scene.word):
             left = x + i * LETTER_WIDTH
-            image[y : y + LETTER_HEIGHT, left : left + LETTER_WIDTH] = _letter_on_ground(letter, scene.ground)
+            image[y : y + LETTER_HEIGHT, left : left + LETTER_WIDTH] = _letter_on_ground(
+                letter, scene.ground
+            )
     return image
 
 
 def patch_words(scene: Scene) -> np.ndarray:
     """For every 8x8 px patch the index in PATCH_WORDS of the one word that names it, uint8 [8, 8].
 
-    A sprite's nine patches, row by row: the even ones name the object and their place in it, the odd ones its look and their place.
+    A sprite's nine patches, row by row: the even ones name the object and their place in it, the
+    odd ones its look and their place.
     """
     _occupied(scene)
     words = np.full((PATCHES, PATCHES), _FIRST_GROUND + list(GROUNDS).index(scene.ground), np.uint8)
@@ -120,11 +143,13 @@ def patch_words(scene: Scene) -> np.ndarray:
         place = np.arange(SPAN * SPAN)
         of_object = 5 * OBJECTS.index(thing.object) + place // 2
         of_look = _FIRST_LOOK + 4 * LOOKS.index(thing.color) + place // 2
-        words[thing.row : thing.row + SPAN, thing.column : thing.column + SPAN] = np.where(place % 2, of_look, of_object).reshape(
-            SPAN, SPAN
-        )
+        words[thing.row : thing.row + SPAN, thing.column : thing.column + SPAN] = np.where(
+            place % 2, of_look, of_object
+        ).reshape(SPAN, SPAN)
     if scene.word:
         row, column = word_cell(scene.word)
         for i, letter in enumerate(scene.word):
-            words[row : row + 2, column + i] = _FIRST_LETTER + 2 * LETTERS.index(letter) + np.arange(2)
+            words[row : row + 2, column + i] = (
+                _FIRST_LETTER + 2 * LETTERS.index(letter) + np.arange(2)
+            )
     return words

@@ -1,4 +1,5 @@
-"""The art of the embedded world: 28 objects in seven looks, five grounds, the letters A-Z; numpy float32 in 0..1."""
+"""The art of the embedded world: 28 objects in seven looks, five grounds, the letters A-Z; numpy
+float32 in 0..1."""
 
 import json
 from functools import lru_cache
@@ -62,14 +63,17 @@ def letters() -> np.ndarray:
 
 @lru_cache
 def render(name: str, color: str | None = None) -> np.ndarray:
-    """One object as RGBA [24, 24, 4], straight alpha, read-only; `color` None is its natural look."""
+    """One object as RGBA [24, 24, 4], straight alpha, read-only; `color` None: as drawn."""
     rgba = _atlas()[OBJECTS.index(name)].copy()
     if color is not None:
         luminance = rgba[..., :3] @ np.float32([0.299, 0.587, 0.114])
         low, middle, high = np.percentile(luminance[rgba[..., 3] > 0.5], [4, 50, 96])
-        # The commonest shade gets the plain colour; a flat sprite stays flat, its noise is not blown up.
+        # The commonest shade gets the plain colour; a flat sprite stays flat, its noise is not
+        # blown up.
         knots = [middle - max(middle - low, 0.15), middle, middle + max(high - middle, 0.15)]
         ramp = np.float32(RAMPS[color]) / 255
-        rgba[..., :3] = np.stack([np.interp(luminance, knots, ramp[:, c]) for c in range(3)], axis=-1)
+        rgba[..., :3] = np.stack(
+            [np.interp(luminance, knots, ramp[:, c]) for c in range(3)], axis=-1
+        )
     rgba.setflags(write=False)
     return rgba

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from blip3o_jax import sampler
-from blip3o_jax.compilation import jit
-from blip3o_jax.mesh import put_whole
-from blip3o_jax.metrics import sheet
+from blip3o_jax.kernels.platform import jit
 from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.parallel.batches import put_replicated
+from blip3o_jax.pixels import contact_sheet
+from blip3o_jax.sample import programs
+from blip3o_jax.sample.settings import Settings
 from blip3o_jax.text import left_pad
 from blip3o_jax.train import losses
 from blip3o_jax.train.config import TrainConfig
@@ -20,17 +21,26 @@ SHEET_ROWS, SHEET_COLUMNS = 4, 8
 
 
 def make_evaluate(model: Blip3o, cfg: TrainConfig, mesh):
-    """(weights on the mesh, held-out host batch) -> (numbers by name, uint8 picture or None where there is nothing to see)."""
-    stage = {"autoencoder": _autoencoder, "tokenizer": _tokenizer, "practice": _practice, "joint": _joint}[cfg.stage]
+    """(weights on the mesh, held-out host batch) -> (numbers by name, uint8 picture or None where
+    there is nothing to see)."""
+    stage = {
+        "autoencoder": _autoencoder,
+        "tokenizer": _tokenizer,
+        "practice": _practice,
+        "joint": _joint,
+    }[cfg.stage]
     return stage(model, cfg, mesh)
 
 
 def _everywhere(mesh):
-    """Decorates a function of (params, host arrays, settings): jitted, the arrays cut along the batch, results in every process."""
+    """Decorates a function of (params, host arrays, settings): jitted, the arrays cut along the
+    batch, results in every process."""
 
     def decorate(function):
         compiled = jit(function, out_shardings=NamedSharding(mesh, PartitionSpec()))
-        return lambda params, *arrays, **settings: compiled(params, *put_whole(arrays, mesh), **settings)
+        return lambda params, *arrays, **settings: compiled(
+            params, *put_replicated(arrays, mesh), **settings
+        )
 
     return decorate
 
@@ -52,12 +62,16 @@ def _autoencoder(model: Blip3o, cfg: TrainConfig, mesh):
         error = model.dc_ae.apply(params, latents, method="decode")
         mse = jnp.mean(jnp.square(error - images), axis=(1, 2, 3))
         pixels = jnp.round(jnp.clip(error / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
-        return pixels, {"psnr": jnp.mean(-10 * jnp.log10(mse / 4)), "latent_std": jnp.std(latents), "latent_mean": jnp.mean(latents)}
+        return pixels, {
+            "psnr": jnp.mean(-10 * jnp.log10(mse / 4)),
+            "latent_std": jnp.std(latents),
+            "latent_mean": jnp.mean(latents),
+        }
 
     def evaluate(params, batch):
         pixels, metrics = reconstruct(params, batch["images"])
         pairs = np.stack([batch["images"][:32], np.asarray(pixels)[:32]], axis=1)
-        return _prefixed(metrics), sheet(pairs.reshape(-1, *pixels.shape[1:]), columns=16)
+        return _prefixed(metrics), contact_sheet(pairs.reshape(-1, *pixels.shape[1:]), columns=16)
 
     return evaluate
 
@@ -68,7 +82,9 @@ def _tokenizer(model: Blip3o, cfg: TrainConfig, mesh):
         return losses.tokenizer_loss(model, cfg, params, batch, None)[1]
 
     def evaluate(params, batch):
-        return _prefixed(measure(params, batch)), sheet(_first(batch)["images"], SHEET_COLUMNS)
+        return _prefixed(measure(params, batch)), contact_sheet(
+            _first(batch)["images"], SHEET_COLUMNS
+        )
 
     return evaluate
 
@@ -86,15 +102,21 @@ def _joint(model: Blip3o, cfg: TrainConfig, mesh):
     def measure(params, batch):
         return losses.joint_loss(model, cfg, params, batch, jax.random.key(0))[1]
 
-    sample = sampler.text_to_image(model, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    settings = asdict(sampler.Settings(num_inference_steps=20))
+    sample = programs.text_to_image(model, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    settings = asdict(Settings(num_inference_steps=20))
 
     def evaluate(params, batch):
         shown = _first(batch)
-        prompts = [row[: start + 1] for row, start in zip(shown["tokens"], shown["start"], strict=True)]
-        prompt, valid = left_pad(prompts, model.config.max_prompt_tokens, model.config.vocab.pad_token_id)
+        prompts = [
+            row[: start + 1] for row, start in zip(shown["tokens"], shown["start"], strict=True)
+        ]
+        prompt, valid = left_pad(
+            prompts, model.config.max_prompt_tokens, model.config.vocab.pad_token_id
+        )
         numbers = np.stack([np.array([0, 0, i], np.uint32) for i in range(len(prompts))])
-        made = sample(params, *put_whole((prompt, valid, numbers), mesh), **settings)
-        return _prefixed(measure(params, batch)), sheet(np.asarray(made["images"]), SHEET_COLUMNS)
+        made = sample(params, *put_replicated((prompt, valid, numbers), mesh), **settings)
+        return _prefixed(measure(params, batch)), contact_sheet(
+            np.asarray(made["images"]), SHEET_COLUMNS
+        )
 
     return evaluate

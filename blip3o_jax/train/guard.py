@@ -1,4 +1,5 @@
-"""Steps that would do harm: which they are is decided on the device, from counters that live in the training state."""
+"""Steps that would do harm: which they are is decided on the device, from counters that live in the
+training state."""
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,18 @@ SETTLED = 50  # steps before that average says what is usual
 
 
 def init() -> dict:
-    """Counters of a run: `skipped` steps so far, those `in_a_row` until now, and the gradient norm's running average over the others."""
-    return {"skipped": jnp.zeros((), jnp.int32), "in_a_row": jnp.zeros((), jnp.int32), "usual": jnp.zeros(())}
+    """Counters of a run: `skipped` steps so far, those `in_a_row` until now, and the gradient
+    norm's running average over the others."""
+    return {
+        "skipped": jnp.zeros((), jnp.int32),
+        "in_a_row": jnp.zeros((), jnp.int32),
+        "usual": jnp.zeros(()),
+    }
 
 
 def judge(cfg: GuardConfig, counters: dict, step, loss, norm):
-    """(whether the step counts, the counters after it): it does not when loss or gradient norm is not finite, or the norm a spike.
+    """(whether the step counts, the counters after it): it does not when loss or gradient norm is
+    not finite, or the norm a spike.
 
     `step` is the number of steps before this one; all are scalars.
     """

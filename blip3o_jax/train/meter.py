@@ -1,4 +1,4 @@
-"""What a run says of itself: where its time goes, how fast it is, and the lines of metrics.jsonl."""
+"""The measurements of a run: where time goes, speed, and the lines of metrics.jsonl."""
 
 import contextlib
 import functools
@@ -10,15 +10,16 @@ import jax
 import numpy as np
 
 from blip3o_jax import flops
-from blip3o_jax.compilation import jit
-from blip3o_jax.config import ConfigError
-from blip3o_jax.metrics import MetricWriter
+from blip3o_jax.errors import InputError
+from blip3o_jax.kernels.platform import jit
 from blip3o_jax.train import steps
 from blip3o_jax.train.config import TrainConfig
+from blip3o_jax.train.metrics import MetricWriter
 
 log = logging.getLogger(__name__)
 
-# bfloat16 FLOP/s of a device, by the beginning of its kind; the longest that fits counts. Vendors' data sheets, dense.
+# bfloat16 FLOP/s of a device, by the beginning of its kind; the longest that fits counts. Vendors'
+# data sheets, dense.
 PEAKS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -39,18 +40,26 @@ def peak_flops(kind: str) -> float | None:
 
 
 def step_flops(cfg: TrainConfig, batch) -> int | None:
-    """Of a joint step on a global batch, encoders included where it holds images; None for other stages, which nobody plans."""
+    """Of a joint step on a global batch, encoders included where it holds images; None for other
+    stages, which nobody plans."""
     if cfg.stage != "joint":
         return None
     model, (rows, length) = cfg.blip3o(), batch["tokens"].shape
-    encoders = flops.ta_tok_encode(model.ta_tok, rows) + flops.dc_ae_encode(model.dc_ae, rows, model.sana.sample_size)
-    return flops.joint_step(model, rows, length, cfg.trainable_sana == "all") - (encoders if "latents" in batch else 0)
+    encoders = flops.ta_tok_encode(model.ta_tok, rows) + flops.dc_ae_encode(
+        model.dc_ae, rows, model.sana.sample_size
+    )
+    return flops.joint_step(model, rows, length, cfg.trainable_sana == "all") - (
+        encoders if "latents" in batch else 0
+    )
 
 
 class Meter:
-    """The clock and the log of one run. `notes` are those of `clock`, from the checkpoint that the run goes on from.
+    """The clock and the log of one run.
 
-    Goodput is the share of the time since the run's first start, pauses and lost steps included, that went into steps that still count.
+    `notes` are those of `clock`, from the checkpoint that the run goes on from.
+
+    Goodput is the share of the time since the run's first start, pauses and lost steps included,
+    that went into steps that still count.
     """
 
     def __init__(self, cfg: TrainConfig, workdir, step: int, notes: dict):
@@ -62,12 +71,17 @@ class Meter:
         self.logged, self.tick = step, time.perf_counter()
 
     def clock(self) -> dict[str, float]:
-        """What a checkpoint keeps: when the run began (Unix time), and the seconds of the steps until now."""
-        return {"began": self.began, "stepping": self.stepping + time.perf_counter() - self.tick - self.seconds["other"]}
+        """What a checkpoint keeps: when the run began (Unix time), and the seconds of the steps
+        until now."""
+        return {
+            "began": self.began,
+            "stepping": self.stepping + time.perf_counter() - self.tick - self.seconds["other"],
+        }
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Counts the time of the body as "data" (waiting for the host), or as "other" than stepping, when the steps so far are done."""
+        """Counts the time of the body as "data" (waiting for the host), or as "other" than
+        stepping, when the steps so far are done."""
         if name == "other":
             jax.block_until_ready(self.metrics)
         before = time.perf_counter()
@@ -76,7 +90,8 @@ class Meter:
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Around the dispatch of a step, counted from 1: marks it in profiles, and starts the one that the config asks for."""
+        """Around the dispatch of a step, counted from 1: marks it in profiles, and starts the one
+        that the config asks for."""
         if self.cfg.profile.steps and step == self.cfg.profile.start:
             jax.profiler.start_trace(str(self.workdir / "profile"))
             self.profiling = True
@@ -95,18 +110,27 @@ class Meter:
             log.info("Profile of steps %d to %d: %s", window.start, step, self.workdir / "profile")
 
     def log(self, step: int, state) -> None:
-        """Writes the means since the last time, of the steps that were not skipped, and the size of the last update. Waits for the device.
+        """Writes the means since the last time, of the steps that were not skipped, and the size of
+        the last update. Waits for the device.
 
-        Raises ConfigError after `cfg.guard.max_skipped` skipped steps in a row.
+        Raises InputError after `cfg.guard.max_skipped` skipped steps in a row.
         """
         values = jax.device_get(self.metrics)
         elapsed, count = time.perf_counter() - self.tick - self.seconds["other"], step - self.logged
         self.stepping += elapsed
         rows = [v for v in values if v["skipped_in_a_row"] == 0] or values[-1:]
-        found = {name: float(rows[-1][name] if name in LAST else np.mean([r[name] for r in rows])) for name in rows[0]}
-        found["skipped"], longest = float(values[-1]["skipped"]), max(int(v["skipped_in_a_row"]) for v in values)
+        found = {
+            name: float(rows[-1][name] if name in LAST else np.mean([r[name] for r in rows]))
+            for name in rows[0]
+        }
+        found["skipped"], longest = (
+            float(values[-1]["skipped"]),
+            max(int(v["skipped_in_a_row"]) for v in values),
+        )
         del found["skipped_in_a_row"]
-        found |= {name: float(value) for name, value in jax.device_get(self.update_ratios(state)).items()}
+        found |= {
+            name: float(value) for name, value in jax.device_get(self.update_ratios(state)).items()
+        }
         found |= {
             "step_ms": 1e3 * elapsed / count,
             "data_wait_ms": 1e3 * self.seconds["data"] / count,
@@ -118,13 +142,26 @@ class Meter:
             found["mfu"] = self.flops * count / elapsed / (peak * jax.device_count())
         self.writer.write(step, found)
         eta = elapsed / count * (self.cfg.num_steps - step) / 60
-        log.info("step %d/%d %s eta %.0f min", step, self.cfg.num_steps, " ".join(f"{k} {v:.4g}" for k, v in found.items()), eta)
+        log.info(
+            "step %d/%d %s eta %.0f min",
+            step,
+            self.cfg.num_steps,
+            " ".join(f"{k} {v:.4g}" for k, v in found.items()),
+            eta,
+        )
         if longest:
-            log.warning("%d steps were skipped by step %d, up to %d in a row.", int(found["skipped"]), step, longest)
+            log.warning(
+                "%d steps were skipped by step %d, up to %d in a row.",
+                int(found["skipped"]),
+                step,
+                longest,
+            )
         if longest >= self.cfg.guard.max_skipped:
-            raise ConfigError(
-                f"{longest} steps in a row until step {step} had a loss or gradient that is not finite, or a spike; the newest checkpoint "
-                f"in {self.workdir} is without them. Lower the learning rate or look at the data, and start from it in a new workdir."
+            raise InputError(
+                f"{longest} steps in a row until step {step} had a loss or gradient that "
+                "is not finite, or a spike; the newest checkpoint "
+                f"in {self.workdir} is without them. Lower the learning rate or look at "
+                "the data, and start from it in a new workdir."
             )
         self.metrics, self.logged, self.tick = [], step, time.perf_counter()
         self.seconds = dict.fromkeys(self.seconds, 0.0)

@@ -1,30 +1,39 @@
-"""AdamW and the learning-rate schedule (spec S6.2).
+"""AdamW and the learning-rate schedule (docs/model.md §6.2).
 
-The arithmetic of `optax.clip_by_global_norm` and `optax.adamw` with its steps apart, so that the guard decides between moments and update.
-As one chain with the decision behind it XLA's CPU backend copies all moments in every step (`steps.advance`).
+The arithmetic of `optax.clip_by_global_norm` and `optax.adamw` with its steps apart, so that the
+guard decides between moments and update. As one chain with the decision behind it XLA's CPU backend
+copies all moments in every step (`steps.advance`).
 """
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from blip3o_jax.models.layers import on_cpu
+from blip3o_jax.kernels.platform import on_cpu
 from blip3o_jax.train.config import OptimizerConfig
 
 
 def norm(tree):
-    """Root of the sum of all squares, f32. On CPU the layers of a stack are added first, where squaring and adding are one pass: XLA cuts
-    a sum of more than 32 numbers into windows, and writes the squares before it."""
+    """Root of the sum of all squares, f32.
+
+    On CPU the layers of a stack are added first, where squaring and adding are one pass: XLA cuts a
+    sum of more than 32 numbers into windows, and writes the squares before it.
+    """
 
     def squares(x):
         found = jnp.square(x.astype(jnp.float32))
-        return jax.lax.optimization_barrier(jnp.sum(found, axis=0)) if on_cpu() and x.ndim > 1 else found
+        return (
+            jax.lax.optimization_barrier(jnp.sum(found, axis=0))
+            if on_cpu() and x.ndim > 1
+            else found
+        )
 
     return jnp.sqrt(sum(jnp.sum(squares(x)) for x in jax.tree.leaves(tree)))
 
 
 def schedule(cfg: OptimizerConfig, num_steps: int):
-    """Step -> learning rate: linear warm-up from 0, then cosine from the peak to the floor at `num_steps`."""
+    """Step -> learning rate: linear warm-up from 0, then cosine from the peak to the floor at
+    `num_steps`."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if cfg.warmup_steps else cfg.learning_rate,
         peak_value=cfg.learning_rate,
@@ -39,17 +48,24 @@ def init(params) -> optax.ScaleByAdamState:
     return optax.scale_by_adam().init(params)
 
 
-def moments(cfg: OptimizerConfig, grads, whole, before: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
-    """Adam's moments with one more step's gradients, which are first clipped to `clip_norm`; `whole` is their norm."""
+def moments(
+    cfg: OptimizerConfig, grads, whole, before: optax.ScaleByAdamState
+) -> optax.ScaleByAdamState:
+    """Adam's moments with one more step's gradients, which are first clipped to `clip_norm`;
+    `whole` is their norm."""
     factor = jnp.minimum(1.0, cfg.clip_norm / whole) if cfg.clip_norm else 1.0
     clipped = jax.tree.map(lambda g: g * factor, grads)
-    mu, nu = optax.tree.update_moment(clipped, before.mu, cfg.b1, 1), optax.tree.update_moment(clipped, before.nu, cfg.b2, 2)
+    mu, nu = (
+        optax.tree.update_moment(clipped, before.mu, cfg.b1, 1),
+        optax.tree.update_moment(clipped, before.nu, cfg.b2, 2),
+    )
     return optax.ScaleByAdamState(before.count + 1, mu, nu)
 
 
 def updates(cfg: OptimizerConfig, num_steps: int, after: optax.ScaleByAdamState, params):
-    """What AdamW adds to `params` once the step's gradients are in the moments: `optax.adamw`'s update. A function of the moments, not of
-    gradients, so that whoever wants its size can compute it later.
+    """What AdamW adds to `params` once the step's gradients are in the moments: `optax.adamw`'s
+    update. A function of the moments, not of gradients, so that whoever wants its size can compute
+    it later.
 
     Weight decay spares vectors (norms and biases). A part's factor scales its whole update.
     """
@@ -66,6 +82,7 @@ def updates(cfg: OptimizerConfig, num_steps: int, after: optax.ScaleByAdamState,
 
 
 def update_ema(ema, params, step, decay: float):
-    """Average of the weights; early on the decay is at most (1 + step) / (10 + step), so that it forgets the start."""
+    """Average of the weights; early on the decay is at most (1 + step) / (10 + step), so that it
+    forgets the start."""
     decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), ema, params)

@@ -1,4 +1,5 @@
-"""Leaving in the middle: a SIGTERM (pre-emption, a scheduler's time limit) ends the run after a whole step, with everything saved."""
+"""Leaving in the middle: a SIGTERM (pre-emption, a scheduler's time limit) ends the run after a
+whole step, with everything saved."""
 
 import contextlib
 import logging
@@ -23,11 +24,15 @@ class Preempted(SystemExit):
 
 @contextlib.contextmanager
 def watch() -> Iterator[Callable[[int], bool]]:
-    """Gives a function of the step just dispatched: whether to save it and leave. All processes leave at the same step."""
+    """Gives a function of the step just dispatched: whether to save it and leave.
+
+    All processes leave at the same step.
+    """
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        # JAX's own handler of SIGTERM tells the other processes, and all agree on a step that none has passed.
+        # JAX's own handler of SIGTERM tells the other processes, and all agree on a step that none
+        # has passed.
         yield multihost_utils.reached_preemption_sync_point
         return
     asked = threading.Event()

@@ -6,7 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from blip3o_jax.config import Blip3oConfig, DcAeConfig, Qwen3Config, SanaConfig, SiglipConfig, TaTokConfig, VocabConfig
+from blip3o_jax.config import (
+    Blip3oConfig,
+    DcAeConfig,
+    Qwen3Config,
+    SanaConfig,
+    SiglipConfig,
+    TaTokConfig,
+    VocabConfig,
+)
 from blip3o_jax.convert.published import save_published
 from blip3o_jax.models.blip3o import Blip3o
 
@@ -32,7 +40,14 @@ CONFIG = Blip3oConfig(
         head_dim=8,
     ),
     ta_tok=TaTokConfig(
-        encoder=SiglipConfig(hidden_size=16, intermediate_size=20, num_hidden_layers=3, num_attention_heads=2, image_size=13, patch_size=4),
+        encoder=SiglipConfig(
+            hidden_size=16,
+            intermediate_size=20,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=13,
+            patch_size=4,
+        ),
         bottleneck_dim=12,
         codebook_size=16,
         decoder_depth=1,
@@ -67,7 +82,8 @@ CONFIG = Blip3oConfig(
 
 @pytest.fixture(scope="session", autouse=True)
 def shapes_are_traced_once():
-    """Tracing the networks for their shapes takes half a second, and every reader and writer does it."""
+    """Tracing the networks for their shapes takes half a second, and every reader and writer does
+    it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Blip3o, "abstract", functools.cache(Blip3o.abstract))
         yield
@@ -80,9 +96,12 @@ def cfg():
 
 @pytest.fixture(scope="session")
 def params():
-    """Drawn by numpy: compiling the modules' own initialisers would take longer than all tests together."""
+    """Drawn by numpy: compiling the modules' own initialisers would take longer than all tests
+    together."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), Blip3o(CONFIG).abstract())
+    return jax.tree.map(
+        lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), Blip3o(CONFIG).abstract()
+    )
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,9 @@ def name(module, attribute):
 
 class Storage:
     def __init__(self, key, values):
-        self.kind = name("torch", {"float32": "FloatStorage", "float16": "HalfStorage"}[values.dtype.name])
+        self.kind = name(
+            "torch", {"float32": "FloatStorage", "float16": "HalfStorage"}[values.dtype.name]
+        )
         self.key, self.count = key, values.size
 
 
@@ -24,12 +26,21 @@ class Call:
         self.function, self.args, self.state = function, args, state
 
     def __reduce__(self):
-        return (self.function, self.args) if self.state is None else (self.function, self.args, self.state)
+        return (
+            (self.function, self.args)
+            if self.state is None
+            else (self.function, self.args, self.state)
+        )
 
 
-class Pickler(pickle._Pickler):  # the one in Python, which lets functions be named that do not exist here
+# the one in Python, which lets functions be named that do not exist here
+class Pickler(pickle._Pickler):
     def persistent_id(self, value):
-        return ("storage", value.kind, value.key, "cpu", value.count) if isinstance(value, Storage) else None
+        return (
+            ("storage", value.kind, value.key, "cpu", value.count)
+            if isinstance(value, Storage)
+            else None
+        )
 
     def save_global(self, value, name=None):
         self.write(b"c" + f"{value.__module__}\n{value.__name__}\n".encode())
@@ -49,7 +60,15 @@ def tensor(key, values, offset=0, stride=None):
     shape = values.shape
     stride = tuple(step // values.itemsize for step in values.strides) if stride is None else stride
     rebuild = name("torch._utils", "_rebuild_tensor_v2")
-    return Call(rebuild, Storage(key, values), offset, shape, stride, False, Call(name("collections", "OrderedDict")))
+    return Call(
+        rebuild,
+        Storage(key, values),
+        offset,
+        shape,
+        stride,
+        False,
+        Call(name("collections", "OrderedDict")),
+    )
 
 
 def write(file, content, storages, compression=zipfile.ZIP_STORED, extra=()):
@@ -69,4 +88,8 @@ def write(file, content, storages, compression=zipfile.ZIP_STORED, extra=()):
 def write_state(file, tensors, args):
     """{"model": {"args", "sd"}} of numpy arrays, as TA-Tok is published."""
     places = {key: tensor(str(i), value) for i, (key, value) in enumerate(tensors.items())}
-    return write(file, {"model": {"args": args, "sd": places}}, [value.tobytes() for value in tensors.values()])
+    return write(
+        file,
+        {"model": {"args": args, "sd": places}},
+        [value.tobytes() for value in tensors.values()],
+    )

@@ -1,4 +1,5 @@
-"""config.json: presets survive it, a published one means the published sizes, and everything else is refused."""
+"""config.json: presets survive it, a published one means the published sizes, and everything else
+is refused."""
 
 import copy
 import dataclasses
@@ -7,10 +8,13 @@ import operator
 
 import pytest
 
-from blip3o_jax.config import PRESETS, SANA_PRESETS, ConfigError, preset, replace
+from blip3o_jax.config import replace
 from blip3o_jax.convert.config_json import EDIT_FLAGS, EMBEDDING, config_from_json, config_to_json
+from blip3o_jax.errors import InputError
+from blip3o_jax.presets import PRESETS, SANA_PRESETS, preset
 
-# What BLIP3o-NEXT's trainer leaves behind (spec S4.1, with transformers' and LLaVA's own fields).
+# What BLIP3o-NEXT's trainer leaves behind (docs/model.md §4.1, with transformers' and LLaVA's own
+# fields).
 PUBLISHED = {
     "architectures": ["blip3oQwenForCausalLM"],
     "attention_bias": False,
@@ -51,7 +55,9 @@ SHAPES = {EMBEDDING: (217210, 2048)}
 
 def through_json(cfg):
     text = json.dumps(config_to_json(cfg))
-    return config_from_json(json.loads(text), {EMBEDDING: (cfg.qwen3.vocab_size, cfg.qwen3.hidden_size)})
+    return config_from_json(
+        json.loads(text), {EMBEDDING: (cfg.qwen3.vocab_size, cfg.qwen3.hidden_size)}
+    )
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -83,7 +89,11 @@ def test_every_field_survives(cfg):
             "attention_head_dim": 4,
             "num_attention_heads": 8,
         },
-        "dc_ae": {"downsample_block_type": "pixel_unshuffle", "upsample_block_type": "pixel_shuffle", "scaling_factor": 2.0},
+        "dc_ae": {
+            "downsample_block_type": "pixel_unshuffle",
+            "upsample_block_type": "pixel_shuffle",
+            "scaling_factor": 2.0,
+        },
         "ta_tok.encoder": {"layer_norm_eps": 1e-5},
     }
     for part, fields in changes.items():
@@ -101,32 +111,73 @@ def test_sana_presets_survive(name):
 
 def test_published_file_means_the_published_model():
     cfg = config_from_json(PUBLISHED, SHAPES, "blip3o_next_3b")
-    assert cfg == preset("blip3o_next_3b")  # whose vocabulary is the embedding's, not the file's 151936
-    newer = {key: value for key, value in PUBLISHED.items() if key not in ("rope_theta", "rope_scaling")}
+    # whose vocabulary is the embedding's, not the file's 151936
+    assert cfg == preset("blip3o_next_3b")
+    newer = {
+        key: value for key, value in PUBLISHED.items() if key not in ("rope_theta", "rope_scaling")
+    }
     newer["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
     newer["pad_token_id"] = newer["eos_token_id"] = None
     assert config_from_json(newer, SHAPES, "blip3o_next_3b") == cfg
-    longer = config_from_json(PUBLISHED, {EMBEDDING: (217211, 2048)})  # `<image>` was added to the tokenizer after the last resize
+    # `<image>` was added to the tokenizer after the last resize
+    longer = config_from_json(PUBLISHED, {EMBEDDING: (217211, 2048)})
     assert (longer.qwen3.vocab_size, longer.vocab) == (217211, cfg.vocab)
 
 
 def test_field_names_are_those_of_the_spec():
-    """S4.1 for the ids, S2.4 and S2.5 for the diffusers objects."""
+    """S4.1 for the ids, §2.4 and §2.5 for the diffusers objects."""
     fields = config_to_json(preset("blip3o_next_3b"))
-    ids = [key for key in PUBLISHED if key.startswith(("image_", "scale_", "num_image", "num_scale"))]
+    ids = [
+        key for key in PUBLISHED if key.startswith(("image_", "scale_", "num_image", "num_scale"))
+    ]
     assert len(ids) == 8
     assert {key: fields[key] for key in ids} == {key: PUBLISHED[key] for key in ids}
     assert fields["sana"] == {
-        **{"attention_bias": False, "attention_head_dim": 32, "caption_channels": 2304, "cross_attention_dim": 2240},
-        **{"cross_attention_head_dim": 112, "dropout": 0.0, "guidance_embeds": False, "in_channels": 32, "interpolation_scale": None},
-        **{"mlp_ratio": 2.5, "norm_elementwise_affine": False, "norm_eps": 1e-6, "num_attention_heads": 70, "num_layers": 20},
-        **{"num_cross_attention_heads": 20, "out_channels": 32, "patch_size": 1, "qk_norm": "rms_norm_across_heads", "sample_size": 32},
+        **{
+            "attention_bias": False,
+            "attention_head_dim": 32,
+            "caption_channels": 2304,
+            "cross_attention_dim": 2240,
+        },
+        **{
+            "cross_attention_head_dim": 112,
+            "dropout": 0.0,
+            "guidance_embeds": False,
+            "in_channels": 32,
+            "interpolation_scale": None,
+        },
+        **{
+            "mlp_ratio": 2.5,
+            "norm_elementwise_affine": False,
+            "norm_eps": 1e-6,
+            "num_attention_heads": 70,
+            "num_layers": 20,
+        },
+        **{
+            "num_cross_attention_heads": 20,
+            "out_channels": 32,
+            "patch_size": 1,
+            "qk_norm": "rms_norm_across_heads",
+            "sample_size": 32,
+        },
         **{"guidance_embeds_scale": 0.1, "timestep_scale": 1.0},
     }
     vae = fields["sana_vae"]
-    assert vae["encoder_block_types"] == vae["decoder_block_types"] == ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3
-    assert vae["encoder_qkv_multiscales"] == vae["decoder_qkv_multiscales"] == [[], [], [], [5], [5], [5]]
-    assert (vae["downsample_block_type"], vae["upsample_block_type"], vae["scaling_factor"]) == ("Conv", "interpolate", 0.41407)
+    assert (
+        vae["encoder_block_types"]
+        == vae["decoder_block_types"]
+        == ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3
+    )
+    assert (
+        vae["encoder_qkv_multiscales"]
+        == vae["decoder_qkv_multiscales"]
+        == [[], [], [], [5], [5], [5]]
+    )
+    assert (vae["downsample_block_type"], vae["upsample_block_type"], vae["scaling_factor"]) == (
+        "Conv",
+        "interpolate",
+        0.41407,
+    )
 
 
 def changed(fields, path, value):
@@ -146,9 +197,17 @@ def changed(fields, path, value):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("model_type", "qwen2_5_vl", "'qwen2_5_vl' is a BLIP3o of 4B or 8B on Qwen2.5-VL; supported is BLIP3o-NEXT"),
+        (
+            "model_type",
+            "qwen2_5_vl",
+            "'qwen2_5_vl' is a BLIP3o of 4B or 8B on Qwen2.5-VL; supported is BLIP3o-NEXT",
+        ),
         ("vision_config", {"depth": 32}, "'blip3o_qwen' is a BLIP3o of 4B or 8B"),
-        ("image_start_tag_id", ..., "no image_start_tag_id, so model_type 'blip3o_qwen' is not BLIP3o-NEXT"),
+        (
+            "image_start_tag_id",
+            ...,
+            "no image_start_tag_id, so model_type 'blip3o_qwen' is not BLIP3o-NEXT",
+        ),
         ("model_type", "llama", "'llama' is another family"),
         ("model_type", ..., "None is another family"),
         ("use_und_image_vae", "yes", "use_und_image_vae is 'yes', which makes no sense as bool"),
@@ -175,7 +234,7 @@ def changed(fields, path, value):
     ],
 )
 def test_a_published_file_that_cannot_work_is_refused(path, value, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(InputError, match=message):
         config_from_json(changed(PUBLISHED, path, value), SHAPES)
 
 
@@ -185,35 +244,51 @@ def test_a_published_file_that_cannot_work_is_refused(path, value, message):
         ("sana/num_layers", ..., "sana has no num_layers"),
         ("sana/num_layer", 3, "unknown key 'num_layer' in sana; did you mean 'num_layers'"),
         ("sana/guidance_embeds", True, "sana has guidance_embeds = True; this model has False"),
-        ("sana/qk_norm", "layer_norm", "qk_norm = 'layer_norm'; this model has 'rms_norm_across_heads'"),
+        (
+            "sana/qk_norm",
+            "layer_norm",
+            "qk_norm = 'layer_norm'; this model has 'rms_norm_across_heads'",
+        ),
         ("sana/cross_attention_dim", 2241, "cross_attention_dim = 2241; this model has 2240"),
         ("sana/num_cross_attention_heads", 19, "SANA: width 2240 is not 19 cross heads x 112"),
         ("sana/in_channels", 16, "SANA takes 16 channels, the autoencoder gives 32"),
         ("sana/interpolation_scale", "1", "interpolation_scale is '1'"),
         ("sana/mlp_ratio", 0, "mlp_ratio is 0"),
         ("sana/mlp_ratio", 1e29, "mlp_ratio is 1e.29"),
-        ("sana_vae/attention_head_dim", 1000, "DC-AE: width 512 does not divide into heads of 1000"),
-        ("vision_tower/decoder_num_attention_heads", 7, "TA-Tok: width 1152 does not divide by the decoder's 7 heads"),
+        (
+            "sana_vae/attention_head_dim",
+            1000,
+            "DC-AE: width 512 does not divide into heads of 1000",
+        ),
+        (
+            "vision_tower/decoder_num_attention_heads",
+            7,
+            "TA-Tok: width 1152 does not divide by the decoder's 7 heads",
+        ),
         ("sana_vae/decoder_block_types", ["ResBlock"] * 6, "sana_vae has decoder_block_types"),
         ("sana_vae/encoder_block_types", ["ResBlock", 3], "block_types is 3"),
         ("sana_vae/encoder_qkv_multiscales", [[]] * 17, "qkv_multiscales is"),
         ("sana_vae/encoder_block_out_channels", ..., "sana_vae has no block_out_channels"),
         ("sana_vae/decoder_act_fns", "relu", "decoder_act_fns = 'relu'"),
         ("vision_tower/encoder/hidden_act", "gelu", "vision_tower.encoder has hidden_act = 'gelu'"),
-        ("vision_tower/bottleneck_token_num", 100, "bottleneck_token_num = 100; this model has 729"),
+        (
+            "vision_tower/bottleneck_token_num",
+            100,
+            "bottleneck_token_num = 100; this model has 729",
+        ),
         ("vision_tower/select_layer_id", 1, "select_layer_id 1 must lie in"),
         ("vision_tower/codebook_size", 5, "65536 image tokens but a codebook of 5"),
     ],
 )
 def test_nested_objects_that_cannot_work_are_refused(path, value, message):
     fields = config_to_json(preset("blip3o_next_3b"))
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(InputError, match=message):
         config_from_json(changed(fields, path, value), SHAPES)
 
 
 @pytest.mark.parametrize("shapes", [{}, {EMBEDDING: (217210,)}])
 def test_the_embedding_must_be_there(shapes):
-    with pytest.raises(ConfigError, match=f"no matrix {EMBEDDING}"):
+    with pytest.raises(InputError, match=f"no matrix {EMBEDDING}"):
         config_from_json(PUBLISHED, shapes)
 
 

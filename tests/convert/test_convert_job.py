@@ -1,4 +1,5 @@
-"""`convert to-jax` and `to-torch` on miniatures: what comes back is what went in, and what cannot is refused by name."""
+"""`convert to-jax` and `to-torch` on miniatures: what comes back is what went in, and what cannot
+is refused by name."""
 
 import errno
 import hashlib
@@ -14,8 +15,8 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from blip3o_jax import checkpoint as checkpoints
 from blip3o_jax import pipeline
+from blip3o_jax import training_checkpoint as checkpoints
 from blip3o_jax.cli import main
 from blip3o_jax.config import replace
 from blip3o_jax.convert import orbax_io, safetensors_io
@@ -24,11 +25,12 @@ from blip3o_jax.convert.converted import load_converted
 from blip3o_jax.convert.published import load_published, published_rules
 from blip3o_jax.convert.rules import flatten, torch_shapes
 from blip3o_jax.jobs.train import load_part
-from blip3o_jax.mesh import make_mesh
 from blip3o_jax.models.blip3o import Blip3o
-from blip3o_jax.sharding import shardings, split
-from blip3o_jax.shipped import ASSETS
+from blip3o_jax.parallel.mesh import make_mesh
+from blip3o_jax.parallel.parameters import shardings
+from blip3o_jax.resources import ASSETS
 from blip3o_jax.train.config import TrainConfig
+from blip3o_jax.tree import split
 
 TA_TOK = "model.vision_tower.vision_tower."
 IGNORED = {
@@ -58,10 +60,15 @@ def published(checkpoint, tmp_path):
     """A checkpoint of mixed dtypes, with tensors that are not needed, and files beside it."""
     folder = shutil.copytree(checkpoint, tmp_path / "published")
     tensors = load_file(folder / "model.safetensors")
-    tensors = {name: value.astype(ml_dtypes.bfloat16) if name.startswith("model.layers") else value for name, value in tensors.items()}
+    tensors = {
+        name: value.astype(ml_dtypes.bfloat16) if name.startswith("model.layers") else value
+        for name, value in tensors.items()
+    }
     tensors |= {**IGNORED, "lm_head.weight": tensors["model.embed_tokens.weight"]}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text())) + "  \n")
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text())) + "  \n"
+    )
     (folder / "generation_config.json").write_bytes(b'{"top_k": 20}\r\n')
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
     (folder / "LICENSE").write_text("as you like")
@@ -71,15 +78,26 @@ def published(checkpoint, tmp_path):
 
 def same(folder, other, without=()):
     """Asserts that two checkpoints hold the same tensors, bit for bit."""
-    one, two = ({k: v for f in d.glob("*.safetensors") for k, v in load_file(f).items()} for d in (folder, other))
+    one, two = (
+        {k: v for f in d.glob("*.safetensors") for k, v in load_file(f).items()}
+        for d in (folder, other)
+    )
     assert set(one) - set(without) == set(two)
-    assert all((one[k].dtype, one[k].shape, one[k].tobytes()) == (two[k].dtype, two[k].shape, two[k].tobytes()) for k in two)
+    assert all(
+        (one[k].dtype, one[k].shape, one[k].tobytes())
+        == (two[k].dtype, two[k].shape, two[k].tobytes())
+        for k in two
+    )
 
 
 def test_there_and_back_is_bitwise(published, tmp_path, capsys):
     report = convert(capsys, "to-jax", published, tmp_path / "jax", "--mesh", "fsdp=2")
     names = {"config.json", "generation_config.json", "tokenizer.json", "LICENSE"}
-    assert {file.name for file in (tmp_path / "jax").iterdir()} == {*names, "params", "convert.json"}
+    assert {file.name for file in (tmp_path / "jax").iterdir()} == {
+        *names,
+        "params",
+        "convert.json",
+    }
     assert set(report["ignored"]) == set(IGNORED)
     assert all(report["ignored"].values())
     kept = json.loads((tmp_path / "jax" / "convert.json").read_text())
@@ -89,13 +107,18 @@ def test_there_and_back_is_bitwise(published, tmp_path, capsys):
     )
     assert kept["tensors"]["used"] + len(IGNORED) == len(load_file(published / "model.safetensors"))
     assert kept["parameters"] == sum(part["parameters"] for part in kept["parts"].values())
-    back = convert(capsys, "to-torch", tmp_path / "jax", tmp_path / "back", "--max-shard-bytes", "30000")
+    back = convert(
+        capsys, "to-torch", tmp_path / "jax", tmp_path / "back", "--max-shard-bytes", "30000"
+    )
     assert set(back["ignored_on_the_way_in"]) == set(IGNORED)
     assert (tmp_path / "back" / "model.safetensors.index.json").is_file()
     same(published, tmp_path / "back", without=IGNORED)
     for name in names:
         assert (tmp_path / "back" / name).read_bytes() == (published / name).read_bytes()
-    assert json.loads((tmp_path / "back" / "convert.json").read_text())["origin"]["files"] == kept["files"]
+    assert (
+        json.loads((tmp_path / "back" / "convert.json").read_text())["origin"]["files"]
+        == kept["files"]
+    )
 
 
 def test_plain_orbax_restores_it_onto_eight_devices(published, tmp_path, capsys):
@@ -104,7 +127,11 @@ def test_plain_orbax_restores_it_onto_eight_devices(published, tmp_path, capsys)
     mesh = make_mesh({"data": 2, "fsdp": 4})
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     placed = shardings(abstract, mesh)
-    abstract = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, placed)
+    abstract = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        abstract,
+        placed,
+    )
     with ocp.StandardCheckpointer() as reader:
         restored = reader.restore(tmp_path / "jax" / "params", abstract)
     ours = load_converted(tmp_path / "jax", "float32", lambda tree: shardings(tree, mesh))
@@ -117,7 +144,10 @@ def test_plain_orbax_restores_it_onto_eight_devices(published, tmp_path, capsys)
 
 def test_one_part_starts_a_training_run(published, tmp_path, capsys):
     convert(capsys, "to-jax", published, tmp_path / "jax")
-    part, params = load_part(str(tmp_path / "jax"), "qwen3"), load_published(published, parts=("qwen3",))[1]["qwen3"]
+    part, params = (
+        load_part(str(tmp_path / "jax"), "qwen3"),
+        load_published(published, parts=("qwen3",))[1]["qwen3"],
+    )
     assert all(np.array_equal(leaf, flatten(params)[path]) for path, leaf in flatten(part).items())
 
 
@@ -126,8 +156,14 @@ def test_dtypes_are_changed_when_asked(published, tmp_path, capsys):
     report = convert(capsys, "to-torch", tmp_path / "jax", tmp_path / "back")
     assert set(report["dtypes"]) == {"bfloat16"}
     assert json.loads((tmp_path / "back" / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    before, after = load_file(published / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
-    assert all(np.array_equal(value, before[name].astype(ml_dtypes.bfloat16)) for name, value in after.items())
+    before, after = (
+        load_file(published / "model.safetensors"),
+        load_file(tmp_path / "back" / "model.safetensors"),
+    )
+    assert all(
+        np.array_equal(value, before[name].astype(ml_dtypes.bfloat16))
+        for name, value in after.items()
+    )
     report = convert(capsys, "to-torch", tmp_path / "jax", tmp_path / "wide", "--dtype", "float32")
     assert set(report["dtypes"]) == {"float32"}
 
@@ -146,20 +182,44 @@ def test_an_untied_head_stays(published, tmp_path, capsys):
 
 def test_an_editing_checkpoint_keeps_its_connector(published, tmp_path, capsys):
     fields = json.loads((published / "config.json").read_text())
-    flags = {"use_und_image_vae": True, "use_und_image_vae_as_noise": True, "only_use_und_image_vae_as_noise": False}
-    (published / "config.json").write_text(json.dumps(fields | flags | {"use_tar_siglip_features": True}))
-    assert "model.tar_siglip_features_connector.0.bias' is missing, and 9 others" in refused(capsys, "to-jax", published, tmp_path / "jax")
+    flags = {
+        "use_und_image_vae": True,
+        "use_und_image_vae_as_noise": True,
+        "only_use_und_image_vae_as_noise": False,
+    }
+    (published / "config.json").write_text(
+        json.dumps(fields | flags | {"use_tar_siglip_features": True})
+    )
+    assert "model.tar_siglip_features_connector.0.bias' is missing, and 9 others" in refused(
+        capsys, "to-jax", published, tmp_path / "jax"
+    )
     tensors, rng = load_file(published / "model.safetensors"), np.random.default_rng(0)
-    for name, fan_in, width in (("und_image_vae_connector", 4, 28), ("tar_siglip_features_connector", 16, 24)):
-        shapes = {"0.weight": (width, fan_in), "0.bias": (width,), "2.weight": (width, width), "2.bias": (width,), "3.weight": (width,)}
-        tensors |= {f"model.{name}.{key}": rng.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
+    for name, fan_in, width in (
+        ("und_image_vae_connector", 4, 28),
+        ("tar_siglip_features_connector", 16, 24),
+    ):
+        shapes = {
+            "0.weight": (width, fan_in),
+            "0.bias": (width,),
+            "2.weight": (width, width),
+            "2.bias": (width,),
+            "3.weight": (width,),
+        }
+        tensors |= {
+            f"model.{name}.{key}": rng.standard_normal(shape).astype(np.float32)
+            for key, shape in shapes.items()
+        }
     tensors["model.und_image_vae_as_noise_connector.0.weight"] = np.ones((4, 8, 1, 1), np.float32)
     save_file(tensors, published / "model.safetensors")
     report = convert(capsys, "to-jax", published, tmp_path / "jax")
     unused = {*IGNORED, "model.und_image_vae_as_noise_connector.0.weight"}
     assert set(report["ignored"]) == unused
     cfg, params = load_converted(tmp_path / "jax")
-    assert (cfg.use_und_image_vae, cfg.use_und_image_vae_as_noise, cfg.only_use_und_image_vae_as_noise) == (True, True, False)
+    assert (
+        cfg.use_und_image_vae,
+        cfg.use_und_image_vae_as_noise,
+        cfg.only_use_und_image_vae_as_noise,
+    ) == (True, True, False)
     assert params["und_image_vae_connector"]["linear_1"]["kernel"].shape == (4, 28)
     convert(capsys, "to-torch", tmp_path / "jax", tmp_path / "back")
     same(published, tmp_path / "back", without=unused)
@@ -169,17 +229,27 @@ def test_an_editing_checkpoint_keeps_its_connector(published, tmp_path, capsys):
 
 
 def test_a_training_run_comes_out(tmp_path, capsys):
-    """Every weight of the embedded model, saved as a joint run does, against the embedded file itself."""
+    """Every weight of the embedded model, saved as a joint run does, against the embedded file
+    itself."""
     run, workdir = TrainConfig(stage="joint"), tmp_path / "run"
     trained, frozen = split(load_published(ASSETS / "emoji_64")[1], run.trainable)
     manager = checkpoints.open_manager(workdir)
     counters = {"opt_state": {"count": jnp.int32(3)}, "guard": {"skipped": jnp.int32(0)}}
-    checkpoints.save(manager, run, {"step": jnp.int32(3), "params": trained, **counters}, frozen, {})
+    checkpoints.save(
+        manager, run, {"step": jnp.int32(3), "params": trained, **counters}, frozen, {}
+    )
     manager.wait_until_finished()
-    (workdir / "config.json").write_text(json.dumps({"stage": "joint"}))  # the run's own, not a model's
+    # the run's own, not a model's
+    (workdir / "config.json").write_text(json.dumps({"stage": "joint"}))
     loaded = pipeline.load(workdir)
-    assert loaded.model.config == pipeline.config_of(workdir) == pipeline.config_of(ASSETS / "emoji_64")
-    jax.tree.map(np.testing.assert_array_equal, loaded.params, load_published(ASSETS / "emoji_64")[1])
+    assert (
+        loaded.model.config
+        == pipeline.config_of(workdir)
+        == pipeline.config_of(ASSETS / "emoji_64")
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal, loaded.params, load_published(ASSETS / "emoji_64")[1]
+    )
     report = convert(capsys, "to-torch", workdir, tmp_path / "back", "--dtype", "float16")
     assert report["preset"] == "emoji_64"
     assert json.loads((tmp_path / "back" / "convert.json").read_text())["origin"] == {"step": 3}
@@ -189,17 +259,25 @@ def test_a_training_run_comes_out(tmp_path, capsys):
 
 
 def test_one_layer_is_held_at_a_time(tmp_path, capsys, cfg):
-    """16 layers with matrices of a megabyte, so that a parameter has 16: numpy's memory at its peak, Python's own included."""
+    """16 layers with matrices of a megabyte, so that a parameter has 16: numpy's memory at its
+    peak, Python's own included."""
     qwen3 = {"num_hidden_layers": 16, "hidden_size": 128, "intermediate_size": 2048}
     cfg = replace(cfg, **{f"qwen3.{key}": value for key, value in qwen3.items()})
-    shapes, rng = torch_shapes(published_rules(cfg), Blip3o(cfg).abstract()), np.random.default_rng(0)
+    shapes, rng = (
+        torch_shapes(published_rules(cfg), Blip3o(cfg).abstract()),
+        np.random.default_rng(0),
+    )
     tensors = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     (tmp_path / "wide").mkdir()
     save_file(tensors, tmp_path / "wide" / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "wide" / "config.json").write_text(json.dumps(config_to_json(cfg)))
     del tensors
-    convert(capsys, "to-jax", tmp_path / "wide", tmp_path / "jax")  # the first time Python imports and traces
-    for argv in (("to-jax", tmp_path / "wide", tmp_path / "jax", "--overwrite"), ("to-torch", tmp_path / "jax", tmp_path / "back")):
+    # the first time Python imports and traces
+    convert(capsys, "to-jax", tmp_path / "wide", tmp_path / "jax")
+    for argv in (
+        ("to-jax", tmp_path / "wide", tmp_path / "jax", "--overwrite"),
+        ("to-torch", tmp_path / "jax", tmp_path / "back"),
+    ):
         tracemalloc.start()
         convert(capsys, *argv)
         peak = tracemalloc.get_traced_memory()[1]
@@ -211,14 +289,19 @@ def test_one_layer_is_held_at_a_time(tmp_path, capsys, cfg):
 def set_tensors(**changes):
     def damage(folder):
         tensors = load_file(folder / "model.safetensors") | changes
-        save_file({name: value for name, value in tensors.items() if value is not None}, folder / "model.safetensors")
+        save_file(
+            {name: value for name, value in tensors.items() if value is not None},
+            folder / "model.safetensors",
+        )
 
     return damage
 
 
 def set_config(**changes):
     def damage(folder):
-        (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changes))
+        (folder / "config.json").write_text(
+            json.dumps(json.loads((folder / "config.json").read_text()) | changes)
+        )
 
     return damage
 
@@ -230,7 +313,9 @@ def cut(folder):
 
 def no_shard(folder):
     (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": "model-1.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"model.norm.weight": "model-1.safetensors"}})
+    )
 
 
 def twice(folder):
@@ -245,15 +330,31 @@ NORM = "model.layers.1.self_attn.k_norm.weight"
     ("damage", "message"),
     [
         (cut, "model.safetensors is damaged or cut short"),
-        (no_shard, "model.safetensors.index.json places 'model.norm.weight' in model-1.safetensors, which is missing"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "needs either model.safetensors or model.safetensors.index.json"),
+        (
+            no_shard,
+            "model.safetensors.index.json places 'model.norm.weight' in "
+            "model-1.safetensors, which is missing",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors").unlink(),
+            "needs either model.safetensors or model.safetensors.index.json",
+        ),
         (twice, "the key 'hidden_size' is there twice"),
         (set_tensors(**{NORM: None}), f"tensor '{NORM}' is missing"),
-        (set_tensors(**{NORM: np.ones(9, np.float32)}), f"tensor '{NORM}' has shape (9,), and config.json implies (8,)"),
-        (set_tensors(**{NORM: np.full(8, np.nan, ml_dtypes.bfloat16)}), f"tensor '{NORM}' holds NaN"),
+        (
+            set_tensors(**{NORM: np.ones(9, np.float32)}),
+            f"tensor '{NORM}' has shape (9,), and config.json implies (8,)",
+        ),
+        (
+            set_tensors(**{NORM: np.full(8, np.nan, ml_dtypes.bfloat16)}),
+            f"tensor '{NORM}' holds NaN",
+        ),
         (set_tensors(**{NORM: np.ones(8, np.float32)}), f"tensor '{NORM}' is float32 and"),
         (set_tensors(**{NORM: np.ones(8, np.int32)}), f"tensor '{NORM}' has dtype I32"),
-        (set_tensors(**{"model.stray": np.ones(8, np.float32)}), "tensor 'model.stray' is not part of the model"),
+        (
+            set_tensors(**{"model.stray": np.ones(8, np.float32)}),
+            "tensor 'model.stray' is not part of the model",
+        ),
         (set_config(hidden_size=32), "and config.json implies"),
         (set_config(model_type="qwen2_5_vl"), "BLIP3o of 4B or 8B on Qwen2.5-VL"),
         (set_config(model_type="llava_qwen", n_query=64), "BLIP3o of 4B or 8B on Qwen2.5-VL"),
@@ -273,7 +374,9 @@ def test_a_result_is_replaced_only_when_known(published, tmp_path, capsys):
     target.mkdir()
     (target / "mine").write_text("x")
     assert "exists" in refused(capsys, "to-jax", published, target)
-    assert "holds other files (no convert.json)" in refused(capsys, "to-jax", published, target, "--overwrite")
+    assert "holds other files (no convert.json)" in refused(
+        capsys, "to-jax", published, target, "--overwrite"
+    )
     assert (target / "mine").read_text() == "x"
     (target / "mine").unlink()
     convert(capsys, "to-jax", published, target)
@@ -292,9 +395,13 @@ def test_a_full_disk_leaves_nothing(published, tmp_path, capsys, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(orbax_io, "write", full)
-    assert "other cannot be written: No space left on device" in refused(capsys, "to-jax", published, tmp_path / "other")
+    assert "other cannot be written: No space left on device" in refused(
+        capsys, "to-jax", published, tmp_path / "other"
+    )
     monkeypatch.setattr(safetensors_io, "_write", full)
-    assert "other cannot be written: No space left on device" in refused(capsys, "to-torch", tmp_path / "jax", tmp_path / "other")
+    assert "other cannot be written: No space left on device" in refused(
+        capsys, "to-torch", tmp_path / "jax", tmp_path / "other"
+    )
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 10))
     for source in (("to-torch", tmp_path / "jax"), ("to-jax", published)):
         assert "its disk has 1e-08 GB free" in refused(capsys, *source, tmp_path / "other")
@@ -304,8 +411,14 @@ def test_a_full_disk_leaves_nothing(published, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: shutil.rmtree(folder / "params" / "qwen3.norm.scale"), "parameter qwen3/norm/scale is missing"),
-        (lambda folder: (folder / "params" / "qwen3.norm.scale" / "0").unlink(), "qwen3.norm.scale lacks values"),
+        (
+            lambda folder: shutil.rmtree(folder / "params" / "qwen3.norm.scale"),
+            "parameter qwen3/norm/scale is missing",
+        ),
+        (
+            lambda folder: (folder / "params" / "qwen3.norm.scale" / "0").unlink(),
+            "qwen3.norm.scale lacks values",
+        ),
         (set_config(hidden_size=32), "has shape"),
         (lambda folder: (folder / "config.json").unlink(), "holds neither config.json"),
     ],

@@ -9,9 +9,9 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from blip3o_jax.config import ConfigError
 from blip3o_jax.convert import orbax_io
 from blip3o_jax.convert.rules import flatten, unflatten
+from blip3o_jax.errors import InputError
 
 VALUES = {
     "a/kernel": np.arange(3 * 16 * 5, dtype=np.float32).reshape(3, 16, 5),
@@ -30,21 +30,35 @@ def folder(tmp_path):
         chunks = orbax_io.chunk_shape(value.shape, value.dtype.itemsize, STACKED[path], shards)
         store = orbax_io.create(tmp_path / "params", path, value.shape, value.dtype, chunks)
         for i in range(len(value) if STACKED[path] else 1):
-            orbax_io.write(store[i] if STACKED[path] else store, value[i] if STACKED[path] else value, value.dtype, path)
+            orbax_io.write(
+                store[i] if STACKED[path] else store,
+                value[i] if STACKED[path] else value,
+                value.dtype,
+                path,
+            )
     return tmp_path / "params"
 
 
 def test_plain_orbax_restores_it(folder):
     restored = ocp.StandardCheckpointer().restore(folder)
-    assert {path: leaf.dtype for path, leaf in flatten(restored).items()} == {path: value.dtype for path, value in VALUES.items()}
+    assert {path: leaf.dtype for path, leaf in flatten(restored).items()} == {
+        path: value.dtype for path, value in VALUES.items()
+    }
     assert all(np.array_equal(leaf, VALUES[path]) for path, leaf in flatten(restored).items())
 
 
 def test_plain_orbax_restores_it_onto_a_mesh(folder):
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-    specs = {"a/kernel": PartitionSpec(None, ("x", "y")), "a/scale": PartitionSpec(None, "y"), "b": PartitionSpec("x")}
+    specs = {
+        "a/kernel": PartitionSpec(None, ("x", "y")),
+        "a/scale": PartitionSpec(None, "y"),
+        "b": PartitionSpec("x"),
+    }
     abstract = {
-        path: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(mesh, specs[path])) for path, value in VALUES.items()
+        path: jax.ShapeDtypeStruct(
+            value.shape, value.dtype, sharding=NamedSharding(mesh, specs[path])
+        )
+        for path, value in VALUES.items()
     }
     restored = flatten(ocp.StandardCheckpointer().restore(folder, unflatten(abstract)))
     for path, value in VALUES.items():
@@ -55,16 +69,24 @@ def test_plain_orbax_restores_it_onto_a_mesh(folder):
 
 def test_layers_come_back_one_by_one(folder):
     leaves = orbax_io.open_leaves(folder)
-    assert {path: (leaf.shape, leaf.dtype) for path, leaf in leaves.items()} == {p: (v.shape, v.dtype) for p, v in VALUES.items()}
+    assert {path: (leaf.shape, leaf.dtype) for path, leaf in leaves.items()} == {
+        p: (v.shape, v.dtype) for p, v in VALUES.items()
+    }
     for path, value in VALUES.items():
         layers = list(leaves[path].layers(STACKED[path]))
-        assert [layer.shape for layer in layers] == ([value.shape[1:]] * len(value) if STACKED[path] else [value.shape])
+        assert [layer.shape for layer in layers] == (
+            [value.shape[1:]] * len(value) if STACKED[path] else [value.shape]
+        )
         assert b"".join(layer.tobytes() for layer in layers) == value.tobytes()
 
 
 def test_files_are_cut_by_layer_and_shard(folder):
-    assert {file.name for file in (folder / "a.kernel").iterdir()} == {".zarray", *(f"{i}.{j}.0" for i in range(3) for j in range(8))}
-    assert orbax_io.chunk_shape((217210, 2048), 4, False, (1, 8)) == (8192, 256)  # whole blocks of rows are 64 MB
+    assert {file.name for file in (folder / "a.kernel").iterdir()} == {
+        ".zarray",
+        *(f"{i}.{j}.0" for i in range(3) for j in range(8)),
+    }
+    # whole blocks of rows are 64 MB
+    assert orbax_io.chunk_shape((217210, 2048), 4, False, (1, 8)) == (8192, 256)
     assert orbax_io.chunk_shape((28, 2048, 16, 128), 2, True, (1, 8, 1, 1)) == (1, 256, 16, 128)
     assert orbax_io.chunk_shape((28, 128), 2, True, (1, 1)) == (1, 128)
 
@@ -76,29 +98,45 @@ def test_an_array_of_many_blocks(tmp_path, monkeypatch):
     orbax_io.save_tree(tmp_path / "params", {"a": value.dtype})
     chunks = orbax_io.chunk_shape(value.shape, 4, False, (1, 2))
     assert chunks == (3, 3)
-    orbax_io.write(orbax_io.create(tmp_path / "params", "a", value.shape, value.dtype, chunks), value, value.dtype, "a")
+    orbax_io.write(
+        orbax_io.create(tmp_path / "params", "a", value.shape, value.dtype, chunks),
+        value,
+        value.dtype,
+        "a",
+    )
     (back,) = orbax_io.open_leaves(tmp_path / "params")["a"].layers(False)
     np.testing.assert_array_equal(back, value)
-    np.testing.assert_array_equal(ocp.StandardCheckpointer().restore(tmp_path / "params")["a"], value)
+    np.testing.assert_array_equal(
+        ocp.StandardCheckpointer().restore(tmp_path / "params")["a"], value
+    )
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "a.kernel" / "1.3.0").unlink(), r"a\.kernel lacks values or is damaged: .*missing"),
-        (lambda folder: (folder / "a.kernel" / "1.3.0").write_bytes(b"x"), r"a\.kernel lacks values or is damaged"),
-        (lambda folder: (folder / "b" / ".zarray").write_text("{}"), r"b/\.zarray does not describe an array of floats"),
+        (
+            lambda folder: (folder / "a.kernel" / "1.3.0").unlink(),
+            r"a\.kernel lacks values or is damaged: .*missing",
+        ),
+        (
+            lambda folder: (folder / "a.kernel" / "1.3.0").write_bytes(b"x"),
+            r"a\.kernel lacks values or is damaged",
+        ),
+        (
+            lambda folder: (folder / "b" / ".zarray").write_text("{}"),
+            r"b/\.zarray does not describe an array of floats",
+        ),
     ],
 )
 def test_damage_is_named(folder, damage, message):
     damage(folder)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(InputError, match=message):
         [list(leaf.layers(False)) for leaf in orbax_io.open_leaves(folder).values()]
 
 
 def test_values_beyond_the_dtype_are_refused(folder):
     store = orbax_io.create(folder, "b", (24,), np.float16, (24,))
-    with pytest.raises(ConfigError, match="tensor 'x' holds NaN or infinity as float16"):
+    with pytest.raises(InputError, match="tensor 'x' holds NaN or infinity as float16"):
         orbax_io.write(store, np.full(24, 7e4, np.float32), np.dtype(np.float16), "tensor 'x'")
 
 
@@ -112,7 +150,10 @@ def test_a_full_disk_is_an_os_error(folder):
             return self
 
         def write(self, _):
-            raise ValueError("RESOURCE_EXHAUSTED: Error writing local file \"b/0\": No space left on device [os_error_code='28']")
+            raise ValueError(
+                'RESOURCE_EXHAUSTED: Error writing local file "b/0": No space left on '
+                "device [os_error_code='28']"
+            )
 
     with pytest.raises(OSError, match="No space left") as error:
         orbax_io.write(Full(), np.zeros(24, np.float32), np.dtype(np.float32), "b")

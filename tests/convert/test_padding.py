@@ -11,9 +11,9 @@ from blip3o_jax.config import replace
 from blip3o_jax.convert.converted import load_converted
 from blip3o_jax.convert.padding import fit_vocabulary, padded
 from blip3o_jax.convert.published import load_published
-from blip3o_jax.mesh import make_mesh
 from blip3o_jax.models.qwen3 import Qwen3
-from blip3o_jax.sharding import shardings
+from blip3o_jax.parallel.mesh import make_mesh
+from blip3o_jax.parallel.parameters import shardings
 
 
 def test_leaves_are_padded_and_cut():
@@ -24,12 +24,14 @@ def test_leaves_are_padded_and_cut():
     assert (wide[:, 5:] == 0).all()
     np.testing.assert_array_equal(fit_vocabulary("qwen3/lm_head/kernel", wide, 5), head)
     tall = fit_vocabulary("qwen3/embed_tokens/embedding", embedding, 8)
-    np.testing.assert_array_equal(fit_vocabulary("qwen3/embed_tokens/embedding", tall, 5), embedding)
+    np.testing.assert_array_equal(
+        fit_vocabulary("qwen3/embed_tokens/embedding", tall, 5), embedding
+    )
     assert fit_vocabulary("qwen3/norm/scale", head, 8) is head
 
 
 def test_the_published_vocabulary_divides_by_128_with_six_rows():
-    from blip3o_jax.config import preset
+    from blip3o_jax.presets import preset
 
     assert padded(preset("blip3o_next_3b"), 128).qwen3.vocab_rows == 217216
 
@@ -60,16 +62,21 @@ def test_an_odd_vocabulary_is_cut_in_two_and_says_the_same(checkpoint, cfg, tmp_
 
 
 def test_a_run_with_padding_comes_out_without(tmp_path):
-    """The embedded model in a run that pads by six rows, back in the published layout: 826 rows, and all values as they were."""
-    from blip3o_jax import checkpoint as checkpoints
+    """The embedded model in a run that pads by six rows, back in the published layout: 826 rows,
+    and all values as they were."""
+    from blip3o_jax import training_checkpoint as checkpoints
     from blip3o_jax.jobs.train import load_part
-    from blip3o_jax.mesh import make_mesh
+    from blip3o_jax.parallel.mesh import make_mesh
     from blip3o_jax.train import start, steps
     from blip3o_jax.train.config import TrainConfig
 
     parts = ("qwen3", "diffusion_connector", "sana", "ta_tok", "dc_ae")
-    cfg = TrainConfig(stage="joint", model={"qwen3.vocab_padding": 6}, init=dict.fromkeys(parts, "emoji_64"))
-    params = start.initial_params(cfg, start.build_model(cfg), load_part, make_mesh({}, jax.devices()[:1]))
+    cfg = TrainConfig(
+        stage="joint", model={"qwen3.vocab_padding": 6}, init=dict.fromkeys(parts, "emoji_64")
+    )
+    params = start.initial_params(
+        cfg, start.build_model(cfg), load_part, make_mesh({}, jax.devices()[:1])
+    )
     assert params["qwen3"]["embed_tokens"]["embedding"].shape[0] == 832
     state, frozen = steps.init_state(cfg, params)
     manager = checkpoints.open_manager(tmp_path / "run")
@@ -78,4 +85,6 @@ def test_a_run_with_padding_comes_out_without(tmp_path):
     assert main(["convert", "to-torch", str(tmp_path / "run"), str(tmp_path / "torch")]) == 0
     assert main(["convert", "verify", "emoji_64", str(tmp_path / "torch")]) == 0
     back = load_published(tmp_path / "torch")[0]
-    assert dataclasses.replace(back, name="emoji_64") == replace(cfg.blip3o(), **{"qwen3.vocab_padding": 0})
+    assert dataclasses.replace(back, name="emoji_64") == replace(
+        cfg.blip3o(), **{"qwen3.vocab_padding": 0}
+    )

@@ -1,4 +1,4 @@
-"""From the upstream parts to a model: what is filled by whom, and a plain Qwen3's new vocabulary."""
+"""From the upstream parts to a model: what fills what, and a plain Qwen3's new vocabulary."""
 
 import json
 import shutil
@@ -22,7 +22,14 @@ from blip3o_jax.text import load_tokenizer
 
 TA_TOK = "model.vision_tower.vision_tower."
 EMBEDDING = "model.embed_tokens.weight"
-SPECIAL = {3: "<|endoftext|>", 5: "<|im_end|>", 6: "<|im_start|>", 7: "<|vision_start|>", 8: "<|vision_end|>", 9: "<|image_pad|>"}
+SPECIAL = {
+    3: "<|endoftext|>",
+    5: "<|im_end|>",
+    6: "<|im_start|>",
+    7: "<|vision_start|>",
+    8: "<|vision_end|>",
+    9: "<|image_pad|>",
+}
 ARGS = {
     "bottleneck": {"args": {"regularizer": {"args": {"stochastic_temperature": 0.03}}}},
     "input_size": 13,
@@ -59,7 +66,11 @@ def tensors(checkpoint):
 
 
 def group(tensors, prefix):
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 @pytest.fixture
@@ -68,14 +79,25 @@ def parts(checkpoint, tensors, tmp_path):
     fields, root = json.loads((checkpoint / "config.json").read_text()), tmp_path / "parts"
     for folder in ("qwen3", "repository/transformer", "repository/vae", "repository/scheduler"):
         (root / folder).mkdir(parents=True)
-    qwen3 = {name: value for name, value in tensors.items() if name.startswith(("model.embed", "model.layers", "model.norm"))}
+    qwen3 = {
+        name: value
+        for name, value in tensors.items()
+        if name.startswith(("model.embed", "model.layers", "model.norm"))
+    }
     qwen3[EMBEDDING] = qwen3[EMBEDDING][:30]
-    save_file({name: value.astype(ml_dtypes.bfloat16) for name, value in qwen3.items()}, root / "qwen3" / "model.safetensors")
+    save_file(
+        {name: value.astype(ml_dtypes.bfloat16) for name, value in qwen3.items()},
+        root / "qwen3" / "model.safetensors",
+    )
     own = ("sana", "sana_vae", "vision_tower", "blip3o_jax")
     plain = {
-        key: value for key, value in fields.items() if key not in own and not key.startswith(("image_", "scale_", "num_image", "num_sc"))
+        key: value
+        for key, value in fields.items()
+        if key not in own and not key.startswith(("image_", "scale_", "num_image", "num_sc"))
     }
-    (root / "qwen3" / "config.json").write_text(json.dumps(plain | {"model_type": "qwen3", "vocab_size": 30}))
+    (root / "qwen3" / "config.json").write_text(
+        json.dumps(plain | {"model_type": "qwen3", "vocab_size": 30})
+    )
     tiny_tokenizer().save(str(root / "qwen3" / "tokenizer.json"))
     (root / "qwen3" / "added_tokens.json").write_text("{}")
     (root / "qwen3" / "generation_config.json").write_text('{"top_k": 20}')
@@ -85,12 +107,27 @@ def parts(checkpoint, tensors, tmp_path):
         ("transformer", "sana", "model.sana.", "SanaTransformer2DModel"),
         ("vae", "sana_vae", "model.sana_vae.", "AutoencoderDC"),
     ):
-        (root / "repository" / folder / "config.json").write_text(json.dumps(fields[key] | {"_class_name": name}))
-        save_file(group(tensors, prefix), root / "repository" / folder / "diffusion_pytorch_model.safetensors")
-    unused = {"teacher.weight": np.zeros(2, np.float32), "scale_layer.scale": np.ones((1, 3, 1, 1), np.float32)}
-    last = {f"encoder.encoder.layers.2.{name}": np.ones(1, np.float32) for name in ("layer_norm1.weight", "mlp.fc1.bias")}
+        (root / "repository" / folder / "config.json").write_text(
+            json.dumps(fields[key] | {"_class_name": name})
+        )
+        save_file(
+            group(tensors, prefix),
+            root / "repository" / folder / "diffusion_pytorch_model.safetensors",
+        )
+    unused = {
+        "teacher.weight": np.zeros(2, np.float32),
+        "scale_layer.scale": np.ones((1, 3, 1, 1), np.float32),
+    }
+    last = {
+        f"encoder.encoder.layers.2.{name}": np.ones(1, np.float32)
+        for name in ("layer_norm1.weight", "mlp.fc1.bias")
+    }
     write_state(root / "ta_tok.pth", group(tensors, TA_TOK) | unused | last, ARGS)
-    return {"--ar": root / "qwen3", "--dit": root / "repository", "--tokenizer": root / "ta_tok.pth"}
+    return {
+        "--ar": root / "qwen3",
+        "--dit": root / "repository",
+        "--tokenizer": root / "ta_tok.pth",
+    }
 
 
 def argv(parts):
@@ -98,8 +135,9 @@ def argv(parts):
 
 
 def test_a_plain_qwen3_needs_to_be_told(parts, tmp_path, capsys):
-    assert "is a plain Qwen3 without image tokens; say how to make them with --new-vocabulary" in refused(
-        capsys, *argv(parts), tmp_path / "jax"
+    assert (
+        "is a plain Qwen3 without image tokens; say how to make them with --new-vocabulary"
+        in refused(capsys, *argv(parts), tmp_path / "jax")
     )
     assert [path.name for path in tmp_path.iterdir()] == ["parts"]
 
@@ -119,17 +157,28 @@ def test_parts_make_a_model(parts, params, cfg, tmp_path, capsys, mode):
     }
     loaded, made = load_converted(tmp_path / "jax")
     assert loaded.vocab == cfg.vocab
-    assert (loaded.qwen3.vocab_size, loaded.sana, loaded.dc_ae) == (cfg.vocab.size, cfg.sana, cfg.dc_ae)
+    assert (loaded.qwen3.vocab_size, loaded.sana, loaded.dc_ae) == (
+        cfg.vocab.size,
+        cfg.sana,
+        cfg.dc_ae,
+    )
     assert loaded.name == "jax"
     given, flat = flatten(params), flatten(made)
     for path, leaf in flat.items():
         if path.split("/")[0] in ("sana", "dc_ae", "ta_tok"):
-            # One head is as wide as the encoder here, where conftest has two: the same numbers under another shape.
+            # One head is as wide as the encoder here, where conftest has two: the same numbers
+            # under another shape.
             assert leaf.tobytes() == given[path].tobytes(), path
         elif path.startswith("qwen3/") and "embed" not in path:
-            np.testing.assert_array_equal(leaf, given[path].astype(ml_dtypes.bfloat16).astype(np.float32))
-    old, new = given["qwen3/embed_tokens/embedding"].astype(ml_dtypes.bfloat16).astype(np.float32), flat["qwen3/embed_tokens/embedding"]
-    np.testing.assert_array_equal(new[:22], old[:22])  # Qwen's own rows, those of the two tags included
+            np.testing.assert_array_equal(
+                leaf, given[path].astype(ml_dtypes.bfloat16).astype(np.float32)
+            )
+    old, new = (
+        given["qwen3/embed_tokens/embedding"].astype(ml_dtypes.bfloat16).astype(np.float32),
+        flat["qwen3/embed_tokens/embedding"],
+    )
+    # Qwen's own rows, those of the two tags included
+    np.testing.assert_array_equal(new[:22], old[:22])
     np.testing.assert_allclose(new[22:25], np.broadcast_to(old[:22].mean(0), (3, 24)), atol=5e-3)
     images = new[25:]
     if mode == "mean":
@@ -137,9 +186,12 @@ def test_parts_make_a_model(parts, params, cfg, tmp_path, capsys, mode):
         assert (images == images[0]).all()
     else:
         lengths = np.linalg.norm(images, axis=1)
-        assert np.sqrt(np.mean(lengths**2)) == pytest.approx(np.sqrt(np.mean(np.linalg.norm(old[:22], axis=1) ** 2)), rel=1e-2)
+        assert np.sqrt(np.mean(lengths**2)) == pytest.approx(
+            np.sqrt(np.mean(np.linalg.norm(old[:22], axis=1) ** 2)), rel=1e-2
+        )
         spread = np.linalg.svd(images, compute_uv=False)
-        assert spread[11] > 20 * spread[12]  # as many directions as a code has, but for the rounding
+        # as many directions as a code has, but for the rounding
+        assert spread[11] > 20 * spread[12]
     connector = made["diffusion_connector"]
     np.testing.assert_array_equal(connector["norm"]["scale"], np.full(28, 5.5**0.5, np.float32))
     assert connector["linear_1"]["kernel"].std() > 0
@@ -149,22 +201,37 @@ def test_parts_make_a_model(parts, params, cfg, tmp_path, capsys, mode):
         *("ar-LICENSE", "dit-LICENSE.txt", "vae-LICENSE.txt"),
     }
     tokenizer = load_tokenizer(tmp_path / "jax" / "tokenizer.json")
-    assert tokenizer.encode("word4<im_start><S0><I15>", add_special_tokens=False).ids == [4, 20, 22, 40]
+    assert tokenizer.encode("word4<im_start><S0><I15>", add_special_tokens=False).ids == [
+        4,
+        20,
+        22,
+        40,
+    ]
     added = tokenizer.get_added_tokens_decoder()
     assert [added[i].special for i in (20, 21, 22, 25)] == [True, True, False, False]
     assert pipeline.load(tmp_path / "jax", batch_size=8).text.vocab == cfg.vocab
     assert pipeline.config_of(tmp_path / "jax") == load_converted(tmp_path / "jax")[0]
     again = convert(capsys, *argv(parts), "--new-vocabulary", mode, tmp_path / "again")
     assert again["made"] == report["made"]
-    np.testing.assert_array_equal(flatten(load_converted(tmp_path / "again")[1])["qwen3/embed_tokens/embedding"], new)
+    np.testing.assert_array_equal(
+        flatten(load_converted(tmp_path / "again")[1])["qwen3/embed_tokens/embedding"], new
+    )
 
 
 def test_a_qwen3_with_the_vocabulary_keeps_it(parts, tensors, tmp_path, capsys):
     tiny_tokenizer(extended=True).save(str(parts["--ar"] / "tokenizer.json"))
-    assert "vocabulary of 30 rows is smaller than the ids need" in refused(capsys, *argv(parts), tmp_path / "jax")
-    qwen3 = {name: value for name, value in tensors.items() if name.startswith(("model.embed", "model.layers", "model.norm"))}
+    assert "vocabulary of 30 rows is smaller than the ids need" in refused(
+        capsys, *argv(parts), tmp_path / "jax"
+    )
+    qwen3 = {
+        name: value
+        for name, value in tensors.items()
+        if name.startswith(("model.embed", "model.layers", "model.norm"))
+    }
     save_file(qwen3, parts["--ar"] / "model.safetensors")
-    assert "has nothing to make" in refused(capsys, *argv(parts), "--new-vocabulary", "mean", tmp_path / "jax")
+    assert "has nothing to make" in refused(
+        capsys, *argv(parts), "--new-vocabulary", "mean", tmp_path / "jax"
+    )
     report = convert(capsys, *argv(parts), tmp_path / "jax")
     assert set(report["made"]) == {"model.diffusion_connector.*"}
     loaded, made = load_converted(tmp_path / "jax")
@@ -174,27 +241,45 @@ def test_a_qwen3_with_the_vocabulary_keeps_it(parts, tensors, tmp_path, capsys):
 
 def without(folder, prefix):
     tensors = load_file(folder / "model.safetensors")
-    save_file({name: value for name, value in tensors.items() if not name.startswith(prefix)}, folder / "model.safetensors")
+    save_file(
+        {name: value for name, value in tensors.items() if not name.startswith(prefix)},
+        folder / "model.safetensors",
+    )
 
 
 def test_a_flag_fills_what_a_checkpoint_lacks(checkpoint, parts, params, tmp_path, capsys):
     folder = shutil.copytree(checkpoint, tmp_path / "lacking")
-    assert "--dit fills what a checkpoint lacks, and" in refused(capsys, folder, tmp_path / "jax", "--dit", parts["--dit"])
+    assert "--dit fills what a checkpoint lacks, and" in refused(
+        capsys, folder, tmp_path / "jax", "--dit", parts["--dit"]
+    )
     without(folder, "model.sana.")
-    assert "holds no tensor of sana; name the files of its authors with --dit" in refused(capsys, folder, tmp_path / "jax")
+    assert "holds no tensor of sana; name the files of its authors with --dit" in refused(
+        capsys, folder, tmp_path / "jax"
+    )
     report = convert(capsys, folder, tmp_path / "jax", "--dit", parts["--dit"])
-    assert report["source"] == {"checkpoint": str(folder), "dit": str(parts["--dit"] / "transformer")}
+    assert report["source"] == {
+        "checkpoint": str(folder),
+        "dit": str(parts["--dit"] / "transformer"),
+    }
     assert (tmp_path / "jax" / "config.json").read_bytes() == (folder / "config.json").read_bytes()
-    made, given = flatten(load_converted(tmp_path / "jax")[1]), flatten(load_published(checkpoint)[1])
+    made, given = (
+        flatten(load_converted(tmp_path / "jax")[1]),
+        flatten(load_published(checkpoint)[1]),
+    )
     assert all(np.array_equal(made[path], leaf) for path, leaf in given.items())
     fields = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(fields | {"sana": fields["sana"] | {"sample_size": 4}}))
-    assert "describes another sana than --dit" in refused(capsys, folder, tmp_path / "other", "--dit", parts["--dit"])
+    (folder / "config.json").write_text(
+        json.dumps(fields | {"sana": fields["sana"] | {"sample_size": 4}})
+    )
+    assert "describes another sana than --dit" in refused(
+        capsys, folder, tmp_path / "other", "--dit", parts["--dit"]
+    )
     del fields["sana"]
     (folder / "config.json").write_text(json.dumps(fields))  # which means the published SANA
     convert(capsys, folder, tmp_path / "other", "--dit", parts["--dit"])
     assert (
-        json.loads((tmp_path / "other" / "config.json").read_text())["sana"] == json.loads((checkpoint / "config.json").read_text())["sana"]
+        json.loads((tmp_path / "other" / "config.json").read_text())["sana"]
+        == json.loads((checkpoint / "config.json").read_text())["sana"]
     )
 
 
@@ -206,25 +291,43 @@ def rewrite(path, **changes):
     ("damage", "message"),
     [
         (lambda p: p.pop("--tokenizer"), "--tokenizer is missing"),
-        (lambda p: p.update({"--tokenizer": p["--ar"]}), "neither TA-Tok's .pth file nor a folder with ta_tok.pth"),
-        (lambda p: p.update({"--tokenizer": p["--ar"] / "config.json"}), "is not a zip archive as torch.save"),
+        (
+            lambda p: p.update({"--tokenizer": p["--ar"]}),
+            "neither TA-Tok's .pth file nor a folder with ta_tok.pth",
+        ),
+        (
+            lambda p: p.update({"--tokenizer": p["--ar"] / "config.json"}),
+            "is not a zip archive as torch.save",
+        ),
         (
             lambda p: p.update({"--dit": p["--dit"] / "vae", "--vae": p["--dit"]}),
             "it describes a AutoencoderDC, not a SanaTransformer2DModel",
         ),
         (lambda p: p.update({"--dit": p["--ar"].parent, "--vae": p["--dit"]}), "it is no SANA"),
         (lambda p: p.update({"--dit": p["--dit"] / "transformer"}), "--vae is missing"),
-        (lambda p: rewrite(p["--ar"] / "config.json", model_type="qwen2_5_vl"), "'qwen2_5_vl' is another family"),
+        (
+            lambda p: rewrite(p["--ar"] / "config.json", model_type="qwen2_5_vl"),
+            "'qwen2_5_vl' is another family",
+        ),
         (lambda p: rewrite(p["--ar"] / "config.json", num_experts=8), "a Qwen3 with experts"),
         (lambda p: rewrite(p["--ar"] / "config.json", hidden_size=32), "and config.json implies"),
-        (lambda p: rewrite(p["--dit"] / "transformer" / "config.json", num_layers=3), "'model.sana.transformer_blocks.2."),
+        (
+            lambda p: rewrite(p["--dit"] / "transformer" / "config.json", num_layers=3),
+            "'model.sana.transformer_blocks.2.",
+        ),
         (lambda p: (p["--ar"] / "tokenizer.json").unlink(), "No tokenizer at"),
         (
             lambda p: (p["--dit"] / "vae" / "diffusion_pytorch_model.safetensors").unlink(),
             "needs either diffusion_pytorch_model.safetensors",
         ),
-        (lambda p: write_state(p["--tokenizer"], {}, {"teacher": "another"}), "its encoder is 'another'"),
-        (lambda p: write_state(p["--tokenizer"], {}, ARGS), "no tensor 'encoder.embeddings.patch_embedding.weight' of 4 axes"),
+        (
+            lambda p: write_state(p["--tokenizer"], {}, {"teacher": "another"}),
+            "its encoder is 'another'",
+        ),
+        (
+            lambda p: write_state(p["--tokenizer"], {}, ARGS),
+            "no tensor 'encoder.embeddings.patch_embedding.weight' of 4 axes",
+        ),
     ],
 )
 def test_bad_parts_leave_nothing(parts, tmp_path, capsys, damage, message):
@@ -234,4 +337,6 @@ def test_bad_parts_leave_nothing(parts, tmp_path, capsys, damage, message):
 
 
 def test_a_checkpoint_has_its_vocabulary(checkpoint, tmp_path, capsys):
-    assert "belongs to a plain Qwen3" in refused(capsys, checkpoint, tmp_path / "jax", "--new-vocabulary", "mean")
+    assert "belongs to a plain Qwen3" in refused(
+        capsys, checkpoint, tmp_path / "jax", "--new-vocabulary", "mean"
+    )

@@ -11,9 +11,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
-from blip3o_jax.config import ConfigError, replace
+from blip3o_jax.config import replace
 from blip3o_jax.convert.published import ignored_tensors, load_published, save_published
 from blip3o_jax.convert.rules import flatten
+from blip3o_jax.errors import InputError
 
 TA_TOK = "model.vision_tower.vision_tower."
 EMBEDDING = "model.embed_tokens.weight"
@@ -44,7 +45,10 @@ def edit(folder, change):
 
 
 def test_round_trip_is_bitwise(checkpoint, cfg, params):
-    assert sorted(file.name for file in checkpoint.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in checkpoint.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
     loaded, back = load_published(checkpoint)
     assert loaded == cfg
     assert_same(back, params)
@@ -54,14 +58,22 @@ def test_torch_names_and_axes(checkpoint, params):
     """One tensor of each part, against the parameter it must be."""
     tensors = load_file(checkpoint / "model.safetensors")
     q = params["qwen3"]["layers"]["self_attn"]["q_proj"]["kernel"]  # [L,D,N,H]
-    np.testing.assert_array_equal(tensors["model.layers.1.self_attn.q_proj.weight"], q[1].reshape(24, 32).T)
+    np.testing.assert_array_equal(
+        tensors["model.layers.1.self_attn.q_proj.weight"], q[1].reshape(24, 32).T
+    )
     connector = params["diffusion_connector"]["linear_2"]["kernel"]
     np.testing.assert_array_equal(tensors["model.diffusion_connector.2.weight"], connector.T)
-    np.testing.assert_array_equal(tensors["model.sana.caption_norm.weight"], params["sana"]["caption_norm"]["scale"])
+    np.testing.assert_array_equal(
+        tensors["model.sana.caption_norm.weight"], params["sana"]["caption_norm"]["scale"]
+    )
     conv = params["dc_ae"]["encoder"]["conv_in"]["kernel"]  # [k,k,C,C']
-    np.testing.assert_array_equal(tensors["model.sana_vae.encoder.conv_in.weight"], conv.transpose(3, 2, 0, 1))
+    np.testing.assert_array_equal(
+        tensors["model.sana_vae.encoder.conv_in.weight"], conv.transpose(3, 2, 0, 1)
+    )
     codes = params["ta_tok"]["bottleneck"]["regularizer"]["embedding"]
-    np.testing.assert_array_equal(tensors[f"{TA_TOK}bottleneck.regularizer.embedding.weight"], codes)
+    np.testing.assert_array_equal(
+        tensors[f"{TA_TOK}bottleneck.regularizer.embedding.weight"], codes
+    )
     assert "lm_head.weight" not in tensors
 
 
@@ -70,7 +82,9 @@ def test_untied_head_is_a_tensor_of_its_own(cfg, params, tmp_path):
     head = np.random.default_rng(1).standard_normal((24, cfg.qwen3.vocab_size)).astype(np.float32)
     params = {**params, "qwen3": {**params["qwen3"], "lm_head": {"kernel": head}}}
     save_published(tmp_path / "untied", cfg, params)
-    np.testing.assert_array_equal(load_file(tmp_path / "untied" / "model.safetensors")["lm_head.weight"], head.T)
+    np.testing.assert_array_equal(
+        load_file(tmp_path / "untied" / "model.safetensors")["lm_head.weight"], head.T
+    )
     loaded, back = load_published(tmp_path / "untied")
     assert loaded == cfg
     assert_same(back, params)
@@ -103,7 +117,9 @@ def test_leaves_are_placed_as_asked(checkpoint, params):
 
     def shardings(tree):
         seen.append(tree)
-        return jax.tree.map(lambda leaf: cut if leaf.ndim > 1 and leaf.shape[1] % 8 == 0 else whole, tree)
+        return jax.tree.map(
+            lambda leaf: cut if leaf.ndim > 1 and leaf.shape[1] % 8 == 0 else whole, tree
+        )
 
     _, back = load_published(checkpoint, "float32", shardings)
     assert_same(back, params)
@@ -116,10 +132,17 @@ def test_leaves_are_placed_as_asked(checkpoint, params):
 
 
 def test_one_part_needs_no_other(copied, params):
-    edit(copied, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("model.sana.")])
+    edit(
+        copied,
+        lambda tensors: [
+            tensors.pop(name) for name in list(tensors) if name.startswith("model.sana.")
+        ],
+    )
     _, back = load_published(copied, parts=("dc_ae", "ta_tok"))
     assert_same(back, {part: params[part] for part in ("dc_ae", "ta_tok")})
-    with pytest.raises(ConfigError, match=r"tensor 'model\.sana\.caption_norm\.weight' is missing, and \d+ others"):
+    with pytest.raises(
+        InputError, match=r"tensor 'model\.sana\.caption_norm\.weight' is missing, and \d+ others"
+    ):
         load_published(copied)
 
 
@@ -140,11 +163,14 @@ def test_published_tensors_that_are_not_needed(copied, cfg, params):
 
 
 def test_names_of_transformers_5_are_accepted(copied, params):
-    old, new = f"{TA_TOK}decoder.vision_model.post_layernorm.weight", f"{TA_TOK}decoder.post_layernorm.weight"
+    old, new = (
+        f"{TA_TOK}decoder.vision_model.post_layernorm.weight",
+        f"{TA_TOK}decoder.post_layernorm.weight",
+    )
     edit(copied, lambda tensors: tensors.update({new: tensors.pop(old)}))
     assert_same(load_published(copied)[1], params)
     edit(copied, lambda tensors: tensors.update({old: tensors[new]}))
-    with pytest.raises(ConfigError, match="is there twice, also as"):
+    with pytest.raises(InputError, match="is there twice, also as"):
         load_published(copied)
 
 
@@ -187,37 +213,82 @@ NORM = "model.layers.1.self_attn.k_norm.weight"
     ("damage", "file", "message"),
     [
         (shutil.rmtree, "", "is not a directory"),
-        (lambda folder: (folder / "config.json").unlink(), "config.json", "cannot be read: No such file"),
-        (lambda folder: (folder / "config.json").write_text("{'a': 1}"), "config.json", "is not valid JSON"),
-        (lambda folder: (folder / "config.json").write_text(" " * 2**20 + "{}"), "config.json", "is larger than 1048576 bytes"),
+        (
+            lambda folder: (folder / "config.json").unlink(),
+            "config.json",
+            "cannot be read: No such file",
+        ),
+        (
+            lambda folder: (folder / "config.json").write_text("{'a': 1}"),
+            "config.json",
+            "is not valid JSON",
+        ),
+        (
+            lambda folder: (folder / "config.json").write_text(" " * 2**20 + "{}"),
+            "config.json",
+            "is larger than 1048576 bytes",
+        ),
         (set_config(model_type="qwen2_5_vl"), "config.json", "4B or 8B on Qwen2.5-VL"),
         (set_config(num_key_value_heads=3), "config.json", "4 query heads do not divide by 3"),
         (set_config(hidden_size=32), "model.safetensors", "and config.json implies"),
         (set_config(num_hidden_layers=1), "model.safetensors", "tensor 'model.layers.1."),
-        (set_config(num_hidden_layers=3), "", "tensor 'model.layers.2.input_layernorm.weight' is missing, and 10 others"),
-        (set_config(tie_word_embeddings=False), "", "tensor 'lm_head.weight' is missing, and 0 others"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "", "needs either model.safetensors or"),
-        (lambda folder: edit(folder, lambda tensors: tensors.pop(NORM)), "", f"tensor '{NORM}' is missing"),
-        (lambda folder: edit(folder, lambda tensors: tensors.pop(EMBEDDING)), "config.json", f"no matrix {EMBEDDING}"),
         (
-            lambda folder: edit(folder, lambda tensors: tensors.update({NORM: np.ones((8, 1), np.float32)})),
+            set_config(num_hidden_layers=3),
+            "",
+            "tensor 'model.layers.2.input_layernorm.weight' is missing, and 10 others",
+        ),
+        (
+            set_config(tie_word_embeddings=False),
+            "",
+            "tensor 'lm_head.weight' is missing, and 0 others",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors").unlink(),
+            "",
+            "needs either model.safetensors or",
+        ),
+        (
+            lambda folder: edit(folder, lambda tensors: tensors.pop(NORM)),
+            "",
+            f"tensor '{NORM}' is missing",
+        ),
+        (
+            lambda folder: edit(folder, lambda tensors: tensors.pop(EMBEDDING)),
+            "config.json",
+            f"no matrix {EMBEDDING}",
+        ),
+        (
+            lambda folder: edit(
+                folder, lambda tensors: tensors.update({NORM: np.ones((8, 1), np.float32)})
+            ),
             "model.safetensors",
             f"tensor '{NORM}' has shape (8, 1), and config.json implies (8,)",
         ),
         (
-            lambda folder: edit(folder, lambda tensors: tensors.update({"model.stray": np.ones(1, np.float32)})),
+            lambda folder: edit(
+                folder, lambda tensors: tensors.update({"model.stray": np.ones(1, np.float32)})
+            ),
             "model.safetensors",
             "tensor 'model.stray' is not part of the model",
         ),
         (
-            lambda folder: edit(folder, lambda tensors: tensors.update({NORM: np.ones(8, np.int32)})),
+            lambda folder: edit(
+                folder, lambda tensors: tensors.update({NORM: np.ones(8, np.int32)})
+            ),
             "model.safetensors",
             f"tensor '{NORM}' has dtype I32",
         ),
         (set_value(NORM, 3, np.nan), "model.safetensors", f"tensor '{NORM}' holds NaN"),
-        (set_value("model.sana.proj_out.weight", (1, 2), -np.inf), "model.safetensors", "tensor 'model.sana.proj_out.weight' holds NaN"),
         (
-            lambda folder: edit(folder, lambda tensors: tensors.update({"lm_head.weight": np.ones((2, 24), np.float32)})),
+            set_value("model.sana.proj_out.weight", (1, 2), -np.inf),
+            "model.safetensors",
+            "tensor 'model.sana.proj_out.weight' holds NaN",
+        ),
+        (
+            lambda folder: edit(
+                folder,
+                lambda tensors: tensors.update({"lm_head.weight": np.ones((2, 24), np.float32)}),
+            ),
             "model.safetensors",
             "tensor 'lm_head.weight' has shape (2, 24)",
         ),
@@ -225,7 +296,7 @@ NORM = "model.layers.1.self_attn.k_norm.weight"
 )
 def test_bad_checkpoints_are_refused(copied, damage, file, message):
     damage(copied)
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(InputError) as refusal:
         load_published(copied)
     assert str(refusal.value).startswith(str(copied / file))
     assert message in str(refusal.value)
@@ -236,9 +307,9 @@ def test_existing_directory_is_kept(cfg, params, tmp_path):
     folder = tmp_path / "kept"
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="exists already; choose another name, or overwrite it"):
+    with pytest.raises(InputError, match="exists already; choose another name, or overwrite it"):
         save_published(folder, cfg, params)
-    with pytest.raises(ConfigError, match="is not a checkpoint that could be overwritten"):
+    with pytest.raises(InputError, match="is not a checkpoint that could be overwritten"):
         save_published(folder, cfg, params, overwrite=True)
     assert [file.name for file in tmp_path.rglob("*")] == ["kept", "notes.txt"]
 
@@ -256,20 +327,25 @@ def test_failed_write_leaves_the_old(copied, cfg, params):
     before = (copied / "model.safetensors").read_bytes()
     bad = {**params, "diffusion_connector": as_dtype(params["diffusion_connector"], np.float32)}
     bad["diffusion_connector"]["linear_2"]["bias"] = np.full(28, 1e5, np.float32)
-    with pytest.raises(ConfigError, match=r"'model\.diffusion_connector\.2\.bias' holds NaN or infinity as float16"):
+    with pytest.raises(
+        InputError, match=r"'model\.diffusion_connector\.2\.bias' holds NaN or infinity as float16"
+    ):
         save_published(copied, cfg, bad, dtype="float16", overwrite=True)
     assert (copied / "model.safetensors").read_bytes() == before
     assert [file.name for file in copied.parent.iterdir()] == ["copied"]
 
 
 def test_what_cannot_be_written_is_refused(cfg, params, tmp_path):
-    with pytest.raises(ConfigError, match="float16, bfloat16, float32, not int8"):
+    with pytest.raises(InputError, match="float16, bfloat16, float32, not int8"):
         save_published(tmp_path / "x", cfg, params, dtype="int8")
-    with pytest.raises(ConfigError, match=r"tokenizer file .*none\.json is missing"):
+    with pytest.raises(InputError, match=r"tokenizer file .*none\.json is missing"):
         save_published(tmp_path / "x", cfg, params, tmp_path / "none.json")
     sana = {name: leaf for name, leaf in params["sana"].items() if name != "caption_norm"}
-    with pytest.raises(ConfigError, match=r"Parameter sana/caption_norm/scale has shape None, and tiny needs \(32,\)"):
+    with pytest.raises(
+        InputError,
+        match=r"Parameter sana/caption_norm/scale has shape None, and tiny needs \(32,\)",
+    ):
         save_published(tmp_path / "x", cfg, {**params, "sana": sana})
-    with pytest.raises(ConfigError, match="float16, bfloat16, float32, not int8"):
+    with pytest.raises(InputError, match="float16, bfloat16, float32, not int8"):
         load_published(tmp_path, np.int8)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,5 @@
-"""The names and shapes of the published 3B checkpoint, one by one, from the tables of spec S3. Nothing is allocated."""
+"""The names and shapes of the published 3B checkpoint, one by one, from the tables of docs/model.md
+§3. Nothing is allocated."""
 
 import itertools
 import math
@@ -6,13 +7,14 @@ import re
 
 import pytest
 
-from blip3o_jax.config import preset, replace
+from blip3o_jax.config import replace
 from blip3o_jax.convert.published import ignored_tensors, published_name, published_rules
 from blip3o_jax.convert.rules import torch_shapes
 from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.presets import preset
 
-# A line: name with {first-last} or {one,other}, then its shape. `name.*` stands for weight and bias, the bias as long as the weight's
-# first axis.
+# A line: name with {first-last} or {one,other}, then its shape. `name.*` stands for weight and
+# bias, the bias as long as the weight's first axis.
 QWEN3 = """
 model.embed_tokens.weight 217210 2048
 model.layers.{0-27}.{input_layernorm,post_attention_layernorm}.weight 2048
@@ -147,14 +149,22 @@ def table(text, prefix=""):
         pattern, *sizes = line.split()
         shape = tuple(map(int, sizes))
         fixed = re.split(r"\{[^}]*\}", pattern)
-        for choice in itertools.product(*(alternatives(braces) for braces in re.findall(r"\{([^}]*)\}", pattern))):
-            name = prefix + "".join(part + chosen for part, chosen in itertools.zip_longest(fixed, choice, fillvalue=""))
-            found |= {f"{name[:-1]}weight": shape, f"{name[:-1]}bias": shape[:1]} if name.endswith(".*") else {name: shape}
+        for choice in itertools.product(
+            *(alternatives(braces) for braces in re.findall(r"\{([^}]*)\}", pattern))
+        ):
+            name = prefix + "".join(
+                part + chosen for part, chosen in itertools.zip_longest(fixed, choice, fillvalue="")
+            )
+            found |= (
+                {f"{name[:-1]}weight": shape, f"{name[:-1]}bias": shape[:1]}
+                if name.endswith(".*")
+                else {name: shape}
+            )
     return found
 
 
 PREFIX = "model.vision_tower.vision_tower."
-PARTS = {  # our tables, their entries and numbers of parameters (S2.1 to S2.6, S3)
+PARTS = {  # our tables, their entries and numbers of parameters (§2.1 to §2.6, §3)
     "qwen3": (table(QWEN3), 310, 1_854_256_128),
     "diffusion_connector": (table(CONNECTOR), 5, 10_033_920),
     "sana": (table(SANA, "model.sana."), 476, 1_604_641_952),
@@ -172,8 +182,15 @@ def shapes():
     """Torch shapes of the 3B model by our part."""
     cfg = preset("blip3o_next_3b")
     abstract, rules = Blip3o(cfg).abstract(), published_rules(cfg)
-    assert torch_shapes(rules, abstract).keys() == {rule for part in PARTS for rule in PARTS[part][0]}
-    return {part: torch_shapes([rule for rule in rules if rule.path.startswith(f"{part}/")], {part: abstract[part]}) for part in PARTS}
+    assert torch_shapes(rules, abstract).keys() == {
+        rule for part in PARTS for rule in PARTS[part][0]
+    }
+    return {
+        part: torch_shapes(
+            [rule for rule in rules if rule.path.startswith(f"{part}/")], {part: abstract[part]}
+        )
+        for part in PARTS
+    }
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -185,7 +202,8 @@ def test_names_and_shapes(shapes, part):
 
 
 def test_the_rest_of_ta_tok_is_known(shapes):
-    """What is read and what is ignored make up the published tower, 591,032,000 parameters and two buffers."""
+    """What is read and what is ignored make up the published tower, 591,032,000 parameters and two
+    buffers."""
     unused, buffers = table(TA_TOK_UNUSED, PREFIX), table(TA_TOK_BUFFERS, PREFIX)
     assert size(shapes["ta_tok"]) + size(unused) == 591_032_000
     cfg = preset("blip3o_next_3b")

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from blip3o_jax.config import ConfigError
 from blip3o_jax.convert.rules import (
     CONV,
     HEADS_IN,
@@ -22,6 +21,7 @@ from blip3o_jax.convert.rules import (
     under,
     unflatten,
 )
+from blip3o_jax.errors import InputError
 
 RULES = [
     *linear("q_proj", "q", HEADS_OUT, bias="(n h) -> n h"),
@@ -88,7 +88,10 @@ def test_round_trip_gives_back_the_bytes(tensors):
     tensors["q_proj.weight"][0, 0] = -0.0  # equal to 0.0, so only bytes tell
     back = to_torch(RULES, to_jax(RULES, tensors, abstract(OURS)))
     assert set(back) == set(tensors)
-    assert all(back[name].tobytes() == tensors[name].tobytes() and back[name].flags["C_CONTIGUOUS"] for name in tensors)
+    assert all(
+        back[name].tobytes() == tensors[name].tobytes() and back[name].flags["C_CONTIGUOUS"]
+        for name in tensors
+    )
 
 
 def test_torch_shapes_need_no_arrays():
@@ -97,7 +100,9 @@ def test_torch_shapes_need_no_arrays():
 
 def test_torch_shapes_are_those_of_the_tensors(tensors):
     params = to_jax(RULES, tensors, abstract(OURS))
-    assert [(name, tensor.shape) for name, tensor in torch_tensors(RULES, params)] == list(torch_shapes(RULES, params).items())
+    assert [(name, tensor.shape) for name, tensor in torch_tensors(RULES, params)] == list(
+        torch_shapes(RULES, params).items()
+    )
 
 
 def test_tree_and_paths_are_inverse():
@@ -131,48 +136,72 @@ def test_a_leaf_is_placed_before_the_next_is_read(tensors):
     rules = [*norm("norm", "norm"), Rule("layers.{}.table", "layers/table")]
     tensors = {name: tensors[name] for name in ("norm.weight", "layers.0.table", "layers.1.table")}
     tree = abstract({path: OURS[path] for path in ("norm/scale", "layers/table")})
-    params = to_jax(rules, Lazy(tensors, events), tree, lambda path, leaf: events.append(path) or leaf.sum())
-    assert events == ["norm.weight", "norm/scale", "layers.0.table", "layers.1.table", "layers/table"]
-    assert params["layers"]["table"] == np.stack([tensors["layers.0.table"], tensors["layers.1.table"]]).sum()
+    params = to_jax(
+        rules, Lazy(tensors, events), tree, lambda path, leaf: events.append(path) or leaf.sum()
+    )
+    assert events == [
+        "norm.weight",
+        "norm/scale",
+        "layers.0.table",
+        "layers.1.table",
+        "layers/table",
+    ]
+    assert (
+        params["layers"]["table"]
+        == np.stack([tensors["layers.0.table"], tensors["layers.1.table"]]).sum()
+    )
 
 
 def test_names_are_compared_before_anything_is_read(tensors):
     events = []
     del tensors["layers.1.table"]
-    with pytest.raises(ConfigError, match=r"'layers\.1\.table' is missing"):
+    with pytest.raises(InputError, match=r"'layers\.1\.table' is missing"):
         to_jax(RULES, Lazy(tensors, events), abstract(OURS))
     assert events == []
 
 
 def test_a_tensor_of_no_rule_is_refused(tensors):
-    with pytest.raises(ConfigError, match=r"2 tensors are not part of this model, first 'layers\.2\.table'"):
-        to_jax(RULES, {**tensors, "stray": np.zeros(1), "layers.2.table": np.zeros(1)}, abstract(OURS))
+    with pytest.raises(
+        InputError, match=r"2 tensors are not part of this model, first 'layers\.2\.table'"
+    ):
+        to_jax(
+            RULES, {**tensors, "stray": np.zeros(1), "layers.2.table": np.zeros(1)}, abstract(OURS)
+        )
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (8, 3, 1), (24,)])
 def test_a_wrong_shape_is_refused(tensors, shape):
     tensors["layers.1.mlp.fc.weight"] = np.zeros(shape, np.float32)
-    with pytest.raises(ConfigError, match=r"'layers\.1\.mlp\.fc\.weight' has shape .* but layers/fc/kernel needs \(8, 3\)"):
+    with pytest.raises(
+        InputError,
+        match=r"'layers\.1\.mlp\.fc\.weight' has shape .* but layers/fc/kernel needs \(8, 3\)",
+    ):
         to_jax(RULES, tensors, abstract(OURS))
 
 
 def test_layers_of_different_dtype_are_refused(tensors):
     tensors["layers.1.table"] = tensors["layers.1.table"].astype(np.float16)
-    with pytest.raises(ConfigError, match=r"'layers\.1\.table' is float16, and the layers before it are float32"):
+    with pytest.raises(
+        InputError, match=r"'layers\.1\.table' is float16, and the layers before it are float32"
+    ):
         to_jax(RULES, tensors, abstract(OURS))
 
 
 @pytest.mark.parametrize(
     ("rules", "shapes", "message"),
     [
-        (RULES, {k: v for k, v in OURS.items() if k != "norm/bias"}, "this model does not have: 1, first 'norm/bias'"),
+        (
+            RULES,
+            {k: v for k, v in OURS.items() if k != "norm/bias"},
+            "this model does not have: 1, first 'norm/bias'",
+        ),
         (RULES, {**OURS, "extra/kernel": (1,)}, "unfilled: 1, first 'extra/kernel'"),
         ([*RULES, Rule("again", "norm/bias")], OURS, "twice: 1, first 'norm/bias'"),
         (RULES, {**OURS, "q/kernel": (6, 6)}, "q/kernel the axes d n h, but its shape is"),
     ],
 )
 def test_a_table_that_does_not_fit_the_model_is_refused(tensors, rules, shapes, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(InputError, match=message):
         to_jax(rules, tensors, abstract(shapes))
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(InputError, match=message):
         torch_shapes(rules, abstract(shapes))

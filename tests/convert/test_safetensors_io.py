@@ -10,8 +10,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from blip3o_jax.config import ConfigError
 from blip3o_jax.convert.safetensors_io import Entry, Tensors, open_tensors, read_json, write_tensors
+from blip3o_jax.errors import InputError
 
 SHAPES = {"b": (4, 3), "scalar": (), "a.weight": (5,), "c": (2, 2, 2)}
 
@@ -19,11 +19,18 @@ SHAPES = {"b": (4, 3), "scalar": (), "a.weight": (5,), "c": (2, 2, 2)}
 @pytest.fixture
 def values():
     rng = np.random.default_rng(0)
-    return {name: np.asarray(rng.standard_normal(shape), np.float32) for name, shape in SHAPES.items()}
+    return {
+        name: np.asarray(rng.standard_normal(shape), np.float32) for name, shape in SHAPES.items()
+    }
 
 
 def write(folder, values, dtype="float32", limit=1e9):
-    write_tensors(folder, {name: Entry(value.shape, np.dtype(dtype)) for name, value in values.items()}, values.items(), limit)
+    write_tensors(
+        folder,
+        {name: Entry(value.shape, np.dtype(dtype)) for name, value in values.items()},
+        values.items(),
+        limit,
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -44,11 +51,22 @@ def test_shards_and_index(tmp_path, values):
     files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": 52}
-    assert index["weight_map"] == {"b": files[0], "scalar": files[0], "a.weight": files[1], "c": files[1]}
-    assert {file: set(load_file(tmp_path / file)) for file in files} == {files[0]: {"b", "scalar"}, files[1]: {"a.weight", "c"}}
+    assert index["weight_map"] == {
+        "b": files[0],
+        "scalar": files[0],
+        "a.weight": files[1],
+        "c": files[1],
+    }
+    assert {file: set(load_file(tmp_path / file)) for file in files} == {
+        files[0]: {"b", "scalar"},
+        files[1]: {"a.weight", "c"},
+    }
     tensors = Tensors(open_tensors(tmp_path), np.float32)
     assert set(tensors) == set(values)
-    assert all(tensors[name].tobytes() == values[name].astype(np.float16).astype(np.float32).tobytes() for name in values)
+    assert all(
+        tensors[name].tobytes() == values[name].astype(np.float16).astype(np.float32).tobytes()
+        for name in values
+    )
 
 
 def test_a_tensor_larger_than_a_shard_has_its_own(tmp_path, values):
@@ -59,11 +77,15 @@ def test_a_tensor_larger_than_a_shard_has_its_own(tmp_path, values):
 
 def test_values_that_the_dtype_cannot_hold_are_refused(tmp_path, values):
     values["c"][0, 0, 0] = 7e4
-    with pytest.raises(ConfigError, match="Tensor 'c' holds NaN or infinity as float16"):
+    with pytest.raises(InputError, match="Tensor 'c' holds NaN or infinity as float16"):
         write(tmp_path, values, "float16")
     write(tmp_path, values, "bfloat16")
-    assert Tensors(open_tensors(tmp_path), np.float32)["c"][0, 0, 0] == np.float32(ml_dtypes.bfloat16(7e4))
-    with pytest.raises(ConfigError, match=r"model\.safetensors: tensor 'c' holds NaN or infinity as float16"):
+    assert Tensors(open_tensors(tmp_path), np.float32)["c"][0, 0, 0] == np.float32(
+        ml_dtypes.bfloat16(7e4)
+    )
+    with pytest.raises(
+        InputError, match=r"model\.safetensors: tensor 'c' holds NaN or infinity as float16"
+    ):
         Tensors(open_tensors(tmp_path), np.float16)["c"]
 
 
@@ -73,13 +95,16 @@ def test_stored_nan_is_refused(tmp_path, values, bad):
     save_file(values, tmp_path / "model.safetensors")
     tensors = Tensors(open_tensors(tmp_path), np.float32)
     assert tensors["c"].shape == (2, 2, 2)
-    with pytest.raises(ConfigError, match=r"model\.safetensors: tensor 'b' holds NaN"):
+    with pytest.raises(InputError, match=r"model\.safetensors: tensor 'b' holds NaN"):
         tensors["b"]
 
 
 def test_integers_are_refused(tmp_path):
     save_file({"ids": np.arange(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"model\.safetensors: tensor 'ids' has dtype I64; readable are F16, BF16, F32"):
+    with pytest.raises(
+        InputError,
+        match=r"model\.safetensors: tensor 'ids' has dtype I64; readable are F16, BF16, F32",
+    ):
         Tensors(open_tensors(tmp_path), np.float32)["ids"]
 
 
@@ -100,7 +125,7 @@ def test_damaged_files_are_refused(tmp_path, values, damage):
     write(tmp_path, values)
     file = tmp_path / "model.safetensors"
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(ConfigError, match=r"model\.safetensors is damaged or cut short"):
+    with pytest.raises(InputError, match=r"model\.safetensors is damaged or cut short"):
         open_tensors(tmp_path)
 
 
@@ -108,8 +133,12 @@ def test_a_name_in_a_header_twice_is_refused(tmp_path):
     """The library takes the last of the two."""
     entry = '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
     header = f"{{{entry},{entry}}}".encode()
-    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
-    with pytest.raises(ConfigError, match=r"model\.safetensors is damaged or cut short: .*'a'.* twice"):
+    (tmp_path / "model.safetensors").write_bytes(
+        struct.pack("<Q", len(header)) + header + b"\0" * 4
+    )
+    with pytest.raises(
+        InputError, match=r"model\.safetensors is damaged or cut short: .*'a'.* twice"
+    ):
         open_tensors(tmp_path)
 
 
@@ -130,28 +159,62 @@ def _duplicate(folder, values):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder, values: (folder / SECOND).unlink(), f"index.json places 'a.weight' in {SECOND}, which is missing"),
+        (
+            lambda folder, values: (folder / SECOND).unlink(),
+            f"index.json places 'a.weight' in {SECOND}, which is missing",
+        ),
         (_duplicate, f"tensor 'b' is in both {FIRST} and {SECOND}"),
-        (lambda folder, values: _edit_index(folder, new=FIRST), f"index.json places 'new' in {FIRST}, which does not hold it"),
-        (lambda folder, values: _edit_index(folder, b=None), f"index.json does not place 'b' in {FIRST}, which holds it"),
-        (lambda folder, values: _edit_index(folder, b=SECOND), f"index.json does not place 'b' in {FIRST}, which holds it"),
-        (lambda folder, values: _edit_index(folder, b="../x.safetensors"), "places 'b' in '../x.safetensors', which is not the plain name"),
-        (lambda folder, values: _edit_index(folder, b="/x.safetensors"), "places 'b' in '/x.safetensors', which is not the plain name"),
-        (lambda folder, values: _edit_index(folder, b="x.bin"), "places 'b' in 'x.bin', which is not the plain name"),
-        (lambda folder, values: _edit_index(folder, b=3), "places 'b' in 3, which is not the plain name"),
-        (lambda folder, values: (folder / "model.safetensors.index.json").write_text("{}"), "index.json has no weight_map"),
-        (lambda folder, values: (folder / "model.safetensors.index.json").write_text("{"), "index.json is not valid JSON"),
-        (lambda folder, values: (folder / "model.safetensors.index.json").unlink(), "and has neither"),
+        (
+            lambda folder, values: _edit_index(folder, new=FIRST),
+            f"index.json places 'new' in {FIRST}, which does not hold it",
+        ),
+        (
+            lambda folder, values: _edit_index(folder, b=None),
+            f"index.json does not place 'b' in {FIRST}, which holds it",
+        ),
+        (
+            lambda folder, values: _edit_index(folder, b=SECOND),
+            f"index.json does not place 'b' in {FIRST}, which holds it",
+        ),
+        (
+            lambda folder, values: _edit_index(folder, b="../x.safetensors"),
+            "places 'b' in '../x.safetensors', which is not the plain name",
+        ),
+        (
+            lambda folder, values: _edit_index(folder, b="/x.safetensors"),
+            "places 'b' in '/x.safetensors', which is not the plain name",
+        ),
+        (
+            lambda folder, values: _edit_index(folder, b="x.bin"),
+            "places 'b' in 'x.bin', which is not the plain name",
+        ),
+        (
+            lambda folder, values: _edit_index(folder, b=3),
+            "places 'b' in 3, which is not the plain name",
+        ),
+        (
+            lambda folder, values: (folder / "model.safetensors.index.json").write_text("{}"),
+            "index.json has no weight_map",
+        ),
+        (
+            lambda folder, values: (folder / "model.safetensors.index.json").write_text("{"),
+            "index.json is not valid JSON",
+        ),
+        (
+            lambda folder, values: (folder / "model.safetensors.index.json").unlink(),
+            "and has neither",
+        ),
         (lambda folder, values: (folder / "model.safetensors").touch(), "and has both"),
     ],
 )
 def test_contradictory_shards_are_refused(tmp_path, values, damage, message):
     folder = tmp_path / "checkpoint"
     folder.mkdir()
-    save_file({"b": values["b"]}, tmp_path / "x.safetensors")  # there, so that only its place can be the reason
+    # there, so that only its place can be the reason
+    save_file({"b": values["b"]}, tmp_path / "x.safetensors")
     write(folder, values, "float16", limit=30)
     damage(folder, values)
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(InputError) as refusal:
         open_tensors(folder)
     assert message in str(refusal.value)
     assert str(folder) in str(refusal.value)
@@ -171,7 +234,7 @@ def test_bad_json_is_refused(tmp_path, text, message):
     file = tmp_path / "config.json"
     if text is not None:
         file.write_bytes(text)
-    with pytest.raises(ConfigError, match=message) as refusal:
+    with pytest.raises(InputError, match=message) as refusal:
         read_json(file, 50_001)
     assert str(refusal.value).startswith(str(file))
     assert os.linesep not in str(refusal.value)

@@ -58,13 +58,24 @@ def write_jsonl(path, numbers, lines=()) -> None:
 
 def number(image) -> int:
     """Which picture it is: of encoded bytes or pixels."""
-    pixels = np.asarray(Image.open(io.BytesIO(image)).convert("RGB")) if isinstance(image, bytes) else image
+    pixels = (
+        np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
+        if isinstance(image, bytes)
+        else image
+    )
     return int(pixels[0, 0, 0])
 
 
 @pytest.fixture(scope="session")
 def made():
-    return SimpleNamespace(picture=picture, add=add, tar=write_tar, parquet=write_parquet, jsonl=write_jsonl, number=number)
+    return SimpleNamespace(
+        picture=picture,
+        add=add,
+        tar=write_tar,
+        parquet=write_parquet,
+        jsonl=write_jsonl,
+        number=number,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import pytest
 from tiny import SMALL
 
 from blip3o_jax.cli import main
-from blip3o_jax.data import cache, pipeline
+from blip3o_jax.data import cache, feed
 from blip3o_jax.jobs.data_cache import encoder_params
 from blip3o_jax.jobs.train import load_part, read_config
 from blip3o_jax.train import loop, losses
@@ -16,7 +16,8 @@ from blip3o_jax.train.config import PARTS
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, made):
-    """A config over 13 records of a tar, of which record 4 is damaged, and 6 of parquet; and its cache in `cache`."""
+    """A config over 13 records of a tar, of which record 4 is damaged, and 6 of parquet; and its
+    cache in `cache`."""
     folder = tmp_path_factory.mktemp("cached")
     made.tar(folder / "a.tar", range(0, 130, 10), {40: {"png": b"damaged"}})
     made.parquet(folder / "b.parquet", range(200, 206))
@@ -25,9 +26,20 @@ def folder(tmp_path_factory, made):
         {"kind": "parquet", "path": str(folder / "b.parquet")},
     ]
     data = {"sources": sources, "heldout": 2}
-    config = {"stage": "joint", "model": SMALL, "batch_size": 8, "num_steps": 2, "trainable_sana": "all", "mesh": {"data": 8}, "data": data}
+    config = {
+        "stage": "joint",
+        "model": SMALL,
+        "batch_size": 8,
+        "num_steps": 2,
+        "trainable_sana": "all",
+        "mesh": {"data": 8},
+        "data": data,
+    }
     # ml_collections knows no key with a dot, as the changes to a model have.
-    code = f"from types import SimpleNamespace\ndef get_config():\n    return SimpleNamespace(to_dict=lambda: {config!r})\n"
+    code = (
+        "from types import SimpleNamespace\n"
+        f"def get_config():\n    return SimpleNamespace(to_dict=lambda: {config!r})\n"
+    )
     (folder / "config.py").write_text(code)
     assert run(folder, "cache") == 0
     return folder
@@ -35,7 +47,18 @@ def folder(tmp_path_factory, made):
 
 def run(folder, out, *more):
     sizes = ("--shard-records", "4", "--batch-size", "8")
-    return main(["data", "cache", "--config", str(folder / "config.py"), "--out", str(folder / out), *sizes, *more])
+    return main(
+        [
+            "data",
+            "cache",
+            "--config",
+            str(folder / "config.py"),
+            "--out",
+            str(folder / out),
+            *sizes,
+            *more,
+        ]
+    )
 
 
 def config(folder, *overrides):
@@ -47,7 +70,7 @@ def shards(folder, out="cache"):
 
 
 def batches(cfg, tokenizer, count):
-    iterator = pipeline.train_batches(cfg, "", tokenizer)
+    iterator = feed.train_batches(cfg, "", tokenizer)
     return [next(iterator) for _ in range(count)]
 
 
@@ -56,14 +79,20 @@ def test_the_folder_holds_every_record_in_its_place(folder):
         f"001-0000{k}-of-00002.array_record" for k in range(2)
     ]
     cfg = config(folder, f"data.cache={folder / 'cache'}")
-    first, second = pipeline.open_sources(cfg)
+    first, second = feed.open_sources(cfg)
     assert (len(first), len(second)) == (13, 6)
     assert first.key(4) == "a.tar:00040"
     record = second[5]
     assert (record["key"], record["caption"]) == ("b.parquet:5", "a red heart 205")
     assert (record["codes"].shape, record["codes"].dtype) == ((4,), np.int32)
-    assert (record["latents"].shape, record["latents"].dtype) == ((2, 2, cfg.blip3o().dc_ae.latent_channels), np.float32)
-    assert [json.loads(line)["key"] for line in (folder / "cache" / "bad_records.0.jsonl").read_text().splitlines()] == ["a.tar:00040"]
+    assert (record["latents"].shape, record["latents"].dtype) == (
+        (2, 2, cfg.blip3o().dc_ae.latent_channels),
+        np.float32,
+    )
+    assert [
+        json.loads(line)["key"]
+        for line in (folder / "cache" / "bad_records.0.jsonl").read_text().splitlines()
+    ] == ["a.tar:00040"]
 
 
 def test_a_step_from_the_cache_is_the_step_from_the_images(folder, tokenizer):
@@ -72,15 +101,19 @@ def test_a_step_from_the_cache_is_the_step_from_the_images(folder, tokenizer):
     params = jax.jit(lambda key: model.init(key, PARTS["joint"]))(jax.random.key(plain.seed))
     loss = jax.jit(functools.partial(losses.joint_loss, model, plain))
     sheets = []
-    for step, (a, b) in enumerate(zip(batches(plain, tokenizer, 5), batches(cached, tokenizer, 5), strict=True)):
+    for step, (a, b) in enumerate(
+        zip(batches(plain, tokenizer, 5), batches(cached, tokenizer, 5), strict=True)
+    ):
         assert b.keys() == {"tokens", "start", "codes", "latents"}
-        np.testing.assert_array_equal(a["tokens"], b["tokens"])  # so the order is the same, in spite of the damaged record
+        # so the order is the same, in spite of the damaged record
+        np.testing.assert_array_equal(a["tokens"], b["tokens"])
         one, other = (loss(params, batch, jax.random.key(step))[1] for batch in (a, b))
         assert one.keys() == other.keys()
         for name in one:
             np.testing.assert_allclose(one[name], other[name], rtol=1e-6, err_msg=name)
         sheets.append(b["latents"])
-    assert np.std(np.concatenate(sheets), axis=0).max() > 0.01  # pictures differ, so the comparison means something
+    # pictures differ, so the comparison means something
+    assert np.std(np.concatenate(sheets), axis=0).max() > 0.01
 
 
 def test_a_step_from_the_cache_has_no_image_encoder(folder, tokenizer):
@@ -88,9 +121,14 @@ def test_a_step_from_the_cache_has_no_image_encoder(folder, tokenizer):
     model = loop.build_model(cfg)
     abstract = model.abstract(PARTS["joint"])
     batch = batches(cfg, tokenizer, 1)[0]
-    lowered = jax.jit(functools.partial(losses.joint_loss, model, cfg)).lower(abstract, batch, jax.random.key(0))
+    lowered = jax.jit(functools.partial(losses.joint_loss, model, cfg)).lower(
+        abstract, batch, jax.random.key(0)
+    )
     kept = lowered._lowering.compile_args["kept_var_idx"]
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path((abstract, batch, jax.random.key(0)))]
+    paths = [
+        jax.tree_util.keystr(path)
+        for path, _ in jax.tree_util.tree_leaves_with_path((abstract, batch, jax.random.key(0)))
+    ]
     used = {paths[i].split("'")[1] for i in kept if "'" in paths[i] and paths[i].startswith("[0]")}
     assert used == {"qwen3", "diffusion_connector", "sana"}
 
@@ -101,7 +139,14 @@ def test_training_runs_from_the_cache_alone(folder, tmp_path, capsys):
         file.rename(f"{file}.away")
     try:
         code = main(
-            ["train", "--config", str(folder / "config.py"), "--workdir", str(tmp_path / "run"), f"--config.data.cache={folder / 'cache'}"]
+            [
+                "train",
+                "--config",
+                str(folder / "config.py"),
+                "--workdir",
+                str(tmp_path / "run"),
+                f"--config.data.cache={folder / 'cache'}",
+            ]
         )
     finally:
         for file in hidden:
@@ -115,10 +160,14 @@ def test_a_restart_makes_the_missing_shards_only(folder, monkeypatch, capsys):
     lost = "000-00002-of-00004.array_record"
     (folder / "cache" / lost).unlink()
     with pytest.raises(Exception, match="1 of 4 shards"):
-        pipeline.open_sources(config(folder, f"data.cache={folder / 'cache'}"))
+        feed.open_sources(config(folder, f"data.cache={folder / 'cache'}"))
     written = []
     write = cache.write_shard
-    monkeypatch.setattr(cache, "write_shard", lambda file, records: (written.append(file.name), write(file, records)))
+    monkeypatch.setattr(
+        cache,
+        "write_shard",
+        lambda file, records: (written.append(file.name), write(file, records)),
+    )
     assert run(folder, "cache") == 0
     assert written == [lost]
     assert shards(folder) == before
@@ -156,7 +205,7 @@ def test_hosts_share_the_shards(folder, monkeypatch):
 def test_bfloat16_latents_are_half_the_size(folder):
     assert run(folder, "half", "--latents", "bfloat16") == 0
     (cfg, half) = (config(folder, f"data.cache={folder / name}") for name in ("cache", "half"))
-    one, other = (pipeline.open_sources(c)[1][2]["latents"] for c in (cfg, half))
+    one, other = (feed.open_sources(c)[1][2]["latents"] for c in (cfg, half))
     assert other.nbytes == one.nbytes // 2
     np.testing.assert_allclose(other.astype(np.float32), one, rtol=2**-8)
 
@@ -173,21 +222,34 @@ def sentence(capsys, argv):
     [
         ("seed=1", r"cache was made with other settings (ta_tok.weights"),  # other random encoders
         ("data.crop=original", "(crop shared there, original here)"),
-        ("model.ta_tok.stochastic_temperature=0.05", "(ta_tok.config.stochastic_temperature 0.03 there, 0.05 here)"),
+        (
+            "model.ta_tok.stochastic_temperature=0.05",
+            "(ta_tok.config.stochastic_temperature 0.03 there, 0.05 here)",
+        ),
         ("data.cache=nowhere", "nowhere holds no cache"),
         ('data.sources=[{"kind": "webdataset", "path": "c.tar"}]', "holds no source 'c.tar'"),
     ],
 )
-def test_a_cache_of_other_encoders_or_sources_is_refused_before_anything_is_made(override, expected, folder, tmp_path, capsys):
+def test_a_cache_of_other_encoders_or_sources_is_refused_before_anything_is_made(
+    override, expected, folder, tmp_path, capsys
+):
     overrides = [f"--config.data.cache={folder / 'cache'}", f"--config.{override}"]
-    argv = ["train", "--config", str(folder / "config.py"), "--workdir", str(tmp_path / "run"), *overrides]
+    argv = [
+        "train",
+        "--config",
+        str(folder / "config.py"),
+        "--workdir",
+        str(tmp_path / "run"),
+        *overrides,
+    ]
     assert expected in sentence(capsys, argv)
     assert not (tmp_path / "run").exists()
 
 
 def test_encoders_are_known_by_their_weights(folder):
     cfg = config(folder)
-    params = jax.tree.map(np.array, encoder_params(cfg, load_part))  # copies, which may be written to
+    # copies, which may be written to
+    params = jax.tree.map(np.array, encoder_params(cfg, load_part))
     before = cache.describe(cfg, params)
     assert before == cache.describe(cfg, encoder_params(cfg, load_part))
     leaf = jax.tree.leaves(params["dc_ae"]["encoder"])[0]
@@ -199,11 +261,15 @@ def test_what_the_job_refuses(folder, tmp_path, capsys):
     argv = ["data", "cache", "--config", str(folder / "config.py"), "--out"]
     new, eight = str(tmp_path / "x"), ("--batch-size", "8")
     assert "--shard-records is at least 1" in sentence(capsys, [*argv, new, "--shard-records", "0"])
-    assert "--batch-size 3 does not divide by the 8 devices" in sentence(capsys, [*argv, new, "--batch-size", "3"])
+    assert "--batch-size 3 does not divide by the 8 devices" in sentence(
+        capsys, [*argv, new, "--batch-size", "3"]
+    )
     assert "names no data.sources" in sentence(capsys, [*argv, new, "--config.data.sources=[]"])
     assert not (tmp_path / "x").exists()
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "thesis.txt").write_text("years of work")
     assert "holds thesis.txt and no cache.json" in sentence(capsys, [*argv, new, *eight])
     other = [*argv, str(folder / "cache"), *eight, "--latents", "bfloat16", "--shard-records", "4"]
-    assert "holds a cache made otherwise (latents float32 there, bfloat16 here" in sentence(capsys, other)
+    assert "holds a cache made otherwise (latents float32 there, bfloat16 here" in sentence(
+        capsys, other
+    )

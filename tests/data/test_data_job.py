@@ -13,7 +13,9 @@ from blip3o_jax.data.plots import BAR, MARK, histogram
 def scene(seed, size=(96, 64)):
     """A picture of soft blobs, so that its hash is its own."""
     rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    return Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize(
+        size, Image.Resampling.BICUBIC
+    )
 
 
 def encoded(image, kind="png", **options):
@@ -64,7 +66,8 @@ def test_flat_pictures_of_different_colours_are_not_near():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, made):
-    """A mixture: a tar with a damaged, an empty and a long record; jsonl with copies of the tar's pictures and one edit."""
+    """A mixture: a tar with a damaged, an empty and a long record; jsonl with copies of the tar's
+    pictures and one edit."""
     folder = tmp_path_factory.mktemp("mixture")
     parts = {i: {"png": encoded(scene(i, (40 + 8 * i, 64)))} for i in range(12)}
     parts[3] = {"png": b"damaged"}
@@ -76,20 +79,38 @@ def folder(tmp_path_factory, made):
     for i in (0, 1, 30, 31):
         (folder / f"{i}.jpg").write_bytes(encoded(scene(i, (40 + 8 * i, 64)), "jpeg", quality=70))
     (folder / "b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    sources = [{"kind": "webdataset", "path": str(folder / "a.tar")}, {"kind": "jsonl", "path": str(folder / "b.jsonl")}]
+    sources = [
+        {"kind": "webdataset", "path": str(folder / "a.tar")},
+        {"kind": "jsonl", "path": str(folder / "b.jsonl")},
+    ]
     config = {"stage": "joint", "batch_size": 4, "data": {"sources": sources, "heldout": 2}}
-    code = f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({config!r})\n"
+    code = (
+        "from ml_collections import ConfigDict\n"
+        f"def get_config():\n    return ConfigDict({config!r})\n"
+    )
     (folder / "config.py").write_text(code)
     return folder
 
 
 def test_check_reports_what_is_wrong_and_draws_it(folder, tmp_path, capsys, tokenizer):
-    argv = ["data", "check", "--config", str(folder / "config.py"), "--out", str(tmp_path / "report")]
+    argv = [
+        "data",
+        "check",
+        "--config",
+        str(folder / "config.py"),
+        "--out",
+        str(tmp_path / "report"),
+    ]
     assert main(argv) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report == json.loads((tmp_path / "report" / "report.json").read_text())
     tar, lines = report["sources"]
-    assert (tar["records"], tar["usable"], tar["bad"], tar["longer_than_the_prompt"]) == (12, 10, 2, 1)
+    assert (tar["records"], tar["usable"], tar["bad"], tar["longer_than_the_prompt"]) == (
+        12,
+        10,
+        2,
+        1,
+    )
     assert [e["key"] for e in tar["examples"]] == ["a.tar:00003", "a.tar:00004"]
     assert (tar["shorter_side"]["min"], tar["shorter_side"]["max"]) == (40, 64)
     assert tar["smaller_than_the_run"] == 3  # widths 40, 48 and 56; the damaged one is not seen
@@ -97,10 +118,19 @@ def test_check_reports_what_is_wrong_and_draws_it(folder, tmp_path, capsys, toke
     assert (lines["usable"], lines["edits"]) == (4, 1)
     assert lines["prompt_tokens"]["min"] == len(tokenizer.encode_prompt("a cat"))
     assert report["near_duplicates"] == {"groups": 2, "superfluous": 2}
-    groups = [json.loads(line) for line in (tmp_path / "report" / "duplicates.jsonl").read_text().splitlines()]
+    groups = [
+        json.loads(line)
+        for line in (tmp_path / "report" / "duplicates.jsonl").read_text().splitlines()
+    ]
     assert sorted(groups) == [["a.tar:00000", "b.jsonl:1"], ["a.tar:00001", "b.jsonl:2"]]
-    problems = [json.loads(line) for line in (tmp_path / "report" / "problems.jsonl").read_text().splitlines()]
-    assert ["cannot be decoded" in problems[0]["reason"], "empty" in problems[1]["reason"]] == [True, True]
+    problems = [
+        json.loads(line)
+        for line in (tmp_path / "report" / "problems.jsonl").read_text().splitlines()
+    ]
+    assert ["cannot be decoded" in problems[0]["reason"], "empty" in problems[1]["reason"]] == [
+        True,
+        True,
+    ]
     for name in ("sizes", "aspect_ratios", "prompt_tokens"):
         assert Image.open(tmp_path / "report" / f"{name}.png").size == (720, 360)
     assert main(argv) == 2
@@ -108,7 +138,16 @@ def test_check_reports_what_is_wrong_and_draws_it(folder, tmp_path, capsys, toke
 
 
 def test_a_limit_spreads_over_the_source(folder, tmp_path, capsys):
-    argv = ["data", "check", "--config", str(folder / "config.py"), "--out", str(tmp_path / "report"), "--limit", "4"]
+    argv = [
+        "data",
+        "check",
+        "--config",
+        str(folder / "config.py"),
+        "--out",
+        str(tmp_path / "report"),
+        "--limit",
+        "4",
+    ]
     assert main(argv) == 0
     tar, lines = json.loads(capsys.readouterr().out.splitlines()[-1])["sources"]
     assert (tar["records"], tar["looked_at"], lines["looked_at"]) == (12, 4, 4)
@@ -116,7 +155,9 @@ def test_a_limit_spreads_over_the_source(folder, tmp_path, capsys):
 
 
 def test_a_histogram_has_a_bar_where_the_values_are():
-    pixels = np.asarray(histogram([1.0] * 30 + [64.0] * 10, "x", "y", mark=8.0, mark_name="limit", log=True))
+    pixels = np.asarray(
+        histogram([1.0] * 30 + [64.0] * 10, "x", "y", mark=8.0, mark_name="limit", log=True)
+    )
     columns = (pixels == BAR).all(-1).sum(0)
     filled = np.flatnonzero(columns)
     assert columns[filled[0]] > 2.5 * columns[filled[-1]] > 0
@@ -129,7 +170,9 @@ def test_a_histogram_has_a_bar_where_the_values_are():
 def test_stats_count_what_is_read(folder, capsys):
     config, path = str(folder / "config.py"), str(folder / "a.tar")
     only = "--config.data.sources=" + json.dumps([{"kind": "webdataset", "path": path}])
-    assert main(["data", "stats", "--config", config, "--threads", "1,2", "--batches", "3", only]) == 0
+    assert (
+        main(["data", "stats", "--config", config, "--threads", "1,2", "--batches", "3", only]) == 0
+    )
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["threads"] for row in report["by_threads"]] == [1, 2]
     for row in report["by_threads"]:
@@ -148,21 +191,55 @@ PLAIN, WEIGHTED = '{"kind": "jsonl", "path": "a"}', '{"kind": "jsonl", "path": "
         (["check", "--limit", "-1", "--out", "x"], "--limit is at least 0"),
         (["stats", "--threads", "0"], "--threads are numbers of at least 1"),
         (["stats", "--batches", "0"], "--batches is at least 1"),
-        (["stats", "--config.data.max_bad_fraction=0"], "cannot be used, more than data.max_bad_fraction 0.0"),
-        (["check", "--out", "x", '--config.data.sources=[{"kind": "tar", "path": "a.tar"}]'], "Unknown kind of source 'tar'"),
-        (["check", "--out", "x", '--config.data.sources=[{"kind": "jsonl", "paht": "a"}]'], "'data.sources[0].paht'; did you mean 'path'"),
+        (
+            ["stats", "--config.data.max_bad_fraction=0"],
+            "cannot be used, more than data.max_bad_fraction 0.0",
+        ),
+        (
+            ["check", "--out", "x", '--config.data.sources=[{"kind": "tar", "path": "a.tar"}]'],
+            "Unknown kind of source 'tar'",
+        ),
+        (
+            ["check", "--out", "x", '--config.data.sources=[{"kind": "jsonl", "paht": "a"}]'],
+            "'data.sources[0].paht'; did you mean 'path'",
+        ),
         (["check", "--out", "x", "--config.data.sources=a.tar"], "wants a list of groups of keys"),
-        (["check", "--out", "x", '--config.data.sources=[{"kind": "jsonl", "path": "no.jsonl"}]'], "no file at 'no.jsonl'"),
+        (
+            [
+                "check",
+                "--out",
+                "x",
+                '--config.data.sources=[{"kind": "jsonl", "path": "no.jsonl"}]',
+            ],
+            "no file at 'no.jsonl'",
+        ),
         (["check", "--out", "x", "--config.data.long_captions=cut"], "'truncate' or 'drop'"),
         (["check", "--out", "x", "--config.data.crop=random"], "'shared' or 'original'"),
-        (["check", "--out", "x", "--config.stage=autoencoder"], "which stage 'autoencoder' does not read"),
-        (["check", "--out", "x", "--config.loss.stochastic_codes=true", "--config.data.cache=c"], "stochastic_codes must be false"),
-        (["check", "--out", "x", "--config.data.sources=[]", "--config.data.cache=c"], "name the sources"),
+        (
+            ["check", "--out", "x", "--config.stage=autoencoder"],
+            "which stage 'autoencoder' does not read",
+        ),
+        (
+            ["check", "--out", "x", "--config.loss.stochastic_codes=true", "--config.data.cache=c"],
+            "stochastic_codes must be false",
+        ),
+        (
+            ["check", "--out", "x", "--config.data.sources=[]", "--config.data.cache=c"],
+            "name the sources",
+        ),
         (["check", "--out", "x", "--config.data.tokenizer=no.json"], "No tokenizer at 'no.json'"),
         (["check", "--out", "x", f"--config.data.sources=[{WEIGHTED}, {PLAIN}]"], "or none"),
-        (["check", "--out", "x", '--config.data.sources=[{"kind": "jsonl", "path": "a", "weight": 1, "repeat": 2}]'], "not both"),
+        (
+            [
+                "check",
+                "--out",
+                "x",
+                '--config.data.sources=[{"kind": "jsonl", "path": "a", "weight": 1, "repeat": 2}]',
+            ],
+            "not both",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_sentence(argv, sentence, folder, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "--config" not in argv:

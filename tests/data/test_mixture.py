@@ -4,11 +4,11 @@ import json
 import numpy as np
 import pytest
 
-from blip3o_jax.config import ConfigError
-from blip3o_jax.data import pipeline
+from blip3o_jax.data import feed
+from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.mixture import HeldOut, place, shuffled, shuffled_blocks, whole_weights
+from blip3o_jax.errors import InputError
 from blip3o_jax.train.config import DataConfig, TrainConfig
-from blip3o_jax.train.data_config import SourceConfig
 
 
 def test_weights_become_whole_numbers_exactly():
@@ -42,7 +42,8 @@ def test_a_shuffle_of_blocks_shows_every_record_once_and_stays_near(starts):
     assert [sorted(e) for e in epochs] == [list(range(50))] * 2
     assert epochs[0] != epochs[1]
     blocks = np.searchsorted(starts, epochs[0], "right") - 1
-    # A block's records lie among those of its window, so that reading in order needs few blocks at once.
+    # A block's records lie among those of its window, so that reading in order needs few blocks at
+    # once.
     live = [len({b for b in blocks[i:] if b in set(blocks[: i + 1])}) for i in range(50)]
     assert max(live) <= 4
     assert order(77) == shuffled_blocks(np.array(starts), 50, seed=1)(77)
@@ -78,13 +79,16 @@ def test_blocks_move_up_when_records_are_held_out():
 
 
 def test_too_many_held_out_are_refused():
-    with pytest.raises(ConfigError, match=r"data\.heldout 6 leaves too few of the first source's 10"):
+    with pytest.raises(
+        InputError, match=r"data\.heldout 6 leaves too few of the first source's 10"
+    ):
         HeldOut(Numbers(10), 6, kept=True)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, made):
-    """A run over a tar of pictures 0..19 and a parquet file of 100..129, three of the first held out."""
+    """A run over a tar of pictures 0..19 and a parquet file of 100..129, three of the first held
+    out."""
     folder = tmp_path_factory.mktemp("mixture")
     made.tar(folder / "a.tar", range(20))
     made.parquet(folder / "b.parquet", range(100, 130))
@@ -100,14 +104,14 @@ def numbers(batch):
 
 
 def take(cfg, tokenizer, count, start=0, hosts=(0, 1)):
-    iterator = pipeline.train_batches(cfg, "", tokenizer, start, hosts=hosts)
+    iterator = feed.train_batches(cfg, "", tokenizer, start, hosts=hosts)
     return [next(iterator) for _ in range(count)]
 
 
 def test_a_mixture_keeps_its_weights_and_never_shows_what_is_held_out(run, tokenizer):
     shown = [numbers(batch) for batch in take(run, tokenizer, 34)]
     assert all(sum(n < 100 for n in batch) == 2 for batch in shown)
-    held = numbers(pipeline.heldout_batch(run, "", tokenizer, 64))
+    held = numbers(feed.heldout_batch(run, "", tokenizer, 64))
     assert held == [0, 6, 12]
     first = [n for batch in shown for n in batch if n < 100]
     assert sorted(first[:17]) == sorted(first[17:34]) == sorted(set(range(20)) - set(held))
@@ -129,7 +133,9 @@ def test_the_global_batch_is_the_same_whatever_the_hosts(run, tokenizer, hosts):
     parts = [take(run, tokenizer, 6, hosts=(host, hosts)) for host in range(hosts)]
     for step, batch in enumerate(whole):
         for name, array in batch.items():
-            np.testing.assert_array_equal(np.concatenate([part[step][name] for part in parts]), array)
+            np.testing.assert_array_equal(
+                np.concatenate([part[step][name] for part in parts]), array
+            )
 
 
 def test_a_batch_is_a_function_of_seed_and_step(run, tokenizer):
@@ -143,14 +149,20 @@ def test_a_batch_is_a_function_of_seed_and_step(run, tokenizer):
 def test_without_weights_a_source_counts_by_its_size_and_repeats(run, tokenizer):
     first, second = (dataclasses.replace(s, weight=0.0) for s in run.data.sources)
     data = dataclasses.replace(run.data, sources=(dataclasses.replace(first, repeat=3), second))
-    shown = [n for b in take(dataclasses.replace(run, data=data), tokenizer, 81 // 8 + 1) for n in numbers(b)][:81]
+    shown = [
+        n
+        for b in take(dataclasses.replace(run, data=data), tokenizer, 81 // 8 + 1)
+        for n in numbers(b)
+    ][:81]
     assert sum(n < 100 for n in shown) == 3 * 17
     assert sum(n >= 100 for n in shown) == 30
 
 
 def test_a_batch_that_hosts_do_not_divide_is_refused(run, tokenizer):
-    with pytest.raises(ConfigError, match="batch_size 8 does not divide by 3 hosts; the nearest that do are 6 and 9"):
-        pipeline.train_batches(run, "", tokenizer, hosts=(0, 3))
+    with pytest.raises(
+        InputError, match="batch_size 8 does not divide by 3 hosts; the nearest that do are 6 and 9"
+    ):
+        feed.train_batches(run, "", tokenizer, hosts=(0, 3))
 
 
 def test_an_edit_is_no_training_record_yet(tmp_path, made):
@@ -158,5 +170,7 @@ def test_an_edit_is_no_training_record_yet(tmp_path, made):
     line = {"instruction": "make it blue", "input_images": ["0.png"], "output_image": "2.png"}
     (tmp_path / "edits.jsonl").write_text(json.dumps(line))
     data = DataConfig(sources=(SourceConfig("jsonl", str(tmp_path / "edits.jsonl")),))
-    with pytest.raises(ConfigError, match="holds edits, which can be checked but not yet trained on"):
-        pipeline.open_sources(TrainConfig(stage="joint", data=data))
+    with pytest.raises(
+        InputError, match="holds edits, which can be checked but not yet trained on"
+    ):
+        feed.open_sources(TrainConfig(stage="joint", data=data))

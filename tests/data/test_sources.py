@@ -5,12 +5,12 @@ import tarfile
 import numpy as np
 import pytest
 
-from blip3o_jax.config import ConfigError
 from blip3o_jax.data import tars
+from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.records import RecordError
 from blip3o_jax.data.sources import open_source
+from blip3o_jax.errors import InputError
 from blip3o_jax.scenes import builder, prompts, scene
-from blip3o_jax.train.data_config import SourceConfig
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,9 @@ def test_members_of_a_record_may_be_of_any_name_kind_and_order(tmp_path, made):
 
 
 def test_a_record_that_lacks_a_part_keeps_its_number(tmp_path, made):
-    made.tar(tmp_path / "a.tar", range(4), {1: {"txt": None}, 2: {"png": None}, 3: {"txt": b"\xff"}})
+    made.tar(
+        tmp_path / "a.tar", range(4), {1: {"txt": None}, 2: {"png": None}, 3: {"txt": b"\xff"}}
+    )
     source = tar_source(tmp_path)
     assert len(source) == 4
     for i, reason in ((1, "no txt"), (2, "no image"), (3, "not UTF-8")):
@@ -81,7 +83,9 @@ def test_the_index_is_kept_and_made_anew_when_the_tar_changes(tmp_path, made, mo
     assert len(tars.open_index(str(tar))) == 7
 
 
-def test_an_index_that_cannot_stand_beside_the_tar_stands_in_the_cache_folder(tmp_path, made, monkeypatch):
+def test_an_index_that_cannot_stand_beside_the_tar_stands_in_the_cache_folder(
+    tmp_path, made, monkeypatch
+):
     tar = tmp_path / "a.tar"
     made.tar(tar, range(3))
     store = tars._store
@@ -103,10 +107,14 @@ def test_an_index_that_cannot_stand_beside_the_tar_stands_in_the_cache_folder(tm
 def test_a_tar_cut_short_is_an_error(part, tmp_path, made):
     made.tar(tmp_path / "a.tar", range(6))
     index = tars.read_headers(str(tmp_path / "a.tar"))
-    cut = {"header": index["image"][3][0] - 300, "data": index["image"][3][0] + 10, "last": index["text"][5][0] + 5}[part]
+    cut = {
+        "header": index["image"][3][0] - 300,
+        "data": index["image"][3][0] + 10,
+        "last": index["text"][5][0] + 5,
+    }[part]
     data = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(data[:cut])
-    with pytest.raises(ConfigError, match=r"a\.tar is (no whole|damaged)"):
+    with pytest.raises(InputError, match=r"a\.tar is (no whole|damaged)"):
         tars.read_headers(str(tmp_path / "a.tar"))
 
 
@@ -116,14 +124,14 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path, made):
     data = bytearray((tmp_path / "a.tar").read_bytes())
     data[at : at + 64] = b"\xa5" * 64
     (tmp_path / "a.tar").write_bytes(data)
-    with pytest.raises(ConfigError, match=f"damaged at byte {at}, after 3 records"):
+    with pytest.raises(InputError, match=f"damaged at byte {at}, after 3 records"):
         tars.read_headers(str(tmp_path / "a.tar"))
 
 
 def test_a_compressed_tar_is_refused(tmp_path, made):
     with tarfile.open(tmp_path / "a.tar", "w:gz") as tar:
         made.add(tar, "0.png", made.picture(0))
-    with pytest.raises(ConfigError, match="uncompressed"):
+    with pytest.raises(InputError, match="uncompressed"):
         tar_source(tmp_path)
 
 
@@ -136,10 +144,10 @@ def test_parquet_reads_any_row_of_any_group(tmp_path, made):
     for i in (12, 3, 4, 9, 0):
         assert (made.number(source[i].image), source[i].caption) == (i, f"a red heart {i}")
     assert source.key(11) == "b.parquet:1"
-    with pytest.raises(ConfigError, match="no column 'caption'; set caption_field of the source"):
+    with pytest.raises(InputError, match="no column 'caption'; set caption_field of the source"):
         open_source(SourceConfig("parquet", str(tmp_path / "*.parquet"), caption_field="caption"))
     (tmp_path / "b.parquet").write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(ConfigError, match=r"b\.parquet is no whole parquet file"):
+    with pytest.raises(InputError, match=r"b\.parquet is no whole parquet file"):
         open_source(SourceConfig("parquet", str(tmp_path / "*.parquet")))
 
 
@@ -149,7 +157,11 @@ def test_parquet_without_bytes_or_text_is_a_bad_record(tmp_path, made):
 
     rows = {"picture": [None, made.picture(1), made.picture(2)], "label": ["x", None, "two"]}
     pq.write_table(pa.table(rows), tmp_path / "a.parquet")
-    source = open_source(SourceConfig("parquet", str(tmp_path / "a.parquet"), image_field="picture", caption_field="label"))
+    source = open_source(
+        SourceConfig(
+            "parquet", str(tmp_path / "a.parquet"), image_field="picture", caption_field="label"
+        )
+    )
     with pytest.raises(RecordError, match="no bytes in the column 'picture'"):
         source[0]
     with pytest.raises(RecordError, match="no text in the column 'label'"):
@@ -158,13 +170,29 @@ def test_parquet_without_bytes_or_text_is_a_bad_record(tmp_path, made):
 
 
 def test_jsonl_reads_captions_and_says_what_a_line_lacks(tmp_path, made):
-    lines = ["", "{", '{"image": "0.png"}', '{"image": "none.png", "caption": "x"}', '{"image": 3, "caption": "x"}', "[]"]
+    lines = [
+        "",
+        "{",
+        '{"image": "0.png"}',
+        '{"image": "none.png", "caption": "x"}',
+        '{"image": 3, "caption": "x"}',
+        "[]",
+    ]
     made.jsonl(tmp_path / "a.jsonl", range(3), lines)
     source = open_source(SourceConfig("jsonl", str(tmp_path / "a.jsonl")))
     assert len(source) == 8  # the blank line is none
     assert [made.number(source[i].image) for i in (2, 0)] == [2, 0]
     assert source.key(2) == "a.jsonl:3"
-    for i, reason in enumerate(("not JSON", "no field 'caption'", "none.png cannot be read", "not text", "not a JSON object"), 3):
+    for i, reason in enumerate(
+        (
+            "not JSON",
+            "no field 'caption'",
+            "none.png cannot be read",
+            "not text",
+            "not a JSON object",
+        ),
+        3,
+    ):
         with pytest.raises(RecordError, match=reason):
             source[i]
 
@@ -172,8 +200,23 @@ def test_jsonl_reads_captions_and_says_what_a_line_lacks(tmp_path, made):
 @pytest.mark.parametrize(
     ("line", "inputs"),
     [
-        ({"instruction": "make it blue", "input_images": ["0.png", "1.png"], "output_image": "2.png"}, [0, 1]),
-        ({"instruction": "x", "used_instruction": "make it blue", "input_images": ["1.png"], "image": "2.png"}, [1]),
+        (
+            {
+                "instruction": "make it blue",
+                "input_images": ["0.png", "1.png"],
+                "output_image": "2.png",
+            },
+            [0, 1],
+        ),
+        (
+            {
+                "instruction": "x",
+                "used_instruction": "make it blue",
+                "input_images": ["1.png"],
+                "image": "2.png",
+            },
+            [1],
+        ),
         ({"input_prompt": "make it blue", "input_image": "0.png", "output_image": "2.png"}, [0]),
     ],
 )
@@ -191,9 +234,19 @@ def test_field_names_of_a_source_come_first(tmp_path, made):
     made.jsonl(tmp_path / "unused.jsonl", range(3))
     line = {"before": "0.png", "after": "2.png", "what": "swap", "caption": "no", "image": "1.png"}
     (tmp_path / "edits.jsonl").write_text(json.dumps(line))
-    spec = SourceConfig("jsonl", str(tmp_path / "edits.jsonl"), image_field="after", caption_field="what", inputs_field="before")
+    spec = SourceConfig(
+        "jsonl",
+        str(tmp_path / "edits.jsonl"),
+        image_field="after",
+        caption_field="what",
+        inputs_field="before",
+    )
     record = open_source(spec)[0]
-    assert ([made.number(i) for i in record.inputs], made.number(record.image), record.caption) == ([0], 2, "swap")
+    assert ([made.number(i) for i in record.inputs], made.number(record.image), record.caption) == (
+        [0],
+        2,
+        "swap",
+    )
 
 
 def test_a_folder_of_tfds_gives_its_encoded_images(tmp_path):
@@ -206,19 +259,19 @@ def test_a_folder_of_tfds_gives_its_encoded_images(tmp_path):
     metadata, drawn = prompts.sample(0, 4, "train", text=0.1)
     assert (len(source), source[4].caption) == (6, metadata["prompt"])
     np.testing.assert_array_equal(np.asarray(decode_image(source[4].image)), scene.compose(drawn))
-    with pytest.raises(ConfigError, match="no split 'held'; did you mean 'heldout'"):
+    with pytest.raises(InputError, match="no split 'held'; did you mean 'heldout'"):
         open_source(SourceConfig("array_record", str(folder), split="held"))
-    with pytest.raises(ConfigError, match="is no folder that TFDS wrote"):
+    with pytest.raises(InputError, match="is no folder that TFDS wrote"):
         open_source(SourceConfig("array_record", str(tmp_path)))
 
 
 def test_no_files_and_no_records_are_errors(tmp_path):
-    with pytest.raises(ConfigError, match="no file at"):
+    with pytest.raises(InputError, match="no file at"):
         tar_source(tmp_path)
     with tarfile.open(tmp_path / "a.tar", "w"):
         pass
-    with pytest.raises(ConfigError, match=r"a\.tar' \(webdataset\) holds no records"):
+    with pytest.raises(InputError, match=r"a\.tar' \(webdataset\) holds no records"):
         tar_source(tmp_path, "a.tar")
     (tmp_path / "a.jsonl").write_text("\n")
-    with pytest.raises(ConfigError, match="holds no records"):
+    with pytest.raises(InputError, match="holds no records"):
         open_source(SourceConfig("jsonl", str(tmp_path / "a.jsonl")))

@@ -6,12 +6,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blip3o_jax.config import ConfigError
-from blip3o_jax.data import pipeline
+from blip3o_jax.data import feed
+from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.records import RecordError
-from blip3o_jax.data.transform import Tally, centre_crop, decode_image, fit_caption, prompt_length, squash
+from blip3o_jax.data.transform import (
+    Tally,
+    centre_crop,
+    decode_image,
+    fit_caption,
+    prompt_length,
+    squash,
+)
+from blip3o_jax.errors import InputError
 from blip3o_jax.train.config import DataConfig, TrainConfig
-from blip3o_jax.train.data_config import SourceConfig
 
 
 def stripes(width, height):
@@ -19,7 +26,13 @@ def stripes(width, height):
     x = np.linspace(0, 255, width).astype(np.uint8)
     y = np.linspace(0, 255, height).astype(np.uint8)
     return Image.fromarray(
-        np.dstack([np.broadcast_to(x, (height, width)), np.broadcast_to(y[:, None], (height, width)), np.zeros((height, width), np.uint8)])
+        np.dstack(
+            [
+                np.broadcast_to(x, (height, width)),
+                np.broadcast_to(y[:, None], (height, width)),
+                np.zeros((height, width), np.uint8),
+            ]
+        )
     )
 
 
@@ -49,7 +62,13 @@ def test_images_of_every_mode_become_rgb(mode):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda d: d[: len(d) // 2], lambda d: b"not an image", lambda d: b"", lambda d: d[:40] + b"\0" * 40 + d[80:]]
+    "damage",
+    [
+        lambda d: d[: len(d) // 2],
+        lambda d: b"not an image",
+        lambda d: b"",
+        lambda d: d[:40] + b"\0" * 40 + d[80:],
+    ],
 )
 def test_a_damaged_image_is_a_bad_record(damage, made):
     data = made.picture(3, size=(200, 200))
@@ -78,7 +97,7 @@ def run(tmp_path, made):
 
 
 def numbers(cfg, tokenizer, count, workdir=None, start=0):
-    batches = pipeline.train_batches(cfg, "", tokenizer, start, tally=pipeline.tally_of(cfg, workdir))
+    batches = feed.train_batches(cfg, "", tokenizer, start, tally=feed.tally_of(cfg, workdir))
     return [n for _ in range(count) for n in next(batches)["images"][:, 0, 0, 0].tolist()]
 
 
@@ -89,7 +108,9 @@ def changed(cfg, **data):
 def test_bad_records_are_named_and_the_next_takes_their_place(run, tokenizer, tmp_path):
     shown = numbers(run, tokenizer, 11, tmp_path)  # two epochs of 22 records
     assert sorted(shown) == sorted([*(set(range(24)) - {0, 12} - set(BAD)), 4, 11, 11] * 2)
-    lines = [json.loads(line) for line in (tmp_path / "bad_records.0.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "bad_records.0.jsonl").read_text().splitlines()
+    ]
     reasons = {line["key"]: line["reason"] for line in lines}
     assert len(lines) == len(reasons)  # each once
     assert reasons.keys() == {"a.tar:00003", "a.tar:00009", "a.tar:00010"}
@@ -100,7 +121,9 @@ def test_bad_records_are_named_and_the_next_takes_their_place(run, tokenizer, tm
 
 
 def test_too_many_bad_records_stop_the_run(run, tokenizer):
-    with pytest.raises(ConfigError, match=r"3 of \d+ records cannot be used, more than data.max_bad_fraction 0.002"):
+    with pytest.raises(
+        InputError, match=r"3 of \d+ records cannot be used, more than data.max_bad_fraction 0.002"
+    ):
         numbers(changed(run, max_bad_fraction=0.002), tokenizer, 11)
 
 
@@ -111,20 +134,25 @@ def test_the_bound_is_a_share_of_the_records_read(tmp_path):
     tally.add(read=2000)
     for i in range(10):
         tally.bad(str(i), "x")
-    with pytest.raises(ConfigError, match="21 of 2000"):
+    with pytest.raises(InputError, match="21 of 2000"):
         tally.bad("a", "y")
     assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 11
 
 
 @pytest.mark.parametrize("action", ["truncate", "drop"])
-def test_long_captions_are_cut_or_dropped_and_counted(action, run, tokenizer, tmp_path, made, caplog):
+def test_long_captions_are_cut_or_dropped_and_counted(
+    action, run, tokenizer, tmp_path, made, caplog
+):
     long = "a red heart left of " * 20
     made.tar(tmp_path / "a.tar", range(24), {5: {"txt": long.encode()}})
     cfg = changed(run, long_captions=action)
     with caplog.at_level("INFO"):
-        batches = pipeline.train_batches(cfg, "", tokenizer)
+        batches = feed.train_batches(cfg, "", tokenizer)
         rows = [
-            row for _ in range(11) for b in [next(batches)] for row in zip(b["images"][:, 0, 0, 0], b["tokens"], b["start"], strict=True)
+            row
+            for _ in range(11)
+            for b in [next(batches)]
+            for row in zip(b["images"][:, 0, 0, 0], b["tokens"], b["start"], strict=True)
         ]
     assert f"2 {action.rstrip('e')}" in caplog.text.replace("dropped", "drop")
     of_five = [(tokens, start) for n, tokens, start in rows if n == 5]
@@ -143,15 +171,21 @@ def test_the_original_crop_adds_the_tokenizers_view(run, tokenizer, tmp_path):
     file = io.BytesIO()
     stripes(200, 100).save(file, "png")
     (tmp_path / "wide.png").write_bytes(file.getvalue())
-    (tmp_path / "a.jsonl").write_text((json.dumps({"image": "wide.png", "caption": "a cat"}) + "\n") * 4)
-    cfg = changed(run, sources=(SourceConfig("jsonl", str(tmp_path / "a.jsonl")),), heldout=1, crop="original")
-    batch = pipeline.heldout_batch(cfg, "", tokenizer, 4)
-    np.testing.assert_array_equal(batch["view"][0], squash(stripes(200, 100), cfg.blip3o().ta_tok.encoder.image_size))
+    (tmp_path / "a.jsonl").write_text(
+        (json.dumps({"image": "wide.png", "caption": "a cat"}) + "\n") * 4
+    )
+    cfg = changed(
+        run, sources=(SourceConfig("jsonl", str(tmp_path / "a.jsonl")),), heldout=1, crop="original"
+    )
+    batch = feed.heldout_batch(cfg, "", tokenizer, 4)
+    np.testing.assert_array_equal(
+        batch["view"][0], squash(stripes(200, 100), cfg.blip3o().ta_tok.encoder.image_size)
+    )
     assert abs(int(batch["images"][0, 32, 0, 0]) - 64) < 6
-    assert "view" not in pipeline.heldout_batch(changed(cfg, crop="shared"), "", tokenizer, 4)
+    assert "view" not in feed.heldout_batch(changed(cfg, crop="shared"), "", tokenizer, 4)
 
 
 def test_a_source_without_a_usable_record_stops(run, tokenizer, tmp_path, made):
     made.tar(tmp_path / "a.tar", range(8), {i: {"png": b"no"} for i in range(8)})
-    with pytest.raises(ConfigError, match=r"None of 100 records from a\.tar"):
+    with pytest.raises(InputError, match=r"None of 100 records from a\.tar"):
         numbers(changed(run, max_bad_fraction=1.0), tokenizer, 1)

@@ -1,6 +1,6 @@
 import pytest
 
-from blip3o_jax.config import ConfigError
+from blip3o_jax.errors import InputError
 from blip3o_jax.jobs.output import new_file, new_folder
 
 
@@ -16,13 +16,16 @@ def test_a_folder_is_replaced_only_when_asked_and_known(tmp_path):
     target = tmp_path / "made"
     with new_folder(str(target), "list") as folder:
         (folder / "list").write_text("old")
-    with pytest.raises(ConfigError, match="--overwrite"), new_folder(str(target), "list"):
+    with pytest.raises(InputError, match="--overwrite"), new_folder(str(target), "list"):
         pass
     with new_folder(str(target), "list", overwrite=True) as folder:
         (folder / "list").write_text("new")
     assert (target / "list").read_text() == "new"
     (target / "list").rename(target / "other")
-    with pytest.raises(ConfigError, match="not overwritten"), new_folder(str(target), "list", overwrite=True):
+    with (
+        pytest.raises(InputError, match="not overwritten"),
+        new_folder(str(target), "list", overwrite=True),
+    ):
         pass
 
 
@@ -45,7 +48,7 @@ def test_a_file_appears_whole(tmp_path):
     with new_file(str(target)) as path:
         path.write_text("x")
     assert target.read_text() == "x"
-    with pytest.raises(ConfigError, match="exists"), new_file(str(target)):
+    with pytest.raises(InputError, match="exists"), new_file(str(target)):
         pass
     with new_file(str(target), overwrite=True) as path:
         path.write_text("y")

@@ -1,4 +1,5 @@
-"""Preflight for real: alone, as two processes of a SLURM step on loopback, and with what it must find wrong."""
+"""Preflight for real: alone, as two processes of a SLURM step on loopback, and with what it must
+find wrong."""
 
 import json
 import os
@@ -15,16 +16,28 @@ PREFLIGHT = Path(__file__).resolve().parents[2] / "launch" / "preflight.py"
 
 
 def start(workdir, *options: str, **variables: str) -> subprocess.Popen:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "BLIP3O_", "XLA_FLAGS"))}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "BLIP3O_", "XLA_FLAGS"))
+    }
     command = [sys.executable, PREFLIGHT, "--workdir", str(workdir), *options]
-    return subprocess.Popen(command, env=inherited | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        env=inherited | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def outcome(process: subprocess.Popen) -> tuple[int, list[str]]:
     """(exit code, its own lines without the host's name in front)."""
     printed, _ = process.communicate(timeout=240)
     host = f"{socket.gethostname()} "
-    return process.returncode, [line.removeprefix(host) for line in printed.splitlines() if line.startswith(host)]
+    return process.returncode, [
+        line.removeprefix(host) for line in printed.splitlines() if line.startswith(host)
+    ]
 
 
 def slurm(process: int, count: int, job: int) -> dict[str, str]:
@@ -41,10 +54,20 @@ def slurm(process: int, count: int, job: int) -> dict[str, str]:
 
 def test_two_processes_of_a_slurm_step_add_up(tmp_path):
     job = random.Random(os.getpid()).randrange(1 << 20)  # jax takes the coordinator's port from it
-    started = [start(tmp_path / "run", "--processes", "2", "--timeout", "120", **slurm(i, 2, job)) for i in range(2)]
+    started = [
+        start(tmp_path / "run", "--processes", "2", "--timeout", "120", **slurm(i, 2, job))
+        for i in range(2)
+    ]
     for i, (code, lines) in enumerate(map(outcome, started)):
         assert code == 0, lines
-        assert [line.split(":")[0] for line in lines] == ["versions", "workdir", "data", "processes", "devices", "all_reduce"]
+        assert [line.split(":")[0] for line in lines] == [
+            "versions",
+            "workdir",
+            "data",
+            "processes",
+            "devices",
+            "all_reduce",
+        ]
         assert lines[3] == f"processes: ok, this is {i} of 2"
         assert "1 of 2 devices are local" in lines[4]
         assert "2 devices add up" in lines[5]
@@ -53,7 +76,14 @@ def test_two_processes_of_a_slurm_step_add_up(tmp_path):
 
 def test_a_missing_process_is_told_in_time(tmp_path):
     began = time.monotonic()
-    code, lines = outcome(start(tmp_path, "--timeout", "5", **slurm(0, 2, random.Random(os.getpid() + 1).randrange(1 << 20))))
+    code, lines = outcome(
+        start(
+            tmp_path,
+            "--timeout",
+            "5",
+            **slurm(0, 2, random.Random(os.getpid() + 1).randrange(1 << 20)),
+        )
+    )
     assert code == 1
     assert lines[-1].startswith("processes: FAILED")
     assert time.monotonic() - began < 90
@@ -62,9 +92,15 @@ def test_a_missing_process_is_told_in_time(tmp_path):
 @pytest.fixture
 def config(tmp_path):
     """A config whose only source is a file beside it."""
-    values = {"stage": "joint", "data": {"sources": [{"kind": "jsonl", "path": str(tmp_path / "data" / "*.jsonl")}]}}
+    values = {
+        "stage": "joint",
+        "data": {"sources": [{"kind": "jsonl", "path": str(tmp_path / "data" / "*.jsonl")}]},
+    }
     file = tmp_path / "mine.py"
-    file.write_text(f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({values!r})\n")
+    file.write_text(
+        "from ml_collections import ConfigDict\ndef get_config():\n    return "
+        f"ConfigDict({values!r})\n"
+    )
     return file
 
 
@@ -81,7 +117,10 @@ def test_data_must_be_there_and_devices_as_planned(tmp_path, config):
     assert "v5e:2x2 has 4 of TPU v5 lite" in lines[-1]
 
 
-@pytest.mark.parametrize(("workdir", "sentence"), [("/proc/nothing/here", "cannot be written"), ("gs://bucket/run", "a bucket's address")])
+@pytest.mark.parametrize(
+    ("workdir", "sentence"),
+    [("/proc/nothing/here", "cannot be written"), ("gs://bucket/run", "a bucket's address")],
+)
 def test_a_workdir_that_cannot_be_one(workdir, sentence):
     code, lines = outcome(start(workdir))
     assert code == 1

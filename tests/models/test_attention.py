@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from blip3o_jax.config import ConfigError
+from blip3o_jax.errors import InputError
+from blip3o_jax.kernels.platform import on_cpu, platform
 from blip3o_jax.models.attention import Causal, attention, best_implementation, linear_attention
-from blip3o_jax.models.layers import on_cpu, platform
 
 
 def normal(seed, *shape):
@@ -34,18 +34,24 @@ def by_hand(q, k, v, mask, scale):
 def test_grouped_heads_and_masks(mask_heads, queries):
     q, k, v = normal(0, 2, queries, 6, 4), normal(1, 2, 7, 3, 4), normal(2, 2, 7, 3, 4)
     mask = None if mask_heads is None else normal(3, 2, mask_heads, queries, 7) > -0.5
-    np.testing.assert_allclose(attention(q, k, v, mask, 0.3), by_hand(q, k, v, mask, 0.3), atol=2e-6)
+    np.testing.assert_allclose(
+        attention(q, k, v, mask, 0.3), by_hand(q, k, v, mask, 0.3), atol=2e-6
+    )
 
 
 def test_causal_sees_valid_tokens_up_to_itself():
     q, k, v = normal(0, 2, 4, 2, 4), normal(1, 2, 4, 2, 4), normal(2, 2, 4, 2, 4)
     valid = np.array([[True, True, True, False], [False, True, False, True]])
-    allowed = np.array([[[s <= t and row[s] for s in range(4)] for t in range(4)] for row in valid])[:, None]
+    allowed = np.array(
+        [[[s <= t and row[s] for s in range(4)] for t in range(4)] for row in valid]
+    )[:, None]
     np.testing.assert_array_equal(Causal(jnp.asarray(valid)).array(), allowed)
     out = attention(q, k, v, Causal(jnp.asarray(valid)), 0.5)
     assert np.isfinite(out).all()  # the second row's first token sees nothing
     allowed[1, 0, 0] = True
-    np.testing.assert_allclose(np.asarray(out)[valid], by_hand(q, k, v, allowed, 0.5)[valid], atol=2e-6)
+    np.testing.assert_allclose(
+        np.asarray(out)[valid], by_hand(q, k, v, allowed, 0.5)[valid], atol=2e-6
+    )
 
 
 @pytest.mark.parametrize("queries", [1, 3])
@@ -55,16 +61,24 @@ def test_softmax_is_f32_in_bf16(queries):
     keys = jnp.array([[1, 1], [1, 0]], jnp.bfloat16).reshape(1, 2, 1, 2)
     out = attention(q, keys, jnp.eye(2, dtype=jnp.bfloat16).reshape(1, 2, 1, 2), None, 1.0)
     assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(out, np.float32).ravel(), [0.5622, 0.4378] * queries, atol=2e-3)
+    np.testing.assert_allclose(
+        np.asarray(out, np.float32).ravel(), [0.5622, 0.4378] * queries, atol=2e-3
+    )
 
 
 def test_cudnn_takes_the_same_arguments(monkeypatch):
     """The GPU's kernel cannot run here; jax's own fallback for the same call stands in for it."""
     call = jax.nn.dot_product_attention
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **kw: call(*a, implementation="xla", **kw))
+    monkeypatch.setattr(
+        jax.nn,
+        "dot_product_attention",
+        lambda *a, implementation, **kw: call(*a, implementation="xla", **kw),
+    )
     q, k, v = normal(0, 2, 5, 6, 4), normal(1, 2, 5, 3, 4), normal(2, 2, 5, 3, 4)
     mask = Causal(jnp.asarray(np.arange(5) < np.array([[5], [3]])))
-    np.testing.assert_allclose(attention(q, k, v, mask, 0.3, "cudnn"), attention(q, k, v, mask, 0.3), atol=2e-6)
+    np.testing.assert_allclose(
+        attention(q, k, v, mask, 0.3, "cudnn"), attention(q, k, v, mask, 0.3), atol=2e-6
+    )
 
 
 @pytest.fixture
@@ -75,7 +89,8 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(splash, "make_splash_mha_single_device", make)
 
 
-@pytest.mark.parametrize(("length", "shards"), [(384, None), (128, (2, 1, 2))])  # three blocks; one block a device
+# three blocks; one block a device
+@pytest.mark.parametrize(("length", "shards"), [(384, None), (128, (2, 1, 2))])
 def test_splash_values_and_gradients(interpreted, length, shards):
     (q, probe), (k, v) = normal(0, 2, 2, length, 4, 128), normal(1, 2, 2, length, 2, 128)
     valid = np.arange(length) >= np.array([[0], [90]])
@@ -100,16 +115,20 @@ def test_splash_values_and_gradients(interpreted, length, shards):
 def test_errors_name_what_is_wrong():
     q = jnp.zeros((1, 100, 2, 128))
     valid = jnp.ones((1, 100), bool)
-    with pytest.raises(ConfigError, match=r"'flash'.*auto, xla, cudnn, splash"):
+    with pytest.raises(InputError, match=r"'flash'.*auto, xla, cudnn, splash"):
         attention(q, q, q, None, 1.0, "flash")
-    with pytest.raises(ConfigError, match="causal"):
+    with pytest.raises(InputError, match="causal"):
         attention(q, q, q, None, 1.0, "splash")
-    with pytest.raises(ConfigError, match="multiples of 128, not 100 and 128"):
+    with pytest.raises(InputError, match="multiples of 128, not 100 and 128"):
         attention(q, q, q, Causal(valid), 1.0, "splash")
 
 
 def test_linear_attention_is_normalised_relu_attention():
-    q, k, v = np.maximum(normal(0, 2, 5, 3, 4), 0), np.maximum(normal(1, 2, 7, 3, 4), 0), normal(2, 2, 7, 3, 4)
+    q, k, v = (
+        np.maximum(normal(0, 2, 5, 3, 4), 0),
+        np.maximum(normal(1, 2, 7, 3, 4), 0),
+        normal(2, 2, 7, 3, 4),
+    )
     q[0, 0, 0] = 0  # sees nothing: 0 / eps
     weights = np.einsum("btnh,bsnh->bnts", q, k).astype(np.float64)
     expected = np.einsum("bnts,bsnh->btnh", weights / (weights.sum(-1, keepdims=True) + 1e-15), v)
@@ -129,9 +148,13 @@ def test_linear_attention_sums_in_f32():
 
 
 def test_the_meshs_platform_chooses_the_kernel(monkeypatch):
-    """A mesh of devices that are not here is what the program is traced for; without a mesh nothing is cut, so no kernel."""
+    """A mesh of devices that are not here is what the program is traced for; without a mesh nothing
+    is cut, so no kernel."""
     mask = Causal(jnp.ones((1, 128), bool))
-    whole, short = jnp.zeros((1, 128, 2, 128), jnp.bfloat16), jnp.zeros((1, 100, 2, 128), jnp.bfloat16)
+    whole, short = (
+        jnp.zeros((1, 128, 2, 128), jnp.bfloat16),
+        jnp.zeros((1, 100, 2, 128), jnp.bfloat16),
+    )
     assert best_implementation(whole, mask) == "xla"
     shape = {"axis_names": ("data",), "axis_types": (AxisType.Auto,)}
     chosen = {}
@@ -141,7 +164,13 @@ def test_the_meshs_platform_chooses_the_kernel(monkeypatch):
         with jax.sharding.use_abstract_mesh(mesh):
             assert (platform(), on_cpu()) == (name, name == "cpu")
             chosen[name] = [
-                best_implementation(q, m) for q, m in ((whole, mask), (short, mask), (whole.astype("float32"), mask), (whole, None))
+                best_implementation(q, m)
+                for q, m in (
+                    (whole, mask),
+                    (short, mask),
+                    (whole.astype("float32"), mask),
+                    (whole, None),
+                )
             ]
     assert chosen["cpu"] == ["xla"] * 4
     assert chosen["gpu"] == ["cudnn", "cudnn", "xla", "xla"]

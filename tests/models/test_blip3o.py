@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip3o_jax.config import PRESETS, ConfigError, preset, replace
+from blip3o_jax.config import replace
 from blip3o_jax.convert.rules import to_jax, to_torch
 from blip3o_jax.convert.sana import connector_rules
+from blip3o_jax.errors import InputError
 from blip3o_jax.models.blip3o import PARTS, Blip3o, Connector, condition_slice
 from blip3o_jax.models.sana import grid_positions
+from blip3o_jax.presets import PRESETS, preset
 
 
 def size(tree):
@@ -21,22 +23,34 @@ def size(tree):
 
 def test_connector_is_that_of_pytorch():
     with np.load(Path(__file__).parents[1] / "fixtures" / "sana.npz") as file:
-        arrays = {name.removeprefix("connector/"): file[name] for name in file.files if name.startswith("connector/")}
-    tensors = {name.removeprefix("weights/"): array for name, array in arrays.items() if name.startswith("weights/")}
+        arrays = {
+            name.removeprefix("connector/"): file[name]
+            for name in file.files
+            if name.startswith("connector/")
+        }
+    tensors = {
+        name.removeprefix("weights/"): array
+        for name, array in arrays.items()
+        if name.startswith("weights/")
+    }
     states, expected = arrays["states"], arrays["condition"]
     connector = Connector(expected.shape[-1])
     abstract = jax.eval_shape(connector.init, jax.random.key(0), states)["params"]
     params = to_jax(connector_rules(), tensors, abstract)
     back = to_torch(connector_rules(), params)
-    assert {name: tensor.tobytes() for name, tensor in back.items()} == {name: tensor.tobytes() for name, tensor in tensors.items()}
+    assert {name: tensor.tobytes() for name, tensor in back.items()} == {
+        name: tensor.tobytes() for name, tensor in tensors.items()
+    }
     actual = connector.apply({"params": params}, states)
     assert np.abs(actual - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 def test_connector_starts_at_the_scale_of_captions_even_for_no_condition():
-    """Spec S9 C8, at half its width."""
+    """docs/proofs.md C8, at half its width."""
     connector = Connector(1152)
-    states = jnp.concatenate([jnp.zeros((1, 1, 1024)), jax.random.normal(jax.random.key(1), (1, 1, 1024))])
+    states = jnp.concatenate(
+        [jnp.zeros((1, 1, 1024)), jax.random.normal(jax.random.key(1), (1, 1, 1024))]
+    )
     params = connector.init(jax.random.key(0), states)
     np.testing.assert_allclose(params["params"]["norm"]["scale"], 2.3452, atol=1e-4)
     nothing, something = np.sqrt(np.mean(np.square(connector.apply(params, states)), axis=(1, 2)))
@@ -46,7 +60,14 @@ def test_connector_starts_at_the_scale_of_captions_even_for_no_condition():
 
 @pytest.mark.parametrize(("width", "expected"), [(1024, 7_674_624), (2048, 10_033_920)])
 def test_connector_size(width, expected):
-    assert size(jax.eval_shape(Connector(2304).init, jax.random.key(0), jnp.zeros((1, 1, width)))["params"]) == expected
+    assert (
+        size(
+            jax.eval_shape(Connector(2304).init, jax.random.key(0), jnp.zeros((1, 1, width)))[
+                "params"
+            ]
+        )
+        == expected
+    )
 
 
 def test_the_condition_starts_at_s0_of_each_row():
@@ -54,7 +75,9 @@ def test_the_condition_starts_at_s0_of_each_row():
     condition = condition_slice(hidden, jnp.array([1, 4]), 5)
     np.testing.assert_array_equal(condition, jnp.stack([hidden[0, 1:6], hidden[1, 4:9]]))
     assert condition.dtype == hidden.dtype
-    np.testing.assert_array_equal(condition_slice(hidden, jnp.array([1, 4]), 5, last=True), hidden[:, 4:])
+    np.testing.assert_array_equal(
+        condition_slice(hidden, jnp.array([1, 4]), 5, last=True), hidden[:, 4:]
+    )
 
 
 def test_a_condition_beyond_the_row_is_not_a_number():
@@ -71,7 +94,11 @@ def test_the_parts_are_plain_dicts_with_the_parameters_of_the_paper():
         "dc_ae": 312_250_275,
         "diffusion_connector": 10_033_920,
     }
-    assert all(type(key) is jax.tree_util.DictKey for path, _ in jax.tree.leaves_with_path(whole) for key in path)
+    assert all(
+        type(key) is jax.tree_util.DictKey
+        for path, _ in jax.tree.leaves_with_path(whole)
+        for key in path
+    )
 
 
 def test_the_mid_preset_is_about_100_m_and_100_m():
@@ -89,11 +116,13 @@ def test_a_part_does_not_depend_on_the_others():
     jax.tree.map(np.testing.assert_array_equal, alone[name], among)
     other = model.abstract(("sana",))
     assert tuple(other) == ("sana",)
-    assert jax.tree.map(lambda leaf: leaf.shape, other["sana"]) == jax.tree.map(lambda leaf: leaf.shape, model.abstract()["sana"])
+    assert jax.tree.map(lambda leaf: leaf.shape, other["sana"]) == jax.tree.map(
+        lambda leaf: leaf.shape, model.abstract()["sana"]
+    )
 
 
 def test_an_unknown_part_is_refused():
-    with pytest.raises(ConfigError, match="Unknown part 'sanna'; did you mean 'sana'"):
+    with pytest.raises(InputError, match="Unknown part 'sanna'; did you mean 'sana'"):
         Blip3o(preset("emoji_64")).init(jax.random.key(0), ("sanna",))
 
 
@@ -111,8 +140,11 @@ def test_condition_positions_start_cross_attention_where_the_query_is():
     off = replace(config, **{"sana.condition_positions": False})
     condition = jnp.ones((1, 65, config.sana.caption_channels))
     places = grid_positions(config.sana, 8, 8).reshape(64, -1)
-    encoded, plain = (Blip3o(c).sana.apply({"params": params}, condition, method="encode_condition") for c in (config, off))
+    encoded, plain = (
+        Blip3o(c).sana.apply({"params": params}, condition, method="encode_condition")
+        for c in (config, off)
+    )
     np.testing.assert_allclose(encoded[0, 1:] - plain[0, 1:], places, atol=1e-5)
     np.testing.assert_array_equal(encoded[0, 0], plain[0, 0])
-    with pytest.raises(ConfigError, match="square"):
+    with pytest.raises(InputError, match="square"):
         Blip3o(config).sana.apply({"params": params}, condition[:, :60], method="encode_condition")

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip3o_jax.config import ConfigError, DcAeConfig, replace
+from blip3o_jax.config import DcAeConfig, replace
 from blip3o_jax.convert.dc_ae import dc_ae_rules
 from blip3o_jax.convert.rules import flatten, leaf_to_tensor, to_jax, to_torch
+from blip3o_jax.errors import InputError
 from blip3o_jax.models.dc_ae import DcAe, Down, Up, relu_linear_attention
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -52,7 +53,9 @@ def size(tree):
 
 
 def without_convolution(module, x):
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), jax.eval_shape(module.init, jax.random.key(0), x))
+    return jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape), jax.eval_shape(module.init, jax.random.key(0), x)
+    )
 
 
 def relative_error(actual, expected):
@@ -65,7 +68,11 @@ def case(request):
     cfg = CONFIGS[request.param]
     with np.load(FIXTURES / f"dc_ae_{request.param}.npz") as file:
         arrays = dict(file)
-    tensors = {name.removeprefix("weights/"): arrays.pop(name) for name in list(arrays) if name.startswith("weights/")}
+    tensors = {
+        name.removeprefix("weights/"): arrays.pop(name)
+        for name in list(arrays)
+        if name.startswith("weights/")
+    }
     return cfg, tensors, to_jax(dc_ae_rules(cfg), tensors, abstract_params(cfg)), arrays
 
 
@@ -73,7 +80,10 @@ def test_weights_survive_the_round_trip(case):
     cfg, tensors, params, _ = case
     back = to_torch(dc_ae_rules(cfg), params)
     assert set(back) == set(tensors)
-    assert all(back[name].tobytes() == tensors[name].tobytes() and back[name].shape == tensors[name].shape for name in tensors)
+    assert all(
+        back[name].tobytes() == tensors[name].tobytes() and back[name].shape == tensors[name].shape
+        for name in tensors
+    )
 
 
 def test_values_are_those_of_diffusers(case):
@@ -108,7 +118,9 @@ def test_down_shortcut_by_hand():
     for y, column, out in np.ndindex(2, 3, 8):
         for source in range(3 * out, 3 * out + 3):  # 6 * 4 channels in groups of 3
             channel, place = divmod(source, 4)
-            expected[0, y, column, out] += x[0, 2 * y + place // 2, 2 * column + place % 2, channel] / 3
+            expected[0, y, column, out] += (
+                x[0, 2 * y + place // 2, 2 * column + place % 2, channel] / 3
+            )
     np.testing.assert_allclose(down.apply(params, x), expected, atol=1e-6)
 
 
@@ -145,23 +157,30 @@ def test_published_size():
         "decoder.up_blocks.5.2.attn.to_qkv_multiscale.0.proj_out.weight": (3072, 32, 1, 1),
     }
     leaves = flatten(params)
-    blanks = {rule.source: (np.broadcast_to(np.float32(0), leaves[rule.path].shape), rule) for rule in rules if rule.source in published}
+    blanks = {
+        rule.source: (np.broadcast_to(np.float32(0), leaves[rule.path].shape), rule)
+        for rule in rules
+        if rule.source in published
+    }
     assert {name: leaf_to_tensor(*blank).shape for name, blank in blanks.items()} == published
 
 
 def test_an_image_that_does_not_divide_is_refused():
     cfg = CONFIGS["published"]
-    with pytest.raises(ConfigError, match="10x8 pixels"):
+    with pytest.raises(InputError, match="10x8 pixels"):
         jax.eval_shape(DcAe(cfg).init, jax.random.key(0), jnp.zeros((1, 10, 8, 3)))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"block_out_channels": (8, 8, 24)}, "four times width 8 must divide by the next width, 24"),
+        (
+            {"block_out_channels": (8, 8, 24)},
+            "four times width 8 must divide by the next width, 24",
+        ),
         ({"decoder_layers_per_block": (2, 0, 1)}, "only the first and the last stage"),
     ],
 )
 def test_stages_that_cannot_be_joined_are_refused(changes, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(InputError, match=message):
         replace(CONFIGS["published"], **changes)

@@ -1,14 +1,16 @@
-"""Convolutions, biases and products computed another way than XLA's own: the same values and gradients."""
+"""Convolutions, biases and products computed another way than XLA's own: the same values and
+gradients."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip3o_jax import communication
-from blip3o_jax.compilation import jit
-from blip3o_jax.mesh import BATCH, make_mesh
-from blip3o_jax.models.layers import add_bias, conv2d, conv2d_of_doubled, product
+from blip3o_jax.kernels.cpu import add_bias, product
+from blip3o_jax.kernels.platform import jit
+from blip3o_jax.models.layers import conv2d, conv2d_of_doubled
+from blip3o_jax.parallel.mesh import BATCH, make_mesh
+from blip3o_jax.plan import collectives
 
 
 def close(found, expected):
@@ -26,7 +28,10 @@ def with_gradients(function, *inputs):
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 5)])
 def test_doubled_pixels_need_not_be_made(rows, columns):
     rng = np.random.default_rng(0)
-    x, kernel = rng.standard_normal((2, rows, columns, 4), np.float32), rng.standard_normal((3, 3, 4, 6), np.float32)
+    x, kernel = (
+        rng.standard_normal((2, rows, columns, 4), np.float32),
+        rng.standard_normal((3, 3, 4, 6), np.float32),
+    )
 
     def plain(x, kernel):
         return conv2d(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2), kernel)
@@ -37,10 +42,15 @@ def test_doubled_pixels_need_not_be_made(rows, columns):
 @pytest.mark.parametrize("size", [3, 5])
 def test_depthwise_as_a_sum_of_shifted_products(size):
     rng = np.random.default_rng(0)
-    x, kernel = rng.standard_normal((2, 6, 5, 8), np.float32), rng.standard_normal((size, size, 1, 8), np.float32)
+    x, kernel = (
+        rng.standard_normal((2, 6, 5, 8), np.float32),
+        rng.standard_normal((size, size, 1, 8), np.float32),
+    )
 
     def by(lowering):
-        return with_gradients(lambda x, kernel: conv2d(x, kernel, groups=8, lowering=lowering), x, kernel)
+        return with_gradients(
+            lambda x, kernel: conv2d(x, kernel, groups=8, lowering=lowering), x, kernel
+        )
 
     close(by("shift"), by("conv"))
 
@@ -64,19 +74,43 @@ def test_a_bias_whose_gradient_is_a_product(axes):
 )
 def test_few_rows_of_a_device_that_has_all_weights(sizes, rows, width, products):
     rng, mesh = np.random.default_rng(0), make_mesh(sizes)
-    x, kernel = rng.standard_normal((rows, 1, width), np.float32), rng.standard_normal((width, 4, 6), np.float32)
-    placed = jax.device_put(x, jax.NamedSharding(mesh, BATCH)), jax.device_put(kernel, jax.NamedSharding(mesh, jax.P()))
+    x, kernel = (
+        rng.standard_normal((rows, 1, width), np.float32),
+        rng.standard_normal((width, 4, 6), np.float32),
+    )
+    placed = (
+        jax.device_put(x, jax.NamedSharding(mesh, BATCH)),
+        jax.device_put(kernel, jax.NamedSharding(mesh, jax.P())),
+    )
     with jax.set_mesh(mesh):
-        found = with_gradients(lambda x, w: product("btd,dnh->btnh", x, w, repeats=True), *placed)
-        program = jit(lambda x, w: product("btd,dnh->btnh", x, w, repeats=True)).lower(*placed).compile().as_text()
+        found = with_gradients(lambda x, w: product("btd,dnh->btnh", x, w, reused=True), *placed)
+        program = (
+            jit(lambda x, w: product("btd,dnh->btnh", x, w, reused=True))
+            .lower(*placed)
+            .compile()
+            .as_text()
+        )
     close(found, with_gradients(lambda x, w: jnp.einsum("btd,dnh->btnh", x, w), x, kernel))
-    assert not communication.collectives(program)
+    assert not collectives.collectives(program)
     assert program.count(" dot(") == products
 
 
 @pytest.mark.parametrize("rows", [5, 8])
 def test_few_rows_without_a_mesh(rows):
     rng = np.random.default_rng(0)
-    x, kernel = rng.standard_normal((rows, 32), np.float32), rng.standard_normal((32, 24), np.float32)
-    assert jit(lambda x, w: product("bd,df->bf", x, w, repeats=True)).lower(x, kernel).compile().as_text().count(" dot(") == 2
-    close(with_gradients(lambda x, w: product("bd,df->bf", x, w, repeats=True), x, kernel), with_gradients(jnp.matmul, x, kernel))
+    x, kernel = (
+        rng.standard_normal((rows, 32), np.float32),
+        rng.standard_normal((32, 24), np.float32),
+    )
+    assert (
+        jit(lambda x, w: product("bd,df->bf", x, w, reused=True))
+        .lower(x, kernel)
+        .compile()
+        .as_text()
+        .count(" dot(")
+        == 2
+    )
+    close(
+        with_gradients(lambda x, w: product("bd,df->bf", x, w, reused=True), x, kernel),
+        with_gradients(jnp.matmul, x, kernel),
+    )

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip3o_jax.config import ConfigError, Qwen3Config, preset
+from blip3o_jax.config import Qwen3Config
 from blip3o_jax.convert.qwen3 import qwen3_rules
 from blip3o_jax.convert.rules import to_jax, to_torch
+from blip3o_jax.errors import InputError
 from blip3o_jax.models.qwen3 import Qwen3, head_logits, init_cache, positions_of
+from blip3o_jax.presets import preset
 
 TIED = Qwen3Config(
     vocab_size=72,
@@ -36,7 +38,11 @@ def load():
     """(tensors of the tied model by torch name, the other arrays by name)."""
     with np.load(Path(__file__).parents[1] / "fixtures" / "qwen3.npz") as file:
         arrays = dict(file)
-    tensors = {name.removeprefix("weights/"): arrays.pop(name) for name in list(arrays) if name.startswith("weights/")}
+    tensors = {
+        name.removeprefix("weights/"): arrays.pop(name)
+        for name in list(arrays)
+        if name.startswith("weights/")
+    }
     return tensors, arrays
 
 
@@ -46,7 +52,10 @@ ALL_TENSORS = {TIED: TENSORS, UNTIED: {**TENSORS, "lm_head.weight": ARRAYS["lm_h
 
 @pytest.fixture(scope="module")
 def params():
-    return {cfg: to_jax(qwen3_rules(cfg), tensors, abstract_params(cfg)) for cfg, tensors in ALL_TENSORS.items()}
+    return {
+        cfg: to_jax(qwen3_rules(cfg), tensors, abstract_params(cfg))
+        for cfg, tensors in ALL_TENSORS.items()
+    }
 
 
 def hidden_states(params, tokens, valid, model=Qwen3(TIED)):  # noqa: B008, a frozen dataclass
@@ -61,18 +70,28 @@ def relative_error(actual, expected):
 def test_weights_survive_the_round_trip(params, cfg):
     back = to_torch(qwen3_rules(cfg), params[cfg])
     assert set(back) == set(ALL_TENSORS[cfg])
-    assert all(back[name].tobytes() == x.tobytes() and back[name].shape == x.shape for name, x in ALL_TENSORS[cfg].items())
+    assert all(
+        back[name].tobytes() == x.tobytes() and back[name].shape == x.shape
+        for name, x in ALL_TENSORS[cfg].items()
+    )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_values_are_those_of_transformers(params, side):
     tokens, valid, expected, logits, untied_logits = (
-        ARRAYS[f"{side}/{name}"] for name in ("tokens", "valid", "hidden", "logits", "untied_logits")
+        ARRAYS[f"{side}/{name}"]
+        for name in ("tokens", "valid", "hidden", "logits", "untied_logits")
     )
     hidden = hidden_states(params[TIED], tokens, jnp.asarray(valid))
     assert np.isfinite(hidden).all()
     assert relative_error(hidden[valid], expected[valid]) < 1e-5
-    assert relative_error(Qwen3(TIED).apply({"params": params[TIED]}, hidden, method="logits")[valid], logits[valid]) < 1e-5
+    assert (
+        relative_error(
+            Qwen3(TIED).apply({"params": params[TIED]}, hidden, method="logits")[valid],
+            logits[valid],
+        )
+        < 1e-5
+    )
     untied = Qwen3(UNTIED).apply({"params": params[UNTIED]}, hidden, method="logits")
     assert relative_error(untied[valid], untied_logits[valid]) < 1e-5
 
@@ -84,8 +103,10 @@ def test_logits_of_a_range(params, cfg):
     np.testing.assert_allclose(logits(hidden, 35, 32), logits(hidden)[:, 35:67], atol=1e-6)
     np.testing.assert_allclose(logits(hidden, 70), logits(hidden)[:, 70:], atol=1e-6)
     head = Qwen3(cfg).apply({"params": params[cfg]}, 35, 32, method="head")
-    np.testing.assert_allclose(head_logits("bd,dv->bv", hidden, head), logits(hidden, 35, 32), atol=1e-6)
-    with pytest.raises(ConfigError, match="ids 60 to 80 are not in a vocabulary of 72"):
+    np.testing.assert_allclose(
+        head_logits("bd,dv->bv", hidden, head), logits(hidden, 35, 32), atol=1e-6
+    )
+    with pytest.raises(InputError, match="ids 60 to 80 are not in a vocabulary of 72"):
         logits(hidden, 60, 20)
 
 
@@ -93,9 +114,16 @@ def test_cached_calls_equal_the_whole(params):
     """Two pieces of three tokens, then one token at a time."""
     tokens, valid = ARRAYS["left/tokens"], jnp.asarray(ARRAYS["left/valid"])
     apply = jax.jit(Qwen3(TIED).apply)
-    cache, pieces = init_cache(TIED, batch=3, length=13, dtype=jnp.float32), []  # three places stay empty
+    # three places stay empty
+    cache, pieces = init_cache(TIED, batch=3, length=13, dtype=jnp.float32), []
     for part in (slice(0, 3), slice(3, 6), *(slice(i, i + 1) for i in range(6, 10))):
-        piece, cache = apply({"params": params[TIED]}, tokens[:, part], positions_of(valid)[:, part], valid[:, part], cache)
+        piece, cache = apply(
+            {"params": params[TIED]},
+            tokens[:, part],
+            positions_of(valid)[:, part],
+            valid[:, part],
+            cache,
+        )
         pieces.append(piece)
     assert int(cache["index"]) == 10
     np.testing.assert_array_equal(cache["valid"], np.pad(valid, ((0, 0), (0, 3))))
@@ -122,16 +150,24 @@ def test_remat_changes_memory_not_gradients(params):
 
     models = {remat: Qwen3(TIED, remat=remat) for remat in ("none", "dots", "full")}
     products = {
-        remat: str(jax.make_jaxpr(jax.grad(partial(loss, model=m)))(params[TIED])).count("dot_general") for remat, m in models.items()
+        remat: str(jax.make_jaxpr(jax.grad(partial(loss, model=m)))(params[TIED])).count(
+            "dot_general"
+        )
+        for remat, m in models.items()
     }
     assert products["none"] < products["dots"] < products["full"]
-    none, full = (jax.jit(jax.grad(partial(loss, model=models[remat])))(params[TIED]) for remat in ("none", "full"))
+    none, full = (
+        jax.jit(jax.grad(partial(loss, model=models[remat])))(params[TIED])
+        for remat in ("none", "full")
+    )
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), full, none)
 
 
 def test_unknown_remat_is_named():
-    with pytest.raises(ConfigError, match=r"'half'.*none, full, dots"):
-        jax.eval_shape(Qwen3(TIED, remat="half").init, jax.random.key(0), *[jnp.zeros((1, 1), jnp.int32)] * 3)
+    with pytest.raises(InputError, match=r"'half'.*none, full, dots"):
+        jax.eval_shape(
+            Qwen3(TIED, remat="half").init, jax.random.key(0), *[jnp.zeros((1, 1), jnp.int32)] * 3
+        )
 
 
 def test_initial_logits_are_small_and_distinct():
@@ -140,8 +176,10 @@ def test_initial_logits_are_small_and_distinct():
     key = jax.random.key(0, impl="rbg")  # compiles three times faster than threefry
     (hidden, _), variables = jax.jit(model.init_with_output)(key, tokens, tokens, tokens >= 0)
     logits = model.apply(variables, hidden, method="logits")
-    assert 0.8 < float(jnp.std(logits)) / (0.02 * 24**0.5) < 1.3  # normed states times columns of 0.02
-    assert jnp.array_equal(jnp.argmax(logits, axis=-1), tokens)  # a token's own vector outweighs what the layers add
+    # normed states times columns of 0.02
+    assert 0.8 < float(jnp.std(logits)) / (0.02 * 24**0.5) < 1.3
+    # a token's own vector outweighs what the layers add
+    assert jnp.array_equal(jnp.argmax(logits, axis=-1), tokens)
     kernel = variables["params"]["layers"]["self_attn"]["o_proj"]["kernel"]
     assert 0.018 < float(jnp.std(kernel)) < 0.022
     assert not jnp.array_equal(kernel[0], kernel[1])
@@ -161,7 +199,12 @@ def test_published_size(name, vocab_size, count):
     assert sum(leaf.size for leaf in jax.tree.leaves(abstract_params(cfg))) == count
     abstract = abstract_params(cfg)
     assert abstract["embed_tokens"]["embedding"].shape == (vocab_size, cfg.hidden_size)
-    assert abstract["layers"]["self_attn"]["o_proj"]["kernel"].shape == (28, 16, 128, cfg.hidden_size)
+    assert abstract["layers"]["self_attn"]["o_proj"]["kernel"].shape == (
+        28,
+        16,
+        128,
+        cfg.hidden_size,
+    )
 
 
 @pytest.mark.parametrize(("layers", "products"), [(16, 15), (17, 8)])
@@ -170,5 +213,7 @@ def test_weights_of_a_loop_over_layers_are_not_laid_out_for_tokens(layers, produ
     cfg = dataclasses.replace(TIED, num_hidden_layers=layers)
     one = jax.ShapeDtypeStruct((5, 1), jnp.int32)
     cache = jax.eval_shape(partial(init_cache, cfg, 5, 9, jnp.float32))
-    step = jax.make_jaxpr(Qwen3(cfg).apply)({"params": abstract_params(cfg)}, one, one, jax.ShapeDtypeStruct((5, 1), bool), cache)
+    step = jax.make_jaxpr(Qwen3(cfg).apply)(
+        {"params": abstract_params(cfg)}, one, one, jax.ShapeDtypeStruct((5, 1), bool), cache
+    )
     assert str(step).count("dot_general[") == products

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip3o_jax.config import SANA_PRESETS, ConfigError, SanaConfig, replace
+from blip3o_jax.config import SanaConfig, replace
 from blip3o_jax.convert.rules import to_jax, to_torch, torch_shapes
 from blip3o_jax.convert.sana import sana_rules
+from blip3o_jax.errors import InputError
 from blip3o_jax.models.layers import timestep_embedding
 from blip3o_jax.models.sana import Sana, grid_positions
+from blip3o_jax.presets import SANA_PRESETS
 
 NORMED = SanaConfig(
     in_channels=4,
@@ -29,7 +31,11 @@ CONFIGS = {"normed": NORMED, "positioned": replace(NORMED, qk_norm=False, interp
 
 
 def abstract_params(cfg):
-    inputs = jnp.zeros((1, 1, 1, cfg.in_channels)), jnp.zeros(1), jnp.zeros((1, 1, cfg.caption_channels))
+    inputs = (
+        jnp.zeros((1, 1, 1, cfg.in_channels)),
+        jnp.zeros(1),
+        jnp.zeros((1, 1, cfg.caption_channels)),
+    )
     return jax.eval_shape(Sana(cfg).init, jax.random.key(0), *inputs)["params"]
 
 
@@ -41,10 +47,18 @@ def load(variant):
     """(config, tensors by torch name, our parameters, inputs and outputs by name)."""
     cfg = CONFIGS[variant]
     with np.load(Path(__file__).parents[1] / "fixtures" / "sana.npz") as file:
-        tensors = {name.removeprefix("weights/"): file[name] for name in file.files if name.startswith("weights/")}
+        tensors = {
+            name.removeprefix("weights/"): file[name]
+            for name in file.files
+            if name.startswith("weights/")
+        }
         arrays = {name.split("/")[1]: file[name] for name in file.files if name.startswith(variant)}
     if not cfg.qk_norm:
-        tensors = {name: tensor for name, tensor in tensors.items() if "norm_q" not in name and "norm_k" not in name}
+        tensors = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if "norm_q" not in name and "norm_k" not in name
+        }
     return cfg, tensors, to_jax(sana_rules(cfg), tensors, abstract_params(cfg)), arrays
 
 
@@ -57,16 +71,23 @@ def test_weights_survive_the_round_trip(case):
     cfg, tensors, params, _ = case
     back = to_torch(sana_rules(cfg), params)
     assert set(back) == set(tensors)
-    assert all(back[name].tobytes() == tensors[name].tobytes() and back[name].shape == tensors[name].shape for name in tensors)
+    assert all(
+        back[name].tobytes() == tensors[name].tobytes() and back[name].shape == tensors[name].shape
+        for name in tensors
+    )
 
 
 def test_values_are_those_of_diffusers(case):
     cfg, _, params, arrays = case
     apply = jax.jit(Sana(cfg).apply)
     latents, t, condition = (arrays[name] for name in ("latents", "t", "condition"))
-    assert relative_error(apply({"params": params}, latents, t, condition), arrays["velocity"]) < 1e-5
+    assert (
+        relative_error(apply({"params": params}, latents, t, condition), arrays["velocity"]) < 1e-5
+    )
     permuted = condition[:, ::-1]  # its tokens are a set
-    assert relative_error(apply({"params": params}, latents, t, permuted), arrays["velocity"]) < 1e-5
+    assert (
+        relative_error(apply({"params": params}, latents, t, permuted), arrays["velocity"]) < 1e-5
+    )
 
 
 def test_keys_and_values_of_the_condition_can_be_computed_beforehand():
@@ -74,10 +95,21 @@ def test_keys_and_values_of_the_condition_can_be_computed_beforehand():
     encoded = Sana(cfg).apply({"params": params}, arrays["condition"], method="encode_condition")
     assert relative_error(encoded, arrays["encoded"]) < 1e-5
     keys, values = Sana(cfg).apply({"params": params}, arrays["condition"], method="keys_values")
-    shape = (cfg.num_layers, *encoded.shape[:2], cfg.num_cross_attention_heads, cfg.cross_attention_head_dim)
+    shape = (
+        cfg.num_layers,
+        *encoded.shape[:2],
+        cfg.num_cross_attention_heads,
+        cfg.cross_attention_head_dim,
+    )
     assert keys.shape == values.shape == shape
     step = jax.jit(partial(Sana(cfg).apply, method="step"))
-    assert relative_error(step({"params": params}, arrays["latents"], arrays["t"], (keys, values)), arrays["velocity"]) < 1e-5
+    assert (
+        relative_error(
+            step({"params": params}, arrays["latents"], arrays["t"], (keys, values)),
+            arrays["velocity"],
+        )
+        < 1e-5
+    )
     other = step({"params": params}, arrays["latents"], arrays["t"], (keys, 2 * values))
     assert relative_error(other, arrays["velocity"]) > 1e-3  # they are read
 
@@ -99,7 +131,8 @@ def test_remat_keeps_less_for_the_backward_pass():
     def kept(remat):
         model = Sana(NORMED, remat=remat)
         residuals = jax.eval_shape(
-            lambda params: jax.vjp(lambda p: model.apply({"params": p}, *inputs), params)[1], abstract_params(NORMED)
+            lambda params: jax.vjp(lambda p: model.apply({"params": p}, *inputs), params)[1],
+            abstract_params(NORMED),
         )
         return sum(leaf.size for leaf in jax.tree.leaves(residuals))
 
@@ -107,8 +140,14 @@ def test_remat_keeps_less_for_the_backward_pass():
 
 
 def test_an_unknown_remat_is_refused():
-    with pytest.raises(ConfigError, match="Unknown remat 'some'; known: none, full, dots"):
-        jax.eval_shape(Sana(NORMED, remat="some").init, jax.random.key(0), jnp.zeros((1, 1, 1, 4)), jnp.zeros(1), jnp.zeros((1, 1, 24)))
+    with pytest.raises(InputError, match="Unknown remat 'some'; known: none, full, dots"):
+        jax.eval_shape(
+            Sana(NORMED, remat="some").init,
+            jax.random.key(0),
+            jnp.zeros((1, 1, 1, 4)),
+            jnp.zeros(1),
+            jnp.zeros((1, 1, 24)),
+        )
 
 
 def test_positions_by_hand():
@@ -122,12 +161,19 @@ def test_positions_by_hand():
 
 def test_timesteps_are_cosines_then_sines():
     embedding = np.asarray(timestep_embedding(jnp.array([1000.0])))[0]
-    np.testing.assert_allclose(embedding[[0, 1, 128, 129]], [0.56238, 0.78963, 0.82688, 0.61359], atol=1e-4)
+    np.testing.assert_allclose(
+        embedding[[0, 1, 128, 129]], [0.56238, 0.78963, 0.82688, 0.61359], atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("sana_0_6b", 591_747_872), ("sana_1_0_1_6b", 1_604_462_752), ("sana_1_6b", 1_604_641_952), ("sana_4_8b", 4_721_825_952)],
+    [
+        ("sana_0_6b", 591_747_872),
+        ("sana_1_0_1_6b", 1_604_462_752),
+        ("sana_1_6b", 1_604_641_952),
+        ("sana_4_8b", 4_721_825_952),
+    ],
 )
 def test_published_sizes(name, size):
     assert sum(leaf.size for leaf in jax.tree.leaves(abstract_params(SANA_PRESETS[name]()))) == size

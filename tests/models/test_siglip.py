@@ -8,13 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip3o_jax.config import ConfigError, SiglipConfig
+from blip3o_jax.config import SiglipConfig
 from blip3o_jax.convert.rules import Rule, to_jax
 from blip3o_jax.convert.ta_tok import ta_tok_rules
+from blip3o_jax.errors import InputError
 from blip3o_jax.models.siglip import SiglipEncoder, blocks
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/ta_tok.npz"
-TINY = SiglipConfig(hidden_size=20, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, image_size=37, patch_size=5)
+TINY = SiglipConfig(
+    hidden_size=20,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    image_size=37,
+    patch_size=5,
+)
 IMAGE = jax.ShapeDtypeStruct((1, TINY.image_size, TINY.image_size, 3), jnp.float32)
 
 
@@ -39,8 +47,14 @@ def reference():
 
 def encoder_params(reference, num_layers: int):
     """The first `num_layers` layers of the fixture."""
-    abstract = jax.eval_shape(SiglipEncoder(TINY, num_layers).init, jax.random.key(0), IMAGE)["params"]
-    rules = [Rule(r.source, r.path.removeprefix("encoder/"), r.pattern) for r in ta_tok_rules(None) if r.path.startswith("encoder/")]
+    abstract = jax.eval_shape(SiglipEncoder(TINY, num_layers).init, jax.random.key(0), IMAGE)[
+        "params"
+    ]
+    rules = [
+        Rule(r.source, r.path.removeprefix("encoder/"), r.pattern)
+        for r in ta_tok_rules(None)
+        if r.path.startswith("encoder/")
+    ]
     names = {r.source.format(i) for r in rules for i in range(num_layers)}
     tensors = {name: reference[f"weights/{name}"] for name in names}
     return to_jax(rules, tensors, abstract)
@@ -48,7 +62,8 @@ def encoder_params(reference, num_layers: int):
 
 @pytest.mark.parametrize("num_layers", [2, 3])
 def test_hidden_states_equal_transformers(reference, num_layers):
-    """Two of three layers are hidden_states[-2]; all three are hidden_states[-1], which no norm has touched."""
+    """Two of three layers are hidden_states[-2]; all three are hidden_states[-1], which no norm has
+    touched."""
     params = encoder_params(reference, num_layers)
     got = run(num_layers, params, reference["images"])
     want = reference[f"hidden_{num_layers}"]
@@ -69,19 +84,24 @@ def test_bf16_stays_near_f32(reference):
     params = encoder_params(reference, 2)
     got = run(2, params, reference["images"], jnp.bfloat16)
     assert got.dtype == jnp.bfloat16
-    assert np.abs(got.astype(np.float32) - reference["hidden_2"]).mean() < 0.02 * np.abs(reference["hidden_2"]).mean()
+    assert (
+        np.abs(got.astype(np.float32) - reference["hidden_2"]).mean()
+        < 0.02 * np.abs(reference["hidden_2"]).mean()
+    )
 
 
 def test_layers_start_different():
     scanned = blocks(num_layers=2, num_heads=2, mlp_hidden=8, eps=1e-6, dtype=jnp.float32)
-    params = jax.jit(scanned.init)(jax.random.key(0, impl="rbg"), jnp.zeros((1, 3, 4)), None)["params"]
+    params = jax.jit(scanned.init)(jax.random.key(0, impl="rbg"), jnp.zeros((1, 3, 4)), None)[
+        "params"
+    ]
     kernel = params["self_attn"]["q_proj"]["kernel"]
     assert kernel.shape == (2, 4, 2, 2)
     assert np.abs(kernel[0] - kernel[1]).max() > 0.1
 
 
 def test_another_image_size_is_refused():
-    with pytest.raises(ConfigError, match="37x37x3, not 40x37x3"):
+    with pytest.raises(InputError, match="37x37x3, not 40x37x3"):
         jax.eval_shape(SiglipEncoder(TINY, 2).init, jax.random.key(0), jnp.zeros((1, 40, 37, 3)))
 
 
@@ -92,7 +112,10 @@ def test_size_as_published():
     shapes = jax.eval_shape(SiglipEncoder(cfg, 27).init, jax.random.key(0), image)["params"]
     assert cfg.grid == 27
     assert count(shapes["layers"]) == 27 * 15_239_504
-    post_layernorm, head = 2 * 1152, 1152 + 4 * (1152**2 + 1152) + 2 * 1152 + 2 * 1152 * 4304 + 4304 + 1152
+    post_layernorm, head = (
+        2 * 1152,
+        1152 + 4 * (1152**2 + 1152) + 2 * 1152 + 2 * 1152 * 4304 + 4304 + 1152,
+    )
     assert count(shapes) == 428_225_600 - post_layernorm - head
     hidden, _ = jax.eval_shape(SiglipEncoder(cfg, 26).init_with_output, jax.random.key(0), image)
     assert hidden.shape == (1, 729, 1152)

@@ -10,15 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip3o_jax.config import ConfigError, SiglipConfig, TaTokConfig
+from blip3o_jax.config import SiglipConfig, TaTokConfig
 from blip3o_jax.convert.rules import flatten, to_jax, to_torch
 from blip3o_jax.convert.ta_tok import ignored, published_name, ta_tok_rules
+from blip3o_jax.errors import InputError
 from blip3o_jax.models import ta_tok
 from blip3o_jax.models.ta_tok import TaTok, choose, resize_positions, unit
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/ta_tok.npz"
 TINY = TaTokConfig(
-    encoder=SiglipConfig(hidden_size=20, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, image_size=37, patch_size=5),
+    encoder=SiglipConfig(
+        hidden_size=20,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=37,
+        patch_size=5,
+    ),
     bottleneck_dim=16,
     codebook_size=64,
     decoder_depth=2,
@@ -29,8 +37,12 @@ TINY = TaTokConfig(
 
 
 def shapes(cfg: TaTokConfig, **kwargs):
-    image = jax.ShapeDtypeStruct((1, cfg.encoder.image_size, cfg.encoder.image_size, 3), jnp.float32)
-    return jax.eval_shape(lambda key, x: TaTok(cfg).init(key, x, **kwargs), jax.random.key(0), image)["params"]
+    image = jax.ShapeDtypeStruct(
+        (1, cfg.encoder.image_size, cfg.encoder.image_size, 3), jnp.float32
+    )
+    return jax.eval_shape(
+        lambda key, x: TaTok(cfg).init(key, x, **kwargs), jax.random.key(0), image
+    )["params"]
 
 
 def count(tree) -> int:
@@ -50,7 +62,11 @@ def reference():
 @pytest.fixture(scope="module")
 def tensors(reference):
     """Every tensor of the published file that the model has."""
-    weights = {name.removeprefix("weights/"): value for name, value in reference.items() if name.startswith("weights/")}
+    weights = {
+        name.removeprefix("weights/"): value
+        for name, value in reference.items()
+        if name.startswith("weights/")
+    }
     return {name: value for name, value in weights.items() if not is_ignored(name, TINY)}
 
 
@@ -69,7 +85,10 @@ def run(params, method: str, *args, cfg=TINY, dtype=jnp.float32, **kwargs):
 
 
 def near(got, want) -> bool:
-    return got.shape == want.shape and np.abs(np.asarray(got) - want).max() <= 1e-5 * np.abs(want).max()
+    return (
+        got.shape == want.shape
+        and np.abs(np.asarray(got) - want).max() <= 1e-5 * np.abs(want).max()
+    )
 
 
 def test_round_trip_gives_the_same_bytes(tensors, params):
@@ -82,9 +101,13 @@ def test_round_trip_gives_the_same_bytes(tensors, params):
 
 @pytest.mark.parametrize("pool_scale", [1, 2])
 def test_every_stage_equals_pytorch(reference, params, pool_scale):
-    """Grid 7 unpooled (positions 4x4 enlarged), grid 3 pooled by 2 with a row and column left over (positions reduced)."""
+    """Grid 7 unpooled (positions 4x4 enlarged), grid 3 pooled by 2 with a row and column left over
+    (positions reduced)."""
     cfg = dataclasses.replace(TINY, pool_scale=pool_scale)
-    want = {key: reference[f"pool_{pool_scale}/{key}"] for key in ("features", "z", "cosines", "ids", "decoded")}
+    want = {
+        key: reference[f"pool_{pool_scale}/{key}"]
+        for key in ("features", "z", "cosines", "ids", "decoded")
+    }
     features, decoded, quantized = run(params, "__call__", reference["images"], cfg=cfg)
     assert near(features, want["features"])
     assert near(quantized.z, want["z"])
@@ -102,10 +125,20 @@ def test_a_given_codebook_stands_for_its_parameters(reference, params):
     codebook = run(params, "codebook")
     assert near(codebook, reference["codebook"])
     in_linear, out_linear = params["bottleneck"]["in_linear"], params["bottleneck"]["out_linear"]
-    encoding = {**{key: params[key] for key in ("encoder", "encode_task_layer")}, "bottleneck": {"in_linear": in_linear}}
-    np.testing.assert_array_equal(run(encoding, "encode", reference["images"], codebook), reference["pool_1/ids"])
-    decoding = {**{key: params[key] for key in params if key.startswith("decode")}, "bottleneck": {"out_linear": out_linear}}
-    assert near(run(decoding, "decode", reference["pool_2/ids"], codebook), reference["pool_2/decoded"])
+    encoding = {
+        **{key: params[key] for key in ("encoder", "encode_task_layer")},
+        "bottleneck": {"in_linear": in_linear},
+    }
+    np.testing.assert_array_equal(
+        run(encoding, "encode", reference["images"], codebook), reference["pool_1/ids"]
+    )
+    decoding = {
+        **{key: params[key] for key in params if key.startswith("decode")},
+        "bottleneck": {"out_linear": out_linear},
+    }
+    assert near(
+        run(decoding, "decode", reference["pool_2/ids"], codebook), reference["pool_2/decoded"]
+    )
 
 
 def test_quantizer_is_f32_under_bf16(reference, params):
@@ -141,7 +174,8 @@ def test_sampling_follows_the_softmax(monkeypatch):
 
 
 def test_encoding_samples_at_the_configured_temperature(reference, params):
-    """0.03 moves some tokens off their nearest code; the mean chance of staying is that of the softmax."""
+    """0.03 moves some tokens off their nearest code; the mean chance of staying is that of the
+    softmax."""
     ids = run(params, "encode", reference["images"], key=jax.random.key(0))
     scores = np.exp(reference["pool_1/cosines"] / 0.03)
     chance = (scores.max(axis=-1) / scores.sum(axis=-1)).mean()
@@ -150,17 +184,27 @@ def test_encoding_samples_at_the_configured_temperature(reference, params):
 
 
 def test_gradients_pass_the_quantizer(reference, params):
-    """The decoder's gradient reaches the features unchanged, the codebook's map only through `codes`, the frozen table never."""
+    """The decoder's gradient reaches the features unchanged, the codebook's map only through
+    `codes`, the frozen table never."""
 
     weights = np.random.default_rng(0).normal(size=(2, 49, 16)).astype(np.float32)
 
     def loss(params, features, field):
-        return jnp.sum(getattr(TaTok(TINY).apply({"params": params}, features, method="quantize"), field) * weights)
+        return jnp.sum(
+            getattr(TaTok(TINY).apply({"params": params}, features, method="quantize"), field)
+            * weights
+        )
 
     def grads(field):
-        of_params, of_features = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)(params, reference["pool_1/features"], field)
+        of_params, of_features = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)(
+            params, reference["pool_1/features"], field
+        )
         regularizer = of_params["bottleneck"]["regularizer"]
-        return np.asarray(of_features), regularizer["embedding_proj"]["kernel"], regularizer["embedding"]
+        return (
+            np.asarray(of_features),
+            regularizer["embedding_proj"]["kernel"],
+            regularizer["embedding"],
+        )
 
     projected, through, codes = grads("z"), grads("straight_through"), grads("codes")
     assert np.any(projected[0])
@@ -177,20 +221,22 @@ def test_equal_size_leaves_positions_alone():
 
 
 def test_decoding_a_number_of_tokens_that_is_no_square(params):
-    with pytest.raises(ConfigError, match="12 is not a square"):
+    with pytest.raises(InputError, match="12 is not a square"):
         run(params, "decode", jnp.zeros((1, 12), jnp.int32))
 
 
 def test_codebook_starts_as_unit_scale_noise():
-    table = jax.jit(functools.partial(TaTok(TINY).init, method="codebook"))(jax.random.key(0, impl="rbg"))["params"]["bottleneck"][
-        "regularizer"
-    ]["embedding"]
+    table = jax.jit(functools.partial(TaTok(TINY).init, method="codebook"))(
+        jax.random.key(0, impl="rbg")
+    )["params"]["bottleneck"]["regularizer"]["embedding"]
     assert table.shape == (64, 16)
     assert abs(float(jnp.std(table)) - 0.25) < 0.02
 
 
 def test_names_of_both_transformers_versions(tensors):
-    newer = {name.replace("decoder.vision_model.", "decoder."): value for name, value in tensors.items()}
+    newer = {
+        name.replace("decoder.vision_model.", "decoder."): value for name, value in tensors.items()
+    }
     assert set(newer) != set(tensors)
     assert {published_name(name) for name in newer} == set(tensors)
     assert all(published_name(name) == name for name in tensors)
@@ -200,9 +246,15 @@ def test_every_published_tensor_is_used_or_ignored_with_a_reason(reference, tens
     weights = {name.removeprefix("weights/") for name in reference if name.startswith("weights/")}
     assert len(weights) == 127
     assert weights - set(tensors) == {name for name in weights if is_ignored(name, TINY)}
-    assert len(weights - set(tensors)) == 16 + 2 + 11 + 11 + 2  # last layer, post_layernorm, two heads, scale_layer
-    unseen = {pattern for pattern in ignored(TINY) if not any(fnmatchcase(name, pattern) for name in weights)}
-    assert unseen == {"teacher.*"}  # a copy of the features' teacher, which the module of the fixture does not keep
+    # last layer, post_layernorm, two heads, scale_layer
+    assert len(weights - set(tensors)) == 16 + 2 + 11 + 11 + 2
+    unseen = {
+        pattern
+        for pattern in ignored(TINY)
+        if not any(fnmatchcase(name, pattern) for name in weights)
+    }
+    # a copy of the features' teacher, which the module of the fixture does not keep
+    assert unseen == {"teacher.*"}
     assert all(len(reason) > 10 for reason in ignored(TINY).values())
 
 

@@ -1,4 +1,5 @@
-"""Reference values of diffusers' AutoencoderDC at tiny sizes: run this file to write tests/fixtures/dc_ae_<variant>.npz."""
+"""Reference values of diffusers' AutoencoderDC at tiny sizes: run this file to write
+tests/fixtures/dc_ae_<variant>.npz."""
 
 from pathlib import Path
 
@@ -10,14 +11,22 @@ RES, VIT = "ResBlock", "EfficientViTBlock"
 # Both halves have the same block types, widths and scales, as DcAeConfig has.
 VARIANTS = {
     "published": {  # 8x12 pixels: linear attention on 4x6 latents, diffusers' quadratic form on 2x3
-        "shared": {"block_types": (RES, VIT, VIT), "block_out_channels": (8, 16, 16), "qkv_multiscales": ((), (5,), (5,))},
+        "shared": {
+            "block_types": (RES, VIT, VIT),
+            "block_out_channels": (8, 16, 16),
+            "qkv_multiscales": ((), (5,), (5,)),
+        },
         "encoder_layers_per_block": (1, 1, 2),
         "decoder_layers_per_block": (2, 1, 1),
         "downsample_block_type": "Conv",
         "upsample_block_type": "interpolate",
     },
     "shuffled": {
-        "shared": {"block_types": (RES,) * 4, "block_out_channels": (4, 8, 16, 16), "qkv_multiscales": ((),) * 4},
+        "shared": {
+            "block_types": (RES,) * 4,
+            "block_out_channels": (4, 8, 16, 16),
+            "qkv_multiscales": ((),) * 4,
+        },
         "encoder_layers_per_block": (0, 1, 1, 1),
         "decoder_layers_per_block": (0, 1, 2, 2),
         "downsample_block_type": "pixel_unshuffle",
@@ -48,13 +57,20 @@ def make(variant: str) -> dict[str, np.ndarray]:
     generator = torch.Generator().manual_seed(0)
     fields = dict(VARIANTS[variant])
     shared = fields.pop("shared")
-    halves = {f"{half}_{name}": value for name, value in shared.items() for half in ("encoder", "decoder")}
+    halves = {
+        f"{half}_{name}": value for name, value in shared.items() for half in ("encoder", "decoder")
+    }
     model = AutoencoderDC(latent_channels=4, attention_head_dim=8, **halves, **fields)
     _randomise(model, generator)
     images = torch.rand((2, 3, *IMAGE_SIZES[variant]), generator=generator) * 2 - 1
     latents = model.encode(images).latent
     noise = torch.randn(latents.shape, generator=generator)
-    values = {"images": images, "latents": latents, "decoder_latents": noise, "decoded": model.decode(noise).sample}
+    values = {
+        "images": images,
+        "latents": latents,
+        "decoder_latents": noise,
+        "decoded": model.decode(noise).sample,
+    }
     values = {name: value.movedim(1, -1) for name, value in values.items()}
     weights = {f"weights/{name}": value for name, value in model.state_dict().items()}
     return {name: value.contiguous().numpy() for name, value in (weights | values).items()}
@@ -62,4 +78,6 @@ def make(variant: str) -> dict[str, np.ndarray]:
 
 if __name__ == "__main__":
     for variant in VARIANTS:
-        np.savez_compressed(Path(__file__).parents[1] / "fixtures" / f"dc_ae_{variant}.npz", **make(variant))
+        np.savez_compressed(
+            Path(__file__).parents[1] / "fixtures" / f"dc_ae_{variant}.npz", **make(variant)
+        )

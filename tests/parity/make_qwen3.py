@@ -1,4 +1,5 @@
-"""Reference values of transformers' Qwen3ForCausalLM at a tiny size: run this file to write tests/fixtures/qwen3.npz."""
+"""Reference values of transformers' Qwen3ForCausalLM at a tiny size: run this file to write
+tests/fixtures/qwen3.npz."""
 
 from pathlib import Path
 
@@ -37,7 +38,9 @@ LENGTHS = (10, 7, 4)
 def _randomise(model, generator):
     for parameter in model.parameters():
         values = torch.randn(parameter.shape, generator=generator)
-        values = values * 1.5 * parameter.shape[1] ** -0.5 if parameter.ndim == 2 else 1 + 0.3 * values
+        values = (
+            values * 1.5 * parameter.shape[1] ** -0.5 if parameter.ndim == 2 else 1 + 0.3 * values
+        )
         parameter.data.copy_(values)
 
 
@@ -48,13 +51,19 @@ def _forward(model, tokens, mask):
 
 @torch.no_grad()
 def make() -> dict[str, np.ndarray]:
-    """Tied weights by torch name, `lm_head.weight` of an untied twin, hidden states and logits with either padding, greedy image tokens."""
+    """Tied weights by torch name, `lm_head.weight` of an untied twin, hidden states and logits with
+    either padding, greedy image tokens."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=True, **FIELDS)).eval()
     _randomise(model, generator)
-    weights = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
-    head = torch.randn(FIELDS["vocab_size"], FIELDS["hidden_size"], generator=generator) * FIELDS["hidden_size"] ** -0.5
+    weights = {
+        name: value for name, value in model.state_dict().items() if name != "lm_head.weight"
+    }
+    head = (
+        torch.randn(FIELDS["vocab_size"], FIELDS["hidden_size"], generator=generator)
+        * FIELDS["hidden_size"] ** -0.5
+    )
     untied = Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=False, **FIELDS)).eval()
     untied.load_state_dict({**weights, "lm_head.weight": head})
 
@@ -64,7 +73,12 @@ def make() -> dict[str, np.ndarray]:
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
         mask = (tokens != 0).long()
         hidden, logits = _forward(model, tokens, mask)
-        values |= {f"{side}/tokens": tokens.int(), f"{side}/valid": mask.bool(), f"{side}/hidden": hidden, f"{side}/logits": logits}
+        values |= {
+            f"{side}/tokens": tokens.int(),
+            f"{side}/valid": mask.bool(),
+            f"{side}/hidden": hidden,
+            f"{side}/logits": logits,
+        }
         values[f"{side}/untied_logits"] = _forward(untied, tokens, mask)[1]
 
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")

@@ -1,4 +1,5 @@
-"""Reference values of diffusers' SanaTransformer2DModel, BLIP3o's connector and the flow-matching scheduler, at tiny sizes.
+"""Reference values of diffusers' SanaTransformer2DModel, BLIP3o's connector and the flow-matching
+scheduler, at tiny sizes.
 
 Running this file writes tests/fixtures/sana.npz.
 """
@@ -23,10 +24,17 @@ SIZES = {
     "sample_size": 6,
 }
 # The second has the first's weights but for the query and key norms.
-VARIANTS = {"normed": {"qk_norm": "rms_norm_across_heads"}, "positioned": {"qk_norm": None, "interpolation_scale": 2.0}}
+VARIANTS = {
+    "normed": {"qk_norm": "rms_norm_across_heads"},
+    "positioned": {"qk_norm": None, "interpolation_scale": 2.0},
+}
 GRIDS = {"normed": (4, 8), "positioned": (8, 3)}
 # Layers whose results are made so small that the epsilon of the norm behind them matters.
-SMALL = ("attn1.to_k.weight", "caption_projection.linear_2.weight", "caption_projection.linear_2.bias")
+SMALL = (
+    "attn1.to_k.weight",
+    "caption_projection.linear_2.weight",
+    "caption_projection.linear_2.bias",
+)
 SMALL_IN_CONNECTOR = ("2.weight", "2.bias")
 STATES = 10  # width of the connector's input
 
@@ -61,14 +69,26 @@ def _sana(generator):
         t = torch.tensor([1000.0, 33.3333])
         velocity = model(latents, encoder_hidden_states=condition, timestep=t).sample
         encoded = model.caption_norm(model.caption_projection(condition))
-        arrays |= {f"{variant}/latents": latents.movedim(1, -1), f"{variant}/velocity": velocity.movedim(1, -1)}
-        arrays |= {f"{variant}/t": t, f"{variant}/condition": condition, f"{variant}/encoded": encoded}
+        arrays |= {
+            f"{variant}/latents": latents.movedim(1, -1),
+            f"{variant}/velocity": velocity.movedim(1, -1),
+        }
+        arrays |= {
+            f"{variant}/t": t,
+            f"{variant}/condition": condition,
+            f"{variant}/encoded": encoded,
+        }
     return arrays | {f"weights/{name}": value for name, value in weights.items()}
 
 
 def _connector(generator):
     width = SIZES["caption_channels"]
-    layers = torch.nn.Linear(STATES, width), torch.nn.GELU(approximate="tanh"), torch.nn.Linear(width, width), RMSNorm(width, eps=1e-5)
+    layers = (
+        torch.nn.Linear(STATES, width),
+        torch.nn.GELU(approximate="tanh"),
+        torch.nn.Linear(width, width),
+        RMSNorm(width, eps=1e-5),
+    )
     model = torch.nn.Sequential(*layers)
     _randomise(model, generator, SMALL_IN_CONNECTOR)
     model[3].weight.data += 1  # a norm named by a number
@@ -91,7 +111,9 @@ def _flow(generator):
         x = noise
         for t, velocity in zip(scheduler.timesteps, velocities, strict=True):
             x = scheduler.step(velocity, t, x).prev_sample
-        arrays |= {f"flow/shift{shift}/{name}": value for name, value in (table | {"sampled": x}).items()}
+        arrays |= {
+            f"flow/shift{shift}/{name}": value for name, value in (table | {"sampled": x}).items()
+        }
     scheduler = FlowMatchEulerDiscreteScheduler()
     noisy = scheduler.scale_noise(velocities[0], torch.tensor([875.0, 3.0]), noise)
     return arrays | {"flow/noisy": noisy}

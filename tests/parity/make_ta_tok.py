@@ -1,4 +1,7 @@
-"""Reference values for SigLIP and TA-Tok: transformers' own modules, composed in torch. Running this file writes the fixture."""
+"""Reference values for SigLIP and TA-Tok: transformers' own modules, composed in torch.
+
+Running this file writes the fixture.
+"""
 
 from pathlib import Path
 
@@ -6,11 +9,30 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Siglip2VisionConfig, Siglip2VisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
-# 37 pixels hold 7 patches of 5, and two rows and columns that nobody reads; pooled by 2 the grid is 3, and a row and column are left over.
-ENCODER = {"hidden_size": 20, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 37, "patch_size": 5}
-DECODER = {"hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 2, "num_patches": 16}
+# 37 pixels hold 7 patches of 5, and two rows and columns that nobody reads; pooled by 2 the grid is
+# 3, and a row and column are left over.
+ENCODER = {
+    "hidden_size": 20,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 37,
+    "patch_size": 5,
+}
+DECODER = {
+    "hidden_size": 20,
+    "intermediate_size": 28,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_patches": 16,
+}
 GRID, CODES, DIM = 7, 64, 16
 ACT = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "attn_implementation": "eager"}
 
@@ -26,15 +48,19 @@ class Bottleneck(nn.Module):
 
 
 class TaTok(nn.Module):
-    """TA-Tok put together from the specification (S2.3)."""
+    """TA-Tok put together from the specification (§2.3)."""
 
     def __init__(self):
         super().__init__()
         width = ENCODER["hidden_size"]
         self.encoder = SiglipVisionModel(SiglipVisionConfig(**ENCODER, **ACT))
-        self.decoder = Siglip2VisionModel(Siglip2VisionConfig(**DECODER, **ACT, num_channels=DIM, patch_size=1))
+        self.decoder = Siglip2VisionModel(
+            Siglip2VisionConfig(**DECODER, **ACT, num_channels=DIM, patch_size=1)
+        )
         self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh())
-        self.decode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+        self.decode_task_layer = nn.Sequential(
+            nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width)
+        )
         self.bottleneck = Bottleneck()
         self.scale_layer = nn.Module()
         self.scale_layer.register_buffer("shift", torch.full((1, 3, 1, 1), 0.5))
@@ -56,14 +82,20 @@ class TaTok(nn.Module):
         return features, z, z @ self.codebook().T
 
     def decode(self, ids):
-        side, x = int(ids.shape[1] ** 0.5), self.bottleneck.out_linear(F.embedding(ids, self.codebook()))
+        side, x = (
+            int(ids.shape[1] ** 0.5),
+            self.bottleneck.out_linear(F.embedding(ids, self.codebook())),
+        )
         mask, shapes = torch.ones_like(ids), torch.tensor([[side, side]] * len(ids))
-        vit = self.decoder(pixel_values=x, pixel_attention_mask=mask, spatial_shapes=shapes).last_hidden_state
+        vit = self.decoder(
+            pixel_values=x, pixel_attention_mask=mask, spatial_shapes=shapes
+        ).last_hidden_state
         return vit, self.decode_task_layer(vit)
 
 
 def randomize(module, generator) -> None:
-    """Every parameter is drawn: matrices keep the scale of their input, norm weights lie around 1, biases and the rest around 0."""
+    """Every parameter is drawn: matrices keep the scale of their input, norm weights lie around 1,
+    biases and the rest around 0."""
     for name, p in module.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
         if p.ndim > 1:
@@ -74,7 +106,8 @@ def randomize(module, generator) -> None:
 
 
 def published(name: str) -> str:
-    """Names of transformers 5 -> names in the published file: its decoder has a level more, its encoder has none."""
+    """Names of transformers 5 -> names in the published file: its decoder has a level more, its
+    encoder has none."""
     if name.startswith("decoder.") and not name.startswith("decoder.vision_model."):
         return name.replace("decoder.", "decoder.vision_model.", 1)
     return name.replace("encoder.vision_model.", "encoder.", 1)
@@ -86,17 +119,31 @@ def make() -> dict[str, np.ndarray]:
     generator = torch.Generator().manual_seed(2)
     model = TaTok().eval()
     randomize(model, generator)
-    pixels = torch.rand(2, 3, ENCODER["image_size"], ENCODER["image_size"], generator=generator) * 2 - 1
+    pixels = (
+        torch.rand(2, 3, ENCODER["image_size"], ENCODER["image_size"], generator=generator) * 2 - 1
+    )
     states = model.hidden_states(pixels)
     out = {f"weights/{published(name)}": value for name, value in model.state_dict().items()}
-    out |= {"images": pixels.permute(0, 2, 3, 1), "hidden_2": states[-2], "hidden_3": states[-1], "codebook": model.codebook()}
+    out |= {
+        "images": pixels.permute(0, 2, 3, 1),
+        "hidden_2": states[-2],
+        "hidden_3": states[-1],
+        "codebook": model.codebook(),
+    }
     for pool_scale in (1, 2):
         features, z, cosines = model.encode(pixels, pool_scale)
         best = cosines.topk(2, dim=-1).values
         assert (best[..., 0] - best[..., 1]).min() > 1e-4, "a tie: ids would depend on rounding"
         ids = cosines.argmax(dim=-1)
         vit, decoded = model.decode(ids)
-        named = {"features": features, "z": z, "cosines": cosines, "ids": ids, "vit": vit, "decoded": decoded}
+        named = {
+            "features": features,
+            "z": z,
+            "cosines": cosines,
+            "ids": ids,
+            "vit": vit,
+            "decoded": decoded,
+        }
         out |= {f"pool_{pool_scale}/{key}": value for key, value in named.items()}
     out["ids_16"] = torch.randint(CODES, (2, DECODER["num_patches"]), generator=generator)
     out["decoded_16"] = model.decode(out["ids_16"])[1]

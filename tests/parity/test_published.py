@@ -1,4 +1,5 @@
-"""The published layout against PyTorch's own classes: they are built from our config.json, and they write what we read.
+"""The published layout against PyTorch's own classes: they are built from our config.json, and they
+write what we read.
 
 Full-size modules live on torch's meta device, so nothing is allocated.
 """
@@ -9,12 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from blip3o_jax.config import preset
 from blip3o_jax.convert.config_json import config_from_json, config_to_json
 from blip3o_jax.convert.published import published_rules, save_published
 from blip3o_jax.convert.rules import to_torch, torch_shapes
 from blip3o_jax.convert.safetensors_io import Tensors, open_tensors
 from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.presets import preset
 
 pytestmark = pytest.mark.parity
 NAMES = ["blip3o_next_3b", "blip3o_next_0_6b", "emoji_64"]
@@ -22,8 +23,11 @@ NAMES = ["blip3o_next_3b", "blip3o_next_0_6b", "emoji_64"]
 
 def qwen3(fields):
     transformers = pytest.importorskip("transformers")
-    # Built from the file's own keys: a field under a wrong name would fall back to a default of another size.
-    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config.from_dict({**fields, "model_type": "qwen3"}))
+    # Built from the file's own keys: a field under a wrong name would fall back to a default of
+    # another size.
+    return transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config.from_dict({**fields, "model_type": "qwen3"})
+    )
 
 
 def sana(fields):
@@ -38,14 +42,18 @@ def dc_ae(fields):
 
 def siglip(fields):
     transformers = pytest.importorskip("transformers")
-    return transformers.SiglipVisionModel(transformers.SiglipVisionConfig.from_dict(fields["vision_tower"]["encoder"]))
+    return transformers.SiglipVisionModel(
+        transformers.SiglipVisionConfig.from_dict(fields["vision_tower"]["encoder"])
+    )
 
 
 @pytest.fixture(scope="module", params=NAMES)
 def case(request):
     """(config.json, torch shapes by name) of a preset."""
     cfg = preset(request.param)
-    return json.loads(json.dumps(config_to_json(cfg))), torch_shapes(published_rules(cfg), Blip3o(cfg).abstract())
+    return json.loads(json.dumps(config_to_json(cfg))), torch_shapes(
+        published_rules(cfg), Blip3o(cfg).abstract()
+    )
 
 
 @pytest.mark.parametrize(
@@ -54,7 +62,11 @@ def case(request):
         (qwen3, "", ("lm_head.",)),
         (sana, "model.sana.", ("pos_embed",)),
         (dc_ae, "model.sana_vae.", ()),
-        (siglip, "model.vision_tower.vision_tower.encoder.", ("head.", "post_layernorm.", "encoder.layers.")),
+        (
+            siglip,
+            "model.vision_tower.vision_tower.encoder.",
+            ("head.", "post_layernorm.", "encoder.layers."),
+        ),
     ],
 )
 def test_modules_built_from_our_config_have_our_names_and_shapes(case, build, prefix, theirs_only):
@@ -62,7 +74,10 @@ def test_modules_built_from_our_config_have_our_names_and_shapes(case, build, pr
     fields, shapes = case
     with torch.device("meta"):
         module = build(fields)
-    theirs = {name.removeprefix("vision_model."): tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    theirs = {
+        name.removeprefix("vision_model."): tuple(tensor.shape)
+        for name, tensor in module.state_dict().items()
+    }
     others = ("model.sana", "model.vision_tower", "model.diffusion_connector")
     ours = {
         name.removeprefix(prefix): shape
@@ -79,10 +94,16 @@ def test_transformers_own_config_is_read(case):
     """As its trainer writes it, in this version of transformers, with the ids that BLIP3o adds."""
     transformers = pytest.importorskip("transformers")
     fields, shapes = case
-    ids = {key: value for key, value in fields.items() if key.startswith(("image_", "scale_", "num_image", "num_scale"))}
+    ids = {
+        key: value
+        for key, value in fields.items()
+        if key.startswith(("image_", "scale_", "num_image", "num_scale"))
+    }
     nested = {key: fields[key] for key in ("sana", "sana_vae", "vision_tower", "blip3o_jax")}
     written = transformers.Qwen3Config.from_dict({**fields, "model_type": "qwen3"}).to_json_string()
-    assert config_from_json({**json.loads(written), **ids, **nested}, shapes) == preset(fields["blip3o_jax"]["name"])
+    assert config_from_json({**json.loads(written), **ids, **nested}, shapes) == preset(
+        fields["blip3o_jax"]["name"]
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -92,7 +113,9 @@ def test_torch_and_we_read_each_other(tmp_path, dtype):
 
     cfg = preset("emoji_64")
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), Blip3o(cfg).abstract())
+    params = jax.tree.map(
+        lambda leaf: rng.standard_normal(leaf.shape, np.float32), Blip3o(cfg).abstract()
+    )
     save_published(tmp_path / "ours", cfg, params, dtype=dtype)
     read = load_file(tmp_path / "ours" / "model.safetensors")
     for name, tensor in to_torch(published_rules(cfg), params).items():

@@ -3,10 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip3o_jax import decode
-from blip3o_jax.config import preset, replace
+from blip3o_jax.config import replace
 from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.presets import preset
 from blip3o_jax.rl import grpo
+from blip3o_jax.sample import decode
 from blip3o_jax.train import steps
 from blip3o_jax.train.config import GrpoConfig, OptimizerConfig, TrainConfig
 
@@ -21,7 +22,7 @@ VOCAB, N = MODEL.config.vocab, 4
 
 
 def test_advantages_are_those_of_the_specification():
-    """Spec S9 C9; and a group that agrees gives no gradient."""
+    """docs/proofs.md C9; and a group that agrees gives no gradient."""
     found = grpo.advantages(np.array([0, 0, 0.5, 1, 7, 7, 7, 7]), 4)
     np.testing.assert_allclose(found, [-0.78319, -0.78319, 0.26106, 1.30531, 0, 0, 0, 0], atol=1e-5)
 
@@ -52,12 +53,30 @@ def params():
 def draw(params, prompts, key):
     """Rows of ids -> tokens [B,n], logprobs [B,n], training rows [B,T], start [B]."""
     length = max(map(len, prompts))
-    prompt, valid = np.zeros((len(prompts), length), np.int32), np.zeros((len(prompts), length), bool)
+    prompt, valid = (
+        np.zeros((len(prompts), length), np.int32),
+        np.zeros((len(prompts), length), bool),
+    )
     rows = np.full((len(prompts), length + N + 2), VOCAB.pad_token_id, np.int32)
     for i, ids in enumerate(prompts):
-        prompt[i, length - len(ids) :], valid[i, length - len(ids) :], rows[i, : len(ids)] = ids, True, ids
+        prompt[i, length - len(ids) :], valid[i, length - len(ids) :], rows[i, : len(ids)] = (
+            ids,
+            True,
+            ids,
+        )
     keys = jax.random.split(key, len(prompts))
-    made = decode.generate_tokens(MODEL.qwen3, params["qwen3"], VOCAB, N, prompt, valid, keys, 0, jnp.float32(1), jnp.float32(1))
+    made = decode.generate_tokens(
+        MODEL.qwen3,
+        params["qwen3"],
+        VOCAB,
+        N,
+        prompt,
+        valid,
+        keys,
+        0,
+        jnp.float32(1),
+        jnp.float32(1),
+    )
     start = np.array([len(ids) - 1 for ids in prompts], np.int32)
     for i, at in enumerate(start):
         rows[i, at + 1 : at + 1 + N] = np.asarray(made["tokens"])[i] + VOCAB.image_start_token_id
@@ -84,12 +103,22 @@ def test_a_rewarded_token_becomes_likely_and_only_the_transformer_moves(params):
     state, frozen = steps.init_state(cfg, jax.tree.map(jnp.copy, {**params, **others}))
     assert set(state["params"]) == {"qwen3"}
     assert set(frozen) == {"diffusion_connector"}
-    sample, update = jax.jit(lambda params, key: draw_static(params, key)), grpo.compile_update(MODEL, cfg, None)
+    sample, update = (
+        jax.jit(lambda params, key: draw_static(params, key)),
+        grpo.compile_update(MODEL, cfg, None),
+    )
     rewards = []
     for step in range(40):
-        tokens, logprobs, rows, start = jax.device_get(sample(state["params"], jax.random.key(100 + step)))
+        tokens, logprobs, rows, start = jax.device_get(
+            sample(state["params"], jax.random.key(100 + step))
+        )
         rewards.append(np.mean(tokens % 2 == 0, axis=1))
-        batch = {"tokens": rows, "start": start, "logprobs": logprobs, "advantages": grpo.advantages(rewards[-1], 8)}
+        batch = {
+            "tokens": rows,
+            "start": start,
+            "logprobs": logprobs,
+            "advantages": grpo.advantages(rewards[-1], 8),
+        }
         state, metrics = update(state, params["qwen3"], batch)
         assert metrics["logprob_gap"] < 1e-4
     assert 0.3 < np.mean(rewards[:3]) < 0.7

@@ -1,4 +1,5 @@
-"""The TFDS dataset: equal bytes from equal settings, random access equal to sampling, no TensorFlow."""
+"""The TFDS dataset: equal bytes from equal settings, random access equal to sampling, no
+TensorFlow."""
 
 import json
 import sys
@@ -20,18 +21,28 @@ def test_two_builds_are_equal_and_equal_sampling(tmp_path: Path):
     open_source(second, "train", config)
     records = {p.relative_to(first): p.read_bytes() for p in first.rglob("*array_record*")}
     assert len(records) == 2
-    assert records == {p.relative_to(second): p.read_bytes() for p in second.rglob("*array_record*")}
+    assert records == {
+        p.relative_to(second): p.read_bytes() for p in second.rglob("*array_record*")
+    }
 
     heldout = open_source(first, "heldout", config)
     assert (len(train), len(heldout)) == (30, 10)
-    for source, split, index in ((train, "train", 29), (train, "train", 0), (train, "train", 7), (heldout, "heldout", 4)):
+    for source, split, index in (
+        (train, "train", 29),
+        (train, "train", 0),
+        (train, "train", 7),
+        (heldout, "heldout", 4),
+    ):
         metadata, scene = sample(5, index, split, text=0.2)
         record = source[index]
         assert record["prompt"].decode() == metadata["prompt"]
         assert json.loads(record["metadata"]) == metadata
         np.testing.assert_array_equal(record["image"], compose(scene))
         np.testing.assert_array_equal(record["patches"], patch_words(scene))
-    assert [r["prompt"] for r in train.__getitems__([3, 1])] == [train[3]["prompt"], train[1]["prompt"]]
+    assert [r["prompt"] for r in train.__getitems__([3, 1])] == [
+        train[3]["prompt"],
+        train[1]["prompt"],
+    ]
 
     assert ("tensorflow" in sys.modules) == loaded
 
@@ -41,6 +52,14 @@ def test_other_settings_have_another_place():
 
     names = {
         EmojiScenesConfig(**c).name
-        for c in ({}, {"seed": 1}, {"text": 0.0}, {"train": 5}, {"heldout": 5}, {"weights": {"colors": 1.0}}, {"named_ground": 1.0})
+        for c in (
+            {},
+            {"seed": 1},
+            {"text": 0.0},
+            {"train": 5},
+            {"heldout": 5},
+            {"weights": {"colors": 1.0}},
+            {"named_ground": 1.0},
+        )
     }
     assert len(names) == 7

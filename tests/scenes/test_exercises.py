@@ -1,33 +1,45 @@
-"""Exercises: what their rows say, that they are a function of (seed, index), and that they keep held-out combinations to themselves."""
+"""Exercises: what their rows say, that they are a function of (seed, index), and that they keep
+held-out combinations to themselves."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 
-from blip3o_jax.config import ConfigError, preset
+from blip3o_jax.data.config import DataConfig
+from blip3o_jax.errors import InputError
 from blip3o_jax.pipeline import tokenizer_of
+from blip3o_jax.presets import preset
 from blip3o_jax.scenes import exercises
 from blip3o_jax.scenes.heldout import held_out
 from blip3o_jax.scenes.prompts import RELATIONS
 from blip3o_jax.scenes.scene import PATCH_WORDS
 from blip3o_jax.scenes.sprites import COLORS, OBJECTS
 from blip3o_jax.text import Text, load_tokenizer
-from blip3o_jax.train.data_config import DataConfig
 
 MODEL = preset("emoji_64")
 TEXT = Text(load_tokenizer(tokenizer_of("emoji_64")), MODEL.vocab, 120)
 
 
-def rows(kind: str, count: int = 100, seed: int = 0, **data) -> list[tuple[list[str], list[int], np.ndarray]]:
+def rows(
+    kind: str, count: int = 100, seed: int = 0, **data
+) -> list[tuple[list[str], list[int], np.ndarray]]:
     """(words of the prompt, codes, row) of some rows of one kind."""
     config = DataConfig(exercises={kind: 1.0}, row_length=116, **data)
     found = []
     for index in range(count):
         row = exercises.exercise(TEXT, config, seed, index)
         written = row["tokens"][row["tokens"] != MODEL.vocab.pad_token_id].tolist()
-        codes = [i - MODEL.vocab.image_start_token_id for i in written if i >= MODEL.vocab.image_start_token_id]
-        words = [TEXT.tokenizer.id_to_token(i).removeprefix("Ġ") for i in written if i < MODEL.vocab.image_start_token_id]
+        codes = [
+            i - MODEL.vocab.image_start_token_id
+            for i in written
+            if i >= MODEL.vocab.image_start_token_id
+        ]
+        words = [
+            TEXT.tokenizer.id_to_token(i).removeprefix("Ġ")
+            for i in written
+            if i < MODEL.vocab.image_start_token_id
+        ]
         found.append((words, codes, row))
     return found
 
@@ -64,7 +76,9 @@ def test_a_sketch_says_things_in_the_order_of_the_prompt_and_of_the_relation():
 
 
 def test_a_sketch_keeps_the_places_of_the_picture():
-    for (words, codes, sketch), (same, whole, picture) in zip(rows("sketch", 40), rows("picture", 40), strict=True):
+    for (words, codes, sketch), (same, whole, picture) in zip(
+        rows("sketch", 40), rows("picture", 40), strict=True
+    ):
         assert words == [w for w in same if w != "<im_end>"]
         start = int(np.flatnonzero(picture["weights"])[0])
         assert len(whole) == 64
@@ -90,24 +104,30 @@ def test_no_row_pairs_what_is_held_out():
         assert not any(set(pair) <= said for pair in (*held.pairs, *held.colors, *held.grounds))
     for words, _, _ in rows("sketch", 300):
         things = [w for w in words if w in OBJECTS]
-        colored = {(words[i + 1], w) for i, w in enumerate(words) if w in COLORS and words[i + 1] in OBJECTS}
+        colored = {
+            (words[i + 1], w)
+            for i, w in enumerate(words)
+            if w in COLORS and words[i + 1] in OBJECTS
+        }
         assert not colored & held.colors
         assert not any(set(pair) <= set(things) for pair in held.pairs)
 
 
 def test_a_row_that_is_too_short_is_named():
     data = DataConfig(exercises={"recital": 1.0}, row_length=20)
-    with pytest.raises(ConfigError, match=r"recital of 3[34] tokens does not fit data.row_length 20"):
+    with pytest.raises(
+        InputError, match=r"recital of 3[34] tokens does not fit data.row_length 20"
+    ):
         exercises.exercise(TEXT, data, 0, 0)
 
 
 def test_bad_shares():
-    with pytest.raises(ConfigError, match="Unknown exercise 'recitals'; did you mean 'recital'"):
+    with pytest.raises(InputError, match="Unknown exercise 'recitals'; did you mean 'recital'"):
         DataConfig(exercises={"recitals": 1.0}, row_length=40)
-    with pytest.raises(ConfigError, match=r"need data.row_length"):
+    with pytest.raises(InputError, match=r"need data.row_length"):
         DataConfig(exercises={"recital": 1.0})
-    with pytest.raises(ConfigError, match="shares"):
+    with pytest.raises(InputError, match="shares"):
         dataclasses.replace(DataConfig(), exercises={"recital": 0.0}, row_length=40)
     for share in (-1.0, "1", True, float("nan")):
-        with pytest.raises(ConfigError, match="shares above 0"):
+        with pytest.raises(InputError, match="shares above 0"):
             DataConfig(exercises={"sketch": 2.0, "recital": share}, row_length=40)

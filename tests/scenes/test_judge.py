@@ -1,4 +1,5 @@
-"""The judge sees true pictures exactly, agrees with a person about worn ones, and refuses wrong and shapeless ones."""
+"""The judge sees true pictures exactly, agrees with a person about worn ones, and refuses wrong and
+shapeless ones."""
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 
 
 def samples(number: int, tag: str, split: str = "heldout") -> list[tuple[dict, Scene]]:
-    return [sample(11, i, split, text=1.0) if tag == "text" else sample(11, i, split, {tag: 1}) for i in range(number)]
+    return [
+        sample(11, i, split, text=1.0) if tag == "text" else sample(11, i, split, {tag: 1})
+        for i in range(number)
+    ]
 
 
 def one(name: str, color: str | None, ground: str = "white") -> np.ndarray:
@@ -21,7 +25,11 @@ def one(name: str, color: str | None, ground: str = "white") -> np.ndarray:
 
 
 def asked(name: str, color: str | None = None) -> dict:
-    return {"tag": "colors", "include": [{"class": name, "count": 1} | ({"color": color} if color else {})], "prompt": ""}
+    return {
+        "tag": "colors",
+        "include": [{"class": name, "count": 1} | ({"color": color} if color else {})],
+        "prompt": "",
+    }
 
 
 def blur(image: np.ndarray, sigma: float) -> np.ndarray:
@@ -29,8 +37,13 @@ def blur(image: np.ndarray, sigma: float) -> np.ndarray:
     reach = int(4 * sigma + 0.5)
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     for axis in (0, 1):
-        padded = np.pad(image, [(reach, reach) if i == axis else (0, 0) for i in range(3)], mode="edge")
-        image = sum(k * np.take(padded, np.arange(64) + i, axis) for i, k in enumerate(kernel / kernel.sum()))
+        padded = np.pad(
+            image, [(reach, reach) if i == axis else (0, 0) for i in range(3)], mode="edge"
+        )
+        image = sum(
+            k * np.take(padded, np.arange(64) + i, axis)
+            for i, k in enumerate(kernel / kernel.sum())
+        )
     return image
 
 
@@ -39,10 +52,19 @@ def test_true_pictures_are_strictly_right(tag):
     """Two times 18 per tag, 252 in all; the extra kinds of the training split are among them."""
     for metadata, scene in samples(18, tag) + samples(18, tag, "train"):
         verdict = judge(compose(scene), metadata)
-        assert (verdict["correct"], verdict["strict"], verdict["score"], verdict["reason"]) == (True, True, 1.0, "")
+        assert (verdict["correct"], verdict["strict"], verdict["score"], verdict["reason"]) == (
+            True,
+            True,
+            1.0,
+            "",
+        )
         if not scene.word:
-            seen = sorted((d.object, d.color or "", d.row_px, d.column_px) for d in verdict["detections"])
-            assert seen == sorted((t.object, t.color or "", 8 * t.row, 8 * t.column) for t in scene.things)
+            seen = sorted(
+                (d.object, d.color or "", d.row_px, d.column_px) for d in verdict["detections"]
+            )
+            assert seen == sorted(
+                (t.object, t.color or "", 8 * t.row, 8 * t.column) for t in scene.things
+            )
 
 
 def test_every_look_on_every_ground_is_told_apart():
@@ -57,21 +79,42 @@ def test_wrong_prompts_are_refused(tag):
         image, first = compose(scene), metadata["include"][0] if metadata["include"] else {}
         wrongs = []
         if tag == "text":
-            wrongs += [metadata | {"word": metadata["word"][::-1] + "S"}, metadata | {"word": metadata["word"][:-1]}]
+            wrongs += [
+                metadata | {"word": metadata["word"][::-1] + "S"},
+                metadata | {"word": metadata["word"][:-1]},
+            ]
         elif tag == "counting":
             for count in (first["count"] - 1, first["count"] + 1):
-                wrongs.append(metadata | {"include": [first | {"count": count}], "exclude": [first | {"count": count + 1}]})
+                wrongs.append(
+                    metadata
+                    | {
+                        "include": [first | {"count": count}],
+                        "exclude": [first | {"count": count + 1}],
+                    }
+                )
         else:
-            other = next(name for name in OBJECTS if name not in {item["class"] for item in metadata["include"]})
-            wrongs.append(metadata | {"include": [first | {"class": other}, *metadata["include"][1:]]})
+            other = next(
+                name
+                for name in OBJECTS
+                if name not in {item["class"] for item in metadata["include"]}
+            )
+            wrongs.append(
+                metadata | {"include": [first | {"class": other}, *metadata["include"][1:]]}
+            )
         if tag == "color_attr":  # each in the other's colour
             a, b = metadata["include"]
-            wrongs.append(metadata | {"include": [a | {"color": b["color"]}, b | {"color": a["color"]}]})
+            wrongs.append(
+                metadata | {"include": [a | {"color": b["color"]}, b | {"color": a["color"]}]}
+            )
         if tag == "position":
             a, b = metadata["include"]
-            wrongs.append(metadata | {"include": [a, b | {"position": [OPPOSITE[b["position"][0]], 0]}]})
+            wrongs.append(
+                metadata | {"include": [a, b | {"position": [OPPOSITE[b["position"][0]], 0]}]}
+            )
         if tag == "colors":
-            wrongs += [asked(first["class"], color) for color in LOOKS[1:] if color != first["color"]]
+            wrongs += [
+                asked(first["class"], color) for color in LOOKS[1:] if color != first["color"]
+            ]
         for wrong in wrongs:
             verdict = judge(image, wrong)
             assert not verdict["correct"]
@@ -84,7 +127,9 @@ def test_wrong_prompts_are_refused(tag):
 def test_blur_and_noise_are_forgiven(sigma):
     rng = np.random.default_rng(0)
     drawn = [pair for tag in TAGS for pair in samples(8, tag)]
-    images = [blur(compose(scene) / 255, sigma) + rng.normal(0, 0.05, (64, 64, 3)) for _, scene in drawn]
+    images = [
+        blur(compose(scene) / 255, sigma) + rng.normal(0, 0.05, (64, 64, 3)) for _, scene in drawn
+    ]
     verdicts = judge_batch(np.clip(images, 0, 1), [metadata for metadata, _ in drawn])
     assert np.mean([v["correct"] for v in verdicts]) >= (1.0 if sigma == 1 else 0.9)
     assert np.mean([v["strict"] for v in verdicts]) >= (0.98 if sigma == 1 else 0.9)
@@ -93,7 +138,10 @@ def test_blur_and_noise_are_forgiven(sigma):
 def test_worn_letters_are_read():
     rng = np.random.default_rng(0)
     drawn = samples(20, "text")
-    images = [np.clip(blur(compose(scene) / 255, 0.7) + rng.normal(0, 0.05, (64, 64, 3)), 0, 1) for _, scene in drawn]
+    images = [
+        np.clip(blur(compose(scene) / 255, 0.7) + rng.normal(0, 0.05, (64, 64, 3)), 0, 1)
+        for _, scene in drawn
+    ]
     assert np.mean([v["strict"] for v in judge_batch(images, [m for m, _ in drawn])]) >= 0.95
 
 
@@ -105,7 +153,9 @@ def test_a_disc_is_no_object():
         image, sprite = one(name, color, ground), one(name, color, ground)[16:40, 16:40]
         center = [(cover * at).sum() / cover.sum() for at in (y, x)]
         disc = (y - center[0]) ** 2 + (x - center[1]) ** 2 < cover.sum() / np.pi
-        image[16:40, 16:40] = np.where(disc[..., None], sprite[cover > 0.5].mean(0), np.float32(GROUNDS[ground]) / 255)
+        image[16:40, 16:40] = np.where(
+            disc[..., None], sprite[cover > 0.5].mean(0), np.float32(GROUNDS[ground]) / 255
+        )
         verdict = judge(image, asked(name))
         assert not verdict["detections"]
         assert "something else" in verdict["reason"]
@@ -139,7 +189,9 @@ def test_correct_allows_more_and_strict_does_not():
     two = compose(Scene((Thing("cat", None, 0, 0), Thing("cat", None, 4, 4)), "pink"))
     verdict = judge(two, asked("cat"))
     assert (verdict["correct"], verdict["strict"], verdict["score"]) == (True, False, 0.0)
-    assert judge(two, asked("cat") | {"exclude": [{"class": "cat", "count": 2}]})["correct"] is False
+    assert (
+        judge(two, asked("cat") | {"exclude": [{"class": "cat", "count": 2}]})["correct"] is False
+    )
     blot = one("key", "blue")
     blot[50:60, 4:14] = (0.2, 0.5, 0.3)
     verdict = judge(blot, asked("key", "blue"))
@@ -148,9 +200,17 @@ def test_correct_allows_more_and_strict_does_not():
 
 def test_dense_score():
     three = compose(
-        Scene(tuple(Thing("star", None, 5 * i // 2, 5 * i // 2) if i < 2 else Thing("star", None, 5, 5) for i in (0, 2)), "gray")
+        Scene(
+            tuple(
+                Thing("star", None, 5 * i // 2, 5 * i // 2) if i < 2 else Thing("star", None, 5, 5)
+                for i in (0, 2)
+            ),
+            "gray",
+        )
     )
-    assert judge(three, {"tag": "counting", "include": [{"class": "star", "count": 3}]})["score"] == pytest.approx(2 / 3)
+    assert judge(three, {"tag": "counting", "include": [{"class": "star", "count": 3}]})[
+        "score"
+    ] == pytest.approx(2 / 3)
     read = judge(compose(Scene((), "cyan", "CAR")), {"tag": "text", "include": [], "word": "CAT"})
     assert (read["correct"], read["score"]) == (False, pytest.approx(2 / 3))
     wrong_color = judge(one("key", "red"), asked("key", "blue"))

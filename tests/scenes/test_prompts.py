@@ -1,4 +1,5 @@
-"""Scenes and prompts: same seed, same bytes; a prompt and its scene agree; training never sees what is held out."""
+"""Scenes and prompts: same seed, same bytes; a prompt and its scene agree; training never sees what
+is held out."""
 
 import hashlib
 from collections import Counter
@@ -6,13 +7,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from blip3o_jax.config import ConfigError
+from blip3o_jax.errors import InputError
 from blip3o_jax.scenes.heldout import held_out
 from blip3o_jax.scenes.prompts import EXTRA, TAGS, sample
 from blip3o_jax.scenes.scene import PATCH_WORDS, Scene, Thing, compose, patch_words
 from blip3o_jax.scenes.sprites import GROUNDS, OBJECTS, PLURALS
 
-SCENE = Scene((Thing("cat", None, 0, 5), Thing("key", "blue", 3, 0), Thing("fish", "red", 5, 3)), "cream")
+SCENE = Scene(
+    (Thing("cat", None, 0, 5), Thing("key", "blue", 3, 0), Thing("fish", "red", 5, 3)), "cream"
+)
 
 
 def digest(*arrays: np.ndarray) -> str:
@@ -20,21 +23,42 @@ def digest(*arrays: np.ndarray) -> str:
 
 
 def test_golden_pictures():
-    """The pictures are part of the benchmark: a change of art, colours or layout must be deliberate."""
+    """The pictures are part of the benchmark: a change of art, colours or layout must be
+    deliberate."""
     assert digest(compose(SCENE), patch_words(SCENE)) == "e6ec322216e158b8"
     assert digest(compose(Scene((), "pink", "QUIZ"))) == "8882ff109dd5e2d4"
 
 
 def test_held_out_lists_are_fixed():
     held = held_out()
-    assert [len(s) for s in (held.colors, held.pairs, held.counts, held.grounds, held.words)] == [20, 42, 8, 21, 30]
-    text = repr([sorted(held.colors), sorted(map(sorted, held.pairs)), sorted(held.counts), sorted(held.grounds), sorted(held.words)])
+    assert [len(s) for s in (held.colors, held.pairs, held.counts, held.grounds, held.words)] == [
+        20,
+        42,
+        8,
+        21,
+        30,
+    ]
+    text = repr(
+        [
+            sorted(held.colors),
+            sorted(map(sorted, held.pairs)),
+            sorted(held.counts),
+            sorted(held.grounds),
+            sorted(held.words),
+        ]
+    )
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "dfe65996c836671a"
 
 
 def test_the_share_of_named_grounds_is_as_asked():
     def share(named_ground):
-        return np.mean(["ground" in sample(0, i, weights={"colors": 1.0}, extra=0.0, named_ground=named_ground)[0] for i in range(400)])
+        return np.mean(
+            [
+                "ground"
+                in sample(0, i, weights={"colors": 1.0}, extra=0.0, named_ground=named_ground)[0]
+                for i in range(400)
+            ]
+        )
 
     assert share(0.0) == 0.0
     assert share(1.0) == 1.0
@@ -91,7 +115,9 @@ def test_scene_has_what_the_prompt_says_and_nothing_else():
         if metadata["tag"] == "position":
             relation, target = metadata["include"][1]["position"]
             place = {t.object: np.array([t.row, t.column]) for t in scene.things}
-            down, right = place[metadata["include"][1]["class"]] - place[metadata["include"][target]["class"]]
+            down, right = (
+                place[metadata["include"][1]["class"]] - place[metadata["include"][target]["class"]]
+            )
             signs = {"left of": -right, "right of": right, "above": -down, "below": down}
             assert max(signs, key=signs.get) == relation
             assert signs[relation] >= 3
@@ -144,14 +170,14 @@ def changed() -> list[Thing]:
     ],
 )
 def test_impossible_scenes_are_refused(scene, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(InputError, match=message):
         compose(scene)
 
 
 def test_unknown_split_and_tag():
-    with pytest.raises(ConfigError, match="heldout"):
+    with pytest.raises(InputError, match="heldout"):
         sample(0, 0, "held_out")
-    with pytest.raises(ConfigError, match="colors"):
+    with pytest.raises(InputError, match="colors"):
         sample(0, 0, weights={"color": 1})
 
 

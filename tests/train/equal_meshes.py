@@ -1,9 +1,11 @@
-"""Proof that a run does not depend on how it is spread: one device, eight in several meshes, two slices, two processes, micro-batches.
+"""Proof that a run does not depend on how it is spread: one device, eight in several meshes, two
+slices, two processes, micro-batches.
 
     python tests/train/equal_meshes.py [--steps 20]
 
-Every variant trains the tiny joint model on the same batches. One JSON line last: the largest relative difference of a loss from those on
-one device, and of all parameters together, |a - b| / |b|; exit code 1 when one is above 1e-5.
+Every variant trains the tiny joint model on the same batches. One JSON line last: the largest
+relative difference of a loss from those on one device, and of all parameters together, |a - b| /
+|b|; exit code 1 when one is above 1e-5.
 """
 
 import argparse
@@ -34,16 +36,21 @@ PROCESSES = {
 
 
 def train(mesh_sizes: dict, accumulate: int, num_steps: int, devices=None):
-    """(losses, flat parameters) of the first steps on a mesh; 32 rows a step, so that each of 8 devices has some of 4 micro-batches."""
+    """(losses, flat parameters) of the first steps on a mesh; 32 rows a step, so that each of 8
+    devices has some of 4 micro-batches."""
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
     from tiny import OPTIMIZER, batch_at, config
 
-    from blip3o_jax.mesh import batch_hosts, make_mesh, meet, put_batch
+    from blip3o_jax.parallel.batches import batch_hosts, put_batch
+    from blip3o_jax.parallel.mesh import make_mesh
+    from blip3o_jax.parallel.processes import barrier
     from blip3o_jax.train import start, steps
 
-    cfg = config(mesh=mesh_sizes, accumulate=accumulate, batch_size=32, num_steps=100, optimizer=OPTIMIZER)
+    cfg = config(
+        mesh=mesh_sizes, accumulate=accumulate, batch_size=32, num_steps=100, optimizer=OPTIMIZER
+    )
     mesh, model = make_mesh(mesh_sizes, devices), start.build_model(cfg)
     host, hosts = batch_hosts(mesh)
     empty = SimpleNamespace(latest_step=lambda: None)
@@ -56,7 +63,7 @@ def train(mesh_sizes: dict, accumulate: int, num_steps: int, devices=None):
         params = start.initial_params(cfg, model, None, mesh)
         state, frozen, shardings, _ = start.begin(cfg, model, mesh, empty, lambda: params)
         step = steps.compile_step(model, cfg, shardings).lower(state, frozen, batch(0)).compile()
-        meet("the first step")
+        barrier("the first step")
         losses = []
         for now in range(num_steps):
             state, metrics = step(state, frozen, batch(now))
@@ -67,13 +74,13 @@ def train(mesh_sizes: dict, accumulate: int, num_steps: int, devices=None):
 
 def worker(name: str, num_steps: int, out: str) -> None:
     """One of two processes; the first writes what `train` gives."""
-    from blip3o_jax.mesh import is_first, start_processes
+    from blip3o_jax.parallel.processes import is_process_zero, start_processes
 
     start_processes(timeout=120)
     import numpy as np
 
     losses, params = train(*PROCESSES[name], num_steps)
-    if is_first():
+    if is_process_zero():
         np.savez(out, losses=losses, params=params)
 
 
@@ -86,9 +93,26 @@ def two_processes(name: str, num_steps: int):
         address = f"127.0.0.1:{free.getsockname()[1]}"
     with tempfile.TemporaryDirectory() as folder:
         out = str(pathlib.Path(folder) / "result.npz")
-        command = [sys.executable, __file__, "--worker", name, "--steps", str(num_steps), "--out", out]
-        common = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "BLIP3O_COORDINATOR": address}
-        running = [subprocess.Popen(command, env=common | {"BLIP3O_NUM_PROCESSES": "2", "BLIP3O_PROCESS_ID": str(i)}) for i in range(2)]
+        command = [
+            sys.executable,
+            __file__,
+            "--worker",
+            name,
+            "--steps",
+            str(num_steps),
+            "--out",
+            out,
+        ]
+        common = os.environ | {
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "BLIP3O_COORDINATOR": address,
+        }
+        running = [
+            subprocess.Popen(
+                command, env=common | {"BLIP3O_NUM_PROCESSES": "2", "BLIP3O_PROCESS_ID": str(i)}
+            )
+            for i in range(2)
+        ]
         codes = [process.wait() for process in running]
         if any(codes):
             raise SystemExit(f"{name}: a process failed.")
@@ -101,7 +125,10 @@ def differences(num_steps: int, variants, processes) -> dict[str, dict[str, floa
     import jax
     import numpy as np
 
-    results = {name: train(mesh, micro, num_steps, jax.devices()[:count]) for name, (count, mesh, micro) in variants.items()}
+    results = {
+        name: train(mesh, micro, num_steps, jax.devices()[:count])
+        for name, (count, mesh, micro) in variants.items()
+    }
     results |= {name: two_processes(name, num_steps) for name in processes}
     losses, params = next(iter(results.values()))
     assert np.ptp(losses) > 0.01, "nothing was learned, so that equality says nothing"
@@ -120,8 +147,11 @@ def main() -> int:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": os.environ.get("XLA_FLAGS", "--xla_force_host_platform_device_count=8")}
-    from blip3o_jax.compilation import enable_compilation_cache
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "--xla_force_host_platform_device_count=8"),
+    }
+    from blip3o_jax.kernels.platform import enable_compilation_cache
 
     enable_compilation_cache()
     if args.worker:

@@ -1,9 +1,11 @@
-"""Proof that a run survives kill -9: killed again and again at random moments, many of them while a checkpoint is being written.
+"""Proof that a run survives kill -9: killed again and again at random moments, many of them while a
+checkpoint is being written.
 
     python tests/train/kill_rounds.py [--rounds 50] [--processes 1] [--seed 0]
 
-Trains the transformer of the tiny model, with a checkpoint every few steps. Every new start must go on from the newest whole checkpoint
-there is, and every run that comes to its end must have the bits of one that was never killed. One JSON line last; exit code 1 if not.
+Trains the transformer of the tiny model, with a checkpoint every few steps. Every new start must go
+on from the newest whole checkpoint there is, and every run that comes to its end must have the bits
+of one that was never killed. One JSON line last; exit code 1 if not.
 """
 
 import argparse
@@ -24,21 +26,28 @@ from collections.abc import Callable
 
 import numpy as np
 
-NUM_STEPS, EVERY, LONGEST = 120, 5, 240.0  # steps of a run, between checkpoints; seconds after which a process hangs
+# steps of a run, between checkpoints; seconds after which a process hangs
+NUM_STEPS, EVERY, LONGEST = 120, 5, 240.0
 
 
 def train(workdir: pathlib.Path) -> None:
     """The run, by the loop that `blip3o-jax train` uses, on random rows."""
     from tiny import from_step, practice, rows_at
 
-    from blip3o_jax.mesh import batch_hosts, make_mesh
+    from blip3o_jax.parallel.batches import batch_hosts
+    from blip3o_jax.parallel.mesh import make_mesh
     from blip3o_jax.train import loop
 
-    cfg = practice(num_steps=NUM_STEPS, log_every=EVERY, eval_every=NUM_STEPS, checkpoint_every=EVERY)
+    cfg = practice(
+        num_steps=NUM_STEPS, log_every=EVERY, eval_every=NUM_STEPS, checkpoint_every=EVERY
+    )
     host, hosts = batch_hosts(make_mesh())
 
     def mine(step):
-        return {name: x[host * 8 // hosts : (host + 1) * 8 // hosts] for name, x in rows_at(step).items()}
+        return {
+            name: x[host * 8 // hosts : (host + 1) * 8 // hosts]
+            for name, x in rows_at(step).items()
+        }
 
     loop.run(cfg, workdir, from_step(mine), rows_at(10**6), load_parts=None)
 
@@ -47,11 +56,15 @@ def process(workdir: pathlib.Path, index: int, count: int, port: int) -> None:
     """Process `index` of a run."""
     import jax
 
-    from blip3o_jax.mesh import start_processes
+    from blip3o_jax.parallel.processes import start_processes
 
     os.environ["XLA_FLAGS"] = ""
     if count > 1:
-        names = {"COORDINATOR": f"127.0.0.1:{port}", "NUM_PROCESSES": str(count), "PROCESS_ID": str(index)}
+        names = {
+            "COORDINATOR": f"127.0.0.1:{port}",
+            "NUM_PROCESSES": str(count),
+            "PROCESS_ID": str(index),
+        }
         os.environ |= {f"BLIP3O_{name}": value for name, value in names.items()}
     start_processes(timeout=int(LONGEST))
     train(workdir)
@@ -60,7 +73,8 @@ def process(workdir: pathlib.Path, index: int, count: int, port: int) -> None:
 
 
 def fork(log: pathlib.Path, function: Callable, *args) -> int:
-    """Starts a process that runs `function(*args)`, its output in `log`, and ends with 0 if that returns; gives its id."""
+    """Starts a process that runs `function(*args)`, its output in `log`, and ends with 0 if that
+    returns; gives its id."""
     if child := os.fork():
         return child
     code = 1
@@ -68,7 +82,9 @@ def fork(log: pathlib.Path, function: Callable, *args) -> int:
         with log.open("w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr, force=True)
+        logging.basicConfig(
+            level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr, force=True
+        )
         function(*args)
         code = 0
     except BaseException:
@@ -93,22 +109,29 @@ def temporary(workdir: pathlib.Path) -> bool:
 
 def newest(workdir: pathlib.Path) -> int:
     """Step of the newest whole checkpoint, 0 without one."""
-    from blip3o_jax.checkpoint import whole
+    from blip3o_jax.training_checkpoint import whole
 
     return max((int(folder.name) for folder in whole(workdir / "checkpoints")), default=0)
 
 
 def until_killed(workdir: pathlib.Path, count: int, rng: random.Random, span: float | None) -> str:
-    """One start of the run, killed at a random moment within `span` seconds, or never; says when: "writing" a checkpoint, "between", or
-    not at all, "finished".
+    """One start of the run, killed at a random moment within `span` seconds, or never; says when:
+    "writing" a checkpoint, "between", or not at all, "finished".
 
-    Half of the time the first checkpoint after a random moment is waited for, and struck. RuntimeError when a process fails by itself.
+    Half of the time the first checkpoint after a random moment is waited for, and struck.
+    RuntimeError when a process fails by itself.
     """
     port, began = free_port(), time.monotonic()
     children = [fork(workdir / f"log.{i}", process, workdir, i, count, port) for i in range(count)]
-    moment, aimed, delay = began + (rng.uniform(0, span) if span else 1e9), rng.random() < 0.5, rng.uniform(0, 0.2)
+    moment, aimed, delay = (
+        began + (rng.uniform(0, span) if span else 1e9),
+        rng.random() < 0.5,
+        rng.uniform(0, 0.2),
+    )
     ended = {}
-    while len(ended) < count and not (time.monotonic() > moment and (not aimed or temporary(workdir))):
+    while len(ended) < count and not (
+        time.monotonic() > moment and (not aimed or temporary(workdir))
+    ):
         for child in children:
             if child not in ended and (found := os.waitpid(child, os.WNOHANG))[0]:
                 ended[child] = os.waitstatus_to_exitcode(found[1])
@@ -131,7 +154,9 @@ def until_killed(workdir: pathlib.Path, count: int, rng: random.Random, span: fl
 
 
 def tail(workdir: pathlib.Path) -> str:
-    return "".join(f"\n{log.name}:\n{log.read_text()[-3000:]}" for log in sorted(workdir.glob("log.*")))
+    return "".join(
+        f"\n{log.name}:\n{log.read_text()[-3000:]}" for log in sorted(workdir.glob("log.*"))
+    )
 
 
 def resumed(workdir: pathlib.Path) -> int | None:
@@ -143,7 +168,8 @@ def resumed(workdir: pathlib.Path) -> int | None:
 
 
 def compare(*workdirs: pathlib.Path) -> None:
-    """AssertionError when the last checkpoints of two runs differ in a bit of any array, Adam's moments and counters included."""
+    """AssertionError when the last checkpoints of two runs differ in a bit of any array, Adam's
+    moments and counters included."""
     import jax
     import orbax.checkpoint as ocp
 
@@ -163,10 +189,14 @@ def compare(*workdirs: pathlib.Path) -> None:
 def rounds(number: int, count: int, seed: int, folder: pathlib.Path) -> dict:
     """Kills `number` times; a run that finishes is compared and a new one begun. The report."""
     rng, kinds = random.Random(seed), collections.Counter()
-    for reference in (folder / "first", folder / "reference"):  # the first one compiles, so only the second tells how long a run takes
+    # the first one compiles, so only the second tells how long a run takes
+    for reference in (folder / "first", folder / "reference"):
         reference.mkdir()
         began = time.monotonic()
-        if until_killed(reference, count, rng, None) != "finished" or newest(reference) != NUM_STEPS:
+        if (
+            until_killed(reference, count, rng, None) != "finished"
+            or newest(reference) != NUM_STEPS
+        ):
             raise RuntimeError(f"The uninterrupted run did not finish: {tail(reference)}")
     span = time.monotonic() - began
     finished = wrong = elsewhere = resumes = starts = kills = 0
@@ -209,11 +239,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
-    # Imported here and forked from here, so that a round need not; no device is touched before the fork.
+    # Imported here and forked from here, so that a round need not; no device is touched before the
+    # fork.
     import orbax.checkpoint  # noqa: F401
 
-    from blip3o_jax.compilation import enable_compilation_cache
-    from blip3o_jax.train import loop  # noqa: F401
+    from blip3o_jax.kernels.platform import enable_compilation_cache
 
     enable_compilation_cache()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,9 @@
 import pytest
 
 from blip3o_jax.cli import main
-from blip3o_jax.config import ConfigError
+from blip3o_jax.errors import InputError
 from blip3o_jax.jobs.train import REFERENCE_QUIRKS, open_workdir, read_config
-from blip3o_jax.shipped import CONFIGS
+from blip3o_jax.resources import CONFIGS
 from blip3o_jax.train.config import TrainConfig, from_dict
 
 
@@ -14,7 +14,11 @@ def test_every_shipped_config_is_valid(name):
 
 
 def test_overrides_reach_nested_keys_and_the_model():
-    overrides = ["--config.optimizer.learning_rate=0.5", "--config.model.sana.num_layers=2", "--config.init.dc_ae=some/where"]
+    overrides = [
+        "--config.optimizer.learning_rate=0.5",
+        "--config.model.sana.num_layers=2",
+        "--config.init.dc_ae=some/where",
+    ]
     cfg = read_config("emoji_joint", overrides)
     assert cfg.optimizer.learning_rate == 0.5
     assert cfg.blip3o().sana.num_layers == 2
@@ -36,14 +40,19 @@ def test_overrides_reach_nested_keys_and_the_model():
     ],
 )
 def test_what_a_config_gets_wrong_is_named(overrides, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(InputError, match=message):
         read_config("emoji_joint", overrides).blip3o()
 
 
 def test_missing_key_and_integer_for_float():
-    with pytest.raises(ConfigError, match="'stage' is missing"):
+    with pytest.raises(InputError, match="'stage' is missing"):
         from_dict(TrainConfig, {})
-    assert from_dict(TrainConfig, {"stage": "joint", "optimizer": {"clip_norm": 1}}).optimizer.clip_norm == 1.0
+    assert (
+        from_dict(
+            TrainConfig, {"stage": "joint", "optimizer": {"clip_norm": 1}}
+        ).optimizer.clip_norm
+        == 1.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,12 +85,12 @@ def test_reference_quirks_are_those_of_the_specification():
 def test_a_workdir_of_another_config_is_refused(tmp_path):
     open_workdir(TrainConfig(stage="joint"), tmp_path / "run")
     open_workdir(TrainConfig(stage="joint"), tmp_path / "run")
-    with pytest.raises(ConfigError, match="seed: 0 there, 1 here"):
+    with pytest.raises(InputError, match="seed: 0 there, 1 here"):
         open_workdir(TrainConfig(stage="joint", seed=1), tmp_path / "run")
 
 
 def test_a_workdir_that_cannot_be_written_is_named():
-    with pytest.raises(ConfigError, match=r"The workdir /proc/run cannot be written: "):
+    with pytest.raises(InputError, match=r"The workdir /proc/run cannot be written: "):
         open_workdir(TrainConfig(stage="joint"), "/proc/run")
 
 
@@ -98,5 +107,7 @@ def test_a_wrong_input_leaves_no_config_in_the_workdir(tmp_path, capsys):
 
 def test_a_topology_chooses_among_pods_and_is_refused_where_there_are_none():
     assert read_config("pretrain_3b:v5e:4x4", []).accumulate == 8
-    with pytest.raises(ConfigError, match="emoji_joint is the same on all topologies; leave ':v5e:4x4' out"):
+    with pytest.raises(
+        InputError, match="emoji_joint is the same on all topologies; leave ':v5e:4x4' out"
+    ):
         read_config("emoji_joint:v5e:4x4", [])

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tiny import batch_at, config, from_step, practice, rows_at
 
-from blip3o_jax import checkpoint
-from blip3o_jax.config import ConfigError
+from blip3o_jax import training_checkpoint
+from blip3o_jax.errors import InputError
 from blip3o_jax.pipeline import tokenizer_of
 from blip3o_jax.scenes.exercises import name_ids
 from blip3o_jax.text import Text, load_tokenizer
@@ -22,7 +22,9 @@ def test_named_image_tokens_start_as_their_words():
     named = np.asarray(start.name_tokens(table, 6, np.array([2, -1, 5])))
     np.testing.assert_array_equal(named[[0, 1, 2, 3, 4, 5, 7, 9]], table[[0, 1, 2, 3, 4, 5, 7, 9]])
     for row, word in ((6, 2), (8, 5)):
-        np.testing.assert_allclose(named[row], 0.9 * table[word] + 0.19**0.5 * table[row], rtol=1e-5)
+        np.testing.assert_allclose(
+            named[row], 0.9 * table[word] + 0.19**0.5 * table[row], rtol=1e-5
+        )
 
 
 def test_codes_are_named_by_words_of_the_tokenizer():
@@ -30,7 +32,11 @@ def test_codes_are_named_by_words_of_the_tokenizer():
     text = Text(load_tokenizer(tokenizer_of("emoji_64")), model.vocab, model.max_prompt_tokens)
     ids = name_ids(text)
     assert len(ids) == model.vocab.num_image_tokens
-    assert [text.tokenizer.id_to_token(int(ids[i])) for i in (0, 4, 5)] == ["Ġapple", "Ġapple", "Ġbanana"]
+    assert [text.tokenizer.id_to_token(int(ids[i])) for i in (0, 4, 5)] == [
+        "Ġapple",
+        "Ġapple",
+        "Ġbanana",
+    ]
     assert (ids >= 0).sum() > 150
     assert ids[-1] == -1
 
@@ -39,13 +45,22 @@ def train(cfg, workdir, batch_of=None):
     """(losses of all steps, weights) of a run of the tiny model."""
     batch_of = batch_of or (batch_at if cfg.stage == "joint" else rows_at)
     workdir.mkdir(exist_ok=True)
-    loop.run(cfg, workdir, from_step(batch_of), batch_at(10**6) if cfg.stage == "joint" else rows_at(10**6), load_parts=None)
+    loop.run(
+        cfg,
+        workdir,
+        from_step(batch_of),
+        batch_at(10**6) if cfg.stage == "joint" else rows_at(10**6),
+        load_parts=None,
+    )
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row], checkpoint.load_run(workdir)[1]
+    return [row["loss"] for row in rows if "loss" in row], training_checkpoint.load_run(workdir)[1]
 
 
 def leaves(tree):
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def assert_same_bits(tree, other):
@@ -54,11 +69,26 @@ def assert_same_bits(tree, other):
 
 
 def test_a_joint_run_moves_all_that_is_trained_and_says_what_it_sees(tmp_path):
-    losses, params = train(config(mesh={"data": 4, "fsdp": 2}, num_steps=2, profile=ProfileConfig(1, 1)), tmp_path / "run")
+    losses, params = train(
+        config(mesh={"data": 4, "fsdp": 2}, num_steps=2, profile=ProfileConfig(1, 1)),
+        tmp_path / "run",
+    )
     assert np.isfinite(losses).all()
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     parts = ("qwen3", "diffusion_connector", "sana")
-    wanted = {"ce", "flow", "accuracy_text", "accuracy_image", "learning_rate", "data_wait_ms", "step_ms", "images_per_s", "goodput"}
+    wanted = {
+        "ce",
+        "flow",
+        "accuracy_text",
+        "accuracy_image",
+        "learning_rate",
+        "data_wait_ms",
+        "step_ms",
+        "images_per_s",
+        "goodput",
+    }
     wanted |= {f"{kind}/{part}" for kind in ("grad_norm", "update_ratio") for part in parts}
     assert wanted <= rows[1].keys()
     assert min(rows[1][f"update_ratio/{part}"] for part in parts) > 0
@@ -69,7 +99,9 @@ def test_a_joint_run_moves_all_that_is_trained_and_says_what_it_sees(tmp_path):
     assert np.std(params["qwen3"]["norm"]["scale"]) > 0
     table = (tmp_path / "run" / "parameters.txt").read_text()
     assert table.startswith("Trained\n")
-    assert len(re.findall(r"^\| \w+/.*\(.*'fsdp'", table.partition("Frozen")[0], re.MULTILINE)) >= 20
+    assert (
+        len(re.findall(r"^\| \w+/.*\(.*'fsdp'", table.partition("Frozen")[0], re.MULTILINE)) >= 20
+    )
     assert "| dc_ae/" in table.partition("Frozen")[2]
 
 
@@ -79,14 +111,14 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_resuming_gives_the_bits_of_an_uninterrupted_run(uninterrupted, tmp_path, monkeypatch):
-    run, save = tmp_path / "run", checkpoint.save
+    run, save = tmp_path / "run", training_checkpoint.save
 
     def killed(manager, *args):
         save(manager, *args)
         manager.wait_until_finished()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save", killed)
+    monkeypatch.setattr(training_checkpoint, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         train(practice(), run)
     monkeypatch.undo()
@@ -95,7 +127,9 @@ def test_resuming_gives_the_bits_of_an_uninterrupted_run(uninterrupted, tmp_path
     assert_same_bits(params, uninterrupted[1])
 
 
-def test_a_sigterm_saves_the_step_and_leaves_with_the_code_that_launchers_know(uninterrupted, tmp_path):
+def test_a_sigterm_saves_the_step_and_leaves_with_the_code_that_launchers_know(
+    uninterrupted, tmp_path
+):
     run = tmp_path / "run"
 
     def preempted(step):
@@ -116,7 +150,9 @@ def test_a_sigterm_saves_the_step_and_leaves_with_the_code_that_launchers_know(u
 
 def test_micro_batches_give_the_steps_of_the_whole_batch(uninterrupted, tmp_path):
     """Rows have different weights, so that a mean of means would differ."""
-    losses, params = train(practice(accumulate=2, mesh={"data": 2, "fsdp": 2, "tensor": 2}), tmp_path / "run")
+    losses, params = train(
+        practice(accumulate=2, mesh={"data": 2, "fsdp": 2, "tensor": 2}), tmp_path / "run"
+    )
     np.testing.assert_allclose(losses, uninterrupted[0], rtol=1e-5)
     for name, leaf in leaves(params).items():
         whole = leaves(uninterrupted[1])[name]
@@ -124,9 +160,15 @@ def test_micro_batches_give_the_steps_of_the_whole_batch(uninterrupted, tmp_path
 
 
 def test_what_does_not_divide_or_belong_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="batch_size 12 does not divide by the mesh's 8 batch shards; the nearest that do are 8 and 16"):
+    with pytest.raises(
+        InputError,
+        match="batch_size 12 does not divide by the mesh's 8 batch shards; the nearest that do "
+        "are 8 and 16",
+    ):
         train(practice(mesh={"data": 8}, batch_size=12), tmp_path / "a")
-    with pytest.raises(ConfigError, match="8 batch shards x 2 micro-batches; the nearest that does is 16"):
+    with pytest.raises(
+        InputError, match="8 batch shards x 2 micro-batches; the nearest that does is 16"
+    ):
         train(practice(mesh={"data": 8}, accumulate=2), tmp_path / "a")
-    with pytest.raises(ConfigError, match="does not use"):
+    with pytest.raises(InputError, match="does not use"):
         train(practice(init={"vae": "x"}), tmp_path / "b")

@@ -4,8 +4,9 @@ import numpy as np
 import optax
 import pytest
 
-from blip3o_jax.config import preset, replace
+from blip3o_jax.config import replace
 from blip3o_jax.models.blip3o import Blip3o, write_codes
+from blip3o_jax.presets import preset
 from blip3o_jax.train import losses
 from blip3o_jax.train.config import LossConfig, TrainConfig
 
@@ -30,15 +31,23 @@ def joint():
     start = np.array([9, 12, 15, 19], np.int32)
     for row, at in zip(tokens, start, strict=True):
         row[at + 1 + 64 + 3 :] = config.vocab.pad_token_id
-    batch = {"images": rng.integers(0, 256, (4, 64, 64, 3), np.uint8), "tokens": tokens, "start": start}
+    batch = {
+        "images": rng.integers(0, 256, (4, 64, 64, 3), np.uint8),
+        "tokens": tokens,
+        "start": start,
+    }
     return model, params, batch
 
 
 def compiled(joint, condition_dropout=0.0, **changes):
     """(params, batch) -> the joint loss under a config."""
     model = joint[0]
-    cfg = TrainConfig(stage="joint", loss=LossConfig(condition_dropout=condition_dropout, **changes))
-    return jax.jit(lambda params, batch: losses.joint_loss(model, cfg, params, batch, jax.random.key(1)))
+    cfg = TrainConfig(
+        stage="joint", loss=LossConfig(condition_dropout=condition_dropout, **changes)
+    )
+    return jax.jit(
+        lambda params, batch: losses.joint_loss(model, cfg, params, batch, jax.random.key(1))
+    )
 
 
 def run(joint, **changes):
@@ -66,16 +75,28 @@ def test_cross_entropy_is_the_mean_over_all_targets_and_chunks_do_not_change_it(
     _, chunked = run(joint, ce_chunk=2)
     np.testing.assert_allclose(whole["ce"], chunked["ce"], rtol=1e-6)
 
-    encode = jax.jit(lambda images: model.ta_tok.apply({"params": params["ta_tok"]}, losses.to_unit(images), method="encode"))
+    encode = jax.jit(
+        lambda images: model.ta_tok.apply(
+            {"params": params["ta_tok"]}, losses.to_unit(images), method="encode"
+        )
+    )
     codes = encode(batch["images"])
-    hidden_of = jax.jit(lambda row: model.qwen3.apply({"params": params["qwen3"]}, row, jnp.arange(row.shape[1])[None], row >= 0)[0])
-    logits_of = jax.jit(lambda hidden: model.qwen3.apply({"params": params["qwen3"]}, hidden, method="logits"))
+    hidden_of = jax.jit(
+        lambda row: model.qwen3.apply(
+            {"params": params["qwen3"]}, row, jnp.arange(row.shape[1])[None], row >= 0
+        )[0]
+    )
+    logits_of = jax.jit(
+        lambda hidden: model.qwen3.apply({"params": params["qwen3"]}, hidden, method="logits")
+    )
     text, image = np.zeros(2), np.zeros(2)  # sum and number of each kind of target
     for row, at, ids in zip(batch["tokens"], batch["start"], codes, strict=True):
         row = row.copy()
         row[at + 1 : at + 65] = np.asarray(ids) + model.config.vocab.image_start_token_id
         row = row[: at + 1 + 64 + 3][None]
-        picked = jnp.take_along_axis(jax.nn.log_softmax(logits_of(hidden_of(row)))[0, :-1], row[0, 1:, None], axis=-1)
+        picked = jnp.take_along_axis(
+            jax.nn.log_softmax(logits_of(hidden_of(row)))[0, :-1], row[0, 1:, None], axis=-1
+        )
         text += -jnp.sum(picked[:at]), at
         image += -jnp.sum(picked[at:]), 64 + 3
     total, count = text + image
@@ -104,8 +125,16 @@ def test_dropping_every_condition_cuts_the_transformer_off(joint):
 def test_tokenizer_loss_is_small_only_for_the_right_words(joint):
     model, params, batch = joint
     images, cfg = batch["images"], TrainConfig(stage="tokenizer")
-    encode = jax.jit(lambda images: model.ta_tok.apply({"params": params["ta_tok"]}, losses.to_unit(images), method="encode"))
-    loss = jax.jit(lambda words: losses.tokenizer_loss(model, cfg, params, {"images": images, "patches": words}, None)[1])
+    encode = jax.jit(
+        lambda images: model.ta_tok.apply(
+            {"params": params["ta_tok"]}, losses.to_unit(images), method="encode"
+        )
+    )
+    loss = jax.jit(
+        lambda words: losses.tokenizer_loss(
+            model, cfg, params, {"images": images, "patches": words}, None
+        )[1]
+    )
     own = encode(images).reshape(4, 8, 8)
     right, wrong = loss(own), loss((own + 1) % 256)
     assert float(right["accuracy"]) == 1.0
@@ -117,7 +146,9 @@ def test_the_tokenizer_sees_the_same_frame_at_its_own_size():
     images = jnp.linspace(-1, 1, 64)[None, :, None, None] * jnp.ones((1, 64, 64, 3))
     assert losses.tokenizer_view(images, 64) is images
     small = losses.tokenizer_view(images, 32)
-    np.testing.assert_allclose(small[0, :, 0, 0], images[0].reshape(32, 2, 64, 3).mean(1)[:, 0, 0], atol=0.01)
+    np.testing.assert_allclose(
+        small[0, :, 0, 0], images[0].reshape(32, 2, 64, 3).mean(1)[:, 0, 0], atol=0.01
+    )
 
 
 def test_unit_range():

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from blip3o_jax import flops
-from blip3o_jax.config import ConfigError, preset
-from blip3o_jax.metrics import MetricWriter
+from blip3o_jax.errors import InputError
+from blip3o_jax.presets import preset
 from blip3o_jax.train import meter as meters
 from blip3o_jax.train import steps
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.meter import Meter, peak_flops, step_flops
+from blip3o_jax.train.metrics import MetricWriter
 
 CFG = TrainConfig(stage="joint", batch_size=4, num_steps=100)
 STATE = steps.init_state(CFG, {"sana": {"kernel": jnp.ones(2)}})[0]
@@ -49,14 +50,20 @@ def test_where_the_time_goes(clock, tmp_path):
     meter.log(3, STATE)
     first, second = lines(tmp_path)
     assert (first["loss"], first["learning_rate"]) == (2.0, 0.2)
-    assert (first["step_ms"], first["data_wait_ms"], first["images_per_s"], first["goodput"]) == (5000, 1000, 0.8, 0.5)
+    assert (first["step_ms"], first["data_wait_ms"], first["images_per_s"], first["goodput"]) == (
+        5000,
+        1000,
+        0.8,
+        0.5,
+    )
     assert (second["step_ms"], second["data_wait_ms"]) == (3000, 0)
     assert second["goodput"] == pytest.approx(13 / 28)
     assert "mfu" not in first  # nobody knows the peak of a CPU
 
 
 def test_goodput_counts_the_pause_and_the_steps_that_were_lost(clock, tmp_path):
-    kept = {"began": 900.0, "stepping": 40.0}  # of a checkpoint; then steps that a kill lost, and a pause
+    # of a checkpoint; then steps that a kill lost, and a pause
+    kept = {"began": 900.0, "stepping": 40.0}
     meter = Meter(CFG, tmp_path, 10, kept)
     clock[0] += 10
     meter.add(11, {"tokens": np.zeros((4, 116))}, ROW)
@@ -70,7 +77,8 @@ def test_mfu_is_the_analytic_count_over_the_peak_of_all_devices(clock, tmp_path,
     clock[0] += 2
     meter.add(1, {"tokens": np.zeros((4, 116)), "images": 0}, ROW)
     meter.log(1, STATE)
-    expected = flops.joint_step(preset("emoji_64"), 4, 116, whole_sana=False) / 2 / (8 * 1e9)  # eight devices, see conftest
+    # eight devices, see conftest
+    expected = flops.joint_step(preset("emoji_64"), 4, 116, whole_sana=False) / 2 / (8 * 1e9)
     assert lines(tmp_path)[0]["mfu"] == pytest.approx(expected, rel=1e-6)
 
 
@@ -89,12 +97,19 @@ def test_the_longest_name_of_a_device_kind_counts():
 
 
 def test_event_files_hold_scalars_and_pictures(tmp_path):
-    loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader", reason="needs the extra [tensorboard]")
+    loader = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_file_loader",
+        reason="needs the extra [tensorboard]",
+    )
     writer = MetricWriter(tmp_path)
     writer.write(3, {"loss": 1.5})
     writer.write_image(3, "sheet", np.full((8, 8, 3), 7, np.uint8))
     (file,) = (tmp_path / "tensorboard").iterdir()
-    found = {value.tag: (event.step, value) for event in loader.EventFileLoader(str(file)).Load() for value in event.summary.value}
+    found = {
+        value.tag: (event.step, value)
+        for event in loader.EventFileLoader(str(file)).Load()
+        for value in event.summary.value
+    }
     assert found["loss"][0] == 3
     assert found["loss"][1].tensor.float_val == [1.5]
     assert found["sheet"][1].tensor.string_val[2] == (tmp_path / "sheet-000003.png").read_bytes()
@@ -107,13 +122,17 @@ def test_steps_that_are_done_again_are_written_once(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # killed
     MetricWriter(tmp_path, 4).write(6, {"loss": 7})
-    assert lines(tmp_path) == [{"step": 2, "loss": 2.0}, {"step": 4, "loss": 4.0}, {"step": 6, "loss": 7.0}]
+    assert lines(tmp_path) == [
+        {"step": 2, "loss": 2.0},
+        {"step": 4, "loss": 4.0},
+        {"step": 6, "loss": 7.0},
+    ]
 
 
 def test_what_is_not_finite_is_null_and_a_folder_that_cannot_be_written_is_named(tmp_path):
     MetricWriter(tmp_path).write(1, {"loss": np.nan, "ce": 2})
     assert lines(tmp_path) == [{"step": 1, "loss": None, "ce": 2.0}]
-    with pytest.raises(ConfigError, match=r"/proc/.* cannot be written: "):
+    with pytest.raises(InputError, match=r"/proc/.* cannot be written: "):
         MetricWriter("/proc").write(1, {"loss": 1})
-    with pytest.raises(ConfigError, match=r"/proc/parameters\.txt cannot be written: "):
+    with pytest.raises(InputError, match=r"/proc/parameters\.txt cannot be written: "):
         MetricWriter("/proc").write_text("parameters.txt", "a")

@@ -1,4 +1,5 @@
-"""Two processes on this machine, as a cluster starts them; and the proofs of a README line, a few rounds of each."""
+"""Two processes on this machine, as a cluster starts them; and the proofs of a README line, a few
+rounds of each."""
 
 import json
 import os
@@ -13,8 +14,8 @@ import equal_meshes
 import pytest
 from tiny import practice
 
-from blip3o_jax.config import ConfigError
-from blip3o_jax.mesh import start_processes
+from blip3o_jax.errors import InputError
+from blip3o_jax.parallel.processes import start_processes
 from blip3o_jax.train.stop import RESTART
 
 HERE = Path(__file__).parent
@@ -24,22 +25,52 @@ HERE = Path(__file__).parent
 def command(tmp_path):
     """The command line of a practice run on the tiny model."""
     cfg = practice()
-    values = {"stage": "practice", "model": cfg.model, "batch_size": 8, "num_steps": 100, "checkpoint_every": 1000, "log_every": 2}
+    values = {
+        "stage": "practice",
+        "model": cfg.model,
+        "batch_size": 8,
+        "num_steps": 100,
+        "checkpoint_every": 1000,
+        "log_every": 2,
+    }
     values |= {"eval_every": 1000, "data": {"exercises": {"recital": 1.0}, "row_length": 34}}
     # ml_collections knows no key with a dot, as the changes to a model have.
-    code = f"from types import SimpleNamespace\ndef get_config():\n    return SimpleNamespace(to_dict=lambda: {values!r})\n"
+    code = (
+        "from types import SimpleNamespace\n"
+        f"def get_config():\n    return SimpleNamespace(to_dict=lambda: {values!r})\n"
+    )
     (tmp_path / "config.py").write_text(code)
-    return [sys.executable, "-m", "blip3o_jax.cli", "train", "--config", str(tmp_path / "config.py"), "--workdir", str(tmp_path / "run")]
+    return [
+        sys.executable,
+        "-m",
+        "blip3o_jax.cli",
+        "train",
+        "--config",
+        str(tmp_path / "config.py"),
+        "--workdir",
+        str(tmp_path / "run"),
+    ]
 
 
 def slurm(command, count=2):
     """Starts `count` tasks of a SLURM step on this machine, one device each."""
     job = str(random.randrange(1 << 20))
-    common = {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count), "SLURM_STEP_NUM_NODES": "1"}
+    common = {
+        "SLURM_JOB_ID": job,
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": str(count),
+        "SLURM_STEP_NUM_NODES": "1",
+    }
     running = []
     for i in range(count):
-        env = os.environ | common | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "XLA_FLAGS": ""}
-        running.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        env = (
+            os.environ | common | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "XLA_FLAGS": ""}
+        )
+        running.append(
+            subprocess.Popen(
+                command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
     return running
 
 
@@ -51,7 +82,11 @@ def lines(folder):
 def test_slurm_tasks_train_as_one_leave_together_and_one_process_goes_on(command, tmp_path):
     running = slurm(command)
     deadline = time.monotonic() + 240
-    while len(lines(tmp_path)) < 3 and time.monotonic() < deadline and all(p.poll() is None for p in running):
+    while (
+        len(lines(tmp_path)) < 3
+        and time.monotonic() < deadline
+        and all(p.poll() is None for p in running)
+    ):
         time.sleep(0.1)
     running[1].send_signal(signal.SIGTERM)  # the other one hears of it
     ended = [process.communicate(timeout=120) for process in running]
@@ -61,10 +96,12 @@ def test_slurm_tasks_train_as_one_leave_together_and_one_process_goes_on(command
     (saved,) = (int(folder.name) for folder in (tmp_path / "run" / "checkpoints").iterdir())
     assert steps[-1] == saved
     for i, (out, error) in enumerate(ended):
-        assert "{" not in out  # the result belongs to a run that has ended; Gloo says its own things
+        # the result belongs to a run that has ended; Gloo says its own things
+        assert "{" not in out
         assert f"Process {i} of 2 on" in error
         assert f"Saved step {saved}; the same command goes on from it." in error
-    alone = subprocess.run(command, capture_output=True, text=True, timeout=240)  # one process goes on where two were
+    # one process goes on where two were
+    alone = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert alone.returncode == 0, alone.stderr
     assert f"Resumed at step {saved}." in alone.stderr
     assert "heldout/loss" in json.loads(alone.stdout.splitlines()[-1])
@@ -72,15 +109,25 @@ def test_slurm_tasks_train_as_one_leave_together_and_one_process_goes_on(command
 
 
 def test_a_process_whose_others_never_come_says_so(monkeypatch):
-    environment = {"BLIP3O_COORDINATOR": "127.0.0.1:1", "BLIP3O_NUM_PROCESSES": "2", "BLIP3O_PROCESS_ID": "1"}
+    environment = {
+        "BLIP3O_COORDINATOR": "127.0.0.1:1",
+        "BLIP3O_NUM_PROCESSES": "2",
+        "BLIP3O_PROCESS_ID": "1",
+    }
     code = "from blip3o_jax.mesh import start_processes; start_processes(3)"
-    found = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=60)
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert found.returncode == 2
     assert found.stderr.startswith("blip3o-jax: Process 1 of 2 on ")
     assert "the others did not come to 127.0.0.1:1 within 3 s." in found.stderr
     for name, value in (environment | {"BLIP3O_PROCESS_ID": "2"}).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="a number below N"):
+    with pytest.raises(InputError, match="a number below N"):
         start_processes()
 
 
@@ -92,7 +139,14 @@ def test_two_processes_with_all_axes_and_micro_batches_give_the_steps_of_one_dev
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_run_goes_on_from_a_whole_checkpoint_to_the_same_bits(processes):
-    command = [sys.executable, str(HERE / "kill_rounds.py"), "--rounds", "2", "--processes", str(processes)]
+    command = [
+        sys.executable,
+        str(HERE / "kill_rounds.py"),
+        "--rounds",
+        "2",
+        "--processes",
+        str(processes),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])

@@ -1,4 +1,5 @@
-"""A model of the smallest sizes that has every part, a run of it, and batches that are a function of the step: for tests and proofs."""
+"""A model of the smallest sizes that has every part, a run of it, and batches that are a function
+of the step: for tests and proofs."""
 
 import itertools
 
@@ -24,7 +25,8 @@ SMALL = {
     "dc_ae.decoder_layers_per_block": (0, 1, 1, 1),
 }
 
-OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=1, ema_decay=0.9, eps=1e-4)  # eps: Adam would blow up what is rounding
+# eps: Adam would blow up what is rounding
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=1, ema_decay=0.9, eps=1e-4)
 
 
 def config(**changes) -> TrainConfig:
@@ -49,7 +51,11 @@ def batch_at(step: int, rows: int = 8) -> dict[str, np.ndarray]:
     """Of the joint stage."""
     rng = np.random.default_rng(step)
     tokens = rng.integers(0, 300, (rows, 16)).astype(np.int32)
-    return {"images": rng.integers(0, 256, (rows, 16, 16, 3), np.uint8), "tokens": tokens, "start": np.full(rows, 8, np.int32)}
+    return {
+        "images": rng.integers(0, 256, (rows, 16, 16, 3), np.uint8),
+        "tokens": tokens,
+        "start": np.full(rows, 8, np.int32),
+    }
 
 
 def practice(**changes) -> TrainConfig:
@@ -59,12 +65,14 @@ def practice(**changes) -> TrainConfig:
 
 
 def rows_at(step: int, rows: int = 8) -> dict[str, np.ndarray]:
-    """Of the practice stage; row i counts i + 1 times, and at least half of its tokens do not count."""
+    """Of the practice stage; row i counts i + 1 times, and at least half of its tokens do not
+    count."""
     positions = np.tile(np.arange(16, dtype=np.int32), (rows, 1))
     weights = (positions > 8).astype(np.float32) * np.arange(1, rows + 1, dtype=np.float32)[:, None]
     return {"tokens": batch_at(step, rows)["tokens"], "positions": positions, "weights": weights}
 
 
 def from_step(batch_of):
-    """Step -> endless batches `batch_of(step)`, `batch_of(step + 1)`, ..., as the loop asks for them."""
+    """Step -> endless batches `batch_of(step)`, `batch_of(step + 1)`, ..., as the loop asks for
+    them."""
     return lambda step: (batch_of(now) for now in itertools.count(step))

@@ -1,0 +1,48 @@
+"""Random checkpoints on disk, for measuring and for comparing: every bias and scale non-trivial,
+activations of ordinary size."""
+
+from pathlib import Path
+
+import numpy as np
+
+from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.convert.published import published_rules, save_published
+from blip3o_jax.convert.rules import to_jax, torch_shapes
+from blip3o_jax.models.blip3o import Blip3o
+
+
+def random_tensors(cfg: Blip3oConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Tensors by published name."""
+    rng, tensors = np.random.default_rng(seed), {}
+    for name, shape in torch_shapes(published_rules(cfg), Blip3o(cfg).abstract()).items():
+        values = rng.standard_normal(shape, np.float32)
+        if any(
+            table in name
+            for table in (
+                "scale_shift_table",
+                "position_embedding",
+                "embed_tokens",
+                "regularizer.embedding.",
+            )
+        ):
+            values *= 0.5
+        elif len(shape) > 1:
+            values *= np.float32(np.prod(shape[1:]) ** -0.5)
+        elif name.endswith("weight"):
+            values = 1 + np.float32(0.3) * values
+        else:
+            values *= 0.3
+        tensors[name] = values
+    return tensors
+
+
+def random_params(cfg: Blip3oConfig, seed: int = 0) -> dict:
+    """The same as a model's parameters."""
+    return to_jax(published_rules(cfg), random_tensors(cfg, seed), Blip3o(cfg).abstract())
+
+
+def random_checkpoint(folder: Path, cfg: Blip3oConfig, seed: int = 0) -> dict:
+    """Writes a float32 checkpoint in the published layout; returns its parameters."""
+    params = random_params(cfg, seed)
+    save_published(folder, cfg, params)
+    return params

@@ -1,0 +1,24 @@
+"""The user's errors, and the hints that they end with."""
+
+import difflib
+
+
+class InputError(ValueError):
+    """A configuration or input that cannot work; the message is one sentence for the user."""
+
+
+def nearest(name: str, known) -> str:
+    """`', did you mean X?'` for the closest of `known`, or the whole list."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}."
+
+
+def multiples(size: int, divisor: int) -> str:
+    """`'the nearest that do are 8 and 16.'` for a size that does not divide."""
+    below = size // divisor * divisor
+    return (
+        f"the nearest that do are {below} and {below + divisor}."
+        if below
+        else f"the nearest that does is {divisor}."
+    )

@@ -1,0 +1,1 @@
+"""Plain formulas in the forms that a platform runs fast."""

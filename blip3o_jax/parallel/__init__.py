@@ -1,0 +1,1 @@
+"""Placement: the mesh, the processes, and where parameters, batches and activations lie."""

@@ -1,0 +1,144 @@
+"""Devices: the mesh, moving host arrays onto it, and several processes that work as one."""
+
+import os
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from blip3o_jax.errors import InputError, multiples
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = PartitionSpec(("data", "fsdp"))
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`"data=4,fsdp=2"` -> {"data": 4, "fsdp": 2}; raises InputError on an unknown axis or a size
+    that is not a number."""
+    sizes = {}
+    for item in filter(None, text.split(",")):
+        axis, _, size = item.partition("=")
+        if axis not in AXES or not size.lstrip("-").isdigit():
+            raise InputError(f"Mesh {text!r}: {item!r} is not one of data=N, fsdp=N, tensor=N.")
+        sizes[axis] = int(size)
+    return sizes
+
+
+def mesh_shape(sizes: dict[str, int] | None, count: int) -> tuple[int, int, int]:
+    """Sizes of (data, fsdp, tensor) over `count` devices; one may be -1 and takes what is left
+    (`data` by default).
+
+    InputError names the axis that does not fit, and the nearest sizes that do.
+    """
+    sizes = {"data": -1, "fsdp": 1, "tensor": 1, "dcn": 1, **(sizes or {})}
+    for axis, size in sizes.items():
+        if axis not in (*AXES, "dcn"):
+            raise InputError(
+                f"Mesh: there is no axis {axis!r}; known: data, fsdp, tensor, and dcn for slices."
+            )
+        if (
+            isinstance(size, bool)
+            or not isinstance(size, int)
+            or (size < 1 and (size != -1 or axis == "dcn"))
+        ):
+            raise InputError(
+                f"Mesh: {axis}={size!r} is no size; sizes are positive, and one of data, "
+                "fsdp, tensor may be -1."
+            )
+    open_axes = [axis for axis in AXES if sizes[axis] == -1]
+    if len(open_axes) > 1:
+        raise InputError(
+            f"Mesh: both {open_axes[0]} and {open_axes[1]} are -1; one of them takes what is left."
+        )
+    left = count
+    fixed = sorted((axis for axis in AXES if sizes[axis] != -1), key=lambda axis: axis == "data")
+    for axis in fixed:
+        last = axis == fixed[-1] and not open_axes
+        if left % sizes[axis] or (last and left != sizes[axis]):
+            fitting = [left] if last else [n for n in range(1, left + 1) if left % n == 0]
+            below = [n for n in fitting if n <= sizes[axis]][-1:]
+            above = [n for n in fitting if n > sizes[axis]][:1]
+            taken = "".join(
+                f" after {a}={sizes[a]}" for a in fixed[: fixed.index(axis)] if sizes[a] > 1
+            )
+            wanted = " or ".join(map(str, below + above))
+            raise InputError(
+                f"Mesh: {axis}={sizes[axis]} does not fit the {left} of {count} devices "
+                f"that are left{taken}; take {wanted}."
+            )
+        left //= sizes[axis]
+    shape = tuple(left if sizes[axis] == -1 else sizes[axis] for axis in AXES)
+    if shape[0] % sizes["dcn"]:
+        raise InputError(
+            f"Mesh: data={shape[0]} does not divide over dcn={sizes['dcn']} slices; "
+            f"{multiples(shape[0], sizes['dcn'])}"
+        )
+    return shape
+
+
+def make_mesh(sizes: dict[str, int] | None = None, devices=None) -> Mesh:
+    """Mesh (data, fsdp, tensor) over all devices, with sizes as `mesh_shape` takes them.
+
+    `dcn` is the number of slices, between which the network is slow: `data` is cut over the slices
+    first, so that each slice holds whole copies of the parameters and only gradients travel between
+    them. Where there are no such slices (CPU, one GPU host for two) devices are cut into equal
+    runs. Raises InputError when the sizes do not fit the devices, or the slices of a TPU.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape, slices = mesh_shape(sizes, len(devices)), (sizes or {}).get("dcn", 1)
+    known = {getattr(device, "slice_index", None) for device in devices} - {None}
+    # a GPU's slice is its host
+    if len(known) > 1 and len(known) != slices and devices[0].platform == "tpu":
+        raise InputError(
+            f"Mesh: dcn={slices}, but the devices are of {len(known)} slices; take "
+            f"dcn={len(known)}."
+        )
+    axis_types = (AxisType.Auto,) * 3
+    if slices == 1:
+        # Split where need be: a pod of 16x16 chips may be tensor=2 too, which is not a side of it.
+        return Mesh(
+            mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True),
+            AXES,
+            axis_types=axis_types,
+        )
+    inner = (shape[0] // slices, *shape[1:])
+    if len(known) == slices:
+        return Mesh(
+            mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices),
+            AXES,
+            axis_types=axis_types,
+        )
+    runs = np.split(np.asarray(devices), slices)
+    return Mesh(
+        np.concatenate([mesh_utils.create_device_mesh(inner, list(run)) for run in runs]),
+        AXES,
+        axis_types=axis_types,
+    )
+
+
+def cores() -> int:
+    """Number of the CPU's cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def split_cpu_into_devices(batch_size: int) -> bool:
+    """Lets JAX take a CPU's cores as devices, as many as `batch_size` divides by.
+
+    Call it before anything touches a device.
+
+    One device shares every operation out among the cores and waits for all; these work side by
+    side, each at its rows of the batch. False, and nothing done, where the environment counts the
+    devices, or the process has touched them.
+    """
+    if "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get(
+        "XLA_FLAGS", ""
+    ):
+        return False
+    try:
+        jax.config.update(
+            "jax_num_cpu_devices", max(n for n in range(1, cores() + 1) if batch_size % n == 0)
+        )
+    except RuntimeError:
+        return False
+    return True

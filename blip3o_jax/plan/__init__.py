@@ -1,0 +1,1 @@
+"""A run compiled for TPUs that are not here."""

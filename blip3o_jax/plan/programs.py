@@ -1,0 +1,291 @@
+"""What a run needs, before its pod is paid for: the run's own programs compiled for a TPU topology
+that is not here.
+
+libtpu (extra [tpu]) is the TPU's compiler and runs on any x86 machine. Nothing is allocated:
+parameters are shapes.
+"""
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from blip3o_jax import flops
+from blip3o_jax.errors import InputError
+from blip3o_jax.kernels.platform import jit
+from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.parallel.batches import check_batch
+from blip3o_jax.parallel.mesh import BATCH
+from blip3o_jax.parallel.parameters import shardings
+from blip3o_jax.plan import collectives
+from blip3o_jax.sample import generate
+from blip3o_jax.sample.settings import Settings
+from blip3o_jax.train import steps
+from blip3o_jax.train.config import PARTS, TrainConfig
+from blip3o_jax.train.meter import peak_flops, step_flops
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """`hbm` GiB of a JAX device, of which a chip may be several."""
+
+    hbm: int
+    devices: int
+    layouts: tuple[str, ...]
+
+
+_2D = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
+CHIPS = {
+    "v5e": Chip(16, 1, _2D),
+    "v5p": Chip(95, 1, _3D),
+    "v6e": Chip(32, 1, _2D),
+    "tpu7x": Chip(96, 2, _3D),
+}
+RESERVED = 0.26  # GiB of each device that the runtime keeps
+
+
+def open_topology(name: str) -> tuple[list, Chip]:
+    """The devices of e.g. "v5e:4x4", none of which is here, and their chip; InputError for an
+    unknown one or without libtpu."""
+    kind = name.partition(":")[0]
+    known = [f"{kind}:{layout}" for kind, chip in CHIPS.items() for layout in chip.layouts]
+    if name not in known:
+        raise InputError(f"Unknown topology {name!r}; known: {', '.join(known)}.")
+    # Read once, when libtpu is loaded: neither ask a cloud's server who this machine is, nor mind
+    # another plan beside this one.
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1"
+    )
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(name, platform="tpu").devices, CHIPS[kind]
+    except (RuntimeError, ImportError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"The TPU's compiler cannot be loaded ({reason}); pip install 'blip3o-jax[tpu]'."
+        ) from error
+
+
+def on_accelerator(cfg: TrainConfig) -> TrainConfig:
+    """The config as an accelerator runs it."""
+    return dataclasses.replace(cfg, dtype="bfloat16" if cfg.dtype == "auto" else cfg.dtype)
+
+
+def shallow(cfg: TrainConfig, depth: int) -> TrainConfig:
+    """The run with `depth` layers of each transformer and at most as many of each of the
+    autoencoder's stages: what costs minutes less to compile and has the same kinds of everything.
+    """
+    if depth < 1:
+        raise InputError(f"--depth is at least 1, not {depth}.")
+    model = cfg.blip3o()
+    unread = -model.ta_tok.select_layer_id - 1  # layers of the encoder that are loaded and not used
+    layers = {
+        "qwen3.num_hidden_layers": depth,
+        "sana.num_layers": depth,
+        "ta_tok.encoder.num_hidden_layers": depth + unread,
+    }
+    for side in ("encoder_layers_per_block", "decoder_layers_per_block"):
+        layers[f"dc_ae.{side}"] = tuple(min(depth, count) for count in getattr(model.dc_ae, side))
+    return dataclasses.replace(cfg, model={**cfg.model, **layers})
+
+
+def _placed(tree, mesh):
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings(tree, mesh)
+    )
+
+
+def abstract_batch(cfg: TrainConfig, mesh) -> dict:
+    """Shapes of a global batch as data.pipeline and data.cache make it, cut along the mesh."""
+    model, place = cfg.blip3o(), jax.NamedSharding(mesh, BATCH)
+
+    def rows(*shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct((cfg.batch_size, *shape), dtype, sharding=place)
+
+    tokens, grid = model.ta_tok.num_tokens, model.ta_tok.grid
+    length = cfg.data.row_length or model.max_prompt_tokens + tokens + 3
+    images = {"images": rows(model.image_size, model.image_size, 3, dtype=jnp.uint8)}
+    if cfg.stage == "autoencoder":
+        return images
+    if cfg.stage == "tokenizer":
+        return images | {"patches": rows(grid, grid)}
+    if cfg.stage == "practice":
+        return {
+            "tokens": rows(length),
+            "positions": rows(length),
+            "weights": rows(length, dtype=jnp.float32),
+        }
+    if cfg.stage != "joint":
+        raise InputError(
+            f"plan compiles the step of supervised stages, not of {cfg.stage!r}; see how "
+            "it generates with --generate."
+        )
+    if cfg.data.cache:
+        latents = (model.sana.sample_size, model.sana.sample_size, model.sana.in_channels)
+        images = {"codes": rows(tokens), "latents": rows(*latents, dtype=jnp.float32)}
+    elif cfg.data.crop == "original":
+        side = model.ta_tok.encoder.image_size
+        images["view"] = rows(side, side, 3, dtype=jnp.uint8)
+    return images | {"tokens": rows(length), "start": rows()}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program lowered for a mesh: its arguments, the same by kind, and the FLOPs and images of
+    one run, of all devices."""
+
+    lowered: jax.stages.Lowered
+    arguments: tuple
+    kinds: dict
+    flops: int | None
+    images: int
+
+
+def lower_step(cfg: TrainConfig, mesh) -> Program:
+    """The run's training step.
+
+    InputError as from `mesh.check_batch`, `sharding.spec` and `abstract_batch`.
+    """
+    check_batch(cfg.batch_size, mesh, cfg.accumulate)
+    batch = abstract_batch(cfg, mesh)
+    with jax.set_mesh(mesh):
+        model = Blip3o(cfg.blip3o(), jnp.dtype(cfg.dtype), cfg.remat)
+        state, frozen = jax.eval_shape(
+            lambda: steps.init_state(cfg, model.init(jax.random.key(0), PARTS[cfg.stage]))
+        )
+        state, frozen = _placed(state, mesh), _placed(frozen, mesh)
+        lowered = steps.compile_step(model, cfg, jax.tree.map(lambda x: x.sharding, state)).lower(
+            state, frozen, batch
+        )
+    names = {"params": "parameters", "opt_state": "optimizer", "ema": "average"}
+    kinds = {kind: state.get(name) for name, kind in names.items()} | {
+        "frozen": frozen,
+        "batch": batch,
+    }
+    kinds["counters"] = {name: tree for name, tree in state.items() if name not in names}
+    return Program(lowered, (state, frozen, batch), kinds, step_flops(cfg, batch), cfg.batch_size)
+
+
+def lower_generation(cfg: TrainConfig, mesh, rows: int, num_inference_steps: int) -> Program:
+    """Text to image of `rows` prompts with bfloat16 weights, as `blip3o-jax generate` runs it, but
+    in one program: prefill, decoding, denoising, pixels."""
+    check_batch(rows, mesh)
+    config, place = cfg.blip3o(), jax.NamedSharding(mesh, BATCH)
+    with jax.set_mesh(mesh):
+        model = Blip3o(config, jnp.bfloat16)
+        params = _placed(
+            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), model.abstract()),
+            mesh,
+        )
+        columns = (
+            (config.max_prompt_tokens, jnp.int32),
+            (config.max_prompt_tokens, bool),
+            (3, jnp.uint32),
+        )
+        batch = tuple(
+            jax.ShapeDtypeStruct((rows, size), dtype, sharding=place) for size, dtype in columns
+        )
+        settings = dataclasses.asdict(Settings(num_inference_steps=num_inference_steps))
+
+        def run(params, prompt, valid, numbers, top_k, top_p, temperature, **settings):
+            made = generate.write_tokens(
+                model,
+                params,
+                prompt,
+                valid,
+                numbers,
+                top_k=top_k,
+                top_p=top_p,
+                temperature=temperature,
+            )
+            latents = generate.draw_latents(model, params, made.pop("hidden"), numbers, **settings)
+            return {"images": generate.pictures(model, params, latents), **made}
+
+        static = ("num_inference_steps", "top_k")
+        lowered = jit(run, config, static_argnames=static, out_shardings=place).lower(
+            params, *batch, **settings
+        )
+    count = flops.text_to_image(config, rows, config.max_prompt_tokens, num_inference_steps)
+    return Program(lowered, (params, *batch), {"parameters": params, "batch": batch}, count, rows)
+
+
+def _bytes(tree) -> int:
+    """Of one device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def measure(program: Program, chip: Chip) -> dict:
+    """Compiles it -> bytes of a device by kind, whether they fit, and the communication of a run
+    where the compiler shows its program.
+
+    What the program does not read (the image encoders, when it trains from a cache) is on the
+    device too. Temporaries hold what tiling adds to the arguments.
+    """
+    memory = {kind: _bytes(tree) for kind, tree in program.kinds.items()}
+    try:
+        compiled = program.lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"bytes": memory, "fits": False, "reason": _shortage(str(error))}
+    used = jax.tree.leaves(compiled.input_shardings[0], is_leaf=lambda x: x is None)
+    idle = sum(
+        _bytes(x)
+        for x, place in zip(jax.tree.leaves(program.arguments), used, strict=True)
+        if place is None
+    )
+    found = compiled.memory_analysis()
+    total = found.peak_memory_in_bytes + idle
+    memory |= {"temporary": total - sum(memory.values()), "total": total}
+    return {
+        "bytes": memory,
+        "fits": total <= (chip.hbm - RESERVED) * GIB,
+        **_communication(compiled),
+    }
+
+
+def _shortage(message: str) -> str:
+    """The compiler's own sentence about what it needs."""
+    return next(
+        (line.strip() for line in message.splitlines() if "hbm" in line.lower()),
+        message.splitlines()[0],
+    )
+
+
+def _communication(compiled) -> dict:
+    try:
+        return {"communication": collectives.collectives(compiled.as_text())}
+    # libtpu 0.0.42 with jaxlib 0.10.2 cannot print every program
+    except jax.errors.JaxRuntimeError as error:
+        return {
+            "communication": None,
+            "reason": f"this libtpu does not print the program: {str(error).splitlines()[0]}",
+        }
+
+
+def price(
+    program: Program, devices: list, chip: Chip, mfu: float, runs: int, dollars: float | None
+) -> dict:
+    """What `runs` runs take when the devices reach `mfu` of their bfloat16 peak; `dollars` are
+    those of a chip-hour."""
+    chips = len(devices) // chip.devices
+    found = {"flops": program.flops, "flops_per_image": program.flops / program.images, "mfu": mfu}
+    seconds = program.flops / (mfu * len(devices) * peak_flops(devices[0].device_kind))
+    hours = runs * seconds / 3600
+    found |= {
+        "seconds": seconds,
+        "images_per_second": program.images / seconds,
+        "runs": runs,
+        "hours": hours,
+        "chip_hours": chips * hours,
+    }
+    return found | ({"dollars": dollars * chips * hours} if dollars is not None else {})

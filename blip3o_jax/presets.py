@@ -1,0 +1,183 @@
+"""The named sizes: the embedded miniature, one for measuring speed, and those published (arXiv
+2510.15857)."""
+
+import dataclasses
+
+from blip3o_jax.config import (
+    Blip3oConfig,
+    DcAeConfig,
+    Qwen3Config,
+    SanaConfig,
+    SiglipConfig,
+    TaTokConfig,
+    VocabConfig,
+)
+from blip3o_jax.errors import InputError, nearest
+
+
+def _emoji_64() -> Blip3oConfig:
+    """A miniature of every part, trained and embedded: 64 px scenes, 8x8 tokens of 256 codes, 8x8
+    latents."""
+    # bytes and words of assets/emoji_64/tokenizer.json; then three vision tokens, the pad and two
+    # chat tokens
+    words = 559
+    text_tokens = words + 6
+    vocab = VocabConfig(
+        image_start_tag_id=text_tokens,
+        image_end_tag_id=text_tokens + 1,
+        scale_start_token_id=text_tokens + 2,
+        image_start_token_id=text_tokens + 5,
+        num_image_tokens=256,
+        pad_token_id=words + 3,
+        eos_token_id=words + 5,
+    )
+    return Blip3oConfig(
+        name="emoji_64",
+        vocab=vocab,
+        qwen3=Qwen3Config(
+            vocab_size=vocab.size,
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=32,
+            rope_theta=1e4,
+        ),
+        ta_tok=TaTokConfig(
+            encoder=SiglipConfig(
+                hidden_size=128,
+                intermediate_size=512,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                image_size=64,
+                patch_size=8,
+            ),
+            select_layer_id=-1,
+            bottleneck_dim=32,
+            codebook_size=256,
+            decoder_depth=2,
+            decoder_num_attention_heads=4,
+            decoder_intermediate_size=256,
+            decoder_num_patches=64,
+        ),
+        sana=SanaConfig(
+            in_channels=16,
+            out_channels=16,
+            num_layers=6,
+            num_attention_heads=6,
+            attention_head_dim=32,
+            num_cross_attention_heads=6,
+            cross_attention_head_dim=32,
+            caption_channels=192,
+            sample_size=8,
+            interpolation_scale=1.0,
+            condition_positions=True,
+        ),
+        dc_ae=DcAeConfig(
+            latent_channels=16,
+            block_types=("ResBlock",) * 4,
+            block_out_channels=(32, 32, 64, 128),
+            encoder_layers_per_block=(0, 1, 2, 2),
+            decoder_layers_per_block=(0, 1, 2, 3),
+            qkv_multiscales=((), (), (), ()),
+            downsample_block_type="pixel_unshuffle",
+            upsample_block_type="pixel_shuffle",
+            # 1 / the standard deviation of the trained autoencoder's latents
+            scaling_factor=0.01872,
+        ),
+        max_prompt_tokens=64,
+    )
+
+
+def _mid_128() -> Blip3oConfig:
+    """Between the miniature and the published models, made as the latter are: about 100 M + 100 M
+    parameters, for measuring speed.
+
+    128 px, 16x16 tokens of 4096 codes, 16x16 latents; the text vocabulary is emoji_64's. There are
+    no weights of it.
+    """
+    vocab = dataclasses.replace(_emoji_64().vocab, num_image_tokens=4096)
+    encoder = SiglipConfig(
+        384, 1536, num_hidden_layers=12, num_attention_heads=6, image_size=128, patch_size=8
+    )
+    return Blip3oConfig(
+        name="mid_128",
+        vocab=vocab,
+        qwen3=Qwen3Config(
+            vocab.size,
+            768,
+            2304,
+            num_hidden_layers=14,
+            num_attention_heads=12,
+            num_key_value_heads=4,
+            head_dim=64,
+        ),
+        ta_tok=TaTokConfig(
+            encoder=encoder,
+            bottleneck_dim=512,
+            codebook_size=4096,
+            decoder_num_attention_heads=4,
+            decoder_intermediate_size=1024,
+        ),
+        sana=SanaConfig(
+            num_layers=14,
+            num_attention_heads=21,
+            num_cross_attention_heads=6,
+            caption_channels=768,
+            sample_size=16,
+        ),
+        dc_ae=DcAeConfig(
+            block_types=("ResBlock",) * 2 + ("EfficientViTBlock",) * 2,
+            block_out_channels=(64, 128, 256, 256),
+            encoder_layers_per_block=(1, 1, 2, 2),
+            decoder_layers_per_block=(2, 2, 2, 2),
+            qkv_multiscales=((), (), (5,), (5,)),
+        ),
+        max_prompt_tokens=64,
+    )
+
+
+def _next(name: str, hidden: int, ffn: int) -> Blip3oConfig:
+    """BLIP3o-NEXT around a Qwen3 of 28 layers (0.6B: width 1024, 1.7B: width 2048)."""
+    return Blip3oConfig(
+        name=name,
+        qwen3=Qwen3Config(
+            vocab_size=217210,
+            hidden_size=hidden,
+            intermediate_size=ffn,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+        ),
+    )
+
+
+PRESETS = {
+    "emoji_64": _emoji_64,
+    "mid_128": _mid_128,
+    "blip3o_next_0_6b": lambda: _next("blip3o_next_0_6b", 1024, 3072),
+    "blip3o_next_3b": lambda: _next("blip3o_next_3b", 2048, 6144),
+}
+
+
+SANA_PRESETS = {
+    "sana_0_6b": lambda: SanaConfig(
+        num_layers=28,
+        num_attention_heads=36,
+        num_cross_attention_heads=16,
+        cross_attention_head_dim=72,
+        qk_norm=False,
+    ),
+    "sana_1_0_1_6b": lambda: SanaConfig(qk_norm=False),
+    "sana_1_6b": SanaConfig,
+    "sana_4_8b": lambda: SanaConfig(num_layers=60),
+}
+
+
+def preset(name: str) -> Blip3oConfig:
+    """The named preset; raises InputError naming the nearest one when there is none."""
+    if name not in PRESETS:
+        raise InputError(f"Unknown preset {name!r}; {nearest(name, PRESETS)}")
+    return PRESETS[name]()

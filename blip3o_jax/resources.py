@@ -1,0 +1,34 @@
+"""Files that travel with the package: the embedded checkpoint's folder, and the configs.
+
+`blip3o_jax/configs` is a link to the clone's top-level `configs/`; a wheel holds real files there.
+So one path serves the clone, the editable install and the wheel.
+"""
+
+from pathlib import Path
+
+from blip3o_jax.errors import InputError, nearest
+
+ASSETS = Path(__file__).parent / "assets"
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def find_config(name_or_path: str) -> Path:
+    """The file at this path, else the shipped config of this name: "NAME", "NAME.py" and
+    "configs/NAME.py" are the same.
+
+    Raises InputError naming the nearest shipped config when there is neither.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    shipped = {file.stem: file for file in CONFIGS.glob("*.py") if file.stem != "__init__"}
+    if (
+        path.parent in (Path(), Path("configs"))
+        and path.suffix in ("", ".py")
+        and path.stem in shipped
+    ):
+        return shipped[path.stem]
+    raise InputError(
+        f"No config {name_or_path!r}, neither a file nor a shipped name; "
+        f"{nearest(path.stem, shipped)}"
+    )

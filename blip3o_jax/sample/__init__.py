@@ -1,0 +1,1 @@
+"""Text to image: tokens, then latents, then pixels."""

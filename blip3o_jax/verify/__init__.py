@@ -1,0 +1,1 @@
+"""Whether two copies of a model agree."""

@@ -1,0 +1,126 @@
+"""`bench`: limits and ratios by hand, a run of our side, and against PyTorch that both do the same
+work."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from blip3o_jax.bench import stages
+from blip3o_jax.cli import main
+from blip3o_jax.jobs import bench
+from blip3o_jax.parallel.mesh import make_mesh
+from blip3o_jax.presets import preset
+
+
+def test_a_phase_takes_arithmetic_or_reading_whichever_is_longer():
+    phases = [
+        stages.Phase(passes=2, flops=100.0, bytes=10.0),
+        stages.Phase(passes=3, flops=10.0, bytes=100.0),
+    ]
+    assert bench.limit_seconds(phases, gemm=10.0, bandwidth=lambda size: 20.0) == pytest.approx(
+        2 * 10.0 + 3 * 5.0
+    )
+    assert (
+        bench.limit_seconds([stages.Phase(1, 50.0, 0)], gemm=10.0, bandwidth=lambda size: 1.0)
+        == 5.0
+    )
+
+
+def test_a_row_takes_medians_and_says_how_many_times_faster_we_are():
+    found = bench.row(
+        {"ours": [2.0, 1.0, 9.0], "well": [3.0, 4.0, 5.0]}, limit=1.0, amount=10.0, unit="tokens/s"
+    )
+    assert found["ratio"] == {"well": 2.0}
+    assert found["value"] == {"ours": 5.0, "well": 2.5}
+    assert (found["limit"], found["share_of_limit"]) == (10.0, 0.5)
+    assert "| decode | 2 | tokens/s | 5 | 2.5 | 2.00× | 10 | 50 % |" in bench.table(
+        {"decode": {"devices": 2} | found}
+    )
+
+
+def test_the_limit_of_decoding_grows_with_the_weights_read_for_every_token():
+    cfg = preset("emoji_64")
+    work = stages.make(cfg, batch_size=1, num_inference_steps=2)
+    sizes = dict.fromkeys(("layers", "sana", "decoder"), 1000)
+    prefill, tokens = stages.phases(work, "decode", sizes)
+    assert tokens.passes == cfg.ta_tok.num_tokens == 64
+    more = stages.phases(work, "decode", sizes | {"layers": 2000})[1]
+    assert more.bytes - tokens.bytes == 4 * 1000
+    assert prefill.flops > tokens.flops  # 64 prompt tokens at once against one
+
+
+@pytest.fixture
+def two_devices(monkeypatch):
+    monkeypatch.setattr(bench, "make_mesh", lambda: make_mesh(devices=jax.devices()[:2]))
+
+
+def test_our_side_alone(capsys, two_devices):
+    assert (
+        main(
+            [
+                "bench",
+                "--batch-size",
+                "2",
+                "--num-inference-steps",
+                "1",
+                "--repeats",
+                "1",
+                "--stages",
+                "decode,autoencoder",
+            ]
+        )
+        == 0
+    )
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(report["stages"]) == {"decode", "autoencoder"}
+    decode = report["stages"]["decode"]
+    assert decode["value"]["ours"] == pytest.approx(2 * 64 / decode["seconds"]["ours"])
+    assert decode["share_of_limit"] > 0
+    assert report["agreement"] == {}
+    assert decode["devices"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--stages", "decod"], "decode"),
+        (["--batch-size", "0"], "at least 1"),
+        (["--batch-size", "5"], "does not divide by the mesh's 2 batch shards"),
+        (["--preset", "mid_12"], "mid_128"),
+        (["--preset", "blip3o_next_3b"], "random weights up to"),
+    ],
+)
+def test_bad_input_is_one_sentence(options, words, capsys, two_devices):
+    assert main(["bench", *options]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parity
+def test_both_sides_do_the_same_work(capsys, two_devices):
+    options = [
+        "--against",
+        "torch",
+        "--batch-size",
+        "2",
+        "--num-inference-steps",
+        "2",
+        "--repeats",
+        "1",
+    ]
+    assert main(["bench", *options]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["agree"]
+    assert set(report["stages"]["train_step"]["ratio"]) == {"original", "well"}
+    assert {name.split(", ")[1] for name in report["agreement"]} == {"original", "well"}
+    worst = max(
+        values["max_rel"]
+        for rows in report["agreement"].values()
+        for values in rows.values()
+        if "max_rel" in values
+    )
+    assert np.isfinite(worst)
+    assert worst < bench.TOLERANCE

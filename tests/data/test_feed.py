@@ -1,0 +1,109 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from blip3o_jax.data import feed
+from blip3o_jax.errors import InputError
+from blip3o_jax.pipeline import tokenizer_of
+from blip3o_jax.scenes import prompts, scene
+from blip3o_jax.text import Text, load_tokenizer
+from blip3o_jax.train.config import DataConfig, TrainConfig
+
+CFG = TrainConfig(stage="joint", batch_size=4, data=DataConfig(num_train=16, row_length=112))
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("scenes"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    model = CFG.blip3o()
+    return Text(load_tokenizer(tokenizer_of(model.name)), model.vocab, model.max_prompt_tokens)
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("write() failed: No space left on device; at byte 8"),
+    ],
+)
+def test_a_full_disk_is_one_sentence_and_a_defect_none(error, monkeypatch, data_dir):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(feed.builder, "open_source", fail)
+    with pytest.raises(
+        InputError, match=f"cannot be drawn into {data_dir}: No space left on device; name another"
+    ):
+        feed.dataset(CFG, data_dir, "train", None)
+    error = RuntimeError("a defect")
+    with pytest.raises(RuntimeError, match="a defect"):
+        feed.dataset(CFG, data_dir, "train", None)
+
+
+def test_records_are_the_scenes_of_seed_and_index(data_dir):
+    records = feed.dataset(CFG, data_dir, "train", None)
+    for i in (0, 7, 15):
+        _, drawn = prompts.sample(0, i, "train")
+        np.testing.assert_array_equal(records[i]["images"], scene.compose(drawn))
+        np.testing.assert_array_equal(records[i]["patches"], scene.patch_words(drawn))
+
+
+def test_rows_hold_the_prompt_and_room_for_the_image(data_dir, tokenizer):
+    record = feed.dataset(CFG, data_dir, "heldout", tokenizer)[3]
+    metadata, _ = prompts.sample(0, 3, "heldout")
+    expected = tokenizer.encode_prompt(metadata["prompt"])
+    np.testing.assert_array_equal(record["tokens"][: len(expected)], expected)
+    assert record["start"] == len(expected) - 1
+    assert record["tokens"].shape == (112,)
+    after = record["tokens"][len(expected) + 64 :]
+    assert after[0] == tokenizer.vocab.image_end_tag_id
+    assert after[1] == tokenizer.vocab.eos_token_id
+    assert (after[3:] == tokenizer.vocab.pad_token_id).all()
+
+
+def test_a_batch_is_a_function_of_seed_and_step(data_dir):
+    whole = take(feed.train_batches(CFG, data_dir, None), 9)
+    resumed = take(feed.train_batches(CFG, data_dir, None, start=5), 4)
+    assert all(same(a, b) for a, b in zip(whole[5:], resumed, strict=True))
+    other = next(feed.train_batches(dataclasses.replace(CFG, seed=1), data_dir, None))
+    assert not same(whole[0], other)
+
+
+def test_an_epoch_shows_every_record_once_and_the_next_in_another_order(data_dir):
+    batches = take(feed.train_batches(CFG, data_dir, None), 8)
+    images = np.concatenate([b["images"] for b in batches])
+    first, second = images[:16], images[16:]
+    assert {i.tobytes() for i in first} == {i.tobytes() for i in second}
+    assert len({i.tobytes() for i in first}) == 16
+    assert not np.array_equal(first, second)
+
+
+def test_hosts_share_the_batch_of_one(data_dir):
+    whole = take(feed.train_batches(CFG, data_dir, None), 3)
+    parts = [take(feed.train_batches(CFG, data_dir, None, hosts=(host, 2)), 3) for host in range(2)]
+    for batch, left, right in zip(whole, *parts, strict=True):
+        np.testing.assert_array_equal(
+            np.concatenate([left["images"], right["images"]]), batch["images"]
+        )
+
+
+def test_what_cannot_be_shared_or_written_is_named(data_dir):
+    with pytest.raises(
+        InputError, match="does not divide by 3 hosts; the nearest that do are 3 and 6"
+    ):
+        feed.train_batches(CFG, data_dir, None, hosts=(0, 3))
+    with pytest.raises(InputError, match="cannot be drawn into /proc/scenes"):
+        feed.train_batches(CFG, "/proc/scenes", None)

@@ -1,0 +1,290 @@
+"""plan on the simulated CPU devices, and what is said about a wrong question.
+tests/test_plan_tpu.py has the TPU's compiler."""
+
+import argparse
+import dataclasses
+import json
+import math
+
+import jax
+import pytest
+from flax.traverse_util import flatten_dict
+
+from blip3o_jax import flops
+from blip3o_jax.cli import build_parser, main
+from blip3o_jax.errors import InputError
+from blip3o_jax.jobs.plan import search, table
+from blip3o_jax.jobs.train import read_config
+from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.parallel.batches import check_batch
+from blip3o_jax.parallel.mesh import AXES, make_mesh, mesh_shape
+from blip3o_jax.parallel.parameters import spec
+from blip3o_jax.plan import programs
+from blip3o_jax.presets import preset
+from blip3o_jax.resources import CONFIGS
+from blip3o_jax.train.config import TrainConfig
+
+SMALL = {"qwen3.num_hidden_layers": 1, "sana.num_layers": 1, "ta_tok.encoder.num_hidden_layers": 1}
+CHIP = programs.Chip(16, 1, ())
+POD_CONFIGS = ("pretrain_3b", "sft_3b", "pretrain_0_6b")
+
+
+def small(**changes) -> TrainConfig:
+    return dataclasses.replace(
+        TrainConfig("joint", model=SMALL, batch_size=16, dtype="float32"), **changes
+    )
+
+
+def test_bytes_by_kind_are_those_of_the_parts():
+    cfg = small(mesh={"data": 8})
+    found = programs.measure(programs.lower_step(cfg, make_mesh(cfg.mesh)), CHIP)["bytes"]
+    params = Blip3o(cfg.blip3o()).abstract()
+    trained = sum(
+        leaf.size
+        for part in ("qwen3", "diffusion_connector")
+        for leaf in jax.tree.leaves(params[part])
+    )
+    captions = ("caption_projection", "caption_norm")
+    trained += sum(leaf.size for name in captions for leaf in jax.tree.leaves(params["sana"][name]))
+    everything = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert found["parameters"] == 4 * trained
+    assert found["optimizer"] == 8 * trained + 4  # two moments, and the count of steps
+    assert found["frozen"] == 4 * (everything - trained)
+    row = cfg.blip3o().image_size ** 2 * 3 + 4 * (cfg.blip3o().max_prompt_tokens + 64 + 3) + 4
+    assert found["batch"] == 16 // 8 * row
+    assert found["average"] == 0
+    assert found["total"] == sum(size for kind, size in found.items() if kind != "total")
+    assert found["temporary"] > 0
+
+
+def test_a_cut_halves_and_the_average_is_counted():
+    cfg = small()
+    cfg = dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, ema_decay=0.9))
+    whole, cut = (programs.lower_step(cfg, make_mesh(mesh)) for mesh in ({"data": 8}, {"fsdp": 8}))
+    sizes = [
+        {kind: programs.measure(p, CHIP)["bytes"][kind] for kind in ("parameters", "average")}
+        for p in (whole, cut)
+    ]
+    assert sizes[0]["average"] == sizes[0]["parameters"]
+    assert sizes[1]["parameters"] < 0.2 * sizes[0]["parameters"]
+
+
+def test_what_the_step_does_not_read_is_there_all_the_same():
+    """From a cache no image is encoded, but the encoders are loaded: the total counts them, the
+    program does not."""
+    cfg = read_config("pretrain_3b", [])
+    cfg = small(data=dataclasses.replace(cfg.data, row_length=160), mesh={"data": 8})
+    program = programs.lower_step(cfg, make_mesh(cfg.mesh))
+    assert set(program.arguments[2]) == {"tokens", "start", "codes", "latents"}
+    found = programs.measure(program, CHIP)
+    argument = program.lowered.compile().memory_analysis().argument_size_in_bytes
+    params = Blip3o(cfg.blip3o()).abstract()
+    encoders = 4 * sum(
+        leaf.size for part in ("ta_tok", "dc_ae") for leaf in jax.tree.leaves(params[part])
+    )
+    arguments = sum(
+        size for kind, size in found["bytes"].items() if kind not in ("temporary", "total")
+    )
+    assert arguments - argument == encoders
+    assert found["bytes"]["total"] > arguments
+
+
+def test_a_device_that_is_too_small():
+    program = programs.lower_step(small(), make_mesh())
+    assert programs.measure(program, CHIP)["fits"]
+    assert not programs.measure(program, dataclasses.replace(CHIP, hbm=0))["fits"]
+
+
+def test_time_and_cost_are_arithmetic(monkeypatch):
+    monkeypatch.setattr(programs, "peak_flops", lambda kind: 1e12)
+    program = programs.Program(None, (), {}, 8 * 10**12, 16)
+    found = programs.price(
+        program, jax.devices(), dataclasses.replace(CHIP, devices=2), 0.5, 3600, 2.5
+    )
+    assert (found["seconds"], found["images_per_second"], found["hours"]) == (2.0, 8.0, 2.0)
+    assert (found["chip_hours"], found["dollars"]) == (8.0, 20.0)
+    assert "dollars" not in programs.price(program, jax.devices(), CHIP, 0.5, 1, None)
+    assert "8 chip-hours, $20" in table({"bytes": {}, "fits": True, **found}, CHIP)
+
+
+def test_generation_is_lowered_whole():
+    cfg, mesh = small(), make_mesh({"fsdp": 8})
+    program = programs.lower_generation(cfg, mesh, 8, 2)
+    whole, count = (
+        cfg.blip3o(),
+        sum(leaf.size for leaf in jax.tree.leaves(Blip3o(cfg.blip3o()).abstract())),
+    )
+    assert programs.lower_generation(cfg, make_mesh({"data": 8}), 8, 2).kinds["parameters"]
+    assert sum(x.size for x in jax.tree.leaves(program.kinds["parameters"])) == count
+    assert {str(x.dtype) for x in jax.tree.leaves(program.kinds["parameters"])} == {"bfloat16"}
+    assert program.flops == flops.text_to_image(whole, 8, whole.max_prompt_tokens, 2)
+    with pytest.raises(InputError, match="does not divide"):
+        programs.lower_generation(cfg, mesh, 12, 2)
+
+
+def test_a_quick_look_has_every_kind_of_block():
+    model = programs.shallow(small(), 1).blip3o()
+    assert (
+        model.qwen3.num_hidden_layers,
+        model.sana.num_layers,
+        model.ta_tok.num_encoder_layers,
+    ) == (1, 1, 1)
+    assert model.dc_ae.encoder_layers_per_block == (0, 1, 1, 1)
+    assert model.dc_ae.decoder_layers_per_block == (0, 1, 1, 1)
+    assert programs.shallow(small(), 9).blip3o().dc_ae == small().blip3o().dc_ae
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"), [([], (8, 1, 1)), (["--mesh", "data=2,fsdp=4"], (2, 4, 1))]
+)
+def test_generation_is_planned_on_the_mesh_that_generate_takes(options, sizes, monkeypatch, capsys):
+    """And for a million images, whatever the run's mesh."""
+    asked = []
+
+    def planned(program, devices, chip, args, runs):
+        asked.append((program.kinds["parameters"], runs))
+        return {"bytes": {}, "fits": True}
+
+    monkeypatch.setattr(programs, "open_topology", lambda name: (jax.devices(), CHIP))
+    monkeypatch.setattr("blip3o_jax.jobs.plan.planned", planned)
+    argv = [
+        "--config",
+        "emoji_joint",
+        "--topology",
+        "v5e:2x4",
+        "--config.mesh.tensor=2",
+        "--generate",
+        "3",
+        *options,
+    ]
+    assert main(["plan", *argv]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert tuple(found["mesh"].values()) == sizes
+    assert (found["images_at_once"], found["images_in_all"]) == (24, 1_000_000)
+    [(parameters, runs)] = asked
+    assert runs == 41_667
+    assert {leaf.sharding.mesh.shape_tuple for leaf in jax.tree.leaves(parameters)} == {
+        tuple(found["mesh"].items())
+    }
+
+
+def test_search_prefers_less_computed_again_and_then_more_rows(monkeypatch):
+    """Which of (remat, rows a device) fit is given; nothing is compiled."""
+    tried, fitting = [], {("dots", 1), ("dots", 2), ("full", 1), ("full", 2), ("full", 4)}
+
+    def planned(program, *rest):
+        tried.append(program)
+        return {"bytes": {"total": 1 << 30}, "fits": program in fitting}
+
+    monkeypatch.setattr("blip3o_jax.jobs.plan.planned", planned)
+    monkeypatch.setattr(
+        programs, "lower_step", lambda cfg, mesh: (cfg.remat, cfg.batch_size // 8 // cfg.accumulate)
+    )
+    cfg, _ = search(small(batch_size=64), make_mesh({"fsdp": 8}), [], CHIP, argparse.Namespace())
+    assert (cfg.remat, cfg.accumulate, cfg.batch_size) == ("dots", 4, 64)
+    assert tried == [("none", 1), ("dots", 1), ("dots", 2), ("dots", 4)]
+    fitting.clear()
+    with pytest.raises(InputError, match="Nothing fits"):
+        search(small(batch_size=64), make_mesh({"fsdp": 8}), [], CHIP, argparse.Namespace())
+
+
+@pytest.mark.parametrize("name", POD_CONFIGS)
+def test_pods_divide_the_batch_and_every_parameter(name):
+    """On meshes as large as the pods, without their devices."""
+    namespace: dict = {}
+    exec((CONFIGS / f"{name}.py").read_text(), namespace)
+    assert {
+        "v5e:16x16",
+        "v5p:4x4x8",
+        "v6e:16x16",
+        "v5e:4x4",
+        "v5p:2x2x4",
+        "v6e:4x4",
+        "tpu7x:2x2x1",
+    } == set(namespace["PODS"])
+    params = flatten_dict(Blip3o(preset(read_config(name, []).preset)).abstract(), sep="/")
+    for topology in namespace["PODS"]:
+        cfg = read_config(f"{name}:{topology}", [])
+        assert cfg.topology == topology
+        kind, _, layout = topology.partition(":")
+        assert layout in programs.CHIPS[kind].layouts
+        count = programs.CHIPS[kind].devices * math.prod(int(side) for side in layout.split("x"))
+        mesh = jax.sharding.AbstractMesh(mesh_shape(cfg.mesh, count), AXES)
+        check_batch(cfg.batch_size, mesh, cfg.accumulate)
+        for path, leaf in params.items():
+            spec(path, leaf.shape, mesh)
+        assert cfg.data.row_length % 128 == 0  # the TPU's attention kernel
+        assert (
+            cfg.data.row_length
+            >= cfg.blip3o().max_prompt_tokens + cfg.blip3o().ta_tok.num_tokens + 3
+        )
+
+
+def test_a_mesh_that_does_not_divide_says_which_does():
+    mesh = jax.sharding.AbstractMesh((1, 128, 1), AXES)
+    with pytest.raises(
+        InputError,
+        match=r"an axis of 2240 does not divide by the mesh's fsdp=128; take fsdp=64, and more "
+        r"data",
+    ):
+        spec("sana/transformer_blocks/attn1/to_q/kernel", (20, 2240, 70, 32), mesh)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (
+            ["--config", "pretrain_3b", "--topology", "v5e:3x5"],
+            "Unknown topology 'v5e:3x5'; known: v5e:2x2,",
+        ),
+        (["--config", "pretrain_3b:v9:2x2"], "Unknown topology 'v9:2x2'"),
+        (["--config", "emoji_joint"], "names no topology"),
+        (["--config", "emoji_joint:v5e:2x2"], "is the same on all topologies"),
+        (["--config", "pretrain_3"], "did you mean 'pretrain_3b'"),
+        (["--config", "pretrain_3b", "--mfu", "2"], "in (0, 1]"),
+        (["--config", "pretrain_3b", "--price", "-1"], "at least 0"),
+        (["--config", "pretrain_3b", "--depth", "0"], "at least 1"),
+        (["--config", "pretrain_3b", "--search", "--generate", "1"], "leave --generate out"),
+        (["--config", "pretrain_3b", "--generate", "0"], "at least 1"),
+        (["--config", "pretrain_3b", "--mesh", "fsdp=8"], "--mesh is that of --generate"),
+        (["--config", "pretrain_3b", "--config.batch_sise=4"], "did you mean 'batch_size'"),
+    ],
+)
+def test_a_wrong_question_is_answered_in_a_sentence(argv, sentence, capsys):
+    assert main(["plan", *argv]) == 2
+    error = capsys.readouterr().err.strip()
+    assert sentence in error
+    assert "\n" not in error
+
+
+def test_without_libtpu_the_extra_is_named(monkeypatch, capsys):
+    from jax.experimental import topologies
+
+    def missing(*args, **kwargs):
+        raise RuntimeError("JAX TPU support not installed")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    assert main(["plan", "--config", "pretrain_3b"]) == 2
+    assert "pip install 'blip3o-jax[tpu]'" in capsys.readouterr().err
+
+
+def test_the_last_line_is_json(monkeypatch, capsys):
+    monkeypatch.setattr(programs, "open_topology", lambda name: (jax.devices(), CHIP))
+    monkeypatch.setattr(programs, "peak_flops", lambda kind: 1e12)
+    argv = [
+        "plan",
+        "--config",
+        "emoji_joint",
+        "--topology",
+        "v5e:2x4",
+        "--config.dtype=float32",
+        "--depth",
+        "1",
+        "--price",
+        "1.0",
+    ]
+    assert main(argv) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (last["topology"], last["depth"], last["fits"]) == ("v5e:2x4", 1, True)
+    assert last["dollars"] == pytest.approx(last["chip_hours"])
+    assert build_parser().parse_args(argv[:5]).mfu == 0.4

@@ -1,0 +1,102 @@
+"""`convert verify`: copies agree, and a changed value, config or model is seen."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from blip3o_jax.cli import main
+from blip3o_jax.convert.published import load_published, save_published
+from blip3o_jax.jobs.verify import compare_stages, compare_tensors
+from blip3o_jax.pipeline import find_checkpoint
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("verify") / "jax"
+    assert main(["convert", "to-jax", "emoji_64", str(folder)]) == 0
+    return folder
+
+
+def report(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_a_conversion_and_its_way_back_agree_bit_for_bit(converted, tmp_path, capsys):
+    back = tmp_path / "torch"
+    assert main(["convert", "to-torch", str(converted), str(back)]) == 0
+    capsys.readouterr()
+    assert (
+        main(
+            ["convert", "verify", "emoji_64", str(back), "--report", str(tmp_path / "report.json")]
+        )
+        == 0
+    )
+    found = report(capsys)
+    assert found["passed"]
+    assert found["unequal"] == []
+    assert found["tensors"] == found["bit_identical"] == 401
+    assert found["stages"]["tokens"]["identical"] == 1.0
+    assert set(found["stages"]) == {
+        "hidden",
+        "logits",
+        "condition",
+        "velocity",
+        "latents",
+        "picture",
+        "codes",
+        "tokens",
+        "pixels",
+    }
+    assert len(json.loads((tmp_path / "report.json").read_text())["every_tensor"]) == 401
+
+
+def test_one_changed_value_is_named_and_seen_in_its_stage(converted, tmp_path, capsys):
+    cfg, params = load_published(find_checkpoint("emoji_64"))
+    params = jax.tree.map(np.array, params)
+    params["sana"]["proj_out"]["bias"][0] += 1.0
+    save_published(tmp_path / "changed", cfg, params, dtype="float16")
+    assert main(["convert", "verify", str(converted), str(tmp_path / "changed")]) == 1
+    found = report(capsys)
+    assert found["unequal"] == ["model.sana.proj_out.bias"]
+    wrong = {name for name, row in found["stages"].items() if not row["agree"]}
+    assert wrong == {"velocity", "pixels"}
+
+
+def test_another_config_is_not_the_same_model(tmp_path, capsys):
+    shutil.copytree(find_checkpoint("emoji_64"), tmp_path / "other")
+    file = tmp_path / "other" / "config.json"
+    fields = json.loads(file.read_text())
+    fields["sana_vae"]["scaling_factor"] = 0.5
+    file.write_text(json.dumps(fields))
+    assert main(["convert", "verify", "emoji_64", str(tmp_path / "other")]) == 1
+    assert report(capsys)["config_differs_in"] == ["dc_ae"]
+
+
+def test_dtypes_agree_when_rounding_explains_the_difference():
+    exact = np.linspace(-1, 1, 7, dtype=np.float32)
+    assert compare_tensors(exact, exact.astype(np.float16))["agree"]
+    assert not compare_tensors(exact, (1.01 * exact).astype(np.float16))["agree"]
+    assert not compare_tensors(exact, exact[:-1])["agree"]
+    assert not compare_tensors(exact, np.nextafter(exact, 2))["agree"]
+
+
+def test_stages_are_held_to_the_tolerance_and_ids_to_identity():
+    a = {"velocity": np.array([1.0, -4.0]), "tokens": np.array([1, 2, 3])}
+    near = {"velocity": np.array([1.0, -4.0 + 2e-4]), "tokens": np.array([1, 2, 3])}
+    rows = compare_stages(a, near, 1e-4)
+    assert rows["velocity"]["agree"]
+    assert not compare_stages(a, near, 1e-5)["velocity"]["agree"]
+    assert not compare_stages(a, {**near, "tokens": np.array([1, 2, 4])}, 1e-4)["tokens"]["agree"]
+    assert not compare_stages(a, {**near, "velocity": np.array([1.0, np.nan])}, 1e-4)["velocity"][
+        "agree"
+    ]
+
+
+@pytest.mark.parity
+def test_the_embedded_model_is_the_same_in_pytorch(capsys):
+    pytest.importorskip("diffusers")
+    assert main(["convert", "verify", "emoji_64", "emoji_64", "--torch"]) == 0
+    assert report(capsys)["a_in"] == "torch"
