@@ -1,7 +1,7 @@
 """BLIP3o-NEXT in JAX: `model = blip3o_jax.load("emoji_64"); images = model.generate(["two red
 hearts"], seed=0)`."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def load(name: str = "emoji_64", **options):
