@@ -1,6 +1,7 @@
 """The user's errors, and the hints that they end with."""
 
 import difflib
+import re
 
 
 class InputError(ValueError):
@@ -22,3 +23,11 @@ def multiples(size: int, divisor: int) -> str:
         if below
         else f"the nearest that does is {divisor}."
     )
+
+
+def disk_reason(error: Exception) -> str | None:
+    """What the system says of a disk that cannot be written, also inside a library's own text; None
+    if it says nothing."""
+    reasons = "No space left on device|Disk quota exceeded|Read-only file system|Permission denied"
+    match = re.search(reasons, str(error))
+    return match[0] if match else getattr(error, "strerror", None)

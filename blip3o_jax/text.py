@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from blip3o_jax.config import VocabConfig
+from blip3o_jax.config import Blip3oConfig, VocabConfig
 from blip3o_jax.errors import InputError
 
 CHAT = (
@@ -69,6 +69,11 @@ def load_tokenizer(path: str | Path) -> Any:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def row_length(model: Blip3oConfig) -> int:
+    """Tokens of a training row: the longest prompt, the image and its end (`IMAGE_END`)."""
+    return model.max_prompt_tokens + model.ta_tok.num_tokens + 3
 
 
 def left_pad(

@@ -14,7 +14,6 @@ import itertools
 import json
 import logging
 import pathlib
-import re
 import shutil
 from collections.abc import Iterator
 
@@ -22,7 +21,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import InputError, disk_reason
 from blip3o_jax.parallel.processes import process_zero_first
 from blip3o_jax.tree import join
 
@@ -94,16 +93,6 @@ def is_workdir(directory) -> bool:
     return bool(whole(pathlib.Path(directory) / "checkpoints"))
 
 
-def why_unwritten(error: Exception) -> str | None:
-    """What the system says of a disk that takes no more, also where a library put that into a text
-    of its own; None if it says nothing."""
-    told = re.search(
-        r"No space left on device|Disk quota exceeded|Read-only file system|Permission denied",
-        str(error),
-    )
-    return told[0] if told else getattr(error, "strerror", None)
-
-
 @contextlib.contextmanager
 def _writing(manager):
     """Says in one sentence what went wrong while a checkpoint was written, which may have been the
@@ -111,7 +100,7 @@ def _writing(manager):
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
-        reason = why_unwritten(error) or str(error).strip().splitlines()[0][:200]
+        reason = disk_reason(error) or str(error).strip().splitlines()[0][:200]
         raise InputError(
             f"A checkpoint cannot be written to {manager.directory}: {reason}; those "
             "before it are whole."

@@ -1,31 +1,31 @@
-"""The cache of a mixture: each record's codes and latents, so that a training step encodes no
-image.
+"""The cache of a mixture: each record's codes and latents, so that training encodes no image.
 
 A folder holds `cache.json`, which says what the records were made with, and shards
-SSS-NNNNN-of-NNNNN.array_record of source SSS. Record i of a source stays record i: one that could
-not be used is kept with its reason, so a run reads the same order from the cache as without.
+SSS-NNNNN-of-NNNNN.array_record of source SSS. Record i of a source stays record i, and one that
+cannot be used is stored with its reason, so a run reads the same order with and without the cache.
 """
 
 import hashlib
 import json
 import pathlib
+from collections.abc import Iterable
 from dataclasses import asdict
 
 import numpy as np
 from flax import serialization
 from flax.traverse_util import flatten_dict
 
+from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.records import RecordError
 from blip3o_jax.errors import InputError
-from blip3o_jax.train.config import TrainConfig
 
 FORMAT = 1
-# what tells sources apart; weights may change
+# what identifies a source; its weight may change
 PLACE = ("kind", "path", "root", "split", "image_field", "caption_field")
 
 
-def weights_hash(params) -> str:
+def weights_hash(params: dict) -> str:
     """SHA-256 of a tree's paths, shapes and float32 values."""
     digest = hashlib.sha256()
     for path, leaf in sorted(flatten_dict(params, sep="/").items()):
@@ -35,78 +35,74 @@ def weights_hash(params) -> str:
     return digest.hexdigest()
 
 
-def describe(cfg: TrainConfig, params) -> dict:
-    """What a cache's codes and latents depend on besides the records; params of `ta_tok` and
-    `dc_ae`."""
-    model = cfg.blip3o()
-    made_with = {
+def describe(model: Blip3oConfig, crop: str, params: dict) -> dict:
+    """What a cache's codes and latents depend on besides the records, as it stands in cache.json;
+    params of `ta_tok` and `dc_ae`."""
+    tokenizer = weights_hash(params["ta_tok"])
+    autoencoder = weights_hash(params["dc_ae"]["encoder"])
+    description = {
         "format": FORMAT,
         "image_size": model.image_size,
-        "crop": cfg.data.crop,
-        "ta_tok": {"config": asdict(model.ta_tok), "weights": weights_hash(params["ta_tok"])},
-        "dc_ae": {
-            "config": asdict(model.dc_ae),
-            "weights": weights_hash(params["dc_ae"]["encoder"]),
-        },
+        "crop": crop,
+        "ta_tok": {"config": asdict(model.ta_tok), "weights": tokenizer},
+        "dc_ae": {"config": asdict(model.dc_ae), "weights": autoencoder},
     }
-    return json.loads(json.dumps(made_with))
+    return json.loads(json.dumps(description))
 
 
 def source_entry(spec: SourceConfig, source) -> dict:
-    """A source's place in cache.json. Its blocks decide its order, so they are kept too."""
+    """A source in cache.json, with its blocks, which decide its order."""
     blocks = None if source.blocks is None else [int(start) for start in source.blocks]
-    return {name: getattr(spec, name) for name in PLACE} | {
-        "records": len(source),
-        "blocks": blocks,
-    }
+    place = {name: getattr(spec, name) for name in PLACE}
+    return place | {"records": len(source), "blocks": blocks}
 
 
 def shard_names(source: int, records: int, shard_records: int) -> list[str]:
+    """File names of a source's shards."""
     count = -(-records // shard_records)
     return [f"{source:03d}-{shard:05d}-of-{count:05d}.array_record" for shard in range(count)]
 
 
 def read_description(folder: str) -> dict:
-    """cache.json; InputError when the folder holds none that we can read."""
+    """The contents of cache.json; InputError when it is missing or unreadable."""
     file = pathlib.Path(folder) / "cache.json"
     try:
-        found = json.loads(file.read_text())
+        description = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise InputError(
             f"data.cache: {folder} holds no cache ({file.name} cannot be read); make one "
-            "by `blip3o-jax data cache`."
+            "with `blip3o-jax data cache`."
         ) from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise InputError(
-            f"data.cache: {file} is of another format than {FORMAT}; make it anew by "
+            f"data.cache: {file} does not have format {FORMAT}; make the cache again with "
             "`blip3o-jax data cache`."
         )
-    return found
+    return description
 
 
-def difference(found: dict, wanted: dict) -> str | None:
-    """In words, the first thing in which a cache was made otherwise than `describe` wants; None
-    when it fits."""
-    found, wanted = (flatten_dict(tree, sep=".") for tree in (found, wanted))
-    for name, value in wanted.items():
-        if found.get(name) != value:
-            short = [str(v)[:12] for v in (found.get(name), value)]
-            return f"{name} {short[0]} there, {short[1]} here"
+def difference(there: dict, here: dict) -> str | None:
+    """In words, the first setting of `here` that a cache's description `there` does not share; None
+    when all agree."""
+    before, now = (flatten_dict(tree, sep=".") for tree in (there, here))
+    for name, value in now.items():
+        if before.get(name) != value:
+            old, new = (str(v)[:12] for v in (before.get(name), value))
+            return f"{name} {old} there, {new} here"
     return None
 
 
-def check_cache(cfg: TrainConfig, params) -> None:
-    """InputError unless `data.cache` was made with these encoders and the run's crop; params of
-    `ta_tok` and `dc_ae`."""
-    if differs := difference(read_description(cfg.data.cache), describe(cfg, params)):
+def check_cache(folder: str, description: dict) -> None:
+    """InputError unless the cache was made with the settings and encoders of `description`."""
+    if differs := difference(read_description(folder), description):
         raise InputError(
-            f"data.cache: {cfg.data.cache} was made with other settings ({differs}); make "
-            "a new one by `blip3o-jax data cache`."
+            f"data.cache: {folder} was made with other settings ({differs}); make "
+            "a new one with `blip3o-jax data cache`."
         )
 
 
-def write_shard(file: pathlib.Path, records) -> None:
-    """Writes msgpack of each record to a temporary name, then renames it."""
+def write_shard(file: pathlib.Path, records: Iterable[dict]) -> None:
+    """Writes each record as msgpack to a temporary file, then renames it."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     temporary = file.with_name(f".{file.name}.part")
@@ -118,8 +114,8 @@ def write_shard(file: pathlib.Path, records) -> None:
 
 
 class CachedSource:
-    """Records of one source: dicts of key, caption, codes int32 [n], latents float [Y,X,C] as SANA
-    takes them; RecordError for bad ones."""
+    """Records of one source: dicts of key, caption, codes int32 [n], latents [Y,X,C] as SANA takes
+    them; RecordError for bad ones."""
 
     def __init__(self, files: list[pathlib.Path], blocks: list[int] | None):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -150,30 +146,28 @@ class CachedSource:
 
 
 def open_cached(folder: str, spec: SourceConfig) -> CachedSource:
-    """A source's records in a cache; InputError when it is not in there or not whole."""
-    found = read_description(folder)
-    places = [{name: entry[name] for name in PLACE} for entry in found["sources"]]
-    wanted = {name: getattr(spec, name) for name in PLACE}
-    if wanted not in places:
+    """A source's records in a cache; InputError when it is missing or incomplete there."""
+    description = read_description(folder)
+    places = [{name: entry[name] for name in PLACE} for entry in description["sources"]]
+    place = {name: getattr(spec, name) for name in PLACE}
+    if place not in places:
         raise InputError(
             f"data.cache: {folder} holds no source {spec.path!r} of kind {spec.kind!r}; "
             "make another cache with it."
         )
-    number = places.index(wanted)
-    entry = found["sources"][number]
-    files = [
-        pathlib.Path(folder) / name
-        for name in shard_names(number, entry["records"], found["shard_records"])
-    ]
+    number = places.index(place)
+    entry = description["sources"][number]
+    names = shard_names(number, entry["records"], description["shard_records"])
+    files = [pathlib.Path(folder) / name for name in names]
     if missing := [file for file in files if not file.is_file()]:
         raise InputError(
             f"data.cache: {len(missing)} of {len(files)} shards of {spec.path!r} are "
-            f"missing in {folder}; run `data cache` to the end."
+            f"missing in {folder}; run `blip3o-jax data cache` again until it is complete."
         )
     source = CachedSource(files, entry["blocks"])
     if len(source) != entry["records"]:
         raise InputError(
             f"data.cache: {folder} holds {len(source)} records of {spec.path!r}, not "
-            f"{entry['records']}; make it anew."
+            f"{entry['records']}; make it again."
         )
     return source

@@ -4,20 +4,20 @@ import math
 from dataclasses import dataclass, field
 
 from blip3o_jax.errors import InputError, nearest
+from blip3o_jax.scenes.config import EXERCISES, WEIGHTS, WorldConfig
 
 KINDS = ("webdataset", "parquet", "jsonl", "array_record")
-EXERCISES = ("recital", "sketch", "picture")  # of scenes.exercises
 
 
 @dataclass(frozen=True)
 class SourceConfig:
     """One source of a mixture.
 
-    Fields left empty are named as the formats' users name them (data.tables, data.tars).
+    Empty fields follow the names that are usual in the format (data.tables, data.tars).
     """
 
     kind: str
-    # a file or a pattern of files, e.g. "tars/*.tar"; array_record: a folder that TFDS wrote
+    # a file or a pattern of files, e.g. "tars/*.tar"; array_record: a folder written by TFDS
     path: str
     weight: float = 0.0  # share of the examples against the other sources'; all 0: by size
     # without weights: how often an epoch shows each record, as the PyTorch code's integer weights
@@ -44,19 +44,21 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Either `sources`, or the `emoji_scenes` TFDS builder: written once under `data_dir`, then
-    read at random by Grain."""
+    """Either `sources`, or the embedded world: written once under `data_dir`, then read at random.
+
+    `num_train` to `named_ground` are the fields of scenes.config.WorldConfig.
+    """
 
     data_dir: str = ""  # empty: `scenes` under the workdir
     num_train: int = 60000
     seed: int = 0
     text_fraction: float = 0.0  # share of scenes that show a word
-    # tag -> share of the training prompts; empty: scenes.prompts.WEIGHTS
+    # tag -> share of the training prompts; empty: scenes.config.WEIGHTS
     weights: dict = field(default_factory=dict)
-    # share of the training prompts of kinds that GenEval does not know: scenes.prompts.EXTRA
+    # share of the training prompts of kinds that GenEval does not have: scenes.prompts.EXTRA
     extra: float = 0.15
     named_ground: float = 0.5  # share of the training prompts that name the ground
-    # practice: kind of scenes.exercises -> share of the rows
+    # stage pretrain_ar: kind of scenes.exercises -> share of the rows
     exercises: dict = field(default_factory=dict)
     # tokens of a training row; 0: the longest prompt that the model allows, and its image
     row_length: int = 0
@@ -65,67 +67,69 @@ class DataConfig:
     # a tokenizer.json that fits the preset; empty: the one that travels with it
     tokenizer: str = ""
     heldout: int = 64  # records of the first source that are never trained on
-    # of images that are not square; "original": the tokenizer sees the whole frame squashed (§6.4)
+    # of images that are not square: "original" squashes the whole frame for the tokenizer
+    # (docs/model.md §6.4)
     crop: str = "shared"
-    # what happens to a caption that does not fit the prompt; or "drop": the next record takes its
-    # place
+    # captions that do not fit the prompt: "truncate", or "drop", and the next record is taken
     long_captions: str = "truncate"
     max_bad_fraction: float = 0.01  # of the records read; beyond it the run stops
-    # folder of `blip3o-jax data cache`: ids and latents of `sources`, so that no image is encoded
-    # in the step
+    # folder of `blip3o-jax data cache`: codes and latents of `sources`, so that steps encode no
+    # image
     cache: str = ""
 
     def __post_init__(self):
-        weighted = [s.weight > 0 for s in self.sources]
-        checks = (
-            (0 <= self.extra <= 1, f"data.extra is in [0, 1], not {self.extra}."),
-            (
-                0 <= self.named_ground <= 1,
-                f"data.named_ground is in [0, 1], not {self.named_ground}.",
+        weighted = [source.weight > 0 for source in self.sources]
+        repeats = [source.repeat for source in self.sources]
+        checks = {
+            f"data.extra is in [0, 1], not {self.extra}.": 0 <= self.extra <= 1,
+            f"data.named_ground is in [0, 1], not {self.named_ground}.": (
+                0 <= self.named_ground <= 1
             ),
-            (
-                not self.exercises or self.row_length > 0,
-                "data.exercises need data.row_length, the tokens of a row.",
+            "data.exercises need data.row_length, the tokens of a row.": (
+                not self.exercises or self.row_length > 0
             ),
-            (
-                self.reader_threads >= 1,
-                f"data.reader_threads is at least 1, not {self.reader_threads}.",
+            f"data.reader_threads is at least 1, not {self.reader_threads}.": (
+                self.reader_threads >= 1
             ),
-            (
-                all(weighted) or not any(weighted),
-                "Either every source of data.sources has a weight above 0, or none.",
+            "Either every source of data.sources has a weight above 0, or none.": (
+                all(weighted) or not any(weighted)
             ),
-            (
-                not any(weighted) or all(s.repeat == 1 for s in self.sources),
-                "data.sources have weights or repeats, not both.",
+            "data.sources have weights or repeats, not both.": (
+                not any(weighted) or set(repeats) == {1}
             ),
-            (self.heldout >= 1, f"data.heldout is at least 1, not {self.heldout}."),
-            (
-                self.crop in ("shared", "original"),
-                f"data.crop is 'shared' or 'original', not {self.crop!r}.",
+            f"data.heldout is at least 1, not {self.heldout}.": self.heldout >= 1,
+            f"data.crop is 'shared' or 'original', not {self.crop!r}.": (
+                self.crop in ("shared", "original")
             ),
-            (
-                self.long_captions in ("truncate", "drop"),
-                f"data.long_captions is 'truncate' or 'drop', not {self.long_captions!r}.",
+            f"data.long_captions is 'truncate' or 'drop', not {self.long_captions!r}.": (
+                self.long_captions in ("truncate", "drop")
             ),
-            (
-                0 <= self.max_bad_fraction <= 1,
-                f"data.max_bad_fraction is in [0, 1], not {self.max_bad_fraction}.",
+            f"data.max_bad_fraction is in [0, 1], not {self.max_bad_fraction}.": (
+                0 <= self.max_bad_fraction <= 1
             ),
-            (
-                not self.cache or self.sources,
-                "data.cache holds the records of data.sources, which is empty; name the sources.",
+            "data.cache holds the records of data.sources, which is empty; name the sources.": (
+                not self.cache or bool(self.sources)
             ),
-        )
-        for holds, message in checks:
+        }
+        for message, holds in checks.items():
             if not holds:
                 raise InputError(message)
         for kind, share in self.exercises.items():
             if kind not in EXERCISES:
                 raise InputError(f"Unknown exercise {kind!r}; {nearest(kind, EXERCISES)}")
-            if (
-                isinstance(share, bool)
-                or not isinstance(share, int | float)
-                or not 0 < share < math.inf
-            ):
+            is_number = isinstance(share, int | float) and not isinstance(share, bool)
+            if not is_number or not 0 < share < math.inf:
                 raise InputError(f"data.exercises are shares above 0, not {share!r} ({kind}).")
+        _ = self.world  # refuses unknown tags
+
+    @property
+    def world(self) -> WorldConfig:
+        """What the embedded world draws for this run."""
+        return WorldConfig(
+            train=self.num_train,
+            seed=self.seed,
+            text=self.text_fraction,
+            weights=self.weights or WEIGHTS,
+            extra=self.extra,
+            named_ground=self.named_ground,
+        )

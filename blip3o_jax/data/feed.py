@@ -1,4 +1,4 @@
-"""Batches of a run: of the embedded world, or of a mixture of sources.
+"""Batches of a run, from the embedded world or from a mixture of sources.
 
 What is in batch s is a pure function of (seed, s).
 """
@@ -6,200 +6,178 @@ What is in batch s is a pure function of (seed, s).
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable, Iterator
 
 import grain
-import jax
 import numpy as np
 
-from blip3o_jax import text as texts
+from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data.cache import open_cached
+from blip3o_jax.data.config import DataConfig
 from blip3o_jax.data.mixture import HeldOut, HostRows, Mixture, whole_weights
 from blip3o_jax.data.sources import first_record, open_source
 from blip3o_jax.data.transform import Rows, Tally
-from blip3o_jax.errors import InputError, multiples
+from blip3o_jax.errors import InputError, disk_reason, multiples
 from blip3o_jax.scenes import builder
+from blip3o_jax.scenes.config import WorldConfig
 from blip3o_jax.scenes.exercises import exercise
-from blip3o_jax.scenes.prompts import WEIGHTS
-from blip3o_jax.train.config import TrainConfig
-from blip3o_jax.training_checkpoint import why_unwritten
+from blip3o_jax.text import Text, row_length
 
-UNSEEN_SEED = 1 << 32  # of the exercises that a run is measured by; no run's own seed
-
-
-def _image_record(record) -> dict[str, np.ndarray]:
-    return {"images": record["image"], "patches": record["patches"].astype(np.int32)}
+ROWS = ("patches", "captions", "exercises")
+HELDOUT_SEED = 1 << 32  # of the exercises that a run is measured by; no run's own seed
 
 
-def _text_record(
-    tokenizer: texts.Text, num_tokens: int, length: int, record
-) -> dict[str, np.ndarray]:
-    """The image and its token row; the image's codes are made on the device and written there."""
-    prompt = tokenizer.encode_prompt(record["prompt"].decode())
-    tokens, start = tokenizer.training_rows([prompt], np.zeros((1, num_tokens), np.int32), length)
-    return {"images": record["image"], "tokens": tokens[0], "start": start[0]}
+def open_sources(data: DataConfig) -> list:
+    """The mixture's sources, from their cache where one is named.
 
-
-def row_length(cfg: TrainConfig, tokenizer: texts.Text) -> int:
-    """Tokens of a training row: prompt, image and its end."""
-    return cfg.data.row_length or tokenizer.max_prompt_tokens + cfg.blip3o().ta_tok.num_tokens + 3
-
-
-def exercises(cfg: TrainConfig, tokenizer: texts.Text, seed: int) -> grain.MapDataset:
-    """Rows of the practice stage, made on demand; prompts may be as long as a row."""
-    long = dataclasses.replace(tokenizer, max_prompt_tokens=cfg.data.row_length)
-    return grain.MapDataset.range(np.iinfo(np.int32).max).map(
-        functools.partial(exercise, long, cfg.data, seed)
-    )
-
-
-def dataset(
-    cfg: TrainConfig, data_dir: str, split: str, tokenizer: texts.Text | None
-) -> grain.MapDataset:
-    """Records of a split of `emoji_scenes`, transformed for the stage; without shuffling or
-    batching."""
-    data = cfg.data
-    world = builder.EmojiScenesConfig(
-        train=data.num_train,
-        seed=data.seed,
-        text=data.text_fraction,
-        weights=data.weights or WEIGHTS,
-        extra=data.extra,
-        named_ground=data.named_ground,
-    )
-    try:
-        source = builder.open_source(data_dir, split, world)
-    except (OSError, RuntimeError) as error:
-        if not (reason := why_unwritten(error)):
-            raise
-        raise InputError(
-            f"The scenes cannot be drawn into {data_dir}: {reason}; name another data.data_dir."
-        ) from error
-    if tokenizer is None:
-        return grain.MapDataset.source(source).map(_image_record)
-    num_tokens, length = cfg.blip3o().ta_tok.num_tokens, row_length(cfg, tokenizer)
-    return grain.MapDataset.source(source).map(
-        functools.partial(_text_record, tokenizer, num_tokens, length)
-    )
-
-
-def open_sources(cfg: TrainConfig) -> list:
-    """The mixture's sources, from their cache where the run names one; InputError for what is
-    missing, empty or an edit, or too small."""
-    opener = functools.partial(open_cached, cfg.data.cache) if cfg.data.cache else open_source
-    sources = [opener(spec) for spec in cfg.data.sources]
-    for spec, source in zip(cfg.data.sources, sources, strict=True):
-        if not cfg.data.cache and first_record(source).inputs:
+    InputError for one that is missing, empty, too small or of edits.
+    """
+    opener = functools.partial(open_cached, data.cache) if data.cache else open_source
+    sources = [opener(spec) for spec in data.sources]
+    for spec, source in zip(data.sources, sources, strict=True):
+        if not data.cache and first_record(source).inputs:
             raise InputError(
                 f"data.sources: {spec.path!r} holds edits, which can be checked but not "
                 "yet trained on; leave it out."
             )
     if sources:
-        HeldOut(sources[0], cfg.data.heldout, kept=True)
+        HeldOut(sources[0], data.heldout)  # raises where the first is too small
     return sources
 
 
-def _rows(cfg: TrainConfig, tokenizer: texts.Text, tally: Tally, source) -> Rows:
-    model, data = cfg.blip3o(), cfg.data
-    sizes = model.image_size, model.ta_tok.encoder.image_size
-    length = row_length(cfg, tokenizer)
-    if length < tokenizer.max_prompt_tokens + model.ta_tok.num_tokens + 3:
+def world_rows(
+    world: WorldConfig, data_dir: str, split: str, row: Callable[[dict], dict]
+) -> grain.MapDataset:
+    """`row(record)` of a split of the embedded world, in its order; drawn first where `data_dir`
+    does not hold it."""
+    try:
+        source = builder.open_source(data_dir, split, world)
+    except (OSError, RuntimeError) as error:
+        if not (reason := disk_reason(error)):
+            raise
         raise InputError(
-            f"data.row_length {length} does not hold a prompt of "
-            f"{tokenizer.max_prompt_tokens} tokens and its image; 0 finds the length."
-        )
-    return Rows(
-        source,
-        tokenizer,
-        model.ta_tok.num_tokens,
-        length,
-        sizes,
-        data.crop,
-        data.long_captions,
-        tally,
-    )
+            f"The scenes cannot be drawn into {data_dir}: {reason}; name another data.data_dir."
+        ) from error
+    return grain.MapDataset.source(source).map(row)
 
 
-def mixture(cfg: TrainConfig, sources: list, tokenizer: texts.Text, tally: Tally) -> Mixture:
-    """The endless training rows of opened sources; the first without its held-out records."""
-    data = cfg.data
-    first, *others = sources
-    trained = [HeldOut(first, data.heldout, kept=False), *others]
-    weights = [s.weight for s in data.sources]
-    if not any(weights):
-        weights = [s.repeat * len(source) for s, source in zip(data.sources, trained, strict=True)]
-    readers = [_rows(cfg, tokenizer, tally, source) for source in trained]
-    return Mixture(
-        readers,
-        [len(s) for s in trained],
-        [s.blocks for s in trained],
-        whole_weights(weights),
-        cfg.seed,
-    )
+class Feed:
+    """A run's batches as numpy arrays, opened once and read from any step.
 
+    `rows` says what a batch holds:
 
-def tally_of(cfg: TrainConfig, workdir=None) -> Tally:
-    """An account that names bad records under the workdir, if there is one, in a file of this
-    host's."""
-    return Tally(
-        cfg.data.max_bad_fraction,
-        workdir and pathlib.Path(workdir) / f"bad_records.{jax.process_index()}.jsonl",
-    )
+    - "patches": `images` uint8 [B,H,W,3] and `patches` int32 [B,h,w] of the embedded world;
+    - "captions": `tokens` int32 [B,T] with the image's codes open, `start` int32 [B], and `images`
+      (with crop "original" also `view`) or, from a cache, `codes` and `latents`;
+    - "exercises": `tokens` and `positions` int32 [B,T], `weights` f32 [B,T].
 
-
-def train_batches(
-    cfg: TrainConfig,
-    data_dir: str,
-    tokenizer: texts.Text | None,
-    start: int = 0,
-    sources=None,
-    tally=None,
-    hosts: tuple[int, int] = (0, 1),
-):
-    """Endless iterator of this host's rows of batch `start`, `start + 1`, ...: shuffled anew every
-    epoch.
-
-    `hosts` (i, n) are those of `mesh.batch_hosts`: this one reads the i-th of n equal runs of a
-    batch's rows, which together are the batch of a single host. `sources` are those of
-    `open_sources`, if opened before; `tally`, as of `tally_of`, counts what is read of them.
-    InputError, while iterating too, when the data are not fit to train on.
+    `hosts` (i, n) are those of `parallel.batches.batch_hosts`: this one reads the i-th of n equal
+    runs of a batch's rows, which together are the batch of a single host. The embedded world is
+    written to `data_dir` when it is first read; bad records of sources are named in the file
+    `bad_records`. InputError, while iterating too, when the data are not fit to train on.
     """
-    host, count = hosts
-    if cfg.batch_size % count:
-        raise InputError(
-            f"batch_size {cfg.batch_size} does not divide by {count} hosts; "
-            f"{multiples(cfg.batch_size, count)}"
-        )
-    if cfg.data.sources:
-        records = mixture(cfg, sources or open_sources(cfg), tokenizer, tally or tally_of(cfg))
-    elif cfg.stage == "practice":
-        records = exercises(cfg, tokenizer, cfg.seed)
-    else:
-        records = dataset(cfg, data_dir, "train", tokenizer).seed(cfg.seed).shuffle().repeat()
-    rows = HostRows(records, cfg.batch_size, host, count)
-    batches = grain.MapDataset.source(rows).batch(cfg.batch_size // count)
-    options = grain.ReadOptions(num_threads=cfg.data.reader_threads, prefetch_buffer_size=4)
-    iterator = iter(batches.to_iter_dataset(options))
-    iterator.set_state({"next_index": start})
-    return iterator
 
+    def __init__(
+        self,
+        data: DataConfig,
+        model: Blip3oConfig,
+        rows: str,
+        tokenizer: Text | None = None,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        hosts: tuple[int, int] = (0, 1),
+        data_dir: str = "",
+        bad_records: pathlib.Path | None = None,
+    ):
+        if rows not in ROWS or (rows != "patches" and tokenizer is None):
+            raise ValueError(f"rows {rows!r} of {ROWS}, tokenizer {tokenizer}")
+        if batch_size % hosts[1]:
+            raise InputError(
+                f"batch_size {batch_size} is not divisible by {hosts[1]} hosts; "
+                f"{multiples(batch_size, hosts[1])}"
+            )
+        self.data = data
+        self.model = model
+        self.rows = rows
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.seed = seed
+        self.hosts = hosts
+        self.data_dir = data_dir
+        self.length = data.row_length or row_length(model)
+        self.tally = Tally(data.max_bad_fraction, bad_records)
+        self.sources = open_sources(data)
+        if self.sources and self.length < row_length(model):
+            raise InputError(
+                f"data.row_length {self.length} does not hold a prompt of "
+                f"{model.max_prompt_tokens} tokens and its image; 0 finds the length."
+            )
 
-def heldout_batch(
-    cfg: TrainConfig,
-    data_dir: str,
-    tokenizer: texts.Text | None,
-    count: int,
-    sources=None,
-    tally=None,
-) -> dict[str, np.ndarray]:
-    """The first `count` records that are held out; of a mixture at most `data.heldout`.
+    def train(self, step: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """This host's rows of batch `step`, `step + 1`, ... without end, in a new order every
+        epoch."""
+        if self.rows == "exercises":
+            records = self._exercises(self.seed)
+        elif self.sources:
+            records = self._mixture()
+        else:
+            records = self._world("train").seed(self.seed).shuffle().repeat()
 
-    Otherwise as `train_batches`.
-    """
-    if cfg.stage == "practice":
-        return next(iter(exercises(cfg, tokenizer, UNSEEN_SEED)[:count].batch(count)))
-    if not cfg.data.sources:
-        return next(iter(dataset(cfg, data_dir, "heldout", tokenizer)[:count].batch(count)))
-    source = HeldOut((sources or open_sources(cfg))[0], cfg.data.heldout, kept=True)
-    row = _rows(cfg, tokenizer, tally or tally_of(cfg), source)
-    rows = [row(i) for i in range(min(count, len(source)))]
-    return {name: np.stack([r[name] for r in rows]) for name in rows[0]}
+        # This host's part of each batch, read ahead by threads.
+        host_rows = HostRows(records, self.batch_size, *self.hosts)
+        batches = grain.MapDataset.source(host_rows).batch(self.batch_size // self.hosts[1])
+        threads = self.data.reader_threads
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4)
+        iterator = iter(batches.to_iter_dataset(options))
+        iterator.set_state({"next_index": step})
+        return iterator
+
+    def heldout(self, count: int) -> dict[str, np.ndarray]:
+        """The first `count` rows that are never trained on, the same on every host; of a mixture at
+        most `data.heldout`."""
+        if self.sources and self.rows == "captions":
+            source = HeldOut(self.sources[0], self.data.heldout)
+            read = self._reader(source)
+            rows = [read(i) for i in range(min(count, len(source)))]
+            return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        exercises = self.rows == "exercises"
+        records = self._exercises(HELDOUT_SEED) if exercises else self._world("heldout")
+        return next(iter(records[:count].batch(count)))
+
+    def _world(self, split: str) -> grain.MapDataset:
+        row = self._patches_row if self.rows == "patches" else self._caption_row
+        return world_rows(self.data.world, self.data_dir, split, row)
+
+    def _patches_row(self, record: dict) -> dict[str, np.ndarray]:
+        return {"images": record["image"], "patches": record["patches"].astype(np.int32)}
+
+    def _caption_row(self, record: dict) -> dict[str, np.ndarray]:
+        """The image and its token row; its codes are made on the device and written there."""
+        prompt = self.tokenizer.encode_prompt(record["prompt"].decode())
+        codes = np.zeros((1, self.model.ta_tok.num_tokens), np.int32)
+        tokens, start = self.tokenizer.training_rows([prompt], codes, self.length)
+        return {"images": record["image"], "tokens": tokens[0], "start": start[0]}
+
+    def _exercises(self, seed: int) -> grain.MapDataset:
+        """Rows made on demand, of scenes without written words; prompts may be as long as a row."""
+        text = dataclasses.replace(self.tokenizer, max_prompt_tokens=self.data.row_length)
+        world = dataclasses.replace(self.data.world, seed=seed, text=0.0)
+        make = functools.partial(exercise, text, world, self.data.exercises, self.data.row_length)
+        return grain.MapDataset.range(np.iinfo(np.int32).max).map(make)
+
+    def _reader(self, source) -> Rows:
+        sizes = self.model.image_size, self.model.ta_tok.encoder.image_size
+        codes = self.model.ta_tok.num_tokens
+        return Rows(source, self.tokenizer, codes, self.length, sizes, self.data, self.tally)
+
+    def _mixture(self) -> Mixture:
+        """Endless rows of all sources; of the first without its held-out records."""
+        first, *others = self.sources
+        trained = [HeldOut(first, self.data.heldout, rest=True), *others]
+        weights = [spec.weight for spec in self.data.sources]
+        if not any(weights):
+            repeats = [spec.repeat for spec in self.data.sources]
+            weights = [n * len(source) for n, source in zip(repeats, trained, strict=True)]
+        readers = [self._reader(source) for source in trained]
+        return Mixture(readers, trained, whole_weights(weights), self.seed)

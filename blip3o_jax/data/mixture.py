@@ -1,5 +1,5 @@
-"""The order of records: what stands at position i is a pure function of (seed, i), whatever the
-number of hosts."""
+"""The order of records: which one is at position i is a pure function of (seed, i), for any number
+of hosts."""
 
 import functools
 import math
@@ -77,10 +77,13 @@ def shuffled_blocks(starts: np.ndarray, size: int, seed: int):
 
 
 class HeldOut:
-    """`count` records of a source, evenly spread, or all the others (`kept=False`), renumbered."""
+    """`count` records of a source, evenly spread; with `rest`, all the others, renumbered."""
 
-    def __init__(self, source, count: int, kept: bool):
-        self.source, self.count, self.kept, self.stride = source, count, kept, len(source) // count
+    def __init__(self, source, count: int, rest: bool = False):
+        self.source = source
+        self.count = count
+        self.rest = rest
+        self.stride = len(source) // count
         if self.stride < 2:
             raise InputError(
                 f"data.heldout {count} leaves too few of the first source's {len(source)} "
@@ -88,11 +91,11 @@ class HeldOut:
             )
 
     def __len__(self) -> int:
-        return self.count if self.kept else len(self.source) - self.count
+        return len(self.source) - self.count if self.rest else self.count
 
     def index(self, i: int) -> int:
         """The record's number in the source: each stride's first is held out."""
-        if self.kept:
+        if not self.rest:
             return i * self.stride
         stride, offset = divmod(i, self.stride - 1)
         return stride * self.stride + 1 + offset if stride < self.count else i + self.count
@@ -100,11 +103,10 @@ class HeldOut:
     @property
     def blocks(self) -> np.ndarray | None:
         starts = self.source.blocks
-        if starts is None or self.kept:
+        if starts is None or not self.rest:
             return None
-        # held-out records before each block
-        held = np.minimum(-(-np.asarray(starts) // self.stride), self.count)
-        return np.unique(starts - held)
+        held_before = np.minimum(-(-np.asarray(starts) // self.stride), self.count)
+        return np.unique(starts - held_before)
 
     def key(self, i: int) -> str:
         return self.source.key(self.index(i))
@@ -114,20 +116,23 @@ class HeldOut:
 
 
 class Mixture:
-    """Endless: position -> what `readers[source]` gives for the record there.
+    """Endless: position -> `readers[source](i)` of the record i there.
 
-    Weights as `place` takes them.
-
-    readers: one per source, a function of the record's number; sizes, blocks: number of records,
-    and where their blocks start or None.
+    `sources` have a length and `blocks`, where runs start that are read at once, or None; `weights`
+    are those of `place`.
     """
 
-    def __init__(self, readers, sizes, blocks, weights: tuple[int, ...], seed: int):
-        self.readers, self.weights = readers, weights
-        self.orders = [
-            shuffled(size, seed + k) if starts is None else shuffled_blocks(starts, size, seed + k)
-            for k, (size, starts) in enumerate(zip(sizes, blocks, strict=True))
-        ]
+    def __init__(self, readers: list, sources: list, weights: tuple[int, ...], seed: int):
+        self.readers = readers
+        self.weights = weights
+        self.orders = []
+        for k, source in enumerate(sources):
+            size, starts = len(source), source.blocks
+            self.orders.append(
+                shuffled(size, seed + k)
+                if starts is None
+                else shuffled_blocks(starts, size, seed + k)
+            )
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -138,16 +143,14 @@ class Mixture:
 
 
 class HostRows:
-    """This host's rows of every batch of an endless sequence of records: row r of the whole batch
-    is the same, whatever the hosts."""
+    """This host's rows of every batch of an endless sequence of records: row r of the global batch
+    is the same for any number of hosts."""
 
     def __init__(self, records, batch_size: int, host: int, hosts: int):
-        self.records, self.batch_size, self.rows, self.first = (
-            records,
-            batch_size,
-            batch_size // hosts,
-            host * (batch_size // hosts),
-        )
+        self.records = records
+        self.batch_size = batch_size
+        self.rows = batch_size // hosts
+        self.first = host * self.rows
 
     def __len__(self) -> int:
         return sys.maxsize

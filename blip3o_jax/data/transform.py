@@ -12,6 +12,7 @@ import threading
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from blip3o_jax.data.config import DataConfig
 from blip3o_jax.data.records import Record, RecordError
 from blip3o_jax.errors import InputError
 from blip3o_jax.text import Text, t2i_prompt
@@ -119,9 +120,7 @@ class Tally:
 
 
 class Rows:
-    """Record number -> the arrays of a training row.
-
-    What stands for a bad record is the next good one of the source.
+    """Record number -> the arrays of a training row; of a bad record, those of the next good one.
 
     `source` gives Records, or the cache's dicts with `codes` and `latents`. Rows hold `tokens`
     int32 [length] with the image's codes open, `start` int32, and `images` uint8 [size,size,3]
@@ -137,17 +136,16 @@ class Rows:
         num_tokens: int,
         length: int,
         sizes: tuple[int, int],
-        crop: str,
-        long: str,
+        data: DataConfig,
         tally: Tally,
     ):
-        self.source, self.tokenizer, self.num_tokens, self.length = (
-            source,
-            tokenizer,
-            num_tokens,
-            length,
-        )
-        self.sizes, self.crop, self.long, self.tally = sizes, crop, long, tally
+        self.source = source
+        self.tokenizer = tokenizer
+        self.num_tokens = num_tokens
+        self.length = length
+        self.sizes = sizes
+        self.data = data
+        self.tally = tally
 
     def __len__(self) -> int:
         return len(self.source)
@@ -166,11 +164,12 @@ class Rows:
             "see `blip3o-jax data check`."
         )
 
-    def _row(self, record) -> dict[str, np.ndarray] | None:
+    def _row(self, record: Record | dict) -> dict[str, np.ndarray] | None:
+        # The caption: shortened, or the record dropped, when its prompt is too long.
         cached = isinstance(record, dict)
         caption = record["caption"] if cached else record.caption
         if prompt_length(self.tokenizer, caption) > self.tokenizer.max_prompt_tokens:
-            if self.long == "drop":
+            if self.data.long_captions == "drop":
                 return self.tally.add(dropped=1)
             self.tally.add(truncated=1)
             caption = fit_caption(self.tokenizer, caption)
@@ -178,17 +177,18 @@ class Rows:
             prompt = self.tokenizer.encode_prompt(caption)
         except InputError as error:
             raise RecordError(str(error).rstrip(".")) from error
-        tokens, start = self.tokenizer.training_rows(
-            [prompt], np.zeros((1, self.num_tokens), np.int32), self.length
-        )
+        codes = np.zeros((1, self.num_tokens), np.int32)
+        tokens, start = self.tokenizer.training_rows([prompt], codes, self.length)
         row = {"tokens": tokens[0], "start": start[0]}
+
+        # The image: its encodings from a cache, or its pixels.
         if cached:
             self.tally.add(bytes=record["codes"].nbytes + record["latents"].nbytes)
             return row | {"codes": record["codes"], "latents": record["latents"]}
         if record.inputs:
             raise RecordError("it is an edit, which cannot be trained on yet")
         self.tally.add(bytes=len(record.image))
-        return row | image_arrays(record, self.sizes, self.crop)
+        return row | image_arrays(record, self.sizes, self.data.crop)
 
 
 def image_arrays(record: Record, sizes: tuple[int, int], crop: str) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from blip3o_jax.errors import InputError
 from blip3o_jax.jobs.output import new_folder
-from blip3o_jax.jobs.train import open_tokenizer, read_config
+from blip3o_jax.jobs.train import open_feed, open_tokenizer, read_config
 from blip3o_jax.parallel.mesh import cores
 from blip3o_jax.train.config import TrainConfig
 
@@ -118,13 +118,10 @@ def _plots(folder, good, model) -> None:
         image.save(folder / f"{name}.png")
 
 
-def measure(cfg: TrainConfig, tokenizer, sources, batches: int) -> dict:
-    """Reads `batches` batches on this host; nothing else is done meanwhile, so a batch's wait is
-    its whole cost."""
-    from blip3o_jax.data import feed
-
-    tally = feed.tally_of(cfg)
-    iterator = feed.train_batches(cfg, "", tokenizer, 0, sources, tally)
+def measure(feed, batches: int) -> dict:
+    """Reads `batches` batches on this host; nothing else runs meanwhile, so a batch's wait is its
+    whole cost."""
+    iterator = feed.train()
     for _ in range(WARM):
         rows = len(next(iterator)["tokens"])
     waits = []
@@ -133,11 +130,11 @@ def measure(cfg: TrainConfig, tokenizer, sources, batches: int) -> dict:
         next(iterator)
         waits.append(time.perf_counter() - before)
     rate = batches * rows / sum(waits)
-    each = tally.counts["bytes"] / max(tally.counts["read"], 1)
+    bytes_per_example = feed.tally.counts["bytes"] / max(feed.tally.counts["read"], 1)
     return {
-        "threads": cfg.data.reader_threads,
+        "threads": feed.data.reader_threads,
         "examples_per_second": rate,
-        "mb_per_second": rate * each / 1e6,
+        "mb_per_second": rate * bytes_per_example / 1e6,
         "wait_ms": 1e3 * float(np.mean(waits)),
         "longest_wait_ms": 1e3 * max(waits),
     }
@@ -145,24 +142,22 @@ def measure(cfg: TrainConfig, tokenizer, sources, batches: int) -> dict:
 
 def run_stats(args) -> None:
     """Prints a line for each number of reader threads, then all as one JSON line."""
-    from blip3o_jax.data import feed
-
     numbers = args.threads.split(",")
     if not all(n.isdigit() and int(n) > 0 for n in numbers):
         raise InputError(f"--threads are numbers of at least 1, as in 1,2,4, not {args.threads!r}.")
     if args.batches < 1:
         raise InputError(f"--batches is at least 1, not {args.batches}.")
     cfg = _mixture(args)
-    tokenizer, sources = open_tokenizer(cfg), feed.open_sources(cfg)
+    tokenizer = open_tokenizer(cfg)
     rows = []
     for n in map(int, numbers):
         data = dataclasses.replace(cfg.data, reader_threads=n)
-        row = measure(dataclasses.replace(cfg, data=data), tokenizer, sources, args.batches)
+        feed = open_feed(dataclasses.replace(cfg, data=data), tokenizer)
+        row = measure(feed, args.batches)
         print(
             f"{n} threads: {row['examples_per_second']:.1f} examples/s, "
-            f"{row['mb_per_second']:.2f} MB/s, "
-            f"a batch of {cfg.batch_size} takes {row['wait_ms']:.1f} ms (the longest "
-            f"{row['longest_wait_ms']:.1f})"
+            f"{row['mb_per_second']:.2f} MB/s, a batch of {cfg.batch_size} takes "
+            f"{row['wait_ms']:.1f} ms (the longest {row['longest_wait_ms']:.1f})"
         )
         rows.append(row)
     print(json.dumps({"batch_size": cfg.batch_size, "cores": cores(), "by_threads": rows}))

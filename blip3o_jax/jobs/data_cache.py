@@ -5,7 +5,6 @@ import json
 import logging
 import pathlib
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -16,25 +15,11 @@ from blip3o_jax.data import cache
 from blip3o_jax.data.records import RecordError
 from blip3o_jax.data.transform import Tally, image_arrays
 from blip3o_jax.errors import InputError
-from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.parallel.mesh import BATCH, make_mesh
 from blip3o_jax.parallel.processes import barrier, start_processes
 from blip3o_jax.train.config import TrainConfig
 
 log = logging.getLogger(__name__)
-
-
-def encoder_params(cfg: TrainConfig, load_part: Callable[[str, str], dict]) -> dict:
-    """The run's `ta_tok` and `dc_ae` at its start, float32 on the host: from `init`, or at random
-    from the seed as the loop makes them."""
-    made = {}
-    for part in ("ta_tok", "dc_ae"):
-        if part in cfg.init:
-            params = load_part(cfg.init[part], part)
-        else:
-            params = Blip3o(cfg.blip3o()).init(jax.random.key(cfg.seed), (part,))[part]
-        made[part] = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
-    return made
 
 
 def make_encoder(cfg: TrainConfig, params: dict, batch_size: int):
@@ -97,7 +82,7 @@ def shard_records(source, numbers, decode, encode, tally: Tally, dtype, batch_si
                 }
 
 
-def begin(folder: pathlib.Path, wanted: dict) -> None:
+def begin(folder: pathlib.Path, description: dict) -> None:
     """Makes the folder and writes its description; InputError when it holds another cache or
     something else."""
     try:
@@ -110,14 +95,16 @@ def begin(folder: pathlib.Path, wanted: dict) -> None:
                     f"{folder} holds {others[0]} and no cache.json; name another folder."
                 )
             temporary = folder / f".cache.json.{jax.process_index()}"
-            temporary.write_text(json.dumps(wanted, indent=1) + "\n")
+            temporary.write_text(json.dumps(description, indent=1) + "\n")
             temporary.replace(folder / "cache.json")
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}.") from error
-    found = cache.read_description(str(folder))
-    if found != wanted:
-        differs = cache.difference(found, wanted) or "other fields"
-        raise InputError(f"{folder} holds a cache made otherwise ({differs}); name another folder.")
+    there = cache.read_description(str(folder))
+    if there != description:
+        differs = cache.difference(there, description) or "other fields"
+        raise InputError(
+            f"{folder} holds a cache with other settings ({differs}); name another folder."
+        )
 
 
 def run(args) -> None:
@@ -129,6 +116,7 @@ def run(args) -> None:
     from blip3o_jax.jobs.train import load_part, read_config
     from blip3o_jax.kernels.platform import enable_compilation_cache
     from blip3o_jax.pipeline import find_checkpoint
+    from blip3o_jax.train.start import encoder_params
 
     cfg = read_config(args.config, [*args.overrides, "--config.data.cache="])
     for name in ("shard_records", "batch_size"):
@@ -141,9 +129,9 @@ def run(args) -> None:
     for directory in cfg.init.values():
         find_checkpoint(directory)
     start_processes()
-    sources = open_sources(cfg)
+    sources = open_sources(cfg.data)
     params = encoder_params(cfg, load_part)
-    wanted = cache.describe(cfg, params) | {
+    description = cache.describe(cfg.blip3o(), cfg.data.crop, params) | {
         "latents": args.latents,
         "shard_records": args.shard_records,
         "sources": [
@@ -153,7 +141,7 @@ def run(args) -> None:
     }
     folder, host, hosts = pathlib.Path(args.out), jax.process_index(), jax.process_count()
     encode = make_encoder(cfg, params, args.batch_size)
-    begin(folder, wanted)
+    begin(folder, description)
     enable_compilation_cache()
     model = cfg.blip3o()
     sizes = model.image_size, model.ta_tok.encoder.image_size

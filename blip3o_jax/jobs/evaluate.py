@@ -17,7 +17,8 @@ from blip3o_jax.pipeline import Pipeline
 from blip3o_jax.pixels import contact_sheet, to_unit
 from blip3o_jax.sample import generate, programs
 from blip3o_jax.scenes import judge, prompts, scene
-from blip3o_jax.text import Text
+from blip3o_jax.scenes.config import TAGS, WorldConfig
+from blip3o_jax.text import row_length
 
 SHEET = 48  # pictures shown
 DATA_SEED = 1  # of the held-out prompts; training draws from seed 0
@@ -25,10 +26,8 @@ DATA_SEED = 1  # of the held-out prompts; training draws from seed 0
 
 def heldout(count: int) -> list[tuple[dict, scene.Scene]]:
     """`count` held-out prompts with a scene each, spread evenly over the six tags of GenEval."""
-    tags = list(prompts.TAGS)
-    return [
-        prompts.sample(DATA_SEED, i, "heldout", {tags[i % len(tags)]: 1.0}) for i in range(count)
-    ]
+    worlds = [WorldConfig(seed=DATA_SEED, weights={tag: 1.0}) for tag in TAGS]
+    return [prompts.sample(worlds[i % len(TAGS)], i, "heldout") for i in range(count)]
 
 
 def table(metadata: list[dict], images: np.ndarray) -> dict[str, dict[str, float]]:
@@ -39,7 +38,7 @@ def table(metadata: list[dict], images: np.ndarray) -> dict[str, dict[str, float
     for rule in ("correct", "strict"):
         tags = {
             tag: [v[rule] for v, m in zip(verdicts, metadata, strict=True) if m["tag"] == tag]
-            for tag in prompts.TAGS
+            for tag in TAGS
         }
         rates = {tag: round(float(np.mean(values)), 4) for tag, values in tags.items() if values}
         result[rule] = {"overall": round(float(np.mean(list(rates.values()))), 4), **rates}
@@ -65,7 +64,9 @@ def ceilings(
     }
     made = {"autoencoder": [], "true_tokens": []}
     size = pipeline.batch_size
-    rows, start = _token_rows(text, metadata, model.config.ta_tok.num_tokens)
+    codes = np.zeros((len(metadata), model.config.ta_tok.num_tokens), np.int32)
+    encoded = [text.encode_prompt(m["prompt"]) for m in metadata]
+    rows, start = text.training_rows(encoded, codes, row_length(model.config))
     for first in range(0, len(images), size):
         index = np.minimum(np.arange(first, first + size), len(images) - 1)
         keep = min(size, len(images) - first)
@@ -85,20 +86,11 @@ def ceilings(
     return {name: np.concatenate(parts) for name, parts in made.items()}
 
 
-def _token_rows(text: Text, metadata: list[dict], num_tokens: int):
-    encoded = [text.encode_prompt(m["prompt"]) for m in metadata]
-    return text.training_rows(
-        encoded,
-        np.zeros((len(encoded), num_tokens), np.int32),
-        text.max_prompt_tokens + num_tokens + 3,
-    )
-
-
 def run(args) -> None:
     """Writes OUT/{result.json,images.jsonl,images.npz,sheet.png} and prints the result as one JSON
     line."""
-    if args.num_prompts < len(prompts.TAGS) or args.seeds < 1:
-        raise InputError(f"--num-prompts is at least {len(prompts.TAGS)} and --seeds at least 1.")
+    if args.num_prompts < len(TAGS) or args.seeds < 1:
+        raise InputError(f"--num-prompts is at least {len(TAGS)} and --seeds at least 1.")
     from PIL import Image
     from tqdm import tqdm
 

@@ -1,6 +1,7 @@
 """`blip3o-jax grpo`: config file -> checked config -> prompts and judge of the embedded world ->
 loop."""
 
+import dataclasses
 import json
 
 import jax
@@ -21,6 +22,7 @@ def run(args) -> None:
     from blip3o_jax.rl import loop
     from blip3o_jax.rl.rewards import scene_rewards
     from blip3o_jax.scenes import prompts
+    from blip3o_jax.scenes.config import TAGS, WorldConfig
     from blip3o_jax.text import Text, load_tokenizer
 
     cfg = read_config(args.config, args.overrides)
@@ -32,24 +34,16 @@ def run(args) -> None:
     if jax.process_count() > 1:
         raise InputError("GRPO runs in one process; rewards are not yet gathered from several.")
     check_batch(cfg.batch_size, make_mesh(cfg.mesh))
-    model, data = cfg.blip3o(), cfg.data
+    model = cfg.blip3o()
     text = Text(load_tokenizer(tokenizer_of(model.name)), model.vocab, model.max_prompt_tokens)
-    count, shares = (
-        cfg.batch_size // cfg.grpo.num_generations,
-        {"extra": data.extra, "named_ground": data.named_ground},
-    )
+    count = cfg.batch_size // cfg.grpo.num_generations
+    world = dataclasses.replace(cfg.data.world, text=0.0)
+    unseen = WorldConfig(seed=HELDOUT_SEED, weights=dict.fromkeys(TAGS, 1.0))
 
     def asked(step: int) -> list[dict]:
-        weights = data.weights or prompts.WEIGHTS
-        return [
-            prompts.sample(data.seed, step * count + i, "train", weights, **shares)[0]
-            for i in range(count)
-        ]
+        return [prompts.sample(world, step * count + i)[0] for i in range(count)]
 
-    heldout = [
-        prompts.sample(HELDOUT_SEED, i, "heldout", dict.fromkeys(prompts.TAGS, 1.0))[0]
-        for i in range(min(64, cfg.batch_size))
-    ]
+    heldout = [prompts.sample(unseen, i, "heldout")[0] for i in range(min(64, cfg.batch_size))]
 
     def reward(images, metadata):
         return scene_rewards(images, metadata, cfg.grpo.strict)

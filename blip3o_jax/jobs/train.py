@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 from blip3o_jax import resources
 from blip3o_jax.errors import InputError
+from blip3o_jax.text import Text, load_tokenizer
 from blip3o_jax.train.config import TrainConfig, from_dict
 
 # What a run must do to follow the original's curves (docs/model.md §6.6 no. 1 and 2).
@@ -60,16 +61,49 @@ def read_config(name: str, overrides: list[str]) -> TrainConfig:
     return from_dict(TrainConfig, values)
 
 
-def open_tokenizer(cfg: TrainConfig):
+def open_tokenizer(cfg: TrainConfig) -> Text:
     """The Text that a run's captions are written with: of `data.tokenizer`, or of the preset."""
     from blip3o_jax.pipeline import tokenizer_of
-    from blip3o_jax.text import Text, load_tokenizer
 
     model = cfg.blip3o()
     return Text(
         load_tokenizer(cfg.data.tokenizer or tokenizer_of(model.name)),
         model.vocab,
         model.max_prompt_tokens,
+    )
+
+
+# The rows of data.feed that each stage trains on.
+ROWS = {
+    "autoencoder": "patches",
+    "tokenizer": "patches",
+    "practice": "exercises",
+    "joint": "captions",
+}
+
+
+def open_feed(
+    cfg: TrainConfig,
+    tokenizer: Text | None,
+    data_dir: str = "",
+    hosts: tuple[int, int] = (0, 1),
+    workdir: pathlib.Path | None = None,
+):
+    """The run's data.feed.Feed; bad records are named in a file of the workdir, if there is one."""
+    import jax
+
+    from blip3o_jax.data.feed import Feed
+
+    return Feed(
+        cfg.data,
+        cfg.blip3o(),
+        ROWS[cfg.stage],
+        tokenizer,
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
+        hosts=hosts,
+        data_dir=data_dir,
+        bad_records=workdir and workdir / f"bad_records.{jax.process_index()}.jsonl",
     )
 
 
@@ -158,16 +192,14 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 
 def run(args) -> None:
     """Trains; prints the last evaluation as one JSON line, from process 0 if there are several."""
-    from blip3o_jax.data import feed as data
-    from blip3o_jax.data.cache import check_cache
-    from blip3o_jax.jobs.data_cache import encoder_params
+    from blip3o_jax.data import cache
     from blip3o_jax.kernels.platform import enable_compilation_cache
     from blip3o_jax.parallel.batches import batch_hosts, check_batch
     from blip3o_jax.parallel.mesh import make_mesh
     from blip3o_jax.parallel.processes import is_process_zero, process_zero_first, start_processes
     from blip3o_jax.pipeline import find_checkpoint
     from blip3o_jax.scenes.exercises import name_ids
-    from blip3o_jax.train import loop
+    from blip3o_jax.train import loop, start
 
     quirks = REFERENCE_QUIRKS if args.reference_quirks else []
     cfg = read_config(args.config, [*args.overrides, *quirks])
@@ -180,20 +212,17 @@ def run(args) -> None:
     check_batch(cfg.batch_size, mesh, cfg.accumulate)
     hosts = batch_hosts(mesh)
     tokenizer = open_tokenizer(cfg) if cfg.stage in ("practice", "joint") else None
-    sources = data.open_sources(cfg)
+    workdir = pathlib.Path(args.workdir)
+    data_dir = cfg.data.data_dir or str(workdir.parent / "scenes")
+    feed = open_feed(cfg, tokenizer, data_dir, hosts, workdir)
     if cfg.data.cache:
-        check_cache(cfg, encoder_params(cfg, load_part))
+        encoders = start.encoder_params(cfg, load_part)
+        cache.check_cache(cfg.data.cache, cache.describe(cfg.blip3o(), cfg.data.crop, encoders))
     words = name_ids(tokenizer) if cfg.named_tokens else None
     with own_workdir(cfg, args.workdir) as folder:
         enable_compilation_cache()
-        data_dir = cfg.data.data_dir or str(folder.parent / "scenes")
-        tally = data.tally_of(cfg, folder)
         with process_zero_first("the data"):
-            heldout = data.heldout_batch(cfg, data_dir, tokenizer, 64, sources, tally)
-
-        def batches(step):
-            return data.train_batches(cfg, data_dir, tokenizer, step, sources, tally, hosts)
-
-        result = loop.run(cfg, folder, batches, heldout, load_part, words)
+            heldout = feed.heldout(64)
+        result = loop.run(cfg, folder, feed.train, heldout, load_part, words)
     if is_process_zero():
         print(json.dumps(result))

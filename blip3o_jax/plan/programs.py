@@ -23,6 +23,7 @@ from blip3o_jax.parallel.parameters import shardings
 from blip3o_jax.plan import collectives
 from blip3o_jax.sample import generate
 from blip3o_jax.sample.settings import Settings
+from blip3o_jax.text import row_length
 from blip3o_jax.train import steps
 from blip3o_jax.train.config import PARTS, TrainConfig
 from blip3o_jax.train.meter import peak_flops, step_flops
@@ -110,7 +111,7 @@ def abstract_batch(cfg: TrainConfig, mesh) -> dict:
         return jax.ShapeDtypeStruct((cfg.batch_size, *shape), dtype, sharding=place)
 
     tokens, grid = model.ta_tok.num_tokens, model.ta_tok.grid
-    length = cfg.data.row_length or model.max_prompt_tokens + tokens + 3
+    length = cfg.data.row_length or row_length(model)
     images = {"images": rows(model.image_size, model.image_size, 3, dtype=jnp.uint8)}
     if cfg.stage == "autoencoder":
         return images

@@ -18,7 +18,7 @@ from blip3o_jax.pixels import contact_sheet
 from blip3o_jax.rl import grpo
 from blip3o_jax.sample import generate, programs
 from blip3o_jax.sample.settings import Settings
-from blip3o_jax.text import Text
+from blip3o_jax.text import Text, row_length
 from blip3o_jax.train import start, steps, stop
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.loop import after_step, announce
@@ -105,7 +105,7 @@ def run(
             tokens, begins = text.training_rows(
                 [text.encode_prompt(m["prompt"]) for m in metadata],
                 made["tokens"],
-                _length(cfg, text),
+                cfg.data.row_length or row_length(cfg.blip3o()),
             )
             batch = {"tokens": tokens, "start": begins, "logprobs": made["logprobs"]}
             batch["advantages"] = np.asarray(grpo.advantages(rewards, cfg.grpo.num_generations))
@@ -126,7 +126,3 @@ def run(
             )
         training_checkpoint.finish(manager)
     return result
-
-
-def _length(cfg: TrainConfig, text: Text) -> int:
-    return cfg.data.row_length or text.max_prompt_tokens + cfg.blip3o().ta_tok.num_tokens + 3

@@ -16,13 +16,14 @@ No scene holds a held-out combination, and no recital both words of one (of thin
 colour, of thing and ground).
 """
 
+from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
 
-from blip3o_jax.data.config import EXERCISES, DataConfig
 from blip3o_jax.errors import InputError
 from blip3o_jax.scenes import prompts
+from blip3o_jax.scenes.config import EXERCISES, WorldConfig
 from blip3o_jax.scenes.heldout import held_out
 from blip3o_jax.scenes.scene import PATCH_WORDS, SKETCH_WORDS, Scene, patch_words
 from blip3o_jax.text import Text
@@ -97,26 +98,26 @@ def _scene(text: Text, prompt: str, scene: Scene, sketch: bool) -> Row:
     return ids + image + end, places, [0.0] * len(ids) + [1.0] * (len(drawn) + len(end))
 
 
-def exercise(text: Text, data: DataConfig, seed: int, index: int) -> dict[str, np.ndarray]:
-    """Row `index`, a pure function of (seed, index): `tokens` and `positions` int32 [T], padded on
-    the right, and `weights` f32 [T], what the prediction of each token counts; T is
-    `data.row_length`. InputError when it does not fit."""
-    rng = np.random.Generator(np.random.Philox(key=[seed, 0], counter=[0, 0, 0, index]))
-    shares = np.array([data.exercises.get(kind, 0.0) for kind in EXERCISES])
-    kind = EXERCISES[rng.choice(len(EXERCISES), p=shares / shares.sum())]
-    if kind in ("sketch", "picture"):
-        weights = data.weights or prompts.WEIGHTS
-        asked, scene = prompts.sample(
-            seed, index, "train", weights, extra=data.extra, named_ground=data.named_ground
-        )
-        ids, places, counts = _scene(text, asked["prompt"], scene, kind == "sketch")
-    else:
+def exercise(
+    text: Text, world: WorldConfig, shares: Mapping[str, float], length: int, index: int
+) -> dict[str, np.ndarray]:
+    """Row `index`, a pure function of (world, shares, index).
+
+    `tokens` and `positions` int32 [length], padded on the right, and `weights` f32 [length], what
+    the prediction of each token counts. `shares` are those of `EXERCISES`. InputError when the row
+    does not fit.
+    """
+    rng = np.random.Generator(np.random.Philox(key=[world.seed, 0], counter=[0, 0, 0, index]))
+    weights = np.array([shares.get(kind, 0.0) for kind in EXERCISES])
+    kind = EXERCISES[rng.choice(len(EXERCISES), p=weights / weights.sum())]
+    if kind == "recital":
         ids, places, counts = _recital(rng, text)
-    if len(ids) > data.row_length:
-        raise InputError(
-            f"A {kind} of {len(ids)} tokens does not fit data.row_length {data.row_length}."
-        )
-    padding = (0, data.row_length - len(ids))
+    else:
+        metadata, scene = prompts.sample(world, index)
+        ids, places, counts = _scene(text, metadata["prompt"], scene, kind == "sketch")
+    if len(ids) > length:
+        raise InputError(f"A {kind} of {len(ids)} tokens does not fit data.row_length {length}.")
+    padding = (0, length - len(ids))
     return {
         "tokens": np.pad(np.array(ids, np.int32), padding, constant_values=text.vocab.pad_token_id),
         "positions": np.pad(np.array(places, np.int32), padding),

@@ -8,68 +8,48 @@ from itertools import combinations
 import numpy as np
 
 from blip3o_jax.errors import InputError, nearest
+from blip3o_jax.scenes.config import WorldConfig
 from blip3o_jax.scenes.heldout import COUNTS, WORDS, held_out
 from blip3o_jax.scenes.scene import POSITIONS, SPAN, Scene, Thing
 from blip3o_jax.scenes.sprites import COLORS, GROUNDS, LETTERS, OBJECTS, PLURALS
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ("left of", "right of", "above", "below")
-# Share of each tag; two colours at once are the hardest to learn.
-WEIGHTS = {
-    "single_object": 1.0,
-    "two_object": 1.5,
-    "counting": 1.5,
-    "colors": 2.0,
-    "position": 2.0,
-    "color_attr": 3.0,
-}
-TAGS = tuple(WEIGHTS)
 # Kinds that GenEval does not know, and their shares: coloured things counted or placed, three or
 # four things, natural or coloured: too many combinations to be learned by heart.
 EXTRA = {"counting": 0.5, "position": 1.5, "two_object": 3.0, "color_attr": 4.0}
-EXTRA_SHARE = 0.15  # of training prompts
-PHOTO, NAMED_GROUND = 0.15, 0.5  # shares of prompts; GenEval's own prompts begin with "a photo of"
+PHOTO = 0.15  # share of training prompts that begin with "a photo of", as GenEval's own do
 NUMBER_OF_SPLIT = {"train": 0, "heldout": 1}
 
 Rng = np.random.Generator
 Noun = tuple[str, str | None]  # object and colour
 
 
-def sample(
-    seed: int,
-    index: int,
-    split: str = "train",
-    weights: Mapping[str, float] = WEIGHTS,
-    *,
-    text: float = 0.0,
-    extra: float = EXTRA_SHARE,
-    named_ground: float = NAMED_GROUND,
-) -> tuple[dict, Scene]:
+def sample(world: WorldConfig, index: int, split: str = "train") -> tuple[dict, Scene]:
     """A prompt's metadata and its scene; the same for the same arguments, whatever was drawn
     before.
 
-    metadata: tag, include, exclude (counting), prompt; ground where the prompt names it; word for
-    the tag "text"; extra=True for the kinds of EXTRA. split: "train" never composes a held-out
-    combination, "heldout" always asks for one. weights: tag -> share. text: share of prompts for a
-    written word. extra: share of extra kinds, training only. named_ground: share that names the
-    ground. Raises InputError for an unknown split or tag.
+    "train" never composes a held-out combination, "heldout" always asks for one. The metadata: tag,
+    include, exclude (counting), prompt; ground where the prompt names it; word for the tag "text";
+    extra=True for the kinds of EXTRA. InputError for an unknown split.
     """
     if split not in NUMBER_OF_SPLIT:
-        raise InputError(f"unknown split {split!r}: {nearest(split, NUMBER_OF_SPLIT)}")
-    for tag in weights:
-        if tag not in TAGS:
-            raise InputError(f"unknown tag {tag!r}: {nearest(tag, TAGS)}")
-    rng = np.random.Generator(
-        np.random.Philox(key=[seed, NUMBER_OF_SPLIT[split]], counter=[0, 0, 0, index])
-    )
+        raise InputError(f"Unknown split {split!r}; {nearest(split, NUMBER_OF_SPLIT)}")
+    key = [world.seed, NUMBER_OF_SPLIT[split]]
+    rng = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, index]))
     training = split == "train"
-    if rng.random() < text:
-        return _write(rng, training, named_ground)
-    tag = _pick(rng, list(weights), np.array(list(weights.values())) / sum(weights.values()))
-    if training and rng.random() < extra:
-        tag = _pick(rng, list(EXTRA), np.array(list(EXTRA.values())) / sum(EXTRA.values()))
-        return _make(rng, tag, split, named_ground, extra=True)
-    return _make(rng, tag, split, named_ground, photo=training and rng.random() < PHOTO)
+    if rng.random() < world.text:
+        return _write(rng, training, world.named_ground)
+    tag = _pick(rng, *_shares(world.weights))
+    if training and rng.random() < world.extra:
+        return _make(rng, _pick(rng, *_shares(EXTRA)), split, world.named_ground, extra=True)
+    photo = training and rng.random() < PHOTO
+    return _make(rng, tag, split, world.named_ground, photo=photo)
+
+
+def _shares(weights: Mapping[str, float]) -> tuple[list[str], np.ndarray]:
+    """Names and their shares, which sum to 1."""
+    return list(weights), np.array(list(weights.values())) / sum(weights.values())
 
 
 def _make(

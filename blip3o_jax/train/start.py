@@ -56,6 +56,19 @@ def check_init(cfg: TrainConfig) -> None:
         )
 
 
+def encoder_params(cfg: TrainConfig, load_parts: Callable[[str, str], dict]) -> dict:
+    """The run's `ta_tok` and `dc_ae` as it starts with them, float32 on the host: from `init`, or
+    at random from the seed."""
+    params = {}
+    for part in ("ta_tok", "dc_ae"):
+        if part in cfg.init:
+            tree = load_parts(cfg.init[part], part)
+        else:
+            tree = Blip3o(cfg.blip3o()).init(jax.random.key(cfg.seed), (part,))[part]
+        params[part] = jax.tree.map(lambda x: np.asarray(x, np.float32), tree)
+    return params
+
+
 def initial_params(cfg: TrainConfig, model: Blip3o, load_parts: Callable, mesh, words=None):
     """Params of the stage's parts on the mesh: those named in `cfg.init` from there, the others at
     random from the seed.

@@ -8,10 +8,10 @@ from tiny import SMALL
 
 from blip3o_jax.cli import main
 from blip3o_jax.data import cache, feed
-from blip3o_jax.jobs.data_cache import encoder_params
-from blip3o_jax.jobs.train import load_part, read_config
+from blip3o_jax.jobs.train import load_part, open_feed, read_config
 from blip3o_jax.train import loop, losses
 from blip3o_jax.train.config import PARTS
+from blip3o_jax.train.start import encoder_params
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def shards(folder, out="cache"):
 
 
 def batches(cfg, tokenizer, count):
-    iterator = feed.train_batches(cfg, "", tokenizer)
+    iterator = open_feed(cfg, tokenizer).train()
     return [next(iterator) for _ in range(count)]
 
 
@@ -79,7 +79,7 @@ def test_the_folder_holds_every_record_in_its_place(folder):
         f"001-0000{k}-of-00002.array_record" for k in range(2)
     ]
     cfg = config(folder, f"data.cache={folder / 'cache'}")
-    first, second = feed.open_sources(cfg)
+    first, second = feed.open_sources(cfg.data)
     assert (len(first), len(second)) == (13, 6)
     assert first.key(4) == "a.tar:00040"
     record = second[5]
@@ -160,7 +160,7 @@ def test_a_restart_makes_the_missing_shards_only(folder, monkeypatch, capsys):
     lost = "000-00002-of-00004.array_record"
     (folder / "cache" / lost).unlink()
     with pytest.raises(Exception, match="1 of 4 shards"):
-        feed.open_sources(config(folder, f"data.cache={folder / 'cache'}"))
+        feed.open_sources(config(folder, f"data.cache={folder / 'cache'}").data)
     written = []
     write = cache.write_shard
     monkeypatch.setattr(
@@ -205,7 +205,7 @@ def test_hosts_share_the_shards(folder, monkeypatch):
 def test_bfloat16_latents_are_half_the_size(folder):
     assert run(folder, "half", "--latents", "bfloat16") == 0
     (cfg, half) = (config(folder, f"data.cache={folder / name}") for name in ("cache", "half"))
-    one, other = (feed.open_sources(c)[1][2]["latents"] for c in (cfg, half))
+    one, other = (feed.open_sources(c.data)[1][2]["latents"] for c in (cfg, half))
     assert other.nbytes == one.nbytes // 2
     np.testing.assert_allclose(other.astype(np.float32), one, rtol=2**-8)
 
@@ -250,11 +250,12 @@ def test_encoders_are_known_by_their_weights(folder):
     cfg = config(folder)
     # copies, which may be written to
     params = jax.tree.map(np.array, encoder_params(cfg, load_part))
-    before = cache.describe(cfg, params)
-    assert before == cache.describe(cfg, encoder_params(cfg, load_part))
+    model, crop = cfg.blip3o(), cfg.data.crop
+    before = cache.describe(model, crop, params)
+    assert before == cache.describe(model, crop, encoder_params(cfg, load_part))
     leaf = jax.tree.leaves(params["dc_ae"]["encoder"])[0]
     leaf.flat[0] = np.nextafter(leaf.flat[0], np.float32(np.inf))
-    assert cache.difference(before, cache.describe(cfg, params)).startswith("dc_ae.weights")
+    assert cache.difference(before, cache.describe(model, crop, params)).startswith("dc_ae.weights")
 
 
 def test_what_the_job_refuses(folder, tmp_path, capsys):
@@ -270,6 +271,6 @@ def test_what_the_job_refuses(folder, tmp_path, capsys):
     (tmp_path / "x" / "thesis.txt").write_text("years of work")
     assert "holds thesis.txt and no cache.json" in sentence(capsys, [*argv, new, *eight])
     other = [*argv, str(folder / "cache"), *eight, "--latents", "bfloat16", "--shard-records", "4"]
-    assert "holds a cache made otherwise (latents float32 there, bfloat16 here" in sentence(
+    assert "holds a cache with other settings (latents float32 there, bfloat16 here" in sentence(
         capsys, other
     )

@@ -1,5 +1,3 @@
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -7,6 +5,7 @@ from blip3o_jax.data import feed
 from blip3o_jax.errors import InputError
 from blip3o_jax.pipeline import tokenizer_of
 from blip3o_jax.scenes import prompts, scene
+from blip3o_jax.scenes.config import WorldConfig
 from blip3o_jax.text import Text, load_tokenizer
 from blip3o_jax.train.config import DataConfig, TrainConfig
 
@@ -22,6 +21,13 @@ def data_dir(tmp_path_factory):
 def tokenizer():
     model = CFG.blip3o()
     return Text(load_tokenizer(tokenizer_of(model.name)), model.vocab, model.max_prompt_tokens)
+
+
+def opened(data_dir, **changes):
+    """Images and patches of the 16 scenes, four a batch."""
+    return feed.Feed(
+        CFG.data, CFG.blip3o(), "patches", **{"batch_size": 4, "data_dir": data_dir, **changes}
+    )
 
 
 def take(iterator, count):
@@ -47,23 +53,26 @@ def test_a_full_disk_is_one_sentence_and_a_defect_none(error, monkeypatch, data_
     with pytest.raises(
         InputError, match=f"cannot be drawn into {data_dir}: No space left on device; name another"
     ):
-        feed.dataset(CFG, data_dir, "train", None)
+        feed.world_rows(CFG.data.world, data_dir, "train", dict)
     error = RuntimeError("a defect")
     with pytest.raises(RuntimeError, match="a defect"):
-        feed.dataset(CFG, data_dir, "train", None)
+        feed.world_rows(CFG.data.world, data_dir, "train", dict)
 
 
 def test_records_are_the_scenes_of_seed_and_index(data_dir):
-    records = feed.dataset(CFG, data_dir, "train", None)
+    records = opened(data_dir)._world("train")
     for i in (0, 7, 15):
-        _, drawn = prompts.sample(0, i, "train")
+        _, drawn = prompts.sample(WorldConfig(), i)
         np.testing.assert_array_equal(records[i]["images"], scene.compose(drawn))
         np.testing.assert_array_equal(records[i]["patches"], scene.patch_words(drawn))
 
 
 def test_rows_hold_the_prompt_and_room_for_the_image(data_dir, tokenizer):
-    record = feed.dataset(CFG, data_dir, "heldout", tokenizer)[3]
-    metadata, _ = prompts.sample(0, 3, "heldout")
+    captions = feed.Feed(
+        CFG.data, CFG.blip3o(), "captions", tokenizer, batch_size=4, data_dir=data_dir
+    )
+    record = {name: array[3] for name, array in captions.heldout(4).items()}
+    metadata, _ = prompts.sample(WorldConfig(), 3, "heldout")
     expected = tokenizer.encode_prompt(metadata["prompt"])
     np.testing.assert_array_equal(record["tokens"][: len(expected)], expected)
     assert record["start"] == len(expected) - 1
@@ -75,15 +84,15 @@ def test_rows_hold_the_prompt_and_room_for_the_image(data_dir, tokenizer):
 
 
 def test_a_batch_is_a_function_of_seed_and_step(data_dir):
-    whole = take(feed.train_batches(CFG, data_dir, None), 9)
-    resumed = take(feed.train_batches(CFG, data_dir, None, start=5), 4)
+    whole = take(opened(data_dir).train(), 9)
+    resumed = take(opened(data_dir).train(5), 4)
     assert all(same(a, b) for a, b in zip(whole[5:], resumed, strict=True))
-    other = next(feed.train_batches(dataclasses.replace(CFG, seed=1), data_dir, None))
+    other = next(opened(data_dir, seed=1).train())
     assert not same(whole[0], other)
 
 
 def test_an_epoch_shows_every_record_once_and_the_next_in_another_order(data_dir):
-    batches = take(feed.train_batches(CFG, data_dir, None), 8)
+    batches = take(opened(data_dir).train(), 8)
     images = np.concatenate([b["images"] for b in batches])
     first, second = images[:16], images[16:]
     assert {i.tobytes() for i in first} == {i.tobytes() for i in second}
@@ -92,8 +101,8 @@ def test_an_epoch_shows_every_record_once_and_the_next_in_another_order(data_dir
 
 
 def test_hosts_share_the_batch_of_one(data_dir):
-    whole = take(feed.train_batches(CFG, data_dir, None), 3)
-    parts = [take(feed.train_batches(CFG, data_dir, None, hosts=(host, 2)), 3) for host in range(2)]
+    whole = take(opened(data_dir).train(), 3)
+    parts = [take(opened(data_dir, hosts=(host, 2)).train(), 3) for host in range(2)]
     for batch, left, right in zip(whole, *parts, strict=True):
         np.testing.assert_array_equal(
             np.concatenate([left["images"], right["images"]]), batch["images"]
@@ -102,8 +111,8 @@ def test_hosts_share_the_batch_of_one(data_dir):
 
 def test_what_cannot_be_shared_or_written_is_named(data_dir):
     with pytest.raises(
-        InputError, match="does not divide by 3 hosts; the nearest that do are 3 and 6"
+        InputError, match="is not divisible by 3 hosts; the nearest that do are 3 and 6"
     ):
-        feed.train_batches(CFG, data_dir, None, hosts=(0, 3))
+        opened(data_dir, hosts=(0, 3))
     with pytest.raises(InputError, match="cannot be drawn into /proc/scenes"):
-        feed.train_batches(CFG, "/proc/scenes", None)
+        opened("/proc/scenes").train()

@@ -8,6 +8,7 @@ from blip3o_jax.data import feed
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.mixture import HeldOut, place, shuffled, shuffled_blocks, whole_weights
 from blip3o_jax.errors import InputError
+from blip3o_jax.jobs.train import open_feed
 from blip3o_jax.train.config import DataConfig, TrainConfig
 
 
@@ -62,7 +63,7 @@ class Numbers:
 
 @pytest.mark.parametrize(("size", "count"), [(10, 5), (11, 3), (64, 1), (100, 7)])
 def test_held_out_and_trained_records_part_the_source(size, count):
-    kept, trained = (HeldOut(Numbers(size), count, kept) for kept in (True, False))
+    kept, trained = (HeldOut(Numbers(size), count, rest) for rest in (False, True))
     held, rest = ([view[i] for i in range(len(view))] for view in (kept, trained))
     assert len(held) == count
     assert sorted(held + rest) == list(range(size))
@@ -73,7 +74,7 @@ def test_held_out_and_trained_records_part_the_source(size, count):
 
 def test_blocks_move_up_when_records_are_held_out():
     starts = np.array([0, 4, 8, 10])
-    view = HeldOut(Numbers(13, starts), 4, kept=False)
+    view = HeldOut(Numbers(13, starts), 4, rest=True)
     for start, block in zip(view.blocks, starts, strict=True):
         assert view[start] == min(i for i in range(block, 13) if i not in (0, 3, 6, 9))
 
@@ -82,7 +83,7 @@ def test_too_many_held_out_are_refused():
     with pytest.raises(
         InputError, match=r"data\.heldout 6 leaves too few of the first source's 10"
     ):
-        HeldOut(Numbers(10), 6, kept=True)
+        HeldOut(Numbers(10), 6)
 
 
 @pytest.fixture(scope="module")
@@ -104,14 +105,14 @@ def numbers(batch):
 
 
 def take(cfg, tokenizer, count, start=0, hosts=(0, 1)):
-    iterator = feed.train_batches(cfg, "", tokenizer, start, hosts=hosts)
+    iterator = open_feed(cfg, tokenizer, hosts=hosts).train(start)
     return [next(iterator) for _ in range(count)]
 
 
 def test_a_mixture_keeps_its_weights_and_never_shows_what_is_held_out(run, tokenizer):
     shown = [numbers(batch) for batch in take(run, tokenizer, 34)]
     assert all(sum(n < 100 for n in batch) == 2 for batch in shown)
-    held = numbers(feed.heldout_batch(run, "", tokenizer, 64))
+    held = numbers(open_feed(run, tokenizer).heldout(64))
     assert held == [0, 6, 12]
     first = [n for batch in shown for n in batch if n < 100]
     assert sorted(first[:17]) == sorted(first[17:34]) == sorted(set(range(20)) - set(held))
@@ -160,9 +161,10 @@ def test_without_weights_a_source_counts_by_its_size_and_repeats(run, tokenizer)
 
 def test_a_batch_that_hosts_do_not_divide_is_refused(run, tokenizer):
     with pytest.raises(
-        InputError, match="batch_size 8 does not divide by 3 hosts; the nearest that do are 6 and 9"
+        InputError,
+        match="batch_size 8 is not divisible by 3 hosts; the nearest that do are 6 and 9",
     ):
-        feed.train_batches(run, "", tokenizer, hosts=(0, 3))
+        open_feed(run, tokenizer, hosts=(0, 3))
 
 
 def test_an_edit_is_no_training_record_yet(tmp_path, made):
@@ -173,4 +175,4 @@ def test_an_edit_is_no_training_record_yet(tmp_path, made):
     with pytest.raises(
         InputError, match="holds edits, which can be checked but not yet trained on"
     ):
-        feed.open_sources(TrainConfig(stage="joint", data=data))
+        feed.open_sources(data)

@@ -11,6 +11,7 @@ from blip3o_jax.data.records import RecordError
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.errors import InputError
 from blip3o_jax.scenes import builder, prompts, scene
+from blip3o_jax.scenes.config import WorldConfig
 
 
 @pytest.fixture(autouse=True)
@@ -252,11 +253,12 @@ def test_field_names_of_a_source_come_first(tmp_path, made):
 def test_a_folder_of_tfds_gives_its_encoded_images(tmp_path):
     from blip3o_jax.data.transform import decode_image
 
-    builder.open_source(tmp_path, "train", builder.EmojiScenesConfig(train=6, heldout=2))
+    world = WorldConfig(train=6, heldout=2, text=0.1)
+    builder.open_source(tmp_path, "train", world)
     folder = next(tmp_path.glob("emoji_scenes/*/*"))
     spec = SourceConfig("array_record", str(folder), caption_field="prompt")
     source = open_source(spec)
-    metadata, drawn = prompts.sample(0, 4, "train", text=0.1)
+    metadata, drawn = prompts.sample(world, 4)
     assert (len(source), source[4].caption) == (6, metadata["prompt"])
     np.testing.assert_array_equal(np.asarray(decode_image(source[4].image)), scene.compose(drawn))
     with pytest.raises(InputError, match="no split 'held'; did you mean 'heldout'"):

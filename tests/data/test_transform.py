@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blip3o_jax.data import feed
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.records import RecordError
 from blip3o_jax.data.transform import (
@@ -18,6 +17,7 @@ from blip3o_jax.data.transform import (
     squash,
 )
 from blip3o_jax.errors import InputError
+from blip3o_jax.jobs.train import open_feed
 from blip3o_jax.train.config import DataConfig, TrainConfig
 
 
@@ -97,7 +97,7 @@ def run(tmp_path, made):
 
 
 def numbers(cfg, tokenizer, count, workdir=None, start=0):
-    batches = feed.train_batches(cfg, "", tokenizer, start, tally=feed.tally_of(cfg, workdir))
+    batches = open_feed(cfg, tokenizer, workdir=workdir).train(start)
     return [n for _ in range(count) for n in next(batches)["images"][:, 0, 0, 0].tolist()]
 
 
@@ -147,7 +147,7 @@ def test_long_captions_are_cut_or_dropped_and_counted(
     made.tar(tmp_path / "a.tar", range(24), {5: {"txt": long.encode()}})
     cfg = changed(run, long_captions=action)
     with caplog.at_level("INFO"):
-        batches = feed.train_batches(cfg, "", tokenizer)
+        batches = open_feed(cfg, tokenizer).train()
         rows = [
             row
             for _ in range(11)
@@ -177,12 +177,12 @@ def test_the_original_crop_adds_the_tokenizers_view(run, tokenizer, tmp_path):
     cfg = changed(
         run, sources=(SourceConfig("jsonl", str(tmp_path / "a.jsonl")),), heldout=1, crop="original"
     )
-    batch = feed.heldout_batch(cfg, "", tokenizer, 4)
+    batch = open_feed(cfg, tokenizer).heldout(4)
     np.testing.assert_array_equal(
         batch["view"][0], squash(stripes(200, 100), cfg.blip3o().ta_tok.encoder.image_size)
     )
     assert abs(int(batch["images"][0, 32, 0, 0]) - 64) < 6
-    assert "view" not in feed.heldout_batch(changed(cfg, crop="shared"), "", tokenizer, 4)
+    assert "view" not in open_feed(changed(cfg, crop="shared"), tokenizer).heldout(4)
 
 
 def test_a_source_without_a_usable_record_stops(run, tokenizer, tmp_path, made):

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
+from blip3o_jax.scenes.config import WorldConfig
 from blip3o_jax.scenes.prompts import sample
 from blip3o_jax.scenes.scene import compose, patch_words
 
 
 def test_two_builds_are_equal_and_equal_sampling(tmp_path: Path):
     loaded = "tensorflow" in sys.modules
-    from blip3o_jax.scenes.builder import EmojiScenesConfig, open_source
+    from blip3o_jax.scenes.builder import open_source
 
-    config = EmojiScenesConfig(train=30, heldout=10, seed=5, text=0.2)
+    config = WorldConfig(train=30, heldout=10, seed=5, text=0.2)
     first, second = tmp_path / "a", tmp_path / "b"
     train = open_source(first, "train", config)
     open_source(second, "train", config)
@@ -33,7 +34,7 @@ def test_two_builds_are_equal_and_equal_sampling(tmp_path: Path):
         (train, "train", 7),
         (heldout, "heldout", 4),
     ):
-        metadata, scene = sample(5, index, split, text=0.2)
+        metadata, scene = sample(config, index, split)
         record = source[index]
         assert record["prompt"].decode() == metadata["prompt"]
         assert json.loads(record["metadata"]) == metadata
@@ -48,14 +49,12 @@ def test_two_builds_are_equal_and_equal_sampling(tmp_path: Path):
 
 
 def test_other_settings_have_another_place():
-    from blip3o_jax.scenes.builder import EmojiScenesConfig
-
     names = {
-        EmojiScenesConfig(**c).name
+        WorldConfig(**c).name
         for c in (
             {},
             {"seed": 1},
-            {"text": 0.0},
+            {"text": 0.1},
             {"train": 5},
             {"heldout": 5},
             {"weights": {"colors": 1.0}},

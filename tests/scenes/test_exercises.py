@@ -11,6 +11,7 @@ from blip3o_jax.errors import InputError
 from blip3o_jax.pipeline import tokenizer_of
 from blip3o_jax.presets import preset
 from blip3o_jax.scenes import exercises
+from blip3o_jax.scenes.config import WorldConfig
 from blip3o_jax.scenes.heldout import held_out
 from blip3o_jax.scenes.prompts import RELATIONS
 from blip3o_jax.scenes.scene import PATCH_WORDS
@@ -22,13 +23,13 @@ TEXT = Text(load_tokenizer(tokenizer_of("emoji_64")), MODEL.vocab, 120)
 
 
 def rows(
-    kind: str, count: int = 100, seed: int = 0, **data
+    kind: str, count: int = 100, seed: int = 0, **changes
 ) -> list[tuple[list[str], list[int], np.ndarray]]:
     """(words of the prompt, codes, row) of some rows of one kind."""
-    config = DataConfig(exercises={kind: 1.0}, row_length=116, **data)
+    world = WorldConfig(seed=seed, **changes)
     found = []
     for index in range(count):
-        row = exercises.exercise(TEXT, config, seed, index)
+        row = exercises.exercise(TEXT, world, {kind: 1.0}, 116, index)
         written = row["tokens"][row["tokens"] != MODEL.vocab.pad_token_id].tolist()
         codes = [
             i - MODEL.vocab.image_start_token_id
@@ -114,11 +115,10 @@ def test_no_row_pairs_what_is_held_out():
 
 
 def test_a_row_that_is_too_short_is_named():
-    data = DataConfig(exercises={"recital": 1.0}, row_length=20)
     with pytest.raises(
         InputError, match=r"recital of 3[34] tokens does not fit data.row_length 20"
     ):
-        exercises.exercise(TEXT, data, 0, 0)
+        exercises.exercise(TEXT, WorldConfig(), {"recital": 1.0}, 20, 0)
 
 
 def test_bad_shares():

@@ -4,8 +4,9 @@ shapeless ones."""
 import numpy as np
 import pytest
 
+from blip3o_jax.scenes.config import TAGS, WorldConfig
 from blip3o_jax.scenes.judge import _relations, detect, judge, judge_batch
-from blip3o_jax.scenes.prompts import TAGS, sample
+from blip3o_jax.scenes.prompts import sample
 from blip3o_jax.scenes.scene import LOOKS, Scene, Thing, compose
 from blip3o_jax.scenes.sprites import GROUNDS, OBJECTS, render
 
@@ -13,10 +14,8 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 
 
 def samples(number: int, tag: str, split: str = "heldout") -> list[tuple[dict, Scene]]:
-    return [
-        sample(11, i, split, text=1.0) if tag == "text" else sample(11, i, split, {tag: 1})
-        for i in range(number)
-    ]
+    what = {"text": 1.0} if tag == "text" else {"weights": {tag: 1}}
+    return [sample(WorldConfig(seed=11, **what), i, split) for i in range(number)]
 
 
 def one(name: str, color: str | None, ground: str = "white") -> np.ndarray:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from blip3o_jax.errors import InputError
+from blip3o_jax.scenes.config import TAGS, WorldConfig
 from blip3o_jax.scenes.heldout import held_out
-from blip3o_jax.scenes.prompts import EXTRA, TAGS, sample
+from blip3o_jax.scenes.prompts import EXTRA, sample
 from blip3o_jax.scenes.scene import PATCH_WORDS, Scene, Thing, compose, patch_words
 from blip3o_jax.scenes.sprites import GROUNDS, OBJECTS, PLURALS
 
@@ -52,13 +53,8 @@ def test_held_out_lists_are_fixed():
 
 def test_the_share_of_named_grounds_is_as_asked():
     def share(named_ground):
-        return np.mean(
-            [
-                "ground"
-                in sample(0, i, weights={"colors": 1.0}, extra=0.0, named_ground=named_ground)[0]
-                for i in range(400)
-            ]
-        )
+        world = WorldConfig(weights={"colors": 1.0}, extra=0.0, named_ground=named_ground)
+        return np.mean(["ground" in sample(world, i)[0] for i in range(400)])
 
     assert share(0.0) == 0.0
     assert share(1.0) == 1.0
@@ -66,14 +62,16 @@ def test_the_share_of_named_grounds_is_as_asked():
 
 
 def test_sample_is_a_function_of_seed_and_index():
-    first = [sample(3, i, text=0.1) for i in range(50)]
-    assert [sample(3, i, text=0.1) for i in reversed(range(50))] == first[::-1]
-    assert [sample(4, i, text=0.1) for i in range(50)] != first
-    assert [sample(3, i, "heldout", text=0.1) for i in range(50)] != first
+    world, other = (WorldConfig(seed=seed, text=0.1) for seed in (3, 4))
+    first = [sample(world, i) for i in range(50)]
+    assert [sample(world, i) for i in reversed(range(50))] == first[::-1]
+    assert [sample(other, i) for i in range(50)] != first
+    assert [sample(world, i, "heldout") for i in range(50)] != first
 
 
 def test_training_never_composes_held_out():
-    samples = [sample(0, i, text=0.1) for i in range(5000)]
+    world = WorldConfig(text=0.1)
+    samples = [sample(world, i) for i in range(5000)]
     assert [held_out().found(scene) for _, scene in samples] == [[]] * 5000
     kinds = Counter((m["tag"], m.get("extra", False)) for m, _ in samples)
     assert set(kinds) == {(tag, False) for tag in (*TAGS, "text")} | {(tag, True) for tag in EXTRA}
@@ -84,8 +82,9 @@ def test_training_never_composes_held_out():
 @pytest.mark.parametrize("tag", TAGS)
 def test_held_out_prompts_ask_for_the_unseen(tag):
     held, with_color = held_out(), 0
+    world = WorldConfig(weights={tag: 1})
     for i in range(100):
-        metadata, scene = sample(0, i, "heldout", {tag: 1})
+        metadata, scene = sample(world, i, "heldout")
         found = held.found(scene)
         nouns = {item["class"] for item in metadata["include"]}
         if tag in ("two_object", "position", "color_attr"):
@@ -101,8 +100,9 @@ def test_held_out_prompts_ask_for_the_unseen(tag):
 
 
 def test_scene_has_what_the_prompt_says_and_nothing_else():
+    world = WorldConfig(seed=1, text=0.1)
     for i in range(1500):
-        metadata, scene = sample(1, i, ("train", "heldout")[i % 2], text=0.1)
+        metadata, scene = sample(world, i, ("train", "heldout")[i % 2])
         words = metadata["prompt"].replace(",", "").split()
         wanted = Counter()
         for item in metadata["include"]:
@@ -124,7 +124,8 @@ def test_scene_has_what_the_prompt_says_and_nothing_else():
 
 
 def test_wording():
-    prompts = [sample(0, i, text=0.05)[0]["prompt"] for i in range(5000)]
+    world = WorldConfig(text=0.05)
+    prompts = [sample(world, i)[0]["prompt"] for i in range(5000)]
     assert not [p for p in prompts if " a a" in f" {p}" or " a o" in f" {p}" or " a u" in f" {p}"]
     assert any(p.startswith("an orange") for p in prompts)
     assert any("butterflies" in p for p in prompts)
@@ -176,9 +177,9 @@ def test_impossible_scenes_are_refused(scene, message):
 
 def test_unknown_split_and_tag():
     with pytest.raises(InputError, match="heldout"):
-        sample(0, 0, "held_out")
+        sample(WorldConfig(), 0, "held_out")
     with pytest.raises(InputError, match="colors"):
-        sample(0, 0, weights={"color": 1})
+        WorldConfig(weights={"color": 1})
 
 
 def test_art():
