@@ -1,35 +1,93 @@
-"""Pixels: uint8 <-> [-1, 1], resizing, contact sheets."""
+"""Pixels: uint8 <-> [-1, 1], crops and resizing, contact sheets."""
 
-import jax
-import jax.numpy as jnp
+from collections.abc import Sequence
+
 import numpy as np
+from PIL import Image, ImageDraw
+
+# --- numpy or jax arrays -------------------------------------------------------------------------
+
+
+def to_unit(images):
+    """uint8 [B,H,W,3] -> f32 in [-1, 1]."""
+    return images.astype(np.float32) / 127.5 - 1.0
+
+
+def to_zero_one(images):
+    """[-1, 1] -> f32 in [0, 1]; what lies beyond is clipped."""
+    return (images.astype(np.float32) / 2 + 0.5).clip(0.0, 1.0)
+
+
+def to_uint8(images):
+    """[-1, 1] -> uint8, rounded to the nearest."""
+    return (to_zero_one(images) * 255).round().astype(np.uint8)
+
+
+# --- jax arrays ----------------------------------------------------------------------------------
+
+
+def tokenizer_view(images, size: int):
+    """f32 [B,H,W,3] in [-1, 1] -> [B,size,size,3]: the same frame at the tokenizer's resolution
+    (bicubic, antialiased; docs/model.md §6.4)."""
+    import jax
+
+    if images.shape[1] == size:
+        return images
+    shape = (images.shape[0], size, size, 3)
+    return jax.image.resize(images, shape, "cubic", antialias=True).clip(-1.0, 1.0)
+
+
+# --- numpy and Pillow, on the host ---------------------------------------------------------------
+
+
+def centre_crop(image: Image.Image, size: int) -> np.ndarray:
+    """uint8 [size,size,3]: the shorter side resized (bilinear, antialiased), then the middle of the
+    longer one (docs/model.md §6.4)."""
+    width, height = image.size
+    if width <= height:
+        width, height = size, max(size, int(size * height / width))
+    else:
+        width, height = max(size, int(size * width / height)), size
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def squash(image: Image.Image, size: int) -> np.ndarray:
+    """uint8 [size,size,3]: the whole frame, whatever its shape, as the PyTorch code shows it to the
+    tokenizer (bicubic; docs/model.md §6.4)."""
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def contact_sheet(images: np.ndarray, columns: int = 8, margin: int = 4) -> np.ndarray:
     """uint8 [B,H,W,3] -> one picture, row by row, on white."""
     count, height, width, _ = images.shape
     rows = -(-count // columns)
-    canvas = np.full(
-        (rows * (height + margin) + margin, columns * (width + margin) + margin, 3), 255, np.uint8
-    )
+    shape = (rows * (height + margin) + margin, columns * (width + margin) + margin, 3)
+    sheet = np.full(shape, 255, np.uint8)
     for i, image in enumerate(images):
-        y, x = (
-            margin + (i // columns) * (height + margin),
-            margin + (i % columns) * (width + margin),
-        )
-        canvas[y : y + height, x : x + width] = image
-    return canvas
+        y = margin + i // columns * (height + margin)
+        x = margin + i % columns * (width + margin)
+        sheet[y : y + height, x : x + width] = image
+    return sheet
 
 
-def to_unit(images):
-    """uint8 [B,H,W,3] -> f32 in [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
+def labelled_sheet(images: np.ndarray, labels: Sequence[str], columns: int = 8) -> np.ndarray:
+    """uint8 [B,H,W,3] -> a contact sheet at twice the size, two lines of label below each."""
+    height, width = (2 * side for side in images.shape[1:3])
+    cells = []
+    for image, label in zip(images, labels, strict=True):
+        # The label's words, in lines of at most 25 characters.
+        lines = [""]
+        for word in label.split():
+            if len(lines[-1]) + len(word) > 25:
+                lines.append("")
+            lines[-1] += f" {word}" if lines[-1] else word
 
-
-def tokenizer_view(images, size: int):
-    """f32 [B,H,W,3] -> [B,size,size,3]: the same frame at the tokenizer's resolution (bicubic,
-    antialiased; §6.4)."""
-    if images.shape[1] == size:
-        return images
-    resized = jax.image.resize(images, (images.shape[0], size, size, 3), "cubic", antialias=True)
-    return jnp.clip(resized, -1.0, 1.0)
+        cell = Image.new("RGB", (width + 32, height + 24), "white")
+        cell.paste(Image.fromarray(image).resize((width, height), Image.NEAREST), (16, 0))
+        text = "\n".join(lines[:2])
+        ImageDraw.Draw(cell).multiline_text((4, height + 1), text, "black", font_size=10, spacing=1)
+        cells.append(np.asarray(cell))
+    return contact_sheet(np.stack(cells), columns, margin=2)

@@ -81,12 +81,39 @@ def left_pad(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token rows -> (ids [B,length] int32, valid [B,length] bool), aligned right so that all rows
     end in the same column."""
+    sizes = _sizes(rows, length, "prompt")
+    return _filled(rows, np.arange(length) >= length - sizes[:, None], pad_token_id)
+
+
+def right_pad(
+    rows: Sequence[Sequence[int]], length: int, pad_token_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `left_pad`, aligned left: rows begin in the first column."""
+    sizes = _sizes(rows, length, "training row")
+    return _filled(rows, np.arange(length) < sizes[:, None], pad_token_id)
+
+
+def _sizes(rows: Sequence[Sequence[int]], length: int, what: str) -> np.ndarray:
     sizes = np.array([len(row) for row in rows], np.int32)
-    _fits(sizes, length, "prompt")
-    valid = np.arange(length) >= length - sizes[:, None]
+    if sizes.max(initial=0) > length:
+        raise InputError(
+            f"A {what} of {sizes.max()} tokens does not fit a row of {length}; make the "
+            "rows longer or the text shorter."
+        )
+    return sizes
+
+
+def _filled(rows, valid: np.ndarray, pad_token_id: int) -> tuple[np.ndarray, np.ndarray]:
     ids = np.full(valid.shape, pad_token_id, np.int32)
     ids[valid] = np.concatenate(rows) if rows else []
     return ids, valid
+
+
+def causal_positions(tokens):
+    """Positions [B,T] of the tokens [B,T] of rows that begin in the first column: 0, 1, 2, ..."""
+    import jax.numpy as jnp
+
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
 
 def targets(tokens, start, vocab: VocabConfig):
@@ -98,14 +125,6 @@ def targets(tokens, start, vocab: VocabConfig):
     columns = np.arange(tokens.shape[1])
     source_image = (tokens >= vocab.image_start_token_id) & (columns < start[:, None])
     return (tokens != vocab.pad_token_id) & ~source_image
-
-
-def _fits(sizes: np.ndarray, length: int, what: str) -> None:
-    if sizes.size and sizes.max() > length:
-        raise InputError(
-            f"A {what} of {sizes.max()} tokens does not fit a row of {length}; make the "
-            "rows longer or the text shorter."
-        )
 
 
 @dataclass(frozen=True)
@@ -176,15 +195,10 @@ class Text:
         codes are made on the device, pass zeros and write them there.
         """
         end = self.tokenizer.encode(IMAGE_END, add_special_tokens=False).ids
-        batch, n = image_ids.shape
-        sizes = np.array([len(prompt) for prompt in prompts], np.int32)
-        _fits(sizes + n + len(end), length, "training row")
-        tokens = np.full((batch, length), self.vocab.pad_token_id, np.int32)
-        tokens[np.arange(length) < sizes[:, None]] = np.concatenate(prompts)
-        image = image_ids + self.vocab.image_start_token_id
-        tail = np.concatenate([image, np.tile(np.array(end, image.dtype), (batch, 1))], axis=1)
-        np.put_along_axis(tokens, sizes[:, None] + np.arange(tail.shape[1]), tail, axis=1)
-        return tokens, sizes - 1
+        codes = (image_ids + self.vocab.image_start_token_id).tolist()
+        rows = [[*prompt, *image, *end] for prompt, image in zip(prompts, codes, strict=True)]
+        tokens, _ = right_pad(rows, length, self.vocab.pad_token_id)
+        return tokens, np.array([len(prompt) - 1 for prompt in prompts], np.int32)
 
     @functools.cached_property
     def _controls(self) -> frozenset[int]:

@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from blip3o_jax.data.config import DataConfig
 from blip3o_jax.data.records import Record, RecordError
 from blip3o_jax.errors import InputError
+from blip3o_jax.pixels import centre_crop, squash
 from blip3o_jax.text import Text, t2i_prompt
 
 FEWEST = 1000  # records before the share of bad ones is trusted
@@ -32,29 +33,6 @@ def decode_image(data: bytes) -> Image.Image:
         raise RecordError(
             f"the image cannot be decoded ({str(error) or type(error).__name__})"
         ) from error
-
-
-def centre_crop(image: Image.Image, size: int) -> np.ndarray:
-    """uint8 [size,size,3]: the shorter side resized (bilinear, antialiased), then the middle of the
-    longer one (§6.4)."""
-    width, height = image.size
-    if width <= height:
-        width, height = size, max(size, int(size * height / width))
-    else:
-        width, height = max(size, int(size * width / height)), size
-    image = (
-        image
-        if image.size == (width, height)
-        else image.resize((width, height), Image.Resampling.BILINEAR)
-    )
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return np.asarray(image.crop((left, top, left + size, top + size)))
-
-
-def squash(image: Image.Image, size: int) -> np.ndarray:
-    """uint8 [size,size,3]: the whole frame, whatever its shape, as the PyTorch code shows it to the
-    tokenizer (bicubic; §6.4)."""
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def prompt_length(tokenizer: Text, caption: str) -> int:

@@ -14,7 +14,7 @@ from blip3o_jax.jobs.output import new_folder
 from blip3o_jax.kernels.platform import jit
 from blip3o_jax.parallel.batches import put_batch
 from blip3o_jax.pipeline import Pipeline
-from blip3o_jax.pixels import contact_sheet, to_unit
+from blip3o_jax.pixels import labelled_sheet, to_uint8, to_unit
 from blip3o_jax.sample import generate, programs
 from blip3o_jax.scenes import judge, prompts, scene
 from blip3o_jax.scenes.config import TAGS, WorldConfig
@@ -55,7 +55,7 @@ def ceilings(
     @jit
     def reconstruct(params, pixels):
         latents = model.dc_ae.apply({"params": params["dc_ae"]}, to_unit(pixels), method="encode")
-        return model.dc_ae.apply({"params": params["dc_ae"]}, latents, method="decode")
+        return to_uint8(model.dc_ae.apply({"params": params["dc_ae"]}, latents, method="decode"))
 
     read = jit(functools.partial(generate.read_tokens, model), model.config)
     _, draw = programs.programs(model)
@@ -77,10 +77,7 @@ def ceilings(
             (images[index], rows[index], start[index], numbers), pipeline.mesh
         )
         with jax.set_mesh(pipeline.mesh):
-            pixels = np.asarray(reconstruct(params, inputs[0]))[:keep]
-            made["autoencoder"].append(
-                np.round(np.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
-            )
+            made["autoencoder"].append(np.asarray(reconstruct(params, inputs[0]))[:keep])
             out = draw(params, read(params, *inputs), numbers, **chosen)
             made["true_tokens"].append(np.asarray(out)[:keep])
     return {name: np.concatenate(parts) for name, parts in made.items()}
@@ -119,32 +116,20 @@ def run(args) -> None:
                 kept = {k: v[k] for k in ("correct", "strict", "score", "reason")}
                 file.write(json.dumps({**m, "index": s.index, "seed": s.seed, **kept}) + "\n")
         np.savez_compressed(folder / "images.npz", images=images)
-        Image.fromarray(labelled_sheet(images, asked, verdicts)).save(folder / "sheet.png")
+        Image.fromarray(verdict_sheet(images, asked, verdicts)).save(folder / "sheet.png")
         (folder / "result.json").write_text(json.dumps(result, indent=1))
     print(json.dumps(result))
 
 
-def labelled_sheet(
-    images: np.ndarray, metadata: list[dict], verdicts: list[dict], columns: int = 8
-) -> np.ndarray:
-    """`SHEET` pictures spread over all, twice as large, each with its verdict (+ strict, o correct,
-    - wrong) and prompt below."""
-    from PIL import Image, ImageDraw
+def verdict_sheet(images: np.ndarray, metadata: list[dict], verdicts: list[dict]) -> np.ndarray:
+    """`SHEET` pictures spread over all, twice as large, each above its prompt and a sign:
 
+    - `+` right, and nothing else in the picture;
+    - `o` right by GenEval's rules;
+    - `-` wrong.
+    """
     step = max(1, len(images) // SHEET) | 1  # odd, so that all tags and seeds are shown
     shown = [i * step % len(images) for i in range(min(SHEET, len(images)))]
-    cells = []
-    for i in shown:
-        cell = Image.new("RGB", (160, 152), "white")
-        cell.paste(Image.fromarray(images[i]).resize((128, 128), Image.NEAREST), (16, 0))
-        sign = "+" if verdicts[i]["strict"] else "o" if verdicts[i]["correct"] else "-"
-        words, lines = f"{sign} {metadata[i]['prompt']}".split(), [""]
-        for word in words:
-            if len(lines[-1]) + len(word) > 25:
-                lines.append("")
-            lines[-1] += f" {word}" if lines[-1] else word
-        ImageDraw.Draw(cell).multiline_text(
-            (4, 129), "\n".join(lines[:2]), fill="black", font_size=10, spacing=1
-        )
-        cells.append(np.asarray(cell))
-    return contact_sheet(np.stack(cells), columns, margin=2)
+    signs = ["+" if v["strict"] else "o" if v["correct"] else "-" for v in verdicts]
+    labels = [f"{signs[i]} {metadata[i]['prompt']}" for i in shown]
+    return labelled_sheet(images[shown], labels)

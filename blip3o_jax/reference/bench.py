@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from blip3o_jax.bench.stages import GUIDANCE, LEARNING_RATE, WEIGHT_DECAY, Workload
+from blip3o_jax.pixels import to_unit
 from blip3o_jax.reference import modules, pipeline
 from blip3o_jax.reference.training import joint_loss
 
@@ -76,7 +77,7 @@ def _given(run: Callable[[], dict], mode) -> Callable[[], dict]:
 
 def _training(work: Workload, ref: modules.Reference, well: bool) -> Callable[[], dict]:
     rows, start = torch.tensor(work.tokens).long(), torch.tensor(work.start)
-    images = torch.tensor(work.images).movedim(-1, 1).float() / 127.5 - 1
+    images = torch.tensor(to_unit(work.images)).movedim(-1, 1)
     noise, sigma = (
         torch.tensor(work.training_noise).movedim(-1, 1).contiguous(),
         torch.tensor(work.sigma),

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from blip3o_jax.kernels.platform import jit
 from blip3o_jax.models.blip3o import Blip3o, condition_slice
 from blip3o_jax.sample import decode
+from blip3o_jax.text import causal_positions
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.steps import advance
 
@@ -36,10 +37,8 @@ def image_logprobs(model: Blip3o, params, tokens, start, temperature):
     vocabulary, from which it also draws.
     """
     vocab, n = model.config.vocab, model.config.ta_tok.num_tokens
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = model.qwen3.apply(
-        {"params": params}, tokens, positions, tokens != vocab.pad_token_id
-    )
+    valid = tokens != vocab.pad_token_id
+    hidden, _ = model.qwen3.apply({"params": params}, tokens, causal_positions(tokens), valid)
     # each state is that which the next token was drawn from
     states = condition_slice(hidden, start, n)
     logits = model.qwen3.apply(

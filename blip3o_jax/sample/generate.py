@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax.models.blip3o import Blip3o, condition_slice, write_codes
+from blip3o_jax.pixels import to_uint8, to_unit, to_zero_one, tokenizer_view
 from blip3o_jax.sample import decode, flow
+from blip3o_jax.text import causal_positions
 
 
 def sample_key(seed: int, prompt: str, index: int) -> tuple[int, int, int]:
@@ -66,12 +68,13 @@ def denoise(model: Blip3o, params, hidden, noise, num_inference_steps: int, guid
 def pixels(model: Blip3o, params, latents):
     """Latents [B,Y,X,C] -> f32 [B,H,W,3] in [0,1]."""
     images = model.dc_ae.apply({"params": params["dc_ae"]}, latents, method="decode_scaled")
-    return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
+    return to_zero_one(images)
 
 
 def pictures(model: Blip3o, params, latents):
     """`pixels` as uint8 [B,H,W,3]."""
-    return jnp.round(pixels(model, params, latents) * 255).astype(jnp.uint8)
+    images = model.dc_ae.apply({"params": params["dc_ae"]}, latents, method="decode_scaled")
+    return to_uint8(images)
 
 
 def draw_latents(
@@ -107,11 +110,11 @@ def read_tokens(model: Blip3o, params, images, tokens, start):
     [B,n+1,D].
     """
     config = model.config
-    view = images.astype(jnp.float32) / 127.5 - 1
+    view = tokenizer_view(to_unit(images), config.ta_tok.encoder.image_size)
     codes = model.ta_tok.apply({"params": params["ta_tok"]}, view, method="encode")
     tokens = write_codes(tokens, start, codes, config.vocab.image_start_token_id)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    valid = tokens != config.vocab.pad_token_id
     hidden, _ = model.qwen3.apply(
-        {"params": params["qwen3"]}, tokens, positions, tokens != config.vocab.pad_token_id
+        {"params": params["qwen3"]}, tokens, causal_positions(tokens), valid
     )
     return condition_slice(hidden, start, config.num_condition_tokens)

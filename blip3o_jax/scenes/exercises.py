@@ -26,7 +26,7 @@ from blip3o_jax.scenes import prompts
 from blip3o_jax.scenes.config import EXERCISES, WorldConfig
 from blip3o_jax.scenes.heldout import held_out
 from blip3o_jax.scenes.scene import PATCH_WORDS, SKETCH_WORDS, Scene, patch_words
-from blip3o_jax.text import Text
+from blip3o_jax.text import Text, right_pad
 
 RECITED = 16  # words of a recital
 IMAGE = 64  # tokens of a picture
@@ -117,9 +117,8 @@ def exercise(
         ids, places, counts = _scene(text, metadata["prompt"], scene, kind == "sketch")
     if len(ids) > length:
         raise InputError(f"A {kind} of {len(ids)} tokens does not fit data.row_length {length}.")
-    padding = (0, length - len(ids))
     return {
-        "tokens": np.pad(np.array(ids, np.int32), padding, constant_values=text.vocab.pad_token_id),
-        "positions": np.pad(np.array(places, np.int32), padding),
-        "weights": np.pad(np.array(counts, np.float32), padding),
+        "tokens": right_pad([ids], length, text.vocab.pad_token_id)[0][0],
+        "positions": right_pad([places], length, 0)[0][0],
+        "weights": np.pad(np.array(counts, np.float32), (0, length - len(counts))),
     }

@@ -19,37 +19,21 @@ from PIL import Image, ImageDraw, ImageFont
 SIZE, COLUMNS = 24, 7
 LETTER_WIDTH, LETTER_HEIGHT = 8, 16
 PACKAGE = "emoji-datasource-google"
-# our name: (plural, short name in the package)
-OBJECTS = {
-    "apple": ("apples", "apple"),
-    "banana": ("bananas", "banana"),
-    "pineapple": ("pineapples", "pineapple"),
-    "carrot": ("carrots", "carrot"),
-    "pizza": ("pizzas", "pizza"),
-    "mushroom": ("mushrooms", "mushroom"),
-    "cat": ("cats", "cat"),
-    "dog": ("dogs", "dog"),
-    "bird": ("birds", "bird"),
-    "fish": ("fish", "fish"),
-    "butterfly": ("butterflies", "butterfly"),
-    "snail": ("snails", "snail"),
-    "tree": ("trees", "evergreen_tree"),
-    "cactus": ("cacti", "cactus"),
-    "flower": ("flowers", "tulip"),
-    "star": ("stars", "star"),
-    "heart": ("hearts", "heart"),
-    "moon": ("moons", "crescent_moon"),
-    "key": ("keys", "key"),
-    "hat": ("hats", "tophat"),
-    "house": ("houses", "house"),
-    "car": ("cars", "car"),
-    "umbrella": ("umbrellas", "umbrella"),
-    "balloon": ("balloons", "balloon"),
-    "chair": ("chairs", "chair"),
-    "book": ("books", "closed_book"),
-    "crown": ("crowns", "crown"),
-    "guitar": ("guitars", "guitar"),
-}
+# name, plural, and the short name in the package where it is another
+OBJECTS = """
+apple apples | banana bananas | pineapple pineapples | carrot carrots | pizza pizzas
+mushroom mushrooms | cat cats | dog dogs | bird birds | fish fish | butterfly butterflies
+snail snails | tree trees evergreen_tree | cactus cacti | flower flowers tulip | star stars
+heart hearts | moon moons crescent_moon | key keys | hat hats tophat | house houses | car cars
+umbrella umbrellas | balloon balloons | chair chairs | book books closed_book | crown crowns
+guitar guitars
+"""
+
+
+def objects() -> list[tuple[str, str, str]]:
+    """(name, plural, short name in the package) of each object, in the atlas's order."""
+    entries = [entry.split() for entry in OBJECTS.strip().replace("\n", "|").split("|")]
+    return [(name, plural, *(source or [name])) for name, plural, *source in entries]
 
 
 def fit(image: Image.Image) -> Image.Image:
@@ -59,10 +43,8 @@ def fit(image: Image.Image) -> Image.Image:
     scale = SIZE / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     canvas = Image.new("RGBA", (SIZE, SIZE))
-    canvas.paste(
-        image.resize((width, height), Image.Resampling.LANCZOS),
-        ((SIZE - width) // 2, (SIZE - height) // 2),
-    )
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    canvas.paste(image, ((SIZE - width) // 2, (SIZE - height) // 2))
     return canvas
 
 
@@ -75,21 +57,15 @@ def make_sprites(package: Path, out: Path) -> None:
 
         version = json.loads(read("package.json"))["version"]
         emoji = {e["short_name"]: e for e in json.loads(read("emoji.json"))}
-        rows = -(-len(OBJECTS) // COLUMNS)
-        atlas, entries = Image.new("RGBA", (COLUMNS * SIZE, rows * SIZE)), []
-        for i, (name, (plural, source)) in enumerate(OBJECTS.items()):
-            image = Image.open(io.BytesIO(read(f"img/google/64/{emoji[source]['image']}"))).convert(
-                "RGBA"
-            )
-            atlas.paste(fit(image), (i % COLUMNS * SIZE, i // COLUMNS * SIZE))
-            entries.append(
-                {
-                    "name": name,
-                    "plural": plural,
-                    "source": source,
-                    "code_points": emoji[source]["unified"],
-                }
-            )
+        rows = -(-len(objects()) // COLUMNS)
+        atlas = Image.new("RGBA", (COLUMNS * SIZE, rows * SIZE))
+        entries = []
+        for i, (name, plural, source) in enumerate(objects()):
+            file = io.BytesIO(read(f"img/google/64/{emoji[source]['image']}"))
+            image = fit(Image.open(file).convert("RGBA"))
+            atlas.paste(image, (i % COLUMNS * SIZE, i // COLUMNS * SIZE))
+            entry = {"name": name, "plural": plural, "source": source}
+            entries.append(entry | {"code_points": emoji[source]["unified"]})
     atlas.save(out / "sprites.png", optimize=True)
     lines = ",\n".join("    " + json.dumps(entry) for entry in entries)
     header = f'"package": "{PACKAGE}", "version": "{version}", "size": {SIZE}, "columns": {COLUMNS}'
@@ -109,20 +85,17 @@ def make_letters(font_path: Path, out: Path) -> None:
     for i, (letter, box) in enumerate(zip(letters, boxes, strict=True)):
         cell = Image.new("L", (LETTER_WIDTH, LETTER_HEIGHT))
         x = (LETTER_WIDTH - (box[2] - box[0])) // 2 - box[0]
-        ImageDraw.Draw(cell).text(
-            (x, (LETTER_HEIGHT - (bottom - top)) // 2 - top), letter, font=font, fill=255
-        )
+        y = (LETTER_HEIGHT - (bottom - top)) // 2 - top
+        ImageDraw.Draw(cell).text((x, y), letter, font=font, fill=255)
         atlas.paste(cell, (i * LETTER_WIDTH, 0))
     atlas.save(out / "letters.png", optimize=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("package", type=Path)
-    parser.add_argument("font", type=Path)
-    parser.add_argument("out", type=Path)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    for name in ("package", "font", "out"):
+        parser.add_argument(name, type=Path)
     arguments = parser.parse_args()
     make_sprites(arguments.package, arguments.out)
     make_letters(arguments.font, arguments.out)

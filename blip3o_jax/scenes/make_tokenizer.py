@@ -1,8 +1,8 @@
 """Makes the tokenizer of preset emoji_64: `python -m blip3o_jax.scenes.make_tokenizer`.
 
-Byte-level BPE as Qwen2's (same pre-tokenisation, normaliser and decoder, so that any text encodes
-and transformers reads the file), trained until every word of the embedded world is one token. Then
-the special tokens in the order in which BLIP3o adds them (docs/model.md §4.1).
+Byte-level BPE as Qwen2's (same pre-tokenisation, normaliser and decoder, so that any text can be
+encoded and transformers reads the file), trained until every word of the embedded world is one
+token. Then the special tokens in BLIP3o's order (docs/model.md §4.1).
 """
 
 import re
@@ -21,56 +21,17 @@ QWEN2_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPECIAL_TOKENS = (
-    *(
-        "<|vision_start|>",
-        "<|vision_end|>",
-        "<|image_pad|>",
-        "<|endoftext|>",
-        "<|im_start|>",
-        "<|im_end|>",
-    ),
-    *("<im_start>", "<im_end>"),
+    "<|vision_start|> <|vision_end|> <|image_pad|> <|endoftext|> <|im_start|> <|im_end|> "
+    "<im_start> <im_end>"
 )
-GRAMMAR = (
-    *(
-        "a",
-        "an",
-        "the",
-        "photo",
-        "of",
-        "and",
-        "on",
-        "in",
-        "with",
-        "it",
-        "one",
-        "natural",
-        "word",
-        '"',
-    ),
-    *(
-        "make",
-        "change",
-        "replace",
-        "remove",
-        "add",
-        "move",
-        "put",
-        "turn",
-        "to",
-        "from",
-        "into",
-        "color",
-        "background",
-    ),
-)
+GRAMMAR = 'a an the photo of and on in with it one natural word "'
+EDITS = "make change replace remove add move put turn to from into color background"
 
 
 def vocabulary() -> list[str]:
-    """Every word that captions and edits are made of; written words ("SUN") are spelled, letter by
-    letter, and so not here."""
-    named = [*OBJECTS, *PLURALS.values(), *COLORS, *GROUNDS, *NUMBERS.values(), *RELATIONS]
-    return list(dict.fromkeys([*GRAMMAR, *(word for name in named for word in name.split())]))
+    """Every word of captions and edits; written words ("SUN") are spelled letter by letter."""
+    names = [*OBJECTS, *PLURALS.values(), *COLORS, *GROUNDS, *NUMBERS.values(), *RELATIONS]
+    return list(dict.fromkeys(f"{GRAMMAR} {EDITS} {' '.join(names)}".split()))
 
 
 def corpus() -> list[str]:
@@ -86,9 +47,8 @@ def add_tokens(
 ) -> None:
     """Appends special tokens, then `<S*>` and `<I*>`, ordinary added tokens as published."""
     tokenizer.add_special_tokens(list(special))
-    tokenizer.add_tokens(
-        [f"<S{i}>" for i in range(num_scale_tokens)] + [f"<I{i}>" for i in range(num_image_tokens)]
-    )
+    tokenizer.add_tokens([f"<S{i}>" for i in range(num_scale_tokens)])
+    tokenizer.add_tokens([f"<I{i}>" for i in range(num_image_tokens)])
 
 
 def make():
@@ -97,12 +57,9 @@ def make():
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         # never reached: merging ends when every word of the corpus is one token
@@ -113,7 +70,7 @@ def make():
     )
     tokenizer.train_from_iterator(corpus(), trainer)
     vocab = preset("emoji_64").vocab
-    add_tokens(tokenizer, SPECIAL_TOKENS, vocab.num_scale_tokens, vocab.num_image_tokens)
+    add_tokens(tokenizer, SPECIAL_TOKENS.split(), vocab.num_scale_tokens, vocab.num_image_tokens)
     return tokenizer
 
 

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from blip3o_jax.kernels.platform import jit
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.parallel.batches import put_replicated
-from blip3o_jax.pixels import contact_sheet
+from blip3o_jax.pixels import contact_sheet, to_uint8, to_unit
 from blip3o_jax.sample import programs
 from blip3o_jax.sample.settings import Settings
 from blip3o_jax.text import left_pad
@@ -57,12 +57,11 @@ def _autoencoder(model: Blip3o, cfg: TrainConfig, mesh):
     @_everywhere(mesh)
     def reconstruct(params, images):
         params = {"params": params["dc_ae"]}
-        images = losses.to_unit(images)
+        images = to_unit(images)
         latents = model.dc_ae.apply(params, images, method="encode")
         error = model.dc_ae.apply(params, latents, method="decode")
         mse = jnp.mean(jnp.square(error - images), axis=(1, 2, 3))
-        pixels = jnp.round(jnp.clip(error / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
-        return pixels, {
+        return to_uint8(error), {
             "psnr": jnp.mean(-10 * jnp.log10(mse / 4)),
             "latent_std": jnp.std(latents),
             "latent_mean": jnp.mean(latents),

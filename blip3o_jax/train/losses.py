@@ -23,7 +23,7 @@ from blip3o_jax.parallel.batches import batch_shards
 from blip3o_jax.parallel.mesh import BATCH
 from blip3o_jax.pixels import to_unit, tokenizer_view
 from blip3o_jax.sample import flow
-from blip3o_jax.text import targets
+from blip3o_jax.text import causal_positions, targets
 from blip3o_jax.train.config import TrainConfig
 
 
@@ -202,9 +202,9 @@ def joint_loss(model: Blip3o, cfg: TrainConfig, params, batch, key):
         )
 
     tokens = write_codes(batch["tokens"], batch["start"], codes, vocab.image_start_token_id)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    valid = tokens != vocab.pad_token_id
     hidden, _ = model.qwen3.apply(
-        {"params": params["qwen3"]}, tokens, positions, tokens != vocab.pad_token_id
+        {"params": params["qwen3"]}, tokens, causal_positions(tokens), valid
     )
     losses, hits = cross_entropy(model, params, hidden[:, :-1], tokens[:, 1:], cfg.loss.ce_chunk)
     weights, counts = _targets(model, batch), jnp.sum(batch["targets"], axis=0)

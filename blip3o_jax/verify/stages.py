@@ -14,6 +14,7 @@ import numpy as np
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.kernels.platform import jit
 from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.pixels import to_zero_one
 from blip3o_jax.sample import decode, generate
 
 NUM_STEPS, GUIDANCE, TIMESTEP, PROMPT = 5, 2.0, 600.0, 12
@@ -84,7 +85,7 @@ def stage_outputs(model: Blip3o, params, inputs: dict[str, np.ndarray]) -> dict[
             model.qwen3, params["qwen3"], vocab, n, prompt, valid, keys, 0, one, jnp.float32(0)
         )
         latents = generate.denoise(model, params, made["hidden"], noise, NUM_STEPS, GUIDANCE, 1.0)
-        return made["tokens"], jnp.clip(vae(params, latents, "decode_scaled") / 2 + 0.5, 0, 1)
+        return made["tokens"], to_zero_one(vae(params, latents, "decode_scaled"))
 
     def run(stage, *inputs):
         return jit(stage)(params, *inputs)
