@@ -16,7 +16,7 @@ from blip3o_jax.convert import converted, published
 from blip3o_jax.convert.config_json import config_from_json
 from blip3o_jax.convert.safetensors_io import read_json
 from blip3o_jax.errors import InputError, nearest
-from blip3o_jax.kernels.platform import enable_compilation_cache
+from blip3o_jax.kernels.platform import dtype_for, enable_compilation_cache
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.parallel.batches import batch_shards
 from blip3o_jax.parallel.mesh import BATCH, make_mesh
@@ -170,7 +170,7 @@ def load(
     folder = find_checkpoint(name)
     mesh = make_mesh(mesh, devices)
     on_cpu = jax.default_backend() == "cpu"
-    dtype = ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype
+    dtype = dtype_for(dtype)
     if not training_checkpoint.is_workdir(folder):
         load_folder = (
             converted.load_converted if converted.is_converted(folder) else published.load_published

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import glob
 import importlib.metadata
-import math
 import os
 import platform
 import socket
@@ -24,7 +23,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGES = ("blip3o-jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "libtpu")
-DEVICES = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
 
 
 class CheckError(Exception):
@@ -156,10 +154,15 @@ def devices(args) -> str:
     if len(kinds) > 1 or jax.local_device_count() * jax.process_count() != jax.device_count():
         raise CheckError(f"{found}; all hosts must have as many of the same")
     if args.topology:
-        chip, _, layout = args.topology.partition(":")
-        wanted = (2 if chip == "tpu7x" else 1) * math.prod(int(side) for side in layout.split("x"))
-        if (jax.device_count(), kinds) != (wanted, [DEVICES.get(chip, chip)]):
-            raise CheckError(f"{found}; {args.topology} has {wanted} of {DEVICES.get(chip, chip)}")
+        from blip3o_jax.chips import chip_of, parse_topology
+        from blip3o_jax.errors import InputError
+
+        try:
+            chip, count = parse_topology(args.topology)
+        except InputError as error:
+            raise CheckError(str(error)) from error
+        if jax.device_count() != count or chip_of(kinds[0]) != chip:
+            raise CheckError(f"{found}; {args.topology} has {count} of {chip.kind}")
     return found
 
 

@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import subprocess
@@ -5,7 +6,9 @@ import sys
 
 import pytest
 
-from blip3o_jax.cli import main
+from blip3o_jax.cli import build_parser, main
+from blip3o_jax.jobs.options import settings_of
+from blip3o_jax.sample.settings import Settings
 
 
 def fails(argv, capsys):
@@ -17,13 +20,67 @@ def fails(argv, capsys):
     return error
 
 
-def test_help_answers_without_importing_jax():
-    code = (
-        "import sys; from blip3o_jax import cli; cli.build_parser().format_help(); "
-        "print('jax' in sys.modules)"
-    )
+LEAVES = [
+    *(["generate"], ["train"], ["grpo"], ["evaluate"], ["plan"], ["bench"]),
+    *(["convert", "to-jax"], ["convert", "to-torch"], ["convert", "verify"]),
+    *(["data", "check"], ["data", "stats"], ["data", "cache"]),
+]
+
+
+def leaves(parser, words=()):
+    """The words of every command without subcommands."""
+    groups = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    if not groups:
+        return [list(words)]
+    commands = groups[0].choices.items()
+    return [leaf for name, child in commands for leaf in leaves(child, (*words, name))]
+
+
+@pytest.mark.parametrize("words", [[], *LEAVES], ids=" ".join)
+def test_help_answers_without_importing_anything_heavy(words):
+    code = f"""
+import contextlib, sys
+before = set(sys.modules)
+from blip3o_jax.cli import main
+with contextlib.suppress(SystemExit):
+    main([*{words}, "--help"])
+new = {{name.partition(".")[0] for name in set(sys.modules) - before}}
+print("imported:", *(new - sys.stdlib_module_names - {{"blip3o_jax"}}))
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    usage, *_, imported = done.stdout.splitlines()
+    assert usage.startswith(" ".join(["usage: blip3o-jax", *words]))
+    assert imported == "imported:"
+
+
+def test_every_command_declares_its_own_options():
+    assert sorted(leaves(build_parser())) == sorted(LEAVES)
+
+
+def test_sampling_options_are_the_settings():
+    parser = build_parser()
+    for words in (["generate", "a cat"], ["evaluate", "scenes"]):
+        assert settings_of(parser.parse_args(words)) == Settings()
+    options = ["--top-k", "7", "--guidance-scale", "3", "--shift", "0.5", "--top-p", "0.25"]
+    args = parser.parse_args(["generate", "a cat", *options, "--num-inference-steps", "4"])
+    assert settings_of(args) == Settings(4, 3.0, 7, 0.25, 1.0, 0.5)
+    assert parser.parse_args(["plan", "--config", "x"]).num_inference_steps == 30
+
+
+@pytest.mark.parametrize(
+    ("argv", "unknown"),
+    [
+        (["generate", "a cat", "--config.seed=1"], "--config.seed=1"),
+        (["bench", "--config.seed=1"], "--config.seed=1"),
+        (["train", "--config", "emoji_joint", "--workdir", "x", "--stteps"], "--stteps"),
+        (["data", "check", "--config", "x", "--out", "y", "--limits", "3"], "--limits"),
+    ],
+)
+def test_an_unknown_option_is_refused(argv, unknown, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    assert f"unknown argument {unknown}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -103,12 +103,12 @@ def test_a_narrow_model_takes_a_device_per_core_unless_a_mesh_is_named(
     options, width, asked, pipeline, tmp_path, monkeypatch
 ):
     counted = []
-    monkeypatch.setattr("blip3o_jax.jobs.generate.split_cpu_into_devices", counted.append)
+    monkeypatch.setattr("blip3o_jax.parallel.mesh.split_cpu_into_devices", counted.append)
     monkeypatch.setattr(
-        "blip3o_jax.jobs.generate.config_of",
+        "blip3o_jax.pipeline.config_of",
         lambda folder: replace(config_of(folder), **{"qwen3.hidden_size": width}),
     )
-    monkeypatch.setattr("blip3o_jax.jobs.generate.load", lambda *_, **__: pipeline)
+    monkeypatch.setattr("blip3o_jax.pipeline.load", lambda *_, **__: pipeline)
     assert (
         main(
             [
@@ -152,7 +152,7 @@ def test_the_model_draws_what_is_asked(pipeline):
 
 
 def test_python_and_command_line_give_the_same_image(pipeline, tmp_path, monkeypatch):
-    monkeypatch.setattr("blip3o_jax.jobs.generate.load", lambda *_, **__: pipeline)
+    monkeypatch.setattr("blip3o_jax.pipeline.load", lambda *_, **__: pipeline)
     (tmp_path / "prompts.jsonl").write_text(
         "".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS[:2])
     )
@@ -195,7 +195,7 @@ def test_a_failure_half_way_leaves_nothing(pipeline, tmp_path, monkeypatch):
         raise InputError("The device is gone.")
 
     monkeypatch.setattr(pipeline, "samples", broken, raising=False)
-    monkeypatch.setattr("blip3o_jax.jobs.generate.load", lambda *_, **__: pipeline)
+    monkeypatch.setattr("blip3o_jax.pipeline.load", lambda *_, **__: pipeline)
     assert main(["generate", *PROMPTS, "--out", str(tmp_path / "made")]) == 2
     assert list(tmp_path.iterdir()) == []
 

@@ -20,7 +20,6 @@ from blip3o_jax.train import losses, steps
 from blip3o_jax.train.config import LossConfig, OptimizerConfig, TrainConfig
 
 GUIDANCE, LEARNING_RATE, WEIGHT_DECAY = 2.0, 1e-5, 0.1
-STAGES = ("decode", "denoise", "autoencoder", "text_to_image", "train_step", "cached_train_step")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ Both hold one tensor at a time. The result's convert.json says where it came fro
 shorter, is printed as one JSON line last.
 """
 
+from __future__ import annotations
+
+import argparse
 import hashlib
 import json
 import math
@@ -15,37 +18,98 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from jax.sharding import AbstractMesh
-from tqdm import tqdm
-
-from blip3o_jax import __version__, training_checkpoint
+from blip3o_jax import __version__
 from blip3o_jax.config import Blip3oConfig
-from blip3o_jax.convert import orbax_io, sources
-from blip3o_jax.convert.config_json import config_to_json
-from blip3o_jax.convert.converted import PARAMS, is_converted, open_converted
-from blip3o_jax.convert.padding import VOCAB_AXIS, fit_vocabulary, padded
-from blip3o_jax.convert.published import CONFIG_LIMIT, float_dtype, published_rules
-from blip3o_jax.convert.rules import Rule, Shape, flatten, leaf_to_tensor, tensor_to_leaf
-from blip3o_jax.convert.safetensors_io import Entry, read_json, write_tensors
-from blip3o_jax.convert.sources import Source, open_source
 from blip3o_jax.errors import InputError
+from blip3o_jax.jobs import verify
+from blip3o_jax.jobs.options import overwrite_option
 from blip3o_jax.jobs.output import new_folder
-from blip3o_jax.models.blip3o import Blip3o, parts_of
-from blip3o_jax.parallel.mesh import AXES, parse_mesh
-from blip3o_jax.parallel.parameters import spec
-from blip3o_jax.pipeline import find_checkpoint, tokenizer_of
 
+if TYPE_CHECKING:
+    import numpy as np
+    from jax.sharding import AbstractMesh
+
+    from blip3o_jax.convert.rules import Rule, Shape
+    from blip3o_jax.convert.sources import Source
+    from blip3o_jax.training_checkpoint import RunLeaf
+
+HELP = "PyTorch checkpoints in and out; prints one JSON report last"
+
+DTYPES = ["keep", "float32", "bfloat16", "float16"]
 REPORT = "convert.json"
 REPORT_LIMIT = 64 << 20  # bytes
 FILE_COST = 16 << 10  # bytes that a file takes on disk at least, and its folder
 KEEP = "keep"
 
 
+def options(parser: argparse.ArgumentParser) -> None:
+    directions = parser.add_subparsers(dest="direction", metavar="DIRECTION", required=True)
+    to_jax = directions.add_parser(
+        "to-jax", help="a published checkpoint, or the parts of one, for JAX on any mesh"
+    )
+    to_jax.add_argument(
+        "source",
+        metavar="SRC",
+        nargs="?",
+        help="folder in the published layout, or an embedded name; left out when the four parts "
+        "are named",
+    )
+    to_jax.add_argument("destination", metavar="DST")
+    to_jax.add_argument("--ar", metavar="DIR", help="Qwen3 of transformers")
+    to_jax.add_argument(
+        "--dit", metavar="DIR", help="SANA of diffusers: the repository, or its transformer/"
+    )
+    to_jax.add_argument("--vae", metavar="DIR", help="its autoencoder, if not in vae/ of --dit")
+    to_jax.add_argument("--tokenizer", metavar="FILE.pth|DIR", help="TA-Tok's ta_tok.pth")
+    to_jax.add_argument(
+        "--dtype", default=KEEP, choices=DTYPES, help="of the result (default: each tensor's own)"
+    )
+    to_jax.add_argument(
+        "--mesh",
+        default="",
+        help="e.g. fsdp=8: split the files as that mesh reads them; any other can read them too",
+    )
+    to_jax.add_argument(
+        "--new-vocabulary",
+        choices=["mean", "projected-codebook"],
+        help="how a plain Qwen3 gets its image tokens",
+    )
+    overwrite_option(to_jax, "an earlier conversion")
+    to_jax.set_defaults(run=run_to_jax)
+
+    to_torch = directions.add_parser(
+        "to-torch", help="a converted checkpoint or a training run in the published PyTorch layout"
+    )
+    to_torch.add_argument("source", metavar="SRC", help="folder of to-jax, or training workdir")
+    to_torch.add_argument("destination", metavar="DST")
+    to_torch.add_argument(
+        "--dtype",
+        default=KEEP,
+        choices=DTYPES,
+        help="of the result (default: each parameter's own)",
+    )
+    to_torch.add_argument(
+        "--max-shard-bytes", type=float, default=5e9, help="size of a file (default: %(default).0f)"
+    )
+    overwrite_option(to_torch, "an earlier conversion")
+    to_torch.set_defaults(run=run_to_torch)
+    verify.options(directions.add_parser("verify", help=verify.HELP))
+
+
 def run_to_jax(args) -> None:
     """SRC, or the parts that flags name -> the directory DST."""
+    from jax.sharding import AbstractMesh
+
+    from blip3o_jax import training_checkpoint
+    from blip3o_jax.convert import sources
+    from blip3o_jax.convert.converted import PARAMS, is_converted
+    from blip3o_jax.convert.published import float_dtype
+    from blip3o_jax.convert.rules import flatten
+    from blip3o_jax.parallel.mesh import AXES, parse_mesh
+    from blip3o_jax.pipeline import find_checkpoint
+
     began = time.perf_counter()
     dtype = None if args.dtype == KEEP else float_dtype(args.dtype)
     mesh = {"data": 1, "fsdp": 1, "tensor": 1, **parse_mesh(args.mesh)}
@@ -59,7 +123,7 @@ def run_to_jax(args) -> None:
         raise InputError(f"{args.source} is for JAX already; `convert to-torch` takes it.")
     _apart(args.destination, [path for path in (directory, *flags.values()) if path])
     with new_folder(args.destination, REPORT, args.overwrite) as folder:
-        source = open_source(
+        source = sources.open_source(
             directory, flags, args.new_vocabulary, pathlib.Path(args.destination).absolute().name
         )
         dtypes = _leaf_dtypes(source, dtype)
@@ -101,6 +165,16 @@ def run_to_jax(args) -> None:
 
 def run_to_torch(args) -> None:
     """SRC, a directory of `to-jax` or a joint training run -> the published layout at DST."""
+    from tqdm import tqdm
+
+    from blip3o_jax import training_checkpoint
+    from blip3o_jax.convert import sources
+    from blip3o_jax.convert.config_json import config_to_json
+    from blip3o_jax.convert.converted import is_converted, open_converted
+    from blip3o_jax.convert.published import float_dtype, published_rules
+    from blip3o_jax.convert.safetensors_io import Entry, read_json, write_tensors
+    from blip3o_jax.pipeline import find_checkpoint, tokenizer_of
+
     began = time.perf_counter()
     if not args.max_shard_bytes >= 1:
         raise InputError(f"--max-shard-bytes is at least 1, not {args.max_shard_bytes}.")
@@ -169,6 +243,8 @@ def run_to_torch(args) -> None:
 def _leaf_dtypes(source: Source, dtype: np.dtype | None) -> dict[str, np.dtype]:
     """Each parameter's dtype by path: `dtype`, or that of its tensors; InputError when stacked
     layers differ or hold no floats."""
+    from blip3o_jax.convert.rules import flatten
+
     shapes, found = flatten(source.match.abstract), {}
     for rule in source.match.rules:
         stored = [source.tensors[name] for name in rule.names(shapes[rule.path].shape)]
@@ -191,6 +267,13 @@ def _write_params(
     mesh: AbstractMesh,
 ) -> dict[str, dict]:
     """Writes the Orbax checkpoint layer by layer; returns {part: numbers}."""
+    from tqdm import tqdm
+
+    from blip3o_jax.convert import orbax_io
+    from blip3o_jax.convert.rules import tensor_to_leaf
+    from blip3o_jax.models.blip3o import parts_of
+    from blip3o_jax.parallel.parameters import spec
+
     orbax_io.save_tree(folder, dtypes)
     parts: dict[str, dict] = {
         part: {"tensors": 0, "parameters": 0, "bytes": 0} for part in parts_of(source.config)
@@ -218,6 +301,10 @@ def _write_params(
 
 def open_run(workdir: pathlib.Path) -> tuple[Blip3oConfig, dict[str, Any], int]:
     """(configuration, arrays by path, step) of a joint training run."""
+    from blip3o_jax import training_checkpoint
+    from blip3o_jax.convert.padding import VOCAB_AXIS, padded
+    from blip3o_jax.convert.rules import flatten
+    from blip3o_jax.models.blip3o import Blip3o, parts_of
     from blip3o_jax.train.config import TrainConfig, from_dict
 
     saved, leaves, step = training_checkpoint.open_run(workdir)
@@ -254,7 +341,7 @@ def open_run(workdir: pathlib.Path) -> tuple[Blip3oConfig, dict[str, Any], int]:
 class _WithoutPadding:
     """An array of a run without the rows behind the vocabulary."""
 
-    leaf: training_checkpoint.RunLeaf
+    leaf: RunLeaf
     path: str
     rows: int
 
@@ -264,12 +351,16 @@ class _WithoutPadding:
 
     @property
     def shape(self) -> Shape:
+        from blip3o_jax.convert.padding import VOCAB_AXIS
+
         return tuple(
             self.rows if axis == VOCAB_AXIS[self.path] else size
             for axis, size in enumerate(self.leaf.shape)
         )
 
     def layers(self, stacked: bool) -> Iterator[np.ndarray]:
+        from blip3o_jax.convert.padding import fit_vocabulary
+
         yield from (
             fit_vocabulary(self.path, layer, self.rows) for layer in self.leaf.layers(stacked)
         )
@@ -277,6 +368,8 @@ class _WithoutPadding:
 
 def _tensors(rules: list[Rule], leaves: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """(torch name, tensor) in the order of the rules, one layer in memory at a time."""
+    from blip3o_jax.convert.rules import leaf_to_tensor
+
     for rule in rules:
         leaf = leaves[rule.path]
         for name, layer in zip(rule.names(leaf.shape), leaf.layers(rule.stacked), strict=True):
@@ -288,6 +381,9 @@ def _config_text(
 ) -> dict[str, str]:
     """{"config.json": its text}: the file's own, but for the dtype that it names where one
     conversion or the other changed that."""
+    from blip3o_jax.convert.published import CONFIG_LIMIT
+    from blip3o_jax.convert.safetensors_io import read_json
+
     text = (folder / "config.json").read_text(encoding="utf-8")
     name = dtype.name if dtype else dtype_in
     if name in (None, KEEP):
@@ -332,6 +428,8 @@ def _carry(
 
 def _hashes(files: set[pathlib.Path]) -> dict[str, dict]:
     """{file: its size and SHA-256} of what was read."""
+    from tqdm import tqdm
+
     found = {}
     for file in tqdm(sorted(files), desc="Hashing the source", unit="file", delay=3, disable=None):
         with file.open("rb") as stream:

@@ -1,24 +1,67 @@
-"""`blip3o-jax data check` and `data stats`: what a mixture holds, and how fast it is read."""
+"""`blip3o-jax data check`, `stats`, `cache`: a mixture's content, reading speed and cache."""
 
+from __future__ import annotations
+
+import argparse
 import dataclasses
 import json
 import logging
 import time
-
-import numpy as np
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from blip3o_jax.errors import InputError
+from blip3o_jax.jobs import data_cache
+from blip3o_jax.jobs.options import config_option, overwrite_option
 from blip3o_jax.jobs.output import new_folder
 from blip3o_jax.jobs.train import open_feed, open_tokenizer, read_config
-from blip3o_jax.parallel.mesh import cores
 from blip3o_jax.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from blip3o_jax.data.feed import Feed
+
+HELP = "look at a mixture of training data, time it, cache it; prints one JSON line last"
 
 REPORT = "report.json"
 EXAMPLES = 5  # of what cannot be used, in the report; problems.jsonl has all
 WARM = 5  # batches before the clock runs: more than are read ahead
 
 log = logging.getLogger(__name__)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
+    check = tasks.add_parser(
+        "check",
+        help="read a mixture: what cannot be used, sizes, shapes, duplicates, lengths of captions",
+    )
+    config_option(check)
+    check.add_argument(
+        "--limit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="records of each source, evenly spread (default: all)",
+    )
+    check.add_argument(
+        "--out", required=True, help="folder for report.json, the list of problems and the plots"
+    )
+    overwrite_option(check, "an earlier report")
+    check.set_defaults(run=run_check)
+
+    stats = tasks.add_parser("stats", help="how fast a mixture is read, by reader threads")
+    config_option(stats)
+    stats.add_argument(
+        "--threads", default="1,2,4", help="numbers of threads to try (default: %(default)s)"
+    )
+    stats.add_argument(
+        "--batches",
+        type=int,
+        default=20,
+        metavar="N",
+        help="batches to read with each (default: %(default)s)",
+    )
+    stats.set_defaults(run=run_stats)
+    data_cache.options(tasks.add_parser("cache", help=data_cache.HELP))
 
 
 def _mixture(args) -> TrainConfig:
@@ -31,8 +74,11 @@ def _mixture(args) -> TrainConfig:
 def run_check(args) -> None:
     """Looks at every record of every source; writes report.json, problems.jsonl, duplicates.jsonl
     and plots; prints the report as JSON."""
+    from tqdm import tqdm
+
     from blip3o_jax.data import survey
     from blip3o_jax.data.sources import open_source
+    from blip3o_jax.parallel.mesh import cores
 
     if args.limit < 0:
         raise InputError(f"--limit is at least 0, not {args.limit}.")
@@ -118,9 +164,11 @@ def _plots(folder, good, model) -> None:
         image.save(folder / f"{name}.png")
 
 
-def measure(feed, batches: int) -> dict:
+def measure(feed: Feed, batches: int) -> dict:
     """Reads `batches` batches on this host; nothing else runs meanwhile, so a batch's wait is its
     whole cost."""
+    import numpy as np
+
     iterator = feed.train()
     for _ in range(WARM):
         rows = len(next(iterator)["tokens"])
@@ -142,6 +190,8 @@ def measure(feed, batches: int) -> dict:
 
 def run_stats(args) -> None:
     """Prints a line for each number of reader threads, then all as one JSON line."""
+    from blip3o_jax.parallel.mesh import cores
+
     numbers = args.threads.split(",")
     if not all(n.isdigit() and int(n) > 0 for n in numbers):
         raise InputError(f"--threads are numbers of at least 1, as in 1,2,4, not {args.threads!r}.")

@@ -1,31 +1,61 @@
 """`blip3o-jax data cache`: the tokenizer and the autoencoder over a mixture, a shard at a time;
 what is there already stays."""
 
+from __future__ import annotations
+
+import argparse
 import json
 import logging
 import pathlib
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from blip3o_jax.data import cache
-from blip3o_jax.data.records import RecordError
-from blip3o_jax.data.transform import Tally, image_arrays
 from blip3o_jax.errors import InputError
-from blip3o_jax.parallel.mesh import BATCH, make_mesh
-from blip3o_jax.parallel.processes import barrier, start_processes
+from blip3o_jax.jobs.options import config_option
 from blip3o_jax.train.config import TrainConfig
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from blip3o_jax.data.transform import Tally
+
+HELP = (
+    "codes and latents of a mixture, for training without image encoders; resumes where it stopped"
+)
+
 log = logging.getLogger(__name__)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    config_option(parser)
+    parser.add_argument("--out", required=True, help="folder of the cache, for data.cache")
+    parser.add_argument(
+        "--latents",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="how latents are stored (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shard-records", type=int, default=4096, help="records of a file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=32,
+        help="images encoded at once on a host (default: %(default)s)",
+    )
+    parser.set_defaults(run=run)
 
 
 def make_encoder(cfg: TrainConfig, params: dict, batch_size: int):
     """list of image arrays -> (codes int32 [b,n], latents f32 [b,Y,X,C]), `batch_size` images at a
     time over this host's devices."""
+    import jax
+    import numpy as np
+
     from blip3o_jax.kernels.platform import jit
+    from blip3o_jax.parallel.mesh import BATCH, make_mesh
     from blip3o_jax.train import losses
     from blip3o_jax.train.loop import build_model
 
@@ -54,6 +84,9 @@ def make_encoder(cfg: TrainConfig, params: dict, batch_size: int):
 
 def shard_records(source, numbers, decode, encode, tally: Tally, dtype, batch_size: int):
     """The cached records of some record numbers, in order: encoded, or with the reason why not."""
+    import numpy as np
+
+    from blip3o_jax.data.records import RecordError
 
     def load(number):
         tally.add(read=1)
@@ -85,6 +118,10 @@ def shard_records(source, numbers, decode, encode, tally: Tally, dtype, batch_si
 def begin(folder: pathlib.Path, description: dict) -> None:
     """Makes the folder and writes its description; InputError when it holds another cache or
     something else."""
+    import jax
+
+    from blip3o_jax.data import cache
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "cache.json").exists():
@@ -112,9 +149,15 @@ def run(args) -> None:
 
     Prints one JSON line.
     """
+    import jax
+    import jax.numpy as jnp
+
+    from blip3o_jax.data import cache
     from blip3o_jax.data.feed import open_sources
+    from blip3o_jax.data.transform import Tally, image_arrays
     from blip3o_jax.jobs.train import load_part, read_config
     from blip3o_jax.kernels.platform import enable_compilation_cache
+    from blip3o_jax.parallel.processes import barrier, start_processes
     from blip3o_jax.pipeline import find_checkpoint
     from blip3o_jax.train.start import encoder_params
 

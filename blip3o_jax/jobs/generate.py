@@ -1,40 +1,56 @@
 """`blip3o-jax generate`: prompts -> PNG files with their origin inside, and a manifest."""
 
+from __future__ import annotations
+
+import argparse
 import csv
 import json
 import pathlib
 import re
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from blip3o_jax.errors import InputError
+from blip3o_jax.jobs.options import model_options, settings_of
 from blip3o_jax.jobs.output import new_file, new_folder
-from blip3o_jax.kernels.platform import is_narrow
-from blip3o_jax.parallel.mesh import parse_mesh, split_cpu_into_devices
-from blip3o_jax.pipeline import CPU_BATCH, Pipeline, Sample, config_of, find_checkpoint, load
 from blip3o_jax.sample.settings import Settings
 
+if TYPE_CHECKING:
+    from blip3o_jax.pipeline import Pipeline, Sample
+
+HELP = "images from prompts"
 MAX_PROMPT_FILE = 256 << 20  # bytes
 
 
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="*", metavar="PROMPT")
+    parser.add_argument(
+        "--prompts", metavar="FILE", help=".txt (a prompt a line), .jsonl or .csv (field `prompt`)"
+    )
+    parser.add_argument(
+        "--num-images", type=int, default=1, help="images of each prompt (default: %(default)s)"
+    )
+    model_options(parser)
+    parser.set_defaults(run=run)
+
+
 def read_prompts(path: str) -> list[str]:
-    """Prompts of a .txt (one a line; blank lines are not prompts), .jsonl or .csv file (field or
-    column `prompt`), in order."""
+    """Prompts of a .txt (one a line; blank lines are skipped), .jsonl or .csv file (field or column
+    `prompt`), in order."""
     file = pathlib.Path(path)
     try:
         if file.stat().st_size > MAX_PROMPT_FILE:
             raise InputError(f"{path} is larger than {MAX_PROMPT_FILE >> 20} MB.")
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"The prompts file {path} cannot be read: "
-            f"{getattr(error, 'strerror', None) or 'it is not UTF-8 text'}."
-        ) from error
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise InputError(f"The prompts file {path} cannot be read: {reason}.") from error
+
+    # The format by the file's name.
     if file.suffix == ".txt":
         prompts = [line.strip() for line in lines if line.strip()]
     elif file.suffix == ".jsonl":
-        prompts = [
-            _json_prompt(path, number, line) for number, line in enumerate(lines, 1) if line.strip()
-        ]
+        prompts = [_json_prompt(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
     elif file.suffix == ".csv":
         rows = csv.DictReader(lines)
         if "prompt" not in (rows.fieldnames or ()):
@@ -43,7 +59,7 @@ def read_prompts(path: str) -> list[str]:
     else:
         raise InputError(f"{path}: a prompts file ends in .txt, .jsonl or .csv.")
     if not prompts:
-        raise InputError(f"{path} holds no prompts.")
+        raise InputError(f"{path} contains no prompts.")
     return prompts
 
 
@@ -59,50 +75,48 @@ def _json_prompt(path: str, number: int, line: str) -> str:
     return prompt
 
 
-def save_png(path: pathlib.Path, sample: Sample, pipeline: Pipeline, settings: Settings) -> None:
-    """The image with prompt, seed, index, checkpoint and settings as PNG text."""
+def save_png(path: pathlib.Path, sample: Sample, origin: dict, settings: Settings) -> None:
+    """Writes the image with its origin and settings as PNG text."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
-    origin = {
-        "prompt": sample.prompt,
-        "seed": sample.seed,
-        "index": sample.index,
-        "checkpoint": pipeline.identity,
-    }
     for key, value in (origin | {"settings": json.dumps(asdict(settings))}).items():
         info.add_itxt(key, str(value))
     Image.fromarray(sample.image).save(path, "png", pnginfo=info)
 
 
-def settings_of(args) -> Settings:
-    """The sampling options of the command line."""
-    names = ("num_inference_steps", "guidance_scale", "top_k", "top_p", "temperature", "shift")
-    return Settings(**{name: getattr(args, name) for name in names})
+def origin_of(sample: Sample, pipeline: Pipeline) -> dict:
+    """What an image was made from."""
+    names = ("prompt", "seed", "index")
+    return {n: getattr(sample, n) for n in names} | {"checkpoint": pipeline.identity}
 
 
-def load_for(args) -> Pipeline:
-    """The checkpoint of the command line on its mesh; a narrow model on a CPU has a device on each
-    core, unless told otherwise."""
+def load_for(args: argparse.Namespace) -> Pipeline:
+    """The checkpoint of the command line on its mesh."""
+    from blip3o_jax import pipeline
+    from blip3o_jax.kernels.platform import is_narrow
+    from blip3o_jax.parallel import mesh
+
     if args.batch_size is not None and args.batch_size < 1:
         raise InputError(f"--batch-size is at least 1, not {args.batch_size}.")
-    if not args.mesh and is_narrow(config_of(find_checkpoint(args.checkpoint))):
-        split_cpu_into_devices(args.batch_size or CPU_BATCH)
-    return load(args.checkpoint, mesh=parse_mesh(args.mesh), batch_size=args.batch_size)
+    # A narrow model is faster with each core of a CPU as a device; --mesh decides otherwise.
+    if not args.mesh and is_narrow(pipeline.config_of(pipeline.find_checkpoint(args.checkpoint))):
+        mesh.split_cpu_into_devices(args.batch_size or pipeline.CPU_BATCH)
+    sizes = mesh.parse_mesh(args.mesh)
+    return pipeline.load(args.checkpoint, mesh=sizes, batch_size=args.batch_size)
 
 
 def file_name(sample: Sample, number: int) -> str:
-    """NUMBER-INDEX-words.png: sorts by prompt, and says what it shows."""
+    """NUMBER-INDEX-words.png: sorts by prompt, and says what the image shows."""
     words = re.sub(r"[^a-z0-9]+", "-", sample.prompt.lower()).strip("-")[:60]
     return f"{number:05d}-{sample.index}-{words}.png"
 
 
-def run(args) -> None:
+def run(args: argparse.Namespace) -> None:
     """Writes OUT/NUMBER-INDEX-words.png and OUT/manifest.jsonl, a line an image; or one image as
     OUT.png."""
-    from tqdm import tqdm
-
+    # All of the command line is checked before anything is loaded.
     if bool(args.prompt) == bool(args.prompts):
         raise InputError("Give prompts as arguments or --prompts FILE, one of the two.")
     prompts = args.prompt or read_prompts(args.prompts)
@@ -112,34 +126,33 @@ def run(args) -> None:
         raise InputError(f"--num-images is at least 1, not {args.num_images}.")
     settings = settings_of(args)
     total = len(prompts) * args.num_images
+
+    # One image as a file.
     if args.out.endswith(".png"):
         if total != 1:
             raise InputError(
-                f"{args.out} is one file, and {total} images are asked for; name a folder."
+                f"{args.out} is one file, but you asked for {total} images; name a folder."
             )
         with new_file(args.out, args.overwrite) as path:
             pipeline = load_for(args)
             (sample,) = pipeline.samples(prompts, args.seed, 1, settings)
-            save_png(path, sample, pipeline, settings)
+            save_png(path, sample, origin_of(sample, pipeline), settings)
         print(args.out)
         return
+
+    # All images in a folder, with a manifest.
+    from tqdm import tqdm
+
     with new_folder(args.out, marker="manifest.jsonl", overwrite=args.overwrite) as folder:
         pipeline = load_for(args)
         samples = pipeline.samples(prompts, args.seed, args.num_images, settings)
         with (folder / "manifest.jsonl").open("w", encoding="utf-8") as manifest:
             for number, sample in enumerate(tqdm(samples, total=total, unit="image")):
                 name = file_name(sample, number // args.num_images)
-                save_png(folder / name, sample, pipeline, settings)
-                origin = {
-                    "file": name,
-                    "prompt": sample.prompt,
-                    "seed": sample.seed,
-                    "index": sample.index,
-                }
-                line = origin | {
-                    "checkpoint": pipeline.identity,
-                    "tokens": sample.tokens.tolist(),
-                    **asdict(settings),
-                }
-                manifest.write(json.dumps(line) + "\n")
+                origin = origin_of(sample, pipeline)
+                save_png(folder / name, sample, origin, settings)
+                tokens = {"tokens": sample.tokens.tolist()}
+                manifest.write(
+                    json.dumps({"file": name} | origin | tokens | asdict(settings)) + "\n"
+                )
     print(f"{total} images in {args.out}")

@@ -1,19 +1,29 @@
 """`blip3o-jax grpo`: config file -> checked config -> prompts and judge of the embedded world ->
 loop."""
 
+import argparse
 import dataclasses
 import json
 
-import jax
-
 from blip3o_jax.errors import InputError
+from blip3o_jax.jobs.options import config_option
 from blip3o_jax.jobs.train import load_part, own_workdir, read_config
+
+HELP = "reinforce the transformer by rewards; resumes if the workdir holds a checkpoint"
 
 HELDOUT_SEED = 2  # of the prompts shown while training; the benchmark draws from seed 1
 
 
-def run(args) -> None:
+def options(parser: argparse.ArgumentParser) -> None:
+    config_option(parser)
+    parser.add_argument("--workdir", required=True)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
     """Trains; prints the last held-out numbers as one JSON line."""
+    import jax
+
     from blip3o_jax.kernels.platform import enable_compilation_cache
     from blip3o_jax.parallel.batches import check_batch
     from blip3o_jax.parallel.mesh import make_mesh

@@ -1,5 +1,8 @@
 """`blip3o-jax train`: config file -> checked config -> data -> loop."""
 
+from __future__ import annotations
+
+import argparse
 import contextlib
 import importlib.util
 import inspect
@@ -7,14 +10,32 @@ import json
 import pathlib
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from blip3o_jax import resources
 from blip3o_jax.errors import InputError
-from blip3o_jax.text import Text, load_tokenizer
+from blip3o_jax.jobs.options import config_option
 from blip3o_jax.train.config import TrainConfig, from_dict
+
+if TYPE_CHECKING:
+    from blip3o_jax.data.feed import Feed
+    from blip3o_jax.text import Text
+
+HELP = "train from a config; resumes if the workdir holds a checkpoint"
 
 # What a run must do to follow the original's curves (docs/model.md §6.6 no. 1 and 2).
 REFERENCE_QUIRKS = ["--config.loss.last_slice=true", "--config.loss.stochastic_codes=true"]
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    config_option(parser)
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument(
+        "--reference-quirks",
+        action="store_true",
+        help="train as the PyTorch code does: last positions, sampled codes",
+    )
+    parser.set_defaults(run=run)
 
 
 def read_config(name: str, overrides: list[str]) -> TrainConfig:
@@ -64,6 +85,7 @@ def read_config(name: str, overrides: list[str]) -> TrainConfig:
 def open_tokenizer(cfg: TrainConfig) -> Text:
     """The Text that a run's captions are written with: of `data.tokenizer`, or of the preset."""
     from blip3o_jax.pipeline import tokenizer_of
+    from blip3o_jax.text import Text, load_tokenizer
 
     model = cfg.blip3o()
     return Text(
@@ -88,7 +110,7 @@ def open_feed(
     data_dir: str = "",
     hosts: tuple[int, int] = (0, 1),
     workdir: pathlib.Path | None = None,
-):
+) -> Feed:
     """The run's data.feed.Feed; bad records are named in a file of the workdir, if there is one."""
     import jax
 

@@ -1,35 +1,52 @@
 """`blip3o-jax convert verify A B`: whether two copies of a model are the same, tensor by tensor and
 stage by stage."""
 
+from __future__ import annotations
+
+import argparse
 import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import jax
-import numpy as np
-from tqdm import tqdm
-
-from blip3o_jax import training_checkpoint
 from blip3o_jax.config import Blip3oConfig, replace
-from blip3o_jax.convert.converted import is_converted, load_converted, open_converted
-from blip3o_jax.convert.published import (
-    load_published,
-    match,
-    open_published,
-    published_rules,
-    resolve_lm_head,
-)
-from blip3o_jax.convert.rules import leaf_to_tensor
 from blip3o_jax.errors import InputError
-from blip3o_jax.jobs.convert import open_run
-from blip3o_jax.models.blip3o import Blip3o, parts_of
-from blip3o_jax.pipeline import find_checkpoint
-from blip3o_jax.verify import stages
+
+if TYPE_CHECKING:
+    import numpy as np
+
+HELP = "whether two copies of a model agree, tensor by tensor and stage by stage; exit 1 if not"
 
 INTEGERS = ("codes", "tokens")
 LARGEST_RUN = 1_000_000_000  # parameters, beyond which stages run only when asked for
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "a",
+        metavar="A",
+        help="a checkpoint of any kind: embedded name, published or converted folder, training "
+        "workdir",
+    )
+    parser.add_argument("b", metavar="B", help="another")
+    parser.add_argument("--torch", action="store_true", help="run A in PyTorch (extra [parity])")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        help="of a stage, relative to its largest value (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--stages",
+        action="store_true",
+        help="run the stages of a model of more than a billion parameters too",
+    )
+    parser.add_argument(
+        "--report", metavar="FILE", help="write the report with every tensor to a file"
+    )
+    parser.set_defaults(run=run)
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,13 @@ class Copy:
 
 def open_copy(name: str) -> Copy:
     """An embedded name, a published folder, a directory of `to-jax`, or a training run."""
+    from blip3o_jax import training_checkpoint
+    from blip3o_jax.convert.converted import is_converted, load_converted, open_converted
+    from blip3o_jax.convert.published import load_published, match, open_published, resolve_lm_head
+    from blip3o_jax.jobs.convert import open_run
+    from blip3o_jax.models.blip3o import parts_of
+    from blip3o_jax.pipeline import find_checkpoint
+
     folder = find_checkpoint(name)
     if training_checkpoint.is_workdir(folder):
         cfg, leaves, _ = open_run(folder)
@@ -78,6 +102,9 @@ def _shape(tree, path: str):
 
 
 def _of_leaves(cfg: Blip3oConfig, leaves) -> Iterator[tuple[str, np.ndarray]]:
+    from blip3o_jax.convert.published import published_rules
+    from blip3o_jax.convert.rules import leaf_to_tensor
+
     for rule in published_rules(cfg):
         leaf = leaves[rule.path]
         for key, layer in zip(rule.names(leaf.shape), leaf.layers(rule.stacked), strict=True):
@@ -89,6 +116,8 @@ def compare_tensors(a: np.ndarray, b: np.ndarray) -> dict:
 
     They agree when equal in the coarser of two dtypes.
     """
+    import numpy as np
+
     row = {"shape": list(a.shape), "dtypes": [a.dtype.name, b.dtype.name]}
     if a.shape != b.shape:
         return {**row, "other_shape": list(b.shape), "agree": False}
@@ -114,6 +143,8 @@ def compare_stages(
     a: dict[str, np.ndarray], b: dict[str, np.ndarray], tolerance: float
 ) -> dict[str, dict]:
     """By stage: the largest difference against the largest value; ids must be identical."""
+    import numpy as np
+
     rows = {}
     for name, values in a.items():
         if name in INTEGERS:
@@ -132,6 +163,12 @@ def compare_stages(
 
 def run(args) -> int:
     """Prints a table and one JSON report; 0 when all agrees, 1 when anything does not."""
+    import numpy as np
+    from tqdm import tqdm
+
+    from blip3o_jax import training_checkpoint
+    from blip3o_jax.convert.converted import is_converted
+
     if not args.tolerance > 0:
         raise InputError(f"--tolerance is above 0, not {args.tolerance}.")
     a, b = open_copy(args.a), open_copy(args.b)
@@ -193,6 +230,12 @@ def run(args) -> int:
 
 
 def _run(copy: Copy) -> dict[str, np.ndarray]:
+    import jax
+    import numpy as np
+
+    from blip3o_jax.models.blip3o import Blip3o
+    from blip3o_jax.verify import stages
+
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), copy.load())
     return stages.stage_outputs(Blip3o(copy.config), params, stages.stage_inputs(copy.config))
 
@@ -208,4 +251,6 @@ def _run_a(copy: Copy, in_torch: bool) -> dict[str, np.ndarray]:
             f"--torch needs PyTorch, transformers and diffusers ({error.name} is missing): "
             "pip install 'blip3o-jax[parity]'."
         ) from error
+    from blip3o_jax.verify import stages
+
     return stage_outputs(modules.load(copy.folder), stages.stage_inputs(copy.config))

@@ -52,6 +52,14 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
+def dtype_for(name: str, on: str | None = None) -> str:
+    """`name`, or for "auto" float32 on a CPU and bfloat16 elsewhere; `on` is the platform, if not
+    this machine's."""
+    if name != "auto":
+        return name
+    return "float32" if (on or jax.default_backend()) == "cpu" else "bfloat16"
+
+
 def on_cpu() -> bool:
     """Whether programs are compiled for the CPU, whose XLA wants a few things said differently to
     be fast."""

@@ -1,12 +1,9 @@
-"""What a run needs, before its pod is paid for: the run's own programs compiled for a TPU topology
-that is not here.
+"""A run's own programs, lowered for a mesh of a TPU topology that is not here.
 
-libtpu (extra [tpu]) is the TPU's compiler and runs on any x86 machine. Nothing is allocated:
-parameters are shapes.
+Nothing is allocated: parameters are shapes.
 """
 
 import dataclasses
-import math
 import os
 from dataclasses import dataclass
 
@@ -14,59 +11,34 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax import flops
+from blip3o_jax.chips import Chip, parse_topology
 from blip3o_jax.errors import InputError
-from blip3o_jax.kernels.platform import jit
+from blip3o_jax.kernels.platform import dtype_for, jit
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.parallel.batches import check_batch
 from blip3o_jax.parallel.mesh import BATCH
 from blip3o_jax.parallel.parameters import shardings
-from blip3o_jax.plan import collectives
 from blip3o_jax.sample import generate
 from blip3o_jax.sample.settings import Settings
 from blip3o_jax.text import row_length
 from blip3o_jax.train import steps
 from blip3o_jax.train.config import PARTS, TrainConfig
-from blip3o_jax.train.meter import peak_flops, step_flops
-
-GIB = 2**30
+from blip3o_jax.train.meter import step_flops
 
 
-@dataclass(frozen=True)
-class Chip:
-    """`hbm` GiB of a JAX device, of which a chip may be several."""
-
-    hbm: int
-    devices: int
-    layouts: tuple[str, ...]
-
-
-_2D = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
-CHIPS = {
-    "v5e": Chip(16, 1, _2D),
-    "v5p": Chip(95, 1, _3D),
-    "v6e": Chip(32, 1, _2D),
-    "tpu7x": Chip(96, 2, _3D),
-}
-RESERVED = 0.26  # GiB of each device that the runtime keeps
-
-
-def open_topology(name: str) -> tuple[list, Chip]:
+def open_topology(name: str) -> tuple[list[jax.Device], Chip]:
     """The devices of e.g. "v5e:4x4", none of which is here, and their chip; InputError for an
     unknown one or without libtpu."""
-    kind = name.partition(":")[0]
-    known = [f"{kind}:{layout}" for kind, chip in CHIPS.items() for layout in chip.layouts]
-    if name not in known:
-        raise InputError(f"Unknown topology {name!r}; known: {', '.join(known)}.")
-    # Read once, when libtpu is loaded: neither ask a cloud's server who this machine is, nor mind
-    # another plan beside this one.
+    chip, _ = parse_topology(name)
+    # libtpu reads these once, when it is loaded: it must neither ask a cloud's server what this
+    # machine is, nor refuse a second plan at the same time.
     os.environ.update(
         TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1"
     )
     from jax.experimental import topologies
 
     try:
-        return topologies.get_topology_desc(name, platform="tpu").devices, CHIPS[kind]
+        return topologies.get_topology_desc(name, platform="tpu").devices, chip
     except (RuntimeError, ImportError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
@@ -76,7 +48,7 @@ def open_topology(name: str) -> tuple[list, Chip]:
 
 def on_accelerator(cfg: TrainConfig) -> TrainConfig:
     """The config as an accelerator runs it."""
-    return dataclasses.replace(cfg, dtype="bfloat16" if cfg.dtype == "auto" else cfg.dtype)
+    return dataclasses.replace(cfg, dtype=dtype_for(cfg.dtype, on="tpu"))
 
 
 def shallow(cfg: TrainConfig, depth: int) -> TrainConfig:
@@ -215,78 +187,3 @@ def lower_generation(cfg: TrainConfig, mesh, rows: int, num_inference_steps: int
         )
     count = flops.text_to_image(config, rows, config.max_prompt_tokens, num_inference_steps)
     return Program(lowered, (params, *batch), {"parameters": params, "batch": batch}, count, rows)
-
-
-def _bytes(tree) -> int:
-    """Of one device."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
-
-
-def measure(program: Program, chip: Chip) -> dict:
-    """Compiles it -> bytes of a device by kind, whether they fit, and the communication of a run
-    where the compiler shows its program.
-
-    What the program does not read (the image encoders, when it trains from a cache) is on the
-    device too. Temporaries hold what tiling adds to the arguments.
-    """
-    memory = {kind: _bytes(tree) for kind, tree in program.kinds.items()}
-    try:
-        compiled = program.lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return {"bytes": memory, "fits": False, "reason": _shortage(str(error))}
-    used = jax.tree.leaves(compiled.input_shardings[0], is_leaf=lambda x: x is None)
-    idle = sum(
-        _bytes(x)
-        for x, place in zip(jax.tree.leaves(program.arguments), used, strict=True)
-        if place is None
-    )
-    found = compiled.memory_analysis()
-    total = found.peak_memory_in_bytes + idle
-    memory |= {"temporary": total - sum(memory.values()), "total": total}
-    return {
-        "bytes": memory,
-        "fits": total <= (chip.hbm - RESERVED) * GIB,
-        **_communication(compiled),
-    }
-
-
-def _shortage(message: str) -> str:
-    """The compiler's own sentence about what it needs."""
-    return next(
-        (line.strip() for line in message.splitlines() if "hbm" in line.lower()),
-        message.splitlines()[0],
-    )
-
-
-def _communication(compiled) -> dict:
-    try:
-        return {"communication": collectives.collectives(compiled.as_text())}
-    # libtpu 0.0.42 with jaxlib 0.10.2 cannot print every program
-    except jax.errors.JaxRuntimeError as error:
-        return {
-            "communication": None,
-            "reason": f"this libtpu does not print the program: {str(error).splitlines()[0]}",
-        }
-
-
-def price(
-    program: Program, devices: list, chip: Chip, mfu: float, runs: int, dollars: float | None
-) -> dict:
-    """What `runs` runs take when the devices reach `mfu` of their bfloat16 peak; `dollars` are
-    those of a chip-hour."""
-    chips = len(devices) // chip.devices
-    found = {"flops": program.flops, "flops_per_image": program.flops / program.images, "mfu": mfu}
-    seconds = program.flops / (mfu * len(devices) * peak_flops(devices[0].device_kind))
-    hours = runs * seconds / 3600
-    found |= {
-        "seconds": seconds,
-        "images_per_second": program.images / seconds,
-        "runs": runs,
-        "hours": hours,
-        "chip_hours": chips * hours,
-    }
-    return found | ({"dollars": dollars * chips * hours} if dollars is not None else {})

@@ -1,20 +1,27 @@
 """How images are sampled."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from blip3o_jax.errors import InputError
 
 
+def _option(default: float, text: str):
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class Settings:
-    """How images are made; the defaults are the published ones (docs/model.md §1.1, §4.3)."""
+    """How images are sampled; the defaults are the published ones (docs/model.md §1.1, §4.3).
 
-    num_inference_steps: int = 30
-    guidance_scale: float = 2.0
-    top_k: int = 1200
-    top_p: float = 0.95
-    temperature: float = 1.0
-    shift: float = 1.0
+    The command line takes its options, their defaults and their help from these fields.
+    """
+
+    num_inference_steps: int = _option(30, "Euler steps of the diffusion transformer")
+    guidance_scale: float = _option(2.0, "classifier-free guidance; 1 is the condition alone")
+    top_k: int = _option(1200, "image tokens that are sampled from, the most likely ones")
+    top_p: float = _option(0.95, "the fewest of them whose probabilities add up to this")
+    temperature: float = _option(1.0, "of the image tokens; 0 takes the most likely one")
+    shift: float = _option(1.0, "of the flow's schedule")
 
     def __post_init__(self):
         checks = (

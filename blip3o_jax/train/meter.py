@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from blip3o_jax import flops
+from blip3o_jax.chips import peak_flops
 from blip3o_jax.errors import InputError
 from blip3o_jax.kernels.platform import jit
 from blip3o_jax.train import steps
@@ -18,25 +19,7 @@ from blip3o_jax.train.metrics import MetricWriter
 
 log = logging.getLogger(__name__)
 
-# bfloat16 FLOP/s of a device, by the beginning of its kind; the longest that fits counts. Vendors'
-# data sheets, dense.
-PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-    "TPU7x": 2307e12 / 2,  # a chip is two devices
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
 LAST = ("learning_rate", "skipped")  # of the interval's steps the last one's value, not the mean
-
-
-def peak_flops(kind: str) -> float | None:
-    """Of one device of this kind, if it is known."""
-    known = [name for name in PEAKS if kind.startswith(name)]
-    return PEAKS[max(known, key=len)] if known else None
 
 
 def step_flops(cfg: TrainConfig, batch) -> int | None:

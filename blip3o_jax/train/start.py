@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from blip3o_jax import training_checkpoint
 from blip3o_jax.convert.padding import fit_vocabulary
 from blip3o_jax.errors import InputError
+from blip3o_jax.kernels.platform import dtype_for
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.parallel.parameters import shardings
 from blip3o_jax.train import steps
@@ -26,12 +27,7 @@ NAMED = 0.9  # share of the word in the row of an image token that it names
 def build_model(cfg: TrainConfig) -> Blip3o:
     """The run's modules; compute is bfloat16 on accelerators and float32 on CPU unless the config
     says otherwise."""
-    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return Blip3o(
-        cfg.blip3o(),
-        dtype=jnp.dtype(default if cfg.dtype == "auto" else cfg.dtype),
-        remat=cfg.remat,
-    )
+    return Blip3o(cfg.blip3o(), jnp.dtype(dtype_for(cfg.dtype)), cfg.remat)
 
 
 def name_tokens(embedding, image_start: int, words):

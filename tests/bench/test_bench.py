@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from blip3o_jax.bench import stages
+from blip3o_jax.bench import stages, timing
 from blip3o_jax.cli import main
 from blip3o_jax.jobs import bench
 from blip3o_jax.parallel.mesh import make_mesh
@@ -19,23 +19,23 @@ def test_a_phase_takes_arithmetic_or_reading_whichever_is_longer():
         stages.Phase(passes=2, flops=100.0, bytes=10.0),
         stages.Phase(passes=3, flops=10.0, bytes=100.0),
     ]
-    assert bench.limit_seconds(phases, gemm=10.0, bandwidth=lambda size: 20.0) == pytest.approx(
+    assert timing.limit_seconds(phases, gemm=10.0, bandwidth=lambda size: 20.0) == pytest.approx(
         2 * 10.0 + 3 * 5.0
     )
     assert (
-        bench.limit_seconds([stages.Phase(1, 50.0, 0)], gemm=10.0, bandwidth=lambda size: 1.0)
+        timing.limit_seconds([stages.Phase(1, 50.0, 0)], gemm=10.0, bandwidth=lambda size: 1.0)
         == 5.0
     )
 
 
 def test_a_row_takes_medians_and_says_how_many_times_faster_we_are():
-    found = bench.row(
+    found = timing.row(
         {"ours": [2.0, 1.0, 9.0], "well": [3.0, 4.0, 5.0]}, limit=1.0, amount=10.0, unit="tokens/s"
     )
     assert found["ratio"] == {"well": 2.0}
     assert found["value"] == {"ours": 5.0, "well": 2.5}
     assert (found["limit"], found["share_of_limit"]) == (10.0, 0.5)
-    assert "| decode | 2 | tokens/s | 5 | 2.5 | 2.00× | 10 | 50 % |" in bench.table(
+    assert "| decode | 2 | tokens/s | 5 | 2.5 | 2.00× | 10 | 50 % |" in timing.table(
         {"decode": {"devices": 2} | found}
     )
 
@@ -53,7 +53,9 @@ def test_the_limit_of_decoding_grows_with_the_weights_read_for_every_token():
 
 @pytest.fixture
 def two_devices(monkeypatch):
-    monkeypatch.setattr(bench, "make_mesh", lambda: make_mesh(devices=jax.devices()[:2]))
+    monkeypatch.setattr(
+        "blip3o_jax.parallel.mesh.make_mesh", lambda: make_mesh(devices=jax.devices()[:2])
+    )
 
 
 def test_our_side_alone(capsys, two_devices):

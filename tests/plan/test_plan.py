@@ -1,31 +1,29 @@
 """plan on the simulated CPU devices, and what is said about a wrong question.
 tests/test_plan_tpu.py has the TPU's compiler."""
 
-import argparse
 import dataclasses
 import json
-import math
 
 import jax
 import pytest
 from flax.traverse_util import flatten_dict
 
 from blip3o_jax import flops
+from blip3o_jax.chips import Chip, parse_topology
 from blip3o_jax.cli import build_parser, main
 from blip3o_jax.errors import InputError
-from blip3o_jax.jobs.plan import search, table
 from blip3o_jax.jobs.train import read_config
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.parallel.batches import check_batch
 from blip3o_jax.parallel.mesh import AXES, make_mesh, mesh_shape
 from blip3o_jax.parallel.parameters import spec
-from blip3o_jax.plan import programs
+from blip3o_jax.plan import estimate, programs
 from blip3o_jax.presets import preset
 from blip3o_jax.resources import CONFIGS
 from blip3o_jax.train.config import TrainConfig
 
 SMALL = {"qwen3.num_hidden_layers": 1, "sana.num_layers": 1, "ta_tok.encoder.num_hidden_layers": 1}
-CHIP = programs.Chip(16, 1, ())
+CHIP = Chip("", 0, 16)
 POD_CONFIGS = ("pretrain_3b", "sft_3b", "pretrain_0_6b")
 
 
@@ -37,7 +35,7 @@ def small(**changes) -> TrainConfig:
 
 def test_bytes_by_kind_are_those_of_the_parts():
     cfg = small(mesh={"data": 8})
-    found = programs.measure(programs.lower_step(cfg, make_mesh(cfg.mesh)), CHIP)["bytes"]
+    found = estimate.measure(programs.lower_step(cfg, make_mesh(cfg.mesh)), CHIP)["bytes"]
     params = Blip3o(cfg.blip3o()).abstract()
     trained = sum(
         leaf.size
@@ -62,7 +60,7 @@ def test_a_cut_halves_and_the_average_is_counted():
     cfg = dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, ema_decay=0.9))
     whole, cut = (programs.lower_step(cfg, make_mesh(mesh)) for mesh in ({"data": 8}, {"fsdp": 8}))
     sizes = [
-        {kind: programs.measure(p, CHIP)["bytes"][kind] for kind in ("parameters", "average")}
+        {kind: estimate.measure(p, CHIP)["bytes"][kind] for kind in ("parameters", "average")}
         for p in (whole, cut)
     ]
     assert sizes[0]["average"] == sizes[0]["parameters"]
@@ -76,7 +74,7 @@ def test_what_the_step_does_not_read_is_there_all_the_same():
     cfg = small(data=dataclasses.replace(cfg.data, row_length=160), mesh={"data": 8})
     program = programs.lower_step(cfg, make_mesh(cfg.mesh))
     assert set(program.arguments[2]) == {"tokens", "start", "codes", "latents"}
-    found = programs.measure(program, CHIP)
+    found = estimate.measure(program, CHIP)
     argument = program.lowered.compile().memory_analysis().argument_size_in_bytes
     params = Blip3o(cfg.blip3o()).abstract()
     encoders = 4 * sum(
@@ -91,20 +89,20 @@ def test_what_the_step_does_not_read_is_there_all_the_same():
 
 def test_a_device_that_is_too_small():
     program = programs.lower_step(small(), make_mesh())
-    assert programs.measure(program, CHIP)["fits"]
-    assert not programs.measure(program, dataclasses.replace(CHIP, hbm=0))["fits"]
+    assert estimate.measure(program, CHIP)["fits"]
+    assert not estimate.measure(program, dataclasses.replace(CHIP, hbm=0))["fits"]
 
 
 def test_time_and_cost_are_arithmetic(monkeypatch):
-    monkeypatch.setattr(programs, "peak_flops", lambda kind: 1e12)
+    monkeypatch.setattr(estimate, "peak_flops", lambda kind: 1e12)
     program = programs.Program(None, (), {}, 8 * 10**12, 16)
-    found = programs.price(
+    found = estimate.price(
         program, jax.devices(), dataclasses.replace(CHIP, devices=2), 0.5, 3600, 2.5
     )
     assert (found["seconds"], found["images_per_second"], found["hours"]) == (2.0, 8.0, 2.0)
     assert (found["chip_hours"], found["dollars"]) == (8.0, 20.0)
-    assert "dollars" not in programs.price(program, jax.devices(), CHIP, 0.5, 1, None)
-    assert "8 chip-hours, $20" in table({"bytes": {}, "fits": True, **found}, CHIP)
+    assert "dollars" not in estimate.price(program, jax.devices(), CHIP, 0.5, 1, None)
+    assert "8 chip-hours, $20" in estimate.table({"bytes": {}, "fits": True, **found}, CHIP)
 
 
 def test_generation_is_lowered_whole():
@@ -141,12 +139,12 @@ def test_generation_is_planned_on_the_mesh_that_generate_takes(options, sizes, m
     """And for a million images, whatever the run's mesh."""
     asked = []
 
-    def planned(program, devices, chip, args, runs):
+    def estimated(program, devices, chip, mfu, runs, dollars):
         asked.append((program.kinds["parameters"], runs))
         return {"bytes": {}, "fits": True}
 
     monkeypatch.setattr(programs, "open_topology", lambda name: (jax.devices(), CHIP))
-    monkeypatch.setattr("blip3o_jax.jobs.plan.planned", planned)
+    monkeypatch.setattr(estimate, "estimate", estimated)
     argv = [
         "--config",
         "emoji_joint",
@@ -172,20 +170,20 @@ def test_search_prefers_less_computed_again_and_then_more_rows(monkeypatch):
     """Which of (remat, rows a device) fit is given; nothing is compiled."""
     tried, fitting = [], {("dots", 1), ("dots", 2), ("full", 1), ("full", 2), ("full", 4)}
 
-    def planned(program, *rest):
+    def estimated(program, *rest):
         tried.append(program)
         return {"bytes": {"total": 1 << 30}, "fits": program in fitting}
 
-    monkeypatch.setattr("blip3o_jax.jobs.plan.planned", planned)
+    monkeypatch.setattr(estimate, "estimate", estimated)
     monkeypatch.setattr(
         programs, "lower_step", lambda cfg, mesh: (cfg.remat, cfg.batch_size // 8 // cfg.accumulate)
     )
-    cfg, _ = search(small(batch_size=64), make_mesh({"fsdp": 8}), [], CHIP, argparse.Namespace())
+    cfg, _ = estimate.search(small(batch_size=64), make_mesh({"fsdp": 8}), [], CHIP, 0.4, None)
     assert (cfg.remat, cfg.accumulate, cfg.batch_size) == ("dots", 4, 64)
     assert tried == [("none", 1), ("dots", 1), ("dots", 2), ("dots", 4)]
     fitting.clear()
     with pytest.raises(InputError, match="Nothing fits"):
-        search(small(batch_size=64), make_mesh({"fsdp": 8}), [], CHIP, argparse.Namespace())
+        estimate.search(small(batch_size=64), make_mesh({"fsdp": 8}), [], CHIP, 0.4, None)
 
 
 @pytest.mark.parametrize("name", POD_CONFIGS)
@@ -206,9 +204,7 @@ def test_pods_divide_the_batch_and_every_parameter(name):
     for topology in namespace["PODS"]:
         cfg = read_config(f"{name}:{topology}", [])
         assert cfg.topology == topology
-        kind, _, layout = topology.partition(":")
-        assert layout in programs.CHIPS[kind].layouts
-        count = programs.CHIPS[kind].devices * math.prod(int(side) for side in layout.split("x"))
+        _, count = parse_topology(topology)
         mesh = jax.sharding.AbstractMesh(mesh_shape(cfg.mesh, count), AXES)
         check_batch(cfg.batch_size, mesh, cfg.accumulate)
         for path, leaf in params.items():
@@ -270,7 +266,7 @@ def test_without_libtpu_the_extra_is_named(monkeypatch, capsys):
 
 def test_the_last_line_is_json(monkeypatch, capsys):
     monkeypatch.setattr(programs, "open_topology", lambda name: (jax.devices(), CHIP))
-    monkeypatch.setattr(programs, "peak_flops", lambda kind: 1e12)
+    monkeypatch.setattr(estimate, "peak_flops", lambda kind: 1e12)
     argv = [
         "plan",
         "--config",

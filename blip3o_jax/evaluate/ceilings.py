@@ -1,0 +1,57 @@
+"""Ceilings of a score: pictures that skip a part of the model, so that its errors do not show."""
+
+import functools
+
+import jax
+import numpy as np
+
+from blip3o_jax.kernels.platform import jit
+from blip3o_jax.parallel.batches import put_batch
+from blip3o_jax.pipeline import Pipeline
+from blip3o_jax.pixels import to_uint8, to_unit
+from blip3o_jax.sample import generate, programs
+from blip3o_jax.sample.settings import Settings
+from blip3o_jax.text import row_length
+
+
+def ceilings(
+    pipeline: Pipeline, prompts: list[str], images: np.ndarray, settings: Settings
+) -> dict[str, np.ndarray]:
+    """Pictures {"autoencoder", "true_tokens"} uint8 [B,H,W,3] from true ones of the same shape.
+
+    "autoencoder" encodes and decodes them; "true_tokens" gives the diffusion part the tokens of the
+    true picture.
+    """
+    model, params = pipeline.model, pipeline.params
+
+    @jit
+    def reconstruct(params, pixels):
+        variables = {"params": params["dc_ae"]}
+        latents = model.dc_ae.apply(variables, to_unit(pixels), method="encode")
+        return to_uint8(model.dc_ae.apply(variables, latents, method="decode"))
+
+    read = jit(functools.partial(generate.read_tokens, model), model.config)
+    _, draw = programs.programs(model)
+    steps = ("num_inference_steps", "guidance_scale", "shift")
+    options = {name: getattr(settings, name) for name in steps}
+
+    # Rows of token ids with the codes open, and the number of each picture's noise.
+    text = pipeline.text
+    encoded = [text.encode_prompt(prompt) for prompt in prompts]
+    codes = np.zeros((len(encoded), model.config.ta_tok.num_tokens), np.int32)
+    rows, start = text.training_rows(encoded, codes, row_length(model.config))
+    keys = np.array([generate.sample_key(0, prompt, 0) for prompt in prompts], np.uint32)
+
+    # Batches of the pipeline's size, the last one padded with the last picture.
+    pictures: dict[str, list[np.ndarray]] = {"autoencoder": [], "true_tokens": []}
+    size = pipeline.batch_size
+    for first in range(0, len(images), size):
+        count = min(size, len(images) - first)
+        index = np.minimum(np.arange(first, first + size), len(images) - 1)
+        batch = put_batch((images[index], rows[index], start[index], keys[index]), pipeline.mesh)
+        with jax.set_mesh(pipeline.mesh):
+            reconstructed = reconstruct(params, batch[0])
+            drawn = draw(params, read(params, *batch[:3]), batch[3], **options)
+        pictures["autoencoder"].append(np.asarray(reconstructed)[:count])
+        pictures["true_tokens"].append(np.asarray(drawn)[:count])
+    return {name: np.concatenate(parts) for name, parts in pictures.items()}

@@ -1,0 +1,60 @@
+"""`evaluate scenes`: held-out prompts of the embedded world, the judge's verdicts on pictures of
+them, and their tables."""
+
+import json
+import pathlib
+
+import numpy as np
+
+from blip3o_jax.pipeline import Sample
+from blip3o_jax.pixels import labelled_sheet
+from blip3o_jax.scenes import prompts, scene
+from blip3o_jax.scenes.config import TAGS, WorldConfig
+
+SHEET = 48  # pictures shown
+DATA_SEED = 1  # of the held-out prompts; training draws from seed 0
+
+
+def heldout(count: int) -> list[tuple[dict, scene.Scene]]:
+    """`count` held-out prompts with a scene each, spread evenly over the six tags of GenEval."""
+    worlds = [WorldConfig(seed=DATA_SEED, weights={tag: 1.0}) for tag in TAGS]
+    return [prompts.sample(worlds[i % len(TAGS)], i, "heldout") for i in range(count)]
+
+
+def table(metadata: list[dict], verdicts: list[dict]) -> dict[str, dict[str, float]]:
+    """Shares of `correct` and `strict` by tag and overall, the mean of the tags as in GenEval."""
+    result = {}
+    for rule in ("correct", "strict"):
+        tags = {
+            tag: [v[rule] for v, m in zip(verdicts, metadata, strict=True) if m["tag"] == tag]
+            for tag in TAGS
+        }
+        rates = {tag: round(float(np.mean(values)), 4) for tag, values in tags.items() if values}
+        result[rule] = {"overall": round(float(np.mean(list(rates.values()))), 4), **rates}
+    return result
+
+
+def write_records(
+    file: pathlib.Path, metadata: list[dict], samples: list[Sample], verdicts: list[dict]
+) -> None:
+    """A JSON line an image: what was asked, the image's index and seed, and the verdict on it."""
+    with file.open("w", encoding="utf-8") as stream:
+        for asked, sample, verdict in zip(metadata, samples, verdicts, strict=True):
+            judged = {key: verdict[key] for key in ("correct", "strict", "score", "reason")}
+            row = {**asked, "index": sample.index, "seed": sample.seed, **judged}
+            stream.write(json.dumps(row) + "\n")
+
+
+def verdict_sheet(images: np.ndarray, metadata: list[dict], verdicts: list[dict]) -> np.ndarray:
+    """`SHEET` pictures spread over all, twice as large, each above a sign and its prompt:
+
+    - `+` right, and nothing else in the picture;
+    - `o` right by GenEval's rules;
+    - `-` wrong.
+    """
+    # an odd step, so that all tags and seeds are shown
+    step = max(1, len(images) // SHEET) | 1
+    shown = [i * step % len(images) for i in range(min(SHEET, len(images)))]
+    signs = ["+" if v["strict"] else "o" if v["correct"] else "-" for v in verdicts]
+    labels = [f"{signs[i]} {metadata[i]['prompt']}" for i in shown]
+    return labelled_sheet(images[shown], labels)

@@ -1,0 +1,175 @@
+"""What a program needs before its pod is paid for: memory of a device, communication, time and
+cost, from the TPU's own compiler.
+
+libtpu (extra [tpu]) is that compiler and runs on any x86 machine.
+"""
+
+import dataclasses
+import logging
+import math
+import time
+
+import jax
+from jax.sharding import Mesh
+
+from blip3o_jax.chips import Chip, peak_flops
+from blip3o_jax.errors import InputError
+from blip3o_jax.parallel.batches import batch_shards, check_batch
+from blip3o_jax.plan import collectives, programs
+from blip3o_jax.plan.programs import Program
+from blip3o_jax.train.config import TrainConfig
+
+GIB = 2**30
+RESERVED = 0.26  # GiB of each device that the runtime keeps
+REMAT = ("none", "dots", "full")  # from the least recomputation to the most
+
+log = logging.getLogger(__name__)
+
+
+def _bytes(tree) -> int:
+    """Bytes on one device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def measure(program: Program, chip: Chip) -> dict:
+    """Compiles a program -> bytes on a device by kind, whether they fit, and the communication of a
+    run where the compiler prints its program.
+
+    What the program does not read (the image encoders, when it trains from a cache) is on the
+    device too. Temporaries include what tiling adds to the arguments.
+    """
+    memory = {kind: _bytes(tree) for kind, tree in program.kinds.items()}
+    try:
+        compiled = program.lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"bytes": memory, "fits": False, "reason": _shortage(str(error))}
+
+    # The compiler drops arguments that are not read: they have no sharding.
+    places = jax.tree.leaves(compiled.input_shardings[0], is_leaf=lambda x: x is None)
+    arguments = zip(jax.tree.leaves(program.arguments), places, strict=True)
+    unread = sum(_bytes(x) for x, place in arguments if place is None)
+    total = compiled.memory_analysis().peak_memory_in_bytes + unread
+    memory |= {"temporary": total - sum(memory.values()), "total": total}
+    fits = total <= (chip.hbm - RESERVED) * GIB
+    return {"bytes": memory, "fits": fits, **_communication(compiled)}
+
+
+def _shortage(message: str) -> str:
+    """The compiler's own sentence about what it needs."""
+    lines = message.splitlines()
+    return next((line.strip() for line in lines if "hbm" in line.lower()), lines[0])
+
+
+def _communication(compiled: jax.stages.Compiled) -> dict:
+    try:
+        return {"communication": collectives.collectives(compiled.as_text())}
+    # libtpu 0.0.42 with jaxlib 0.10.2 cannot print every program
+    except jax.errors.JaxRuntimeError as error:
+        reason = f"this libtpu does not print the program: {str(error).splitlines()[0]}"
+        return {"communication": None, "reason": reason}
+
+
+def price(
+    program: Program, devices: list, chip: Chip, mfu: float, runs: int, dollars: float | None
+) -> dict:
+    """Time and cost of `runs` runs when the devices reach `mfu` of their bfloat16 peak; `dollars`
+    are those of a chip-hour."""
+    seconds = program.flops / (mfu * len(devices) * peak_flops(devices[0].device_kind))
+    hours = runs * seconds / 3600
+    chip_hours = len(devices) // chip.devices * hours
+    cost = {"dollars": dollars * chip_hours} if dollars is not None else {}
+    return {
+        "flops": program.flops,
+        "flops_per_image": program.flops / program.images,
+        "mfu": mfu,
+        "seconds": seconds,
+        "images_per_second": program.images / seconds,
+        "runs": runs,
+        "hours": hours,
+        "chip_hours": chip_hours,
+        **cost,
+    }
+
+
+def estimate(
+    program: Program, devices: list, chip: Chip, mfu: float, runs: int, dollars: float | None
+) -> dict:
+    """`measure`, the seconds that compiling took, and `price` where the FLOPs are counted."""
+    began = time.perf_counter()
+    result = measure(program, chip)
+    result["compile_seconds"] = round(time.perf_counter() - began, 1)
+    if program.flops:
+        result |= price(program, devices, chip, mfu, runs, dollars)
+    return result
+
+
+def search(
+    cfg: TrainConfig, mesh: Mesh, devices: list, chip: Chip, mfu: float, dollars: float | None
+) -> tuple[TrainConfig, dict]:
+    """(best config that fits, its numbers): the least recomputation, then the most rows at once.
+
+    The batch keeps its size, divided into micro-batches; rows double until they do not fit.
+    InputError when nothing fits.
+    """
+    shards, best = batch_shards(mesh), None
+    check_batch(cfg.batch_size, mesh)
+    for remat in REMAT:
+        rows = 1
+        while cfg.batch_size % (shards * rows) == 0:
+            accumulate = cfg.batch_size // (shards * rows)
+            candidate = dataclasses.replace(cfg, remat=remat, accumulate=accumulate)
+            program = programs.lower_step(candidate, mesh)
+            result = estimate(program, devices, chip, mfu, cfg.num_steps, dollars)
+
+            total = result["bytes"].get("total")
+            needs = f"{total / GIB:.2f} GiB" if total else result["reason"]
+            verdict = "fits" if result["fits"] else "does not fit"
+            way = f"remat {remat}, {rows} rows a device x {accumulate}"
+            log.info("%s: %s, %s.", way, needs, verdict)
+            if not result["fits"]:
+                break
+            best, rows = (candidate, result), 2 * rows
+        if best:
+            return best
+    raise InputError(
+        "Nothing fits, not even one row a device with remat full; take a larger fsdp, "
+        "loss.ce_chunk or more chips."
+    )
+
+
+def table(result: dict, chip: Chip) -> str:
+    """The numbers of `estimate` for people."""
+    verdict = f"DOES NOT FIT: {result.get('reason', 'more than that')}"
+    rows = [(kind, f"{size / GIB:>10.3f} GiB") for kind, size in result["bytes"].items()]
+    rows.append(
+        (
+            "of a device",
+            f"{chip.hbm:>10} GiB, {RESERVED} of them reserved: "
+            f"{'fits' if result['fits'] else verdict}",
+        )
+    )
+    for kind, sent in (result.get("communication") or {}).items():
+        rows.append((kind, f"{sent['bytes'] / GIB:>10.3f} GiB in {sent['calls']} calls"))
+    if "flops" in result:
+        cost = f", ${result['dollars']:,.0f}" if "dollars" in result else ""
+        rows += [
+            (
+                "arithmetic",
+                f"{result['flops'] / 1e15:>10.3f} PFLOP a run, "
+                f"{result['flops_per_image'] / 1e12:.2f} TFLOP an image",
+            ),
+            (
+                f"at {result['mfu']:.0%} of peak",
+                f"{result['seconds']:>10.3f} s, {result['images_per_second']:.1f} images/s",
+            ),
+            (
+                "in all",
+                f"{result['hours']:>10.1f} h for {result['runs']:,} runs, "
+                f"{result['chip_hours']:,.0f} chip-hours{cost}",
+            ),
+        ]
+    return "\n".join(f"{name:<22}{text}" for name, text in rows)
