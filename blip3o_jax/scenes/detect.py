@@ -1,5 +1,4 @@
-"""Finds the sprites and letters in a 64x64 picture by template matching, in numpy; the eyes of
-judge.py.
+"""Finds sprites and letters in a 64x64 picture by template matching, in numpy; judge.py's eyes.
 
 Errors are squared differences over a sprite's surroundings, divided by those of the bare ground: 0
 is perfect, 1 as bad as nothing there.
@@ -9,20 +8,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
+from blip3o_jax.scenes import sprites
 from blip3o_jax.scenes.scene import CELL, LOOKS, SIZE, Scene, Thing, compose
-from blip3o_jax.scenes.sprites import (
-    GROUNDS,
-    INK,
-    LETTER_HEIGHT,
-    LETTER_WIDTH,
-    LETTERS,
-    OBJECTS,
-    PLAIN_COLOR,
-    SPRITE,
-    letters,
-    render,
-)
+from blip3o_jax.scenes.sprites import GROUNDS, LETTER_HEIGHT, LETTER_WIDTH, OBJECTS, SPRITE, render
 
 # Chosen by eye on degraded pictures: blur of 1 px and noise of 0.05 pass, even blends of two
 # objects and discs do not.
@@ -51,7 +41,7 @@ class Detection:
     @property
     def plain_color(self) -> str | None:
         """The colour that one would say: a natural apple is red."""
-        return self.color or PLAIN_COLOR.get(self.object)
+        return self.color or sprites.PLAIN_COLOR.get(self.object)
 
 
 @dataclass(frozen=True)
@@ -69,17 +59,20 @@ class Sight:
 def look(image: np.ndarray, text: bool = False) -> Sight:
     """Detections in a picture [64, 64, 3], uint8 or float 0..1, best first; letters from left to
     right instead with `text`."""
+    # The ground, and what differs from it.
     pixels = np.asarray(image, np.float32) / (255 if image.dtype == np.uint8 else 1)
     ground, shade = _find_ground(pixels)
     difference = pixels - shade
     nearest = ground or min(GROUNDS, key=lambda name: _distance(shade, name))
-    found = _find_sprites(difference, nearest)
-    boxes = [(d.row_px, d.column_px, SPRITE, SPRITE) for d in found]
+
+    # Sprites and letters, and what they leave unexplained.
+    detections = _find_sprites(difference, nearest)
+    boxes = [(d.row_px, d.column_px, SPRITE, SPRITE) for d in detections]
     if text:
-        written = _find_letters(difference, nearest)
-        boxes += [(d.row_px, d.column_px, LETTER_HEIGHT, LETTER_WIDTH) for d in written]
-        found += written
-    return Sight(tuple(found), ground, _unexplained(difference, boxes))
+        letters = _find_letters(difference, nearest)
+        boxes += [(d.row_px, d.column_px, LETTER_HEIGHT, LETTER_WIDTH) for d in letters]
+        detections += letters
+    return Sight(tuple(detections), ground, _unexplained(difference, boxes))
 
 
 def detect(image: np.ndarray) -> list[Detection]:
@@ -119,14 +112,13 @@ class _Templates:
 def _templates(ground: str) -> _Templates:
     """What _errors compares with on a ground."""
     shade = np.float32(GROUNDS[ground]) / 255
+    inside = slice(CELL, CELL + SPRITE)
     weighted, energy, masks = [], [], []
     for name in OBJECTS:
         mask = _grown(render(name)[..., 3] > 0.2, MARGIN)[::2, ::2, None]
         masks.append(mask.ravel())
         for color in LOOKS:
-            picture = compose(Scene((Thing(name, color, 1, 1),), ground))[
-                CELL : CELL + SPRITE, CELL : CELL + SPRITE
-            ]
+            picture = compose(Scene((Thing(name, color, 1, 1),), ground))[inside, inside]
             difference = _soften(picture.astype(np.float32) / 255 - shade)[::2, ::2]
             weighted.append((mask * difference).ravel())
             energy.append((mask * difference**2).sum())
@@ -135,15 +127,13 @@ def _templates(ground: str) -> _Templates:
 
 def _grown(mask: np.ndarray, by: int) -> np.ndarray:
     """A mask and what lies within `by` px of it, diagonals included, float32."""
-    views = np.lib.stride_tricks.sliding_window_view(np.pad(mask, by), (2 * by + 1, 2 * by + 1))
+    views = sliding_window_view(np.pad(mask, by), (2 * by + 1, 2 * by + 1))
     return views.max(axis=(2, 3)).astype(np.float32)
 
 
 def _soften(image: np.ndarray) -> np.ndarray:
-    """Blurs [Y, X, C] by 1-2-1 both ways, zero outside.
-
-    Sharpness and noise are not to be judged, and then every second px is enough.
-    """
+    """Blurs [Y, X, C] by 1-2-1 both ways, zero outside: sharpness and noise are not judged, and
+    every second px is then enough."""
     padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
     rows = padded[:-2] + 2 * padded[1:-1] + padded[2:]
     return (rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]) / 16
@@ -152,22 +142,18 @@ def _soften(image: np.ndarray) -> np.ndarray:
 def _errors(softened: np.ndarray, templates: _Templates, step: int = 1) -> np.ndarray:
     """Error of every template at every step-th place of a softened difference: [rows, columns,
     objects, looks]."""
-    views = np.lib.stride_tricks.sliding_window_view(softened, (SPRITE, SPRITE), axis=(0, 1))[
-        ::step, ::step, :, ::2, ::2
-    ]
+    views = sliding_window_view(softened, (SPRITE, SPRITE), axis=(0, 1))
+    views = views[::step, ::step, :, ::2, ::2]
     rows, columns = views.shape[:2]
     flat = views.transpose(0, 1, 3, 4, 2).reshape(rows * columns, -1)
     energy = _product(np.square(flat).reshape(rows * columns, -1, 3).sum(axis=-1), templates.masks)
-    error = (
-        np.repeat(energy, len(LOOKS), axis=1)
-        - 2 * _product(flat, templates.weighted)
-        + templates.energy
-    )
-    return (error / templates.energy).reshape(rows, columns, len(OBJECTS), len(LOOKS))
+    error = np.repeat(energy, len(LOOKS), axis=1) - 2 * _product(flat, templates.weighted)
+    error = (error + templates.energy) / templates.energy
+    return error.reshape(rows, columns, len(OBJECTS), len(LOOKS))
 
 
 def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a @ b.T, three rows at a time: small ones OpenBLAS leaves to one thread, where two would wait
+    """a @ b.T, three rows at a time: OpenBLAS leaves small ones to one thread, where two would wait
     for each other on busy cores."""
     padded = np.pad(a, ((0, -len(a) % 3), (0, 0)))
     return (padded.reshape(-1, 3, a.shape[1]) @ b.T).reshape(len(padded), len(b))[: len(a)]
@@ -179,17 +165,17 @@ def _find_sprites(difference: np.ndarray, ground: str) -> list[Detection]:
     softened, templates = _soften(difference), _templates(ground)
     coarse = _errors(softened, templates, step=2).min(axis=(2, 3))
     places = 2 * np.arange(len(coarse))
-    found = []
+    detections = []
     while coarse.min() < COARSE_ERROR:
         row, column = (2 * int(i) for i in np.unravel_index(coarse.argmin(), coarse.shape))
         detection = _look_closely(softened, templates, row, column)
         if detection:
-            found.append(detection)
+            detections.append(detection)
             row, column = detection.row_px, detection.column_px
         # Sprites may touch, and a sloppy picture may let them overlap by a corner.
         reach = 16 if detection else 6
         coarse[np.ix_(abs(places - row) < reach, abs(places - column) < reach)] = np.inf
-    return sorted(found, key=lambda d: d.error)
+    return sorted(detections, key=lambda d: d.error)
 
 
 def _look_closely(
@@ -203,9 +189,8 @@ def _look_closely(
     i, j, which, look = (int(n) for n in np.unravel_index(errors.argmin(), errors.shape))
     error = float(errors[i, j, which, look])
     rival = np.delete(errors, which, axis=2).min()
-    disc = _disc_error(
-        softened[top + i :, left + j :], which, templates.energy[which * len(LOOKS) + look]
-    )
+    energy = templates.energy[which * len(LOOKS) + look]
+    disc = _disc_error(softened[top + i :, left + j :], which, energy)
     if error > min(MOST_ERROR, MOST_OF_RIVAL * min(rival, disc)):
         return None
     return Detection(OBJECTS[which], LOOKS[look], top + i, left + j, max(error, 0.0))
@@ -224,56 +209,42 @@ def _disc_error(softened: np.ndarray, which: int, energy: float) -> float:
     """Error of a plain disc in its own mean colour, in the same unit."""
     window, disc = softened[:SPRITE:2, :SPRITE:2], _disc(which)[::2, ::2]
     inside = window[disc]
-    return float(
-        (np.square(window).sum() - len(inside) * np.square(inside.mean(axis=0)).sum()) / energy
-    )
+    explained = len(inside) * np.square(inside.mean(axis=0)).sum()
+    return float((np.square(window).sum() - explained) / energy)
 
 
 def _find_letters(difference: np.ndarray, ground: str) -> list[Detection]:
     """Letters, greedily, then in reading order: lines from above, each from left to right."""
-    ink = INK - np.float32(GROUNDS[ground]) / 255
+    # How much ink covers each pixel, and the error of each letter at each place.
+    ink = sprites.INK - np.float32(GROUNDS[ground]) / 255
     cover = _soften(np.clip(difference @ ink / (ink @ ink), 0, 1)[..., None])[..., 0]
-    windows = np.lib.stride_tricks.sliding_window_view(cover, (LETTER_HEIGHT, LETTER_WIDTH))
+    windows = sliding_window_view(cover, (LETTER_HEIGHT, LETTER_WIDTH))
     rows, columns = windows.shape[:2]
-    flat, shapes = (
-        windows.reshape(rows * columns, -1),
-        np.stack([_soften(letter[..., None]).ravel() for letter in letters()]),
-    )
+    flat = windows.reshape(rows * columns, -1)
+    shapes = np.stack([_soften(letter[..., None]).ravel() for letter in sprites.letters()])
     energy = np.square(shapes).sum(axis=1)
     errors = (np.square(flat).sum(axis=1)[:, None] - 2 * _product(flat, shapes) + energy) / energy
-    best, which = (
-        errors.min(axis=1).reshape(rows, columns),
-        errors.argmin(axis=1).reshape(rows, columns),
-    )
-    found = []
+    best = errors.min(axis=1).reshape(rows, columns)
+    which = errors.argmin(axis=1).reshape(rows, columns)
+
+    # The best place of all, then its surroundings are closed; and so on.
+    detections = []
     while best.min() < MOST_LETTER_ERROR:
         row, column = (int(i) for i in np.unravel_index(best.argmin(), best.shape))
-        found.append(
-            Detection(
-                LETTERS[which[row, column]], None, row, column, max(float(best[row, column]), 0.0)
-            )
-        )
+        letter = sprites.LETTERS[which[row, column]]
+        error = max(float(best[row, column]), 0.0)
+        detections.append(Detection(letter, None, row, column, error))
         best[max(row - 11, 0) : row + 12, max(column - 5, 0) : column + 6] = np.inf
-    return sorted(found, key=lambda d: (round(d.row_px / LETTER_HEIGHT), d.column_px))
+    return sorted(detections, key=lambda d: (round(d.row_px / LETTER_HEIGHT), d.column_px))
 
 
 def _unexplained(difference: np.ndarray, boxes: list[tuple[int, int, int, int]]) -> int:
     """Area in px that differs from the ground outside the boxes (row, column, height, width) and 2
     px around them."""
-    foreground = np.repeat(
-        np.repeat(
-            np.linalg.norm(
-                difference.reshape(SIZE // 2, 2, SIZE // 2, 2, 3).mean(axis=(1, 3)), axis=-1
-            )
-            > FOREGROUND_DISTANCE,
-            2,
-            0,
-        ),
-        2,
-        1,
-    )
+    blocks = difference.reshape(SIZE // 2, 2, SIZE // 2, 2, 3).mean(axis=(1, 3))
+    foreground = np.linalg.norm(blocks, axis=-1) > FOREGROUND_DISTANCE
+    foreground = foreground.repeat(2, axis=0).repeat(2, axis=1)
     for row, column, height, width in boxes:
-        foreground[max(row - 2, 0) : row + height + 2, max(column - 2, 0) : column + width + 2] = (
-            False
-        )
+        rows = slice(max(row - 2, 0), row + height + 2)
+        foreground[rows, max(column - 2, 0) : column + width + 2] = False
     return int(foreground.sum())

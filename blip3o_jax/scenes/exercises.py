@@ -1,16 +1,14 @@
-"""What the transformer practises before it is shown pictures; rows of tokens alone, made as they
-are needed.
+"""What the transformer is pretrained on before it sees pictures: rows of tokens, made on demand.
 
-    recital    words, and the same words again as image tokens, forwards or, by another sign,
-    backwards
-    sketch     a scene's prompt, then each sprite's first three patches, at their places
-    picture    a scene's prompt and all of its image
+- recital: words, and the same words again as image tokens, forwards or, after another sign,
+  backwards;
+- sketch: a scene's prompt, then each sprite's first three patches, at their places;
+- picture: a scene's prompt and all of its image.
 
-To say words again, one after the other from either end, is what Qwen3 brings along from text. A
-transformer that starts at random finds it in a recital within a hundred steps, as there is nothing
-to learn by heart, and then in sketches and pictures, whose things follow the order of the prompt
-(prompts._layouts). In pictures alone it is hidden: which of two colours is whose is one bit among a
-hundred tokens.
+A pretrained Qwen3 can already copy words in either order. A transformer that starts at random
+learns it from recitals within a hundred steps, as there is nothing to memorise, and then applies it
+to sketches and pictures, whose things follow the order of the prompt (prompts._layouts). From
+pictures alone it hardly does: which colour belongs to which object is one bit in a hundred tokens.
 
 No scene holds a held-out combination, and no recital both words of one (of things, of thing and
 colour, of thing and ground).
@@ -37,7 +35,7 @@ Row = tuple[list[int], list[int], list[float]]
 
 @lru_cache
 def _forbidden() -> frozenset[frozenset[str]]:
-    """Pairs of words that no recital may hold: the held-out combinations, unordered."""
+    """Pairs of words that no recital may hold."""
     held = held_out()
     return frozenset(map(frozenset, (*held.pairs, *held.colors, *held.grounds)))
 
@@ -53,33 +51,33 @@ def name_ids(text: Text) -> np.ndarray:
 @lru_cache
 def _said(text: Text) -> dict[int, int]:
     """Id of a word -> id of the first image token that is named by it."""
-    found: dict[int, int] = {}
+    first: dict[int, int] = {}
     for code, word in enumerate(name_ids(text).tolist()):
         if word >= 0:
-            found.setdefault(word, text.vocab.image_start_token_id + code)
-    return found
+            first.setdefault(word, text.vocab.image_start_token_id + code)
+    return first
 
 
 @lru_cache
 def _words(text: Text) -> tuple[np.ndarray, np.ndarray]:
     """Ids of the words that image tokens say, and of all others."""
     said = _said(text)
-    return np.array(list(said)), np.array(
-        [i for i in range(256, text.vocab.pad_token_id) if i not in said]
-    )
+    others = [i for i in range(256, text.vocab.pad_token_id) if i not in said]
+    return np.array(list(said)), np.array(others)
 
 
 def _recital(rng: np.random.Generator, text: Text) -> Row:
-    said, forbidden = _said(text), _forbidden()
-    words: list[int] = []
-    names: list[str] = []
-    known, others = _words(text)
+    said = _said(text)
+    shown, others = _words(text)
+    # Distinct words, mostly of those that image tokens say, none of a held-out pair.
+    words: dict[int, str] = {}
     while len(words) < RECITED:
-        word = int(rng.choice(known if rng.random() < 0.75 else others))
+        word = int(rng.choice(shown if rng.random() < 0.75 else others))
         name = text.tokenizer.id_to_token(word).removeprefix("Ġ")
-        if word not in words and not any(frozenset((name, other)) in forbidden for other in names):
-            words.append(word)
-            names.append(name)
+        pairs = {frozenset((name, other)) for other in words.values()}
+        if word not in words and not pairs & _forbidden():
+            words[word] = name
+    # The same again, at random places of the image.
     backwards = rng.random() < 0.5
     # a prompt ends with both
     signs = [text.vocab.image_start_tag_id] + [text.vocab.scale_start_token_id] * backwards

@@ -41,14 +41,12 @@ class HeldOut:
         ]
 
 
-def _choose(
-    rng: np.random.Generator,
-    candidates: Iterable,
-    number: int,
-    allowed: Callable[[list, tuple], bool],
-) -> list:
+Rule = Callable[[list, tuple], bool]  # whether a candidate may be chosen beside others
+
+
+def _choose(rng: np.random.Generator, candidates: Iterable, number: int, allowed: Rule) -> list:
     """`number` candidates in random order, each `allowed` beside those chosen before; starts over
-    if that got stuck."""
+    if that gets stuck."""
     candidates = list(candidates)
     while True:
         chosen: list = []
@@ -59,14 +57,13 @@ def _choose(
             return chosen
 
 
-def _at_most(*limits: int) -> Callable[[list, tuple], bool]:
-    """Rule: the i-th member of a combination occurs at most limits[i] times at that place, so that
+def _at_most(*limits: int) -> Rule:
+    """The i-th member of a combination occurs at most limits[i] times at that place, so that
     nothing is held out lopsidedly."""
 
     def allowed(chosen: list, candidate: tuple) -> bool:
-        return all(
-            sum(c[i] == candidate[i] for c in chosen) < limit for i, limit in enumerate(limits)
-        )
+        counts = [sum(c[i] == part for c in chosen) for i, part in enumerate(candidate)]
+        return all(count < limit for count, limit in zip(counts, limits, strict=True))
 
     return allowed
 
@@ -81,14 +78,12 @@ def held_out() -> HeldOut:
     (object, ground), 30 words."""
     rng = np.random.Generator(np.random.Philox(SEED))
     # A natural apple is red, so a red one would not be unseen.
-    tinted = [
-        (name, color) for name, color in product(OBJECTS, COLORS) if PLAIN_COLOR.get(name) != color
-    ]
+    tinted = [pair for pair in product(OBJECTS, COLORS) if PLAIN_COLOR.get(pair[0]) != pair[1]]
+    colors = _choose(rng, tinted, 20, _at_most(1, 4))
+    pairs = _choose(rng, combinations(OBJECTS, 2), 42, _three_partners)
     return HeldOut(
-        colors=frozenset(_choose(rng, tinted, 20, _at_most(1, 4))),
-        pairs=frozenset(
-            map(frozenset, _choose(rng, combinations(OBJECTS, 2), 42, _three_partners))
-        ),
+        colors=frozenset(colors),
+        pairs=frozenset(map(frozenset, pairs)),
         counts=frozenset(_choose(rng, product(OBJECTS, COUNTS), 8, _at_most(1, 3))),
         grounds=frozenset(_choose(rng, product(OBJECTS, GROUNDS), 21, _at_most(1, 5))),
         words=frozenset(WORDS[i] for i in rng.choice(len(WORDS), 30, replace=False)),

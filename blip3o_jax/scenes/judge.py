@@ -15,17 +15,18 @@ MOST_UNEXPLAINED = 48  # px
 
 
 def judge(image: np.ndarray, metadata: Mapping) -> dict:
-    """The verdict on a picture [64, 64, 3], uint8 or float 0..1.
+    """The verdict on a picture [64, 64, 3], uint8 or float 0..1:
 
-    correct: GenEval's original rules: at least `count` of each class, those with the least error in
-    the right colour and position, and
-        fewer than `count` of the excluded. For the tag "text": the letters read, in order, are the
-        word.
-    strict: correct, exactly the counts asked for, nothing else in the picture, and the ground that
-    the prompt names. score: the dense reward of GenEval-trained models in 0..1: the mean over what
-    was asked of how nearly it was met. detections, reason: what was seen, and in words what is
-    wrong ("" if strict).
+    - correct: GenEval's original rules: at least `count` of each class, those with the least error
+      in the right colour and position, and fewer than `count` of the excluded. For the tag "text":
+      the letters read, in order, are the word.
+    - strict: correct, exactly the counts asked for, nothing else in the picture, and the ground
+      that the prompt names.
+    - score: the dense reward of GenEval-trained models in 0..1: the mean over what was asked of how
+      nearly it was met.
+    - detections, reason: what was seen, and in words what is wrong ("" if strict).
     """
+    # What is in the picture.
     text = metadata["tag"] == "text"
     sight = look(image, text)
     letters = [d for d in sight.detections if d.object in LETTERS]
@@ -33,10 +34,15 @@ def judge(image: np.ndarray, metadata: Mapping) -> dict:
     for detection in sight.detections:
         if detection.object not in LETTERS:
             objects.setdefault(detection.object, []).append(detection)
-    wrong, score = (
-        _judge_word(letters, metadata["word"]) if text else _judge_objects(objects, metadata)
-    )
+
+    # GenEval's rules, or the word.
+    if text:
+        wrong, score = _judge_word(letters, metadata["word"])
+    else:
+        wrong, score = _judge_objects(objects, metadata)
     correct = not wrong
+
+    # What strict asks besides.
     asked: dict[str, int] = {}
     for item in metadata["include"]:
         asked[item["class"]] = asked.get(item["class"], 0) + item["count"]
@@ -68,71 +74,65 @@ def _judge_objects(
     """What breaks GenEval's rules, and the dense score."""
     wrong: list[str] = []
     scores: list[float] = []
-    groups: list[list[Detection] | None] = []
+    groups: list[list[Detection] | None] = []  # of each item asked for, those that meet it
     for item in metadata["include"]:
+        # Counts.
         name, count = item["class"], item["count"]
         everything = objects.get(name, [])
-        found = everything[:count]
+        best = everything[:count]
         scores.append(_nearness(len(everything), count))
-        matched = len(found) == count
+        matched = len(best) == count
         if not matched:
-            wrong.append(f"{len(found)} {name} instead of {count}")
+            wrong.append(f"{len(best)} {name} instead of {count}")
             scores += [0.0] * (("color" in item) + ("position" in item))
+
+        # Colours.
         if matched and "color" in item:
-            colors = [d.plain_color for d in found]
+            colors = [d.plain_color for d in best]
             right = colors.count(item["color"])
             scores.append(_nearness(right, count))
             if right < count:
                 matched = False
-                wrong.append(
-                    f"{name} is {', '.join(color or 'natural' for color in colors)} "
-                    f"instead of {item['color']}"
-                )
+                seen = ", ".join(color or "natural" for color in colors)
+                wrong.append(f"{name} is {seen} instead of {item['color']}")
+
+        # Position, relative to an item that came before.
         if matched and "position" in item:
             relation, target = item["position"]
             others = groups[target]
             matched = others is not None and all(
-                relation in _relations(a, b) for a in found for b in others
+                relation in _relations(a, b) for a in best for b in others
             )
             if not matched:
-                seen = (
-                    "nothing to relate to"
-                    if others is None
-                    else " and ".join(sorted(_relations(found[0], others[0]))) or "too near"
-                )
+                seen = "nothing to relate to"
+                if others is not None:
+                    seen = " and ".join(sorted(_relations(best[0], others[0]))) or "too near"
                 wrong.append(f"{name}: {seen} instead of {relation}")
             scores.append(float(matched))
-        elif "position" in item and len(found) == count:
+        elif "position" in item and len(best) == count:
             scores.append(0.0)
-        groups.append(found if matched else None)
+        groups.append(best if matched else None)
     for item in metadata.get("exclude", []):
-        if len(objects.get(item["class"], [])) >= item["count"]:
-            wrong.append(
-                f"{len(objects[item['class']])} {item['class']}, should be less than "
-                f"{item['count']}"
-            )
+        name, count = item["class"], item["count"]
+        if (number := len(objects.get(name, []))) >= count:
+            wrong.append(f"{number} {name}, should be less than {count}")
     return wrong, sum(scores) / len(scores)
 
 
-def _nearness(found: int, count: int) -> float:
-    return max(1 - abs(count - found) / count, 0.0)
+def _nearness(number: int, count: int) -> float:
+    return max(1 - abs(count - number) / count, 0.0)
 
 
 def _relations(a: Detection, b: Detection) -> set[str]:
-    """How `a` lies to `b`, by GenEval's rule: beyond the margin, and within 60 degrees of the
-    direction."""
+    """Where `a` is as seen from `b`, by GenEval's rule: beyond the margin, and within 60 degrees of
+    the direction."""
     offset = np.array([a.column_px - b.column_px, a.row_px - b.row_px], np.float64)
     beyond = np.maximum(abs(offset) - POSITION_MARGIN * 2 * SPRITE, 0) * np.sign(offset)
     if not beyond.any():
         return set()
     right, down = beyond / np.linalg.norm(offset)
-    holds = {
-        "left of": right < -0.5,
-        "right of": right > 0.5,
-        "above": down < -0.5,
-        "below": down > 0.5,
-    }
-    return {name for name, true in holds.items() if true}
+    shares = {"left of": -right, "right of": right, "above": -down, "below": down}
+    return {name for name, share in shares.items() if share > 0.5}
 
 
 def _judge_word(letters: list[Detection], word: str) -> tuple[list[str], float]:
@@ -141,9 +141,8 @@ def _judge_word(letters: list[Detection], word: str) -> tuple[list[str], float]:
     distances = list(range(len(word) + 1))
     for i, letter in enumerate(written):
         row = [i + 1]
-        for j, wanted in enumerate(word):
-            row.append(min(distances[j] + (letter != wanted), distances[j + 1] + 1, row[j] + 1))
+        for j, right in enumerate(word):
+            row.append(min(distances[j] + (letter != right), distances[j + 1] + 1, row[j] + 1))
         distances = row
-    return ([] if written == word else [f'"{written}" instead of "{word}"']), max(
-        1 - distances[-1] / len(word), 0.0
-    )
+    wrong = [] if written == word else [f'"{written}" instead of "{word}"']
+    return wrong, max(1 - distances[-1] / len(word), 0.0)

@@ -3,7 +3,7 @@ pure function of (seed, index)."""
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 
@@ -56,37 +56,35 @@ def _make(
     rng: Rng, tag: str, split: str, named_ground: float, extra: bool = False, photo: bool = False
 ) -> tuple[dict, Scene]:
     """Draws nouns for the tag until the split allows them, then ground, places and words."""
-    held = held_out()
     training = split == "train"
     named = rng.random() < named_ground or (not training and tag == "single_object")
     new_color = rng.random() < 0.5  # heldout color_attr: is a colour unseen too?
+    # The kinds of held-out combinations that a prompt of the split has, no more and no less.
+    kinds = {
+        "colors": ["color"],
+        "counting": ["count"],
+        "single_object": ["ground"],
+        "color_attr": ["color", "pair"] if new_color else ["pair"],
+    }
+    allowed = [] if training else kinds.get(tag, ["pair"])
     while True:
         nouns = _nouns(rng, tag, extra)
         ground = _pick(rng, list(GROUNDS))
-        # The plain layout stands for any: what is held out does not depend on places.
-        found = held.found(Scene(tuple(Thing(name, color, 0, 0) for name, color in nouns), ground))
-        kinds = sorted(_kind(combination) for combination in found)
-        if training and not found:
-            break
-        wanted = {
-            "colors": ["color"],
-            "counting": ["count"],
-            "single_object": ["ground"],
-            "color_attr": ["color", "pair"] if new_color else ["pair"],
-        }
-        if not training and kinds == wanted.get(tag, ["pair"]):
+        # Any layout will do here: what is held out does not depend on places.
+        things = tuple(Thing(name, color, 0, 0) for name, color in nouns)
+        held = held_out().found(Scene(things, ground))
+        if sorted(_kind(combination) for combination in held) == allowed:
             break
     relation = _pick(rng, list(RELATIONS)) if tag == "position" else None
-    cells = _cells(rng, len(nouns), relation)
-    scene = Scene(
-        tuple(Thing(name, color, *cell) for (name, color), cell in zip(nouns, cells, strict=True)),
-        ground,
-    )
-    return _metadata(tag, nouns, relation, ground if named else None, extra, photo), scene
+    layouts = _layouts(len(nouns), relation)
+    cells = layouts[rng.integers(len(layouts))]
+    things = tuple(Thing(*noun, *cell) for noun, cell in zip(nouns, cells, strict=True))
+    metadata = _metadata(tag, nouns, relation, ground if named else None, extra, photo)
+    return metadata, Scene(things, ground)
 
 
 def _kind(combination) -> str:
-    """Which of HeldOut's sets a found combination belongs to."""
+    """Which of HeldOut's sets a combination belongs to."""
     if isinstance(combination, frozenset):
         return "pair"
     second = combination[1]
@@ -102,28 +100,21 @@ def _nouns(rng: Rng, tag: str, extra: bool) -> list[Noun]:
     if extra and tag != "position":
         number = int(rng.integers(3, 5))
     names = [OBJECTS[i] for i in rng.choice(len(OBJECTS), number, replace=False)]
-    colored = tag in ("colors", "color_attr") or (tag == "position" and extra)
-    colors = (
-        [COLORS[i] for i in rng.choice(len(COLORS), number, replace=False)]
-        if colored
-        else [None] * number
-    )
+    colors = [None] * number
+    if tag in ("colors", "color_attr") or (tag == "position" and extra):
+        colors = [COLORS[i] for i in rng.choice(len(COLORS), number, replace=False)]
     return list(zip(names, colors, strict=True))
-
-
-def _phrases(nouns: list[Noun]) -> list[str]:
-    return [_with_article(f"{color} {name}" if color else name) for name, color in nouns]
 
 
 def describe(nouns: list[Noun], relation: str | None = None, ground: str | None = None) -> str:
     """Words for things: "a red key, a hat and a blue cat on gray", or "a hat left of a cat"."""
-    phrases = _phrases(nouns)
+    names = [f"{color} {name}" if color else name for name, color in nouns]
+    phrases = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names]
+    *others, last = phrases
     if relation:
         phrase = f"{phrases[0]} {relation} {phrases[1]}"
     else:
-        phrase = " and ".join(
-            [", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases
-        )
+        phrase = f"{', '.join(others)} and {last}" if others else last
     return phrase + (f" on {ground}" if ground else "")
 
 
@@ -131,9 +122,8 @@ def _metadata(
     tag: str, nouns: list[Noun], relation: str | None, ground: str | None, extra: bool, photo: bool
 ) -> dict:
     """GenEval's dictionary and the prompt's words."""
-    include = [
-        {"class": name, "count": 1} | ({"color": color} if color else {}) for name, color in nouns
-    ]
+    include = [{"class": name, "count": 1, "color": color} for name, color in nouns]
+    include = [{k: v for k, v in item.items() if v is not None} for item in include]
     metadata = {"tag": tag, "include": include}
     if tag == "counting":
         name, color = nouns[0]
@@ -146,9 +136,7 @@ def _metadata(
         phrase = describe(nouns, relation)
     else:
         phrase = describe(nouns)
-    metadata["prompt"] = (
-        ("a photo of " if photo else "") + phrase + (f" on {ground}" if ground else "")
-    )
+    metadata["prompt"] = "a photo of " * photo + phrase + (f" on {ground}" if ground else "")
     if ground:
         metadata["ground"] = ground
     if extra:
@@ -157,7 +145,7 @@ def _metadata(
 
 
 def _write(rng: Rng, training: bool, named_ground: float) -> tuple[dict, Scene]:
-    """A word to be written: training half the time a known one, half the time random letters;
+    """A word to be written: in training half the time one of WORDS, half the time random letters;
     otherwise one held out."""
     unseen = held_out().words
     while True:
@@ -167,14 +155,12 @@ def _write(rng: Rng, training: bool, named_ground: float) -> tuple[dict, Scene]:
             word = "".join(LETTERS[i] for i in rng.integers(len(LETTERS), size=rng.integers(2, 7)))
         if not training or word not in unseen:
             break
-    ground, named = _pick(rng, list(GROUNDS)), rng.random() < named_ground
-    metadata = {
-        "tag": "text",
-        "include": [],
-        "word": word,
-        "prompt": f'the word "{word}"' + (f" on {ground}" if named else ""),
-    }
-    return metadata | ({"ground": ground} if named else {}), Scene((), ground, word)
+    ground = _pick(rng, list(GROUNDS))
+    metadata = {"tag": "text", "include": [], "word": word, "prompt": f'the word "{word}"'}
+    if rng.random() < named_ground:
+        metadata["prompt"] += f" on {ground}"
+        metadata["ground"] = ground
+    return metadata, Scene((), ground, word)
 
 
 @lru_cache
@@ -184,7 +170,7 @@ def _layouts(number: int, relation: str | None) -> tuple[tuple[tuple[int, int], 
     They follow each other as one reads, row by row, in the order in which the prompt names them;
     with a relation, first is `relation` second beyond doubt, and the left or upper one comes first.
     """
-    cells = [(row, column) for row in range(POSITIONS) for column in range(POSITIONS)]
+    cells = list(product(range(POSITIONS), repeat=2))
     if relation is not None:
         # GenEval's rule wants a direction within 60 degrees; here the other way is at most half as
         # far, as people draw it.
@@ -194,27 +180,14 @@ def _layouts(number: int, relation: str | None) -> tuple[tuple[tuple[int, int], 
             "above": lambda down, right: down <= -SPAN and 2 * abs(right) <= -down,
             "below": lambda down, right: down >= SPAN and 2 * abs(right) <= down,
         }
-        return tuple(
-            (a, b) for a in cells for b in cells if holds[relation](a[0] - b[0], a[1] - b[1])
-        )
+        pairs = product(cells, cells)
+        return tuple((a, b) for a, b in pairs if holds[relation](a[0] - b[0], a[1] - b[1]))
 
-    def apart(a: tuple[int, int], b: tuple[int, int]) -> bool:
-        return max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= SPAN
+    def apart(layout) -> bool:
+        pairs = combinations(layout, 2)
+        return all(max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= SPAN for a, b in pairs)
 
-    return tuple(
-        layout
-        for layout in combinations(cells, number)
-        if all(apart(a, b) for a, b in combinations(layout, 2))
-    )
-
-
-def _cells(rng: Rng, number: int, relation: str | None) -> list[tuple[int, int]]:
-    layouts = _layouts(number, relation)
-    return list(layouts[rng.integers(len(layouts))])
-
-
-def _with_article(phrase: str) -> str:
-    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+    return tuple(filter(apart, combinations(cells, number)))
 
 
 def _pick(rng: Rng, values: list, shares=None):

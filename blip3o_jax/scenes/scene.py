@@ -7,18 +7,8 @@ from functools import lru_cache
 import numpy as np
 
 from blip3o_jax.errors import InputError
-from blip3o_jax.scenes.sprites import (
-    COLORS,
-    GROUNDS,
-    INK,
-    LETTER_HEIGHT,
-    LETTER_WIDTH,
-    LETTERS,
-    OBJECTS,
-    SPRITE,
-    letters,
-    render,
-)
+from blip3o_jax.scenes import sprites
+from blip3o_jax.scenes.sprites import COLORS, GROUNDS, LETTER_WIDTH, LETTERS, OBJECTS, SPRITE
 
 SIZE = 64  # px, both sides of the picture
 CELL = 8  # px, the grid's step and the patch
@@ -26,6 +16,7 @@ PATCHES = SIZE // CELL
 SPAN = SPRITE // CELL  # cells that a sprite covers, each way
 POSITIONS = PATCHES - SPAN + 1  # rows and columns where its top-left cell may be
 LONGEST_WORD = SIZE // LETTER_WIDTH
+LETTER_SPAN = sprites.LETTER_HEIGHT // CELL  # cells that a letter covers, from top to bottom
 
 LOOKS = (None, *COLORS)  # None: natural
 # What a patch can be called: even patches of a sprite say what it is, odd ones its colour, so that
@@ -66,56 +57,56 @@ class Scene:
 
 def word_cell(word: str) -> tuple[int, int]:
     """The cell (row, column) of the top half of the word's first letter."""
-    return (PATCHES - LETTER_HEIGHT // CELL) // 2, (LONGEST_WORD - len(word)) // 2
+    return (PATCHES - LETTER_SPAN) // 2, (LONGEST_WORD - len(word)) // 2
 
 
-def _occupied(scene: Scene) -> list[tuple[int, int, int, int]]:
-    """(row, column, height, width) in cells of all that is drawn; raises InputError if the scene
-    cannot be drawn."""
+def _check(scene: Scene) -> None:
+    """InputError for a scene that cannot be drawn."""
     if scene.ground not in GROUNDS:
-        raise InputError(f"ground {scene.ground!r} is none of {', '.join(GROUNDS)}.")
+        raise InputError(f"The ground {scene.ground!r} is not one of {', '.join(GROUNDS)}.")
     boxes = []
     for thing in scene.things:
         if thing.object not in OBJECTS or thing.color not in LOOKS:
             raise InputError(
-                f"no sprite for {thing.color or 'natural'} {thing.object!r}; see "
+                f"There is no sprite for {thing.color or 'natural'} {thing.object!r}; see "
                 "scenes.sprites OBJECTS and COLORS."
             )
         boxes.append((thing.row, thing.column, SPAN, SPAN))
     if scene.word is not None:
         if not 0 < len(scene.word) <= LONGEST_WORD or set(scene.word) - set(LETTERS):
-            raise InputError(f"word {scene.word!r} must be 1 to {LONGEST_WORD} letters A-Z.")
-        boxes.append((*word_cell(scene.word), LETTER_HEIGHT // CELL, len(scene.word)))
-    taken = np.zeros((PATCHES, PATCHES), int)
+            raise InputError(f"The word {scene.word!r} must be 1 to {LONGEST_WORD} letters A-Z.")
+        boxes.append((*word_cell(scene.word), LETTER_SPAN, len(scene.word)))
+
+    # Everything is inside the picture, and each cell belongs to one thing.
+    covers = np.zeros((PATCHES, PATCHES), int)
     for row, column, height, width in boxes:
         if min(row, column) < 0 or row + height > PATCHES or column + width > PATCHES:
-            raise InputError(f"cell ({row}, {column}) puts a thing outside the picture.")
-        taken[row : row + height, column : column + width] += 1
-    if taken.max(initial=0) > 1:
-        raise InputError("things of a scene must not overlap.")
-    return boxes
+            raise InputError(f"The cell ({row}, {column}) puts a thing outside the picture.")
+        covers[row : row + height, column : column + width] += 1
+    if covers.max(initial=0) > 1:
+        raise InputError("Things of a scene must not overlap.")
 
 
 @lru_cache(maxsize=2048)
 def _on_ground(name: str, color: str | None, ground: str) -> np.ndarray:
     """A sprite composed over a ground, uint8 [24, 24, 3]."""
-    rgba = render(name, color)
+    rgba = sprites.render(name, color)
     alpha = rgba[..., 3:]
-    return np.rint(rgba[..., :3] * alpha * 255 + np.float32(GROUNDS[ground]) * (1 - alpha)).astype(
-        np.uint8
-    )
+    mixed = rgba[..., :3] * alpha * 255 + np.float32(GROUNDS[ground]) * (1 - alpha)
+    return np.rint(mixed).astype(np.uint8)
 
 
 @lru_cache(maxsize=256)
 def _letter_on_ground(letter: str, ground: str) -> np.ndarray:
     """A letter in ink over a ground, uint8 [16, 8, 3]."""
-    cover = letters()[LETTERS.index(letter)][..., None]
-    return np.rint(INK * 255 * cover + np.float32(GROUNDS[ground]) * (1 - cover)).astype(np.uint8)
+    cover = sprites.letters()[LETTERS.index(letter)][..., None]
+    mixed = sprites.INK * 255 * cover + np.float32(GROUNDS[ground]) * (1 - cover)
+    return np.rint(mixed).astype(np.uint8)
 
 
 def compose(scene: Scene) -> np.ndarray:
-    """The scene's pixels, uint8 [64, 64, 3]; raises InputError for one that cannot be drawn."""
-    _occupied(scene)
+    """The scene's pixels, uint8 [64, 64, 3]; InputError for one that cannot be drawn."""
+    _check(scene)
     image = np.empty((SIZE, SIZE, 3), np.uint8)
     image[:] = GROUNDS[scene.ground]
     for thing in scene.things:
@@ -123,11 +114,8 @@ def compose(scene: Scene) -> np.ndarray:
         image[y : y + SPRITE, x : x + SPRITE] = _on_ground(thing.object, thing.color, scene.ground)
     if scene.word:
         y, x = (CELL * c for c in word_cell(scene.word))
-        for i, letter in enumerate(scene.word):
-            left = x + i * LETTER_WIDTH
-            image[y : y + LETTER_HEIGHT, left : left + LETTER_WIDTH] = _letter_on_ground(
-                letter, scene.ground
-            )
+        word = np.concatenate([_letter_on_ground(c, scene.ground) for c in scene.word], axis=1)
+        image[y : y + word.shape[0], x : x + word.shape[1]] = word
     return image
 
 
@@ -137,19 +125,17 @@ def patch_words(scene: Scene) -> np.ndarray:
     A sprite's nine patches, row by row: the even ones name the object and their place in it, the
     odd ones its look and their place.
     """
-    _occupied(scene)
+    _check(scene)
     words = np.full((PATCHES, PATCHES), _FIRST_GROUND + list(GROUNDS).index(scene.ground), np.uint8)
+    place = np.arange(SPAN * SPAN)
     for thing in scene.things:
-        place = np.arange(SPAN * SPAN)
         of_object = 5 * OBJECTS.index(thing.object) + place // 2
         of_look = _FIRST_LOOK + 4 * LOOKS.index(thing.color) + place // 2
-        words[thing.row : thing.row + SPAN, thing.column : thing.column + SPAN] = np.where(
-            place % 2, of_look, of_object
-        ).reshape(SPAN, SPAN)
+        names = np.where(place % 2, of_look, of_object).reshape(SPAN, SPAN)
+        words[thing.row : thing.row + SPAN, thing.column : thing.column + SPAN] = names
     if scene.word:
         row, column = word_cell(scene.word)
         for i, letter in enumerate(scene.word):
-            words[row : row + 2, column + i] = (
-                _FIRST_LETTER + 2 * LETTERS.index(letter) + np.arange(2)
-            )
+            first = _FIRST_LETTER + LETTER_SPAN * LETTERS.index(letter)
+            words[row : row + LETTER_SPAN, column + i] = first + np.arange(LETTER_SPAN)
     return words
