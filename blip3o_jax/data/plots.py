@@ -1,4 +1,4 @@
-"""Histograms as PNG, drawn with Pillow."""
+"""Histograms, drawn with Pillow."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -16,6 +16,7 @@ def histogram(
 ) -> Image.Image:
     """Bars of counts over `values` [n], linear or in octaves; `mark` is a vertical line, e.g. a
     limit, named in the title's line."""
+    # The range, and the counts in it.
     values = np.asarray(values, float)
     ends = [*values, *([] if mark is None else [mark])] or [1.0]
     low, high = min(ends), max(ends)
@@ -23,6 +24,8 @@ def histogram(
     low, high = float(scale(max(low, 1e-9) if log else low)), float(scale(high))
     high = high if high > low else low + 1
     counts, edges = np.histogram(scale(values), bins=40, range=(low, high))
+
+    # The axes, the bars and the mark.
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
     right, floor = WIDTH - 24, HEIGHT - BOTTOM

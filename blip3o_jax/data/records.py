@@ -1,7 +1,4 @@
-"""What a source gives: one record.
-
-And the files that sources are made of, on disk or in a bucket (through etils.epath).
-"""
+"""One record of a source, and the files of sources, on disk or in a bucket (etils.epath)."""
 
 import bisect
 import glob
@@ -30,8 +27,8 @@ class Record:
 
 
 def locate(ends: list[int], i: int) -> tuple[int, int]:
-    """Record i of pieces laid end to end -> (piece, record in it); `ends` are the running totals of
-    the pieces' records."""
+    """Record i of concatenated pieces -> (piece, record in it); `ends` are running totals of the
+    pieces' records."""
     piece = bisect.bisect_right(ends, i)
     return piece, i - (ends[piece - 1] if piece else 0)
 
@@ -39,16 +36,16 @@ def locate(ends: list[int], i: int) -> tuple[int, int]:
 def expand(pattern: str) -> list[str]:
     """The files of a path or glob pattern, sorted; InputError when there are none."""
     if "://" in pattern:
-        found = _remote(pattern)
+        paths = _remote(pattern)
     elif any(c in pattern for c in MAGIC) and not os.path.exists(pattern):
-        found = sorted(glob.glob(pattern, recursive=True))
+        paths = sorted(glob.glob(pattern, recursive=True))
     else:
-        found = [pattern] if os.path.isfile(pattern) else []
-    if not found:
+        paths = [pattern] if os.path.isfile(pattern) else []
+    if not paths:
         raise InputError(
             f"data.sources: no file at {pattern!r}; name a file or a pattern that matches some."
         )
-    return found
+    return paths
 
 
 def _remote(pattern: str) -> list[str]:
@@ -68,7 +65,7 @@ def _remote(pattern: str) -> list[str]:
 
 
 def open_binary(path: str):
-    """The file, for reading."""
+    """The file, open for reading."""
     if "://" not in path:
         return open(path, "rb")
     from etils import epath
@@ -86,4 +83,5 @@ def read_bytes(path: str) -> bytes:
 
 
 def base_name(path: str) -> str:
+    """The last part of a path or address."""
     return posixpath.basename(path.replace(os.sep, "/"))

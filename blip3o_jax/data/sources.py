@@ -1,4 +1,4 @@
-"""The sources of a mixture, opened: each has `len(source)`, `source[i]` -> Record or RecordError,
+"""Opens the sources of a mixture: each has `len(source)`, `source[i]` -> Record or RecordError,
 `source.key(i)` and `source.blocks`."""
 
 from blip3o_jax.data import tables, tars

@@ -1,5 +1,5 @@
-"""What a source holds, record by record: what cannot be used and why, sizes, perceptual hashes,
-lengths of captions."""
+"""Surveys a source record by record: what cannot be used and why, sizes, perceptual hashes, lengths
+of captions."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -24,10 +24,8 @@ CELLS, NEAR_CELLS = 8, 16
 class Seen:
     """One record; `problem` is "" when it can be used.
 
-    `tokens` are the templated caption's, without source images.
-
     `pixels` is a 64-bit hash of all pixels, `hash` is `dhash`, `thumbnail` the RGB bytes of `CELLS`
-    x `CELLS` cells.
+    x `CELLS` cells; `tokens` are the templated caption's, without source images.
     """
 
     key: str
@@ -69,13 +67,10 @@ def _tokens(record: Record, tokenizer: Text) -> int:
         tokenizer.encode_prompt(fit_caption(tokenizer, record.caption))
     except InputError as error:
         raise RecordError(str(error).rstrip(".")) from error
-    if record.inputs:
-        return len(
-            tokenizer.tokenizer.encode(
-                edit_prompt(record.caption, len(record.inputs), 0), add_special_tokens=False
-            ).ids
-        )
-    return prompt_length(tokenizer, record.caption)
+    if not record.inputs:
+        return prompt_length(tokenizer, record.caption)
+    prompt = edit_prompt(record.caption, len(record.inputs), 0)
+    return len(tokenizer.tokenizer.encode(prompt, add_special_tokens=False).ids)
 
 
 def survey(
@@ -97,13 +92,12 @@ def equal_groups(seen: list[Seen]) -> list[list[int]]:
 def near_groups(seen: list[Seen]) -> list[list[int]]:
     """The same for pictures that look alike: hash and thumbnail are near, or there is a chain of
     such pairs."""
-    _, first, inverse = np.unique(
-        np.array([s.pixels for s in seen], np.uint64), return_index=True, return_inverse=True
-    )
+    # Different pictures, each its own group at first.
+    pixels = np.array([s.pixels for s in seen], np.uint64)
+    _, first, inverse = np.unique(pixels, return_index=True, return_inverse=True)
     hashes = np.array([seen[i].hash for i in first], np.uint64)
-    cells = np.array([np.frombuffer(seen[i].thumbnail, np.uint8) for i in first], np.int16).reshape(
-        len(first), 3 * CELLS**2
-    )
+    cells = [np.frombuffer(seen[i].thumbnail, np.uint8) for i in first]
+    cells = np.array(cells, np.int16).reshape(len(first), 3 * CELLS**2)
     parents = np.arange(len(first))
 
     def root(i: int) -> int:
@@ -112,6 +106,7 @@ def near_groups(seen: list[Seen]) -> list[list[int]]:
             i = parents[i]
         return i
 
+    # Only pictures that share a band of their hashes can be near; their groups are joined.
     width = 64 // BANDS
     for band in range(BANDS):
         values = (hashes >> np.uint64(band * width)) & np.uint64(2**width - 1)
@@ -120,9 +115,8 @@ def near_groups(seen: list[Seen]) -> list[list[int]]:
             for k, i in enumerate(bucket[:-1]):
                 others = bucket[k + 1 :]
                 others = others[np.bitwise_count(hashes[others] ^ hashes[i]) <= NEAR]
-                for j in others[
-                    np.abs(cells[others] - cells[i]).max(axis=1, initial=0) <= NEAR_CELLS
-                ]:
+                distances = np.abs(cells[others] - cells[i]).max(axis=1, initial=0)
+                for j in others[distances <= NEAR_CELLS]:
                     parents[root(int(j))] = root(int(i))
     joined = np.array([root(i) for i in range(len(first))], np.int64)
     return _groups(joined[inverse] if len(first) else inverse)
@@ -135,13 +129,11 @@ def _groups(labels: np.ndarray) -> list[list[int]]:
 
 
 def quantiles(values) -> dict[str, float]:
-    """Least, 5 %, middle, 95 % and greatest."""
-    names, shares = ("min", "p5", "median", "p95", "max"), (0, 0.05, 0.5, 0.95, 1)
-    return (
-        {}
-        if not len(values)
-        else dict(zip(names, np.quantile(np.asarray(values, float), shares).tolist(), strict=True))
-    )
+    """Minimum, 5 %, median, 95 % and maximum; nothing of no values."""
+    if not len(values):
+        return {}
+    shares = {"min": 0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1}
+    return {name: float(np.quantile(np.asarray(values, float), q)) for name, q in shares.items()}
 
 
 def summary(seen: list[Seen], image_size: int, max_prompt_tokens: int) -> dict:

@@ -1,10 +1,11 @@
-"""Parquet with image bytes, jsonl with image paths, and folders that TFDS wrote, read at random."""
+"""Parquet with image bytes, jsonl with image paths, and folders written by TFDS, read at random."""
 
 import itertools
 import json
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -21,7 +22,7 @@ from blip3o_jax.data.records import (
 )
 from blip3o_jax.errors import InputError, nearest
 
-CAPTIONS = ("caption", "text", "txt", "prompt")  # the usual names, the first that is there
+CAPTIONS = ("caption", "text", "txt", "prompt")  # the usual names; the first one present is read
 # Editing sets' names of instruction, source images and result: X2I2 reflect, X2I2 and Nano-150k,
 # ShareGPT-4o.
 EDITS = (
@@ -29,52 +30,50 @@ EDITS = (
     ("instruction", "input_images", "output_image"),
     ("input_prompt", "input_image", "output_image"),
 )
-GROUPS_KEPT = 8  # row groups of parquet in memory
+MAX_GROUPS = 8  # row groups of parquet in memory
+
+
+def _column(name: str, columns: Iterable[str], path: str, setting: str = "") -> str:
+    """The name, if it is one of the columns; InputError with the setting that changes it."""
+    if name not in columns:
+        how = f"set {setting} of the source, " if setting else ""
+        raise InputError(f"{path} has no column {name!r}; {how}{nearest(name, columns)}")
+    return name
+
+
+def _columns(spec: SourceConfig, columns: Iterable[str], path: str) -> tuple[str, str]:
+    """The columns of image and caption: those that the source names, or the usual ones."""
+    usual = next((name for name in CAPTIONS if name in columns), CAPTIONS[0])
+    image = _column(spec.image_field or "image", columns, path, "image_field")
+    return image, _column(spec.caption_field or usual, columns, path, "caption_field")
 
 
 class ParquetSource:
     """Rows with an image (bytes, or a struct with `bytes`, as in Hugging Face's data sets) and a
     caption.
 
-    A row group is the least that can be read, so the newest few are kept; `blocks` says where they
-    start, for an order that stays near.
+    A row group is the least that can be read, so the newest few stay in memory; `blocks` says where
+    they start, for an order that stays near.
     """
 
     def __init__(self, spec: SourceConfig):
-        import pyarrow.parquet as pq
-
         self.paths = expand(spec.path)
-
-        def open_file(path):
-            try:
-                return pq.ParquetFile(open_binary(path) if "://" in path else path)
-            except (OSError, ValueError) as error:  # pyarrow's errors are of these
-                raise InputError(
-                    f"{path} is no whole parquet file: {str(error).splitlines()[0]}"
-                ) from error
-
         with ThreadPoolExecutor(8) as pool:
-            self.files = list(pool.map(open_file, self.paths))
-        columns = self.files[0].schema_arrow.names
-        self.image = _column(spec.image_field or "image", columns, self.paths[0], "image_field")
-        wanted = spec.caption_field or next(
-            (name for name in CAPTIONS if name in columns), CAPTIONS[0]
-        )
-        self.caption = _column(wanted, columns, self.paths[0], "caption_field")
+            self.files = list(pool.map(_open_parquet, self.paths))
+        self.image, self.caption = _columns(spec, self.files[0].schema_arrow.names, self.paths[0])
         for path, file in zip(self.paths, self.files, strict=True):
             for name in (self.image, self.caption):
-                _column(name, file.schema_arrow.names, path, "")
-        self.groups = [
-            (f, g) for f, file in enumerate(self.files) for g in range(file.metadata.num_row_groups)
-        ]
-        self.ends = list(
-            itertools.accumulate(
-                self.files[f].metadata.row_group(g).num_rows for f, g in self.groups
-            )
-        )
+                _column(name, file.schema_arrow.names, path)
+
+        # Where row groups and files end, in records.
+        metadata = [file.metadata for file in self.files]
+        self.groups = [(f, g) for f, m in enumerate(metadata) for g in range(m.num_row_groups)]
+        sizes = [metadata[f].row_group(g).num_rows for f, g in self.groups]
+        self.ends = list(itertools.accumulate(sizes))
         self.blocks = np.array([0, *self.ends[:-1]])
-        self.file_ends = list(itertools.accumulate(file.metadata.num_rows for file in self.files))
-        self._kept, self._lock = OrderedDict(), threading.Lock()
+        self.file_ends = list(itertools.accumulate(m.num_rows for m in metadata))
+        self._tables = OrderedDict()  # by group, the newest last
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
@@ -85,7 +84,7 @@ class ParquetSource:
 
     def __getitem__(self, i: int) -> Record:
         group, row = locate(self.ends, i)
-        table = self._group(group)
+        table = self._table(group)
         image, caption = (table.column(name)[row].as_py() for name in (self.image, self.caption))
         image = image.get("bytes") if isinstance(image, dict) else image
         if not isinstance(image, bytes):
@@ -94,34 +93,32 @@ class ParquetSource:
             raise RecordError(f"no text in the column {self.caption!r}")
         return Record(self.key(i), caption.strip(), image)
 
-    def _group(self, group: int):
+    def _table(self, group: int):
         with self._lock:
-            if group not in self._kept:
+            if group not in self._tables:
                 f, g = self.groups[group]
+                columns = [self.image, self.caption]
                 try:
-                    self._kept[group] = self.files[f].read_row_group(
-                        g, columns=[self.image, self.caption]
-                    )
+                    self._tables[group] = self.files[f].read_row_group(g, columns=columns)
                 except (OSError, ValueError) as error:
+                    reason = str(error).splitlines()[0]
                     raise RecordError(
-                        f"row group {g} of {self.paths[f]} cannot be read "
-                        f"({str(error).splitlines()[0]})"
+                        f"row group {g} of {self.paths[f]} cannot be read ({reason})"
                     ) from error
-                if len(self._kept) > GROUPS_KEPT:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(group)
-            return self._kept[group]
+                if len(self._tables) > MAX_GROUPS:
+                    self._tables.popitem(last=False)
+            self._tables.move_to_end(group)
+            return self._tables[group]
 
 
-def _column(name: str, columns, path: str, setting: str) -> str:
-    if name not in columns:
-        how = (
-            f"; set {setting} of the source, {nearest(name, columns)}"
-            if setting
-            else f"; {nearest(name, columns)}"
-        )
-        raise InputError(f"{path} has no column {name!r}{how}")
-    return name
+def _open_parquet(path: str):
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(open_binary(path) if "://" in path else path)
+    except (OSError, ValueError) as error:  # pyarrow's errors are of these
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} is truncated or not Parquet: {reason}") from error
 
 
 class JsonlSource:
@@ -131,7 +128,8 @@ class JsonlSource:
     blocks = None
 
     def __init__(self, spec: SourceConfig):
-        self.spec, self.paths = spec, expand(spec.path)
+        self.spec = spec
+        self.paths = expand(spec.path)
         self.offsets = [_line_starts(path) for path in self.paths]
         self.ends = list(itertools.accumulate(len(offsets) - 1 for offsets in self.offsets))
 
@@ -143,6 +141,7 @@ class JsonlSource:
         return f"{base_name(self.paths[file])}:{line + 1}"
 
     def __getitem__(self, i: int) -> Record:
+        # The line as JSON.
         file, line = locate(self.ends, i)
         start, end = (int(x) for x in self.offsets[file][line : line + 2])
         try:
@@ -153,20 +152,18 @@ class JsonlSource:
             raise RecordError(f"the line is not JSON ({error})") from error
         if not isinstance(fields, dict):
             raise RecordError("the line is not a JSON object")
+
+        # Its caption and paths.
         caption, inputs, image = self._names(fields)
+        if not isinstance(fields[caption], str) or not isinstance(fields[image], str):
+            raise RecordError(f"{caption!r} and {image!r} are not text")
         paths = fields[inputs] if inputs else []
         paths = [paths] if isinstance(paths, str) else paths
-        if (
-            not isinstance(fields[caption], str)
-            or not isinstance(fields[image], str)
-            or not isinstance(paths, list)
-        ):
-            raise RecordError(
-                f"{caption!r} and {image!r} are not text"
-                + (f", or {inputs!r} is no list of paths" if inputs else "")
-            )
-        if inputs and not (paths and all(isinstance(path, str) for path in paths)):
-            raise RecordError(f"{inputs!r} is no list of paths")
+        are_paths = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
+        if inputs and not (paths and are_paths):
+            raise RecordError(f"{inputs!r} is not a list of paths")
+
+        # The images.
         root = self.spec.root or os.path.dirname(self.paths[file])
         image, *inputs = (read_bytes(os.path.join(root, path)) for path in (fields[image], *paths))
         return Record(self.key(i), fields[caption].strip(), image, tuple(inputs))
@@ -174,39 +171,36 @@ class JsonlSource:
     def _names(self, fields: dict) -> tuple[str, str, str]:
         """Field names of (caption or instruction, source images or "", image) in a line."""
         spec = self.spec
-        known = next((names for names in EDITS if all(name in fields for name in names)), None)
-        if known is None or (spec.image_field and not spec.inputs_field):
-            known = next((name for name in CAPTIONS if name in fields), CAPTIONS[0]), "", "image"
-        names = (
-            spec.caption_field or known[0],
-            spec.inputs_field or known[1],
-            spec.image_field or known[2],
-        )
+        usual = next((names for names in EDITS if all(name in fields for name in names)), None)
+        if usual is None or (spec.image_field and not spec.inputs_field):
+            usual = next((name for name in CAPTIONS if name in fields), CAPTIONS[0]), "", "image"
+        named = (spec.caption_field, spec.inputs_field, spec.image_field)
+        names = tuple(own or other for own, other in zip(named, usual, strict=True))
         if missing := [name for name in names if name and name not in fields]:
-            raise RecordError(
-                f"no field {missing[0]!r} among {', '.join(sorted(map(repr, fields)))}"
-            )
+            present = ", ".join(sorted(map(repr, fields)))
+            raise RecordError(f"no field {missing[0]!r} among {present}")
         return names
 
 
 def _line_starts(path: str) -> np.ndarray:
-    """Offsets of the lines and of the end; blank lines at the end are none."""
-    starts, at = [0], 0
+    """Offsets of the lines, and of the end; a blank line is part of the line before it, where JSON
+    ignores it."""
+    starts, end = [0], 0
     try:
         with open_binary(path) as file:
             for line in file:
-                at += len(line)
+                end += len(line)
                 if line.strip():
-                    starts.append(at)
+                    starts.append(end)
                 else:
-                    starts[-1] = at  # belongs to the line before, so that JSON ignores it
+                    starts[-1] = end
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     return np.array(starts, np.int64)
 
 
 class TfdsSource:
-    """A split of a folder that TFDS wrote in the ArrayRecord format, with an image feature and a
+    """A split of a folder written by TFDS in the ArrayRecord format, with an image feature and a
     text feature; no TensorFlow needed."""
 
     blocks = None
@@ -217,28 +211,21 @@ class TfdsSource:
         try:
             builder = tfds.builder_from_directory(spec.path)
         except Exception as error:  # TFDS raises what its file system and its parser raise
-            raise InputError(
-                f"{spec.path} is no folder that TFDS wrote: {str(error).splitlines()[0]}"
-            ) from error
-        features, where = builder.info.features, f"The data set {spec.path}"
-        self.image = _column(spec.image_field or "image", features, where, "image_field")
-        wanted = spec.caption_field or next(
-            (name for name in CAPTIONS if name in features), CAPTIONS[0]
-        )
-        self.caption = _column(wanted, features, where, "caption_field")
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{spec.path} was not written by TFDS: {reason}") from error
+        where = f"The data set {spec.path}"
+        self.image, self.caption = _columns(spec, builder.info.features, where)
         if spec.split not in builder.info.splits:
             raise InputError(
                 f"{where} has no split {spec.split!r}; {nearest(spec.split, builder.info.splits)}"
             )
         self.name, self.split = builder.info.full_name, spec.split
+        encoded = {self.image: tfds.decode.SkipDecoding()}
         try:
-            self.source = builder.as_data_source(
-                spec.split, decoders={self.image: tfds.decode.SkipDecoding()}
-            )
+            self.source = builder.as_data_source(spec.split, decoders=encoded)
         except Exception as error:
-            raise InputError(
-                f"{where} cannot be read at random: {str(error).splitlines()[0]}"
-            ) from error
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{where} cannot be read at random: {reason}") from error
 
     def __len__(self) -> int:
         return len(self.source)
@@ -249,8 +236,5 @@ class TfdsSource:
     def __getitem__(self, i: int) -> Record:
         fields = self.source[i]
         caption = fields[self.caption]
-        return Record(
-            self.key(i),
-            (caption.decode() if isinstance(caption, bytes) else str(caption)).strip(),
-            fields[self.image],
-        )
+        caption = caption.decode() if isinstance(caption, bytes) else str(caption)
+        return Record(self.key(i), caption.strip(), fields[self.image])

@@ -1,9 +1,9 @@
-"""WebDataset tars, read at random: a tar's headers are read once, in order, and its offsets kept in
-NAME.tar.index beside it.
+"""WebDataset tars, read at random: a tar's headers are read once, in order, and its offsets stored
+in NAME.tar.index beside it.
 
 A record is a run of members that share their name up to the first dot of its last part:
 KEY.jpg|jpeg|png|webp, KEY.txt and perhaps KEY.json, as BLIP3o-Pretrain-* are laid out. Other
-members are no concern of ours.
+members are skipped.
 """
 
 import hashlib
@@ -24,15 +24,8 @@ from blip3o_jax.errors import InputError
 
 VERSION = 1
 BLOCK = 512
-PARTS = {
-    "jpg": "image",
-    "jpeg": "image",
-    "png": "image",
-    "webp": "image",
-    "txt": "text",
-    "json": "json",
-}
-INDEXERS = 8  # tars whose headers are read at once; what counts is the latency of the disk
+PARTS = dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image") | {"txt": "text", "json": "json"}
+INDEXERS = 8  # tars whose headers are read at once, as reading waits for the disk
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +36,8 @@ class TarSource:
     blocks = None  # reading one record costs as much as any other
 
     def __init__(self, spec: SourceConfig):
-        self.paths, self.caption_field = expand(spec.path), spec.caption_field
+        self.paths = expand(spec.path)
+        self.caption_field = spec.caption_field
         with ThreadPoolExecutor(INDEXERS) as pool:
             self.indexes = list(pool.map(open_index, self.paths))
         self.ends = list(itertools.accumulate(len(index) for index in self.indexes))
@@ -78,12 +72,9 @@ class TarSource:
                 return written.decode().strip()
             return str(json.loads(written)[self.caption_field]).strip()
         except (ValueError, KeyError, TypeError) as error:
-            what = (
-                f"json without {self.caption_field!r}"
-                if self.caption_field
-                else "txt that is not UTF-8"
-            )
-            raise RecordError(what) from error
+            field = self.caption_field
+            reason = f"json without {field!r}" if field else "txt that is not UTF-8"
+            raise RecordError(reason) from error
 
 
 def _span(file, start: int, size: int) -> bytes:
@@ -95,8 +86,8 @@ def _span(file, start: int, size: int) -> bytes:
 
 
 def open_index(tar: str) -> np.ndarray:
-    """The offsets of a tar's records, from the index file if that is of this very tar, else from
-    the tar. InputError for a damaged tar."""
+    """The offsets of a tar's records, from its index file, or from the tar if the index is not of
+    this state of it. InputError for a damaged tar."""
     version = _version(tar)
     places = _index_files(tar)
     for file in places:
@@ -109,33 +100,29 @@ def open_index(tar: str) -> np.ndarray:
             return _load(file, version)
         except OSError:
             continue  # the next place; in memory at last
-    log.warning(
-        "The index of %s can be kept neither beside it nor in the cache folder; it is made "
-        "anew in every run.",
-        tar,
-    )
+    log.warning("The index of %s cannot be stored; every run makes it again.", tar)
     return index
 
 
 def read_headers(tar: str) -> np.ndarray:
     """Reads a tar's headers in order: key and, of each part, (offset, size), (-1, -1) where it is
     missing."""
+    # The members, and what follows the last one.
     rows, end = [], 0
     try:
         with open_binary(tar) as raw, tarfile.open(fileobj=raw, mode="r:") as members:
             for member in members:
-                members.members = []  # it would keep them all
+                members.members = []  # it would store them all
+                size = 0
                 if member.isfile():
                     _add(rows, member)
-                end = member.offset_data + (
-                    -(-member.size // BLOCK) * BLOCK if member.isfile() else 0
-                )
+                    size = -(-member.size // BLOCK) * BLOCK
+                end = member.offset_data + size
             raw.seek(end)
             beyond = raw.read(BLOCK)
     except (tarfile.TarError, EOFError) as error:
         raise InputError(
-            f"{tar} is no whole uncompressed tar ({error}); copy it again or unpack its "
-            "compression."
+            f"{tar} is truncated or not an uncompressed tar ({error}); copy it again or decompress it."
         ) from error
     except OSError as error:
         raise InputError(f"{tar} cannot be read: {error.strerror or error}.") from error
@@ -143,12 +130,11 @@ def read_headers(tar: str) -> np.ndarray:
         raise InputError(
             f"{tar} is damaged at byte {end}, after {len(rows)} records; copy it again."
         )
+
+    # One array of them.
     width = max((len(key) for key, _ in rows), default=1)
-    index = np.full(
-        len(rows),
-        -1,
-        [("key", f"S{width}"), ("image", "<i8", 2), ("text", "<i8", 2), ("json", "<i8", 2)],
-    )
+    parts = [(part, "<i8", 2) for part in ("image", "text", "json")]
+    index = np.full(len(rows), -1, [("key", f"S{width}"), *parts])
     for row, (key, parts) in zip(index, rows, strict=True):
         row["key"] = key
         for part, span in parts.items():
@@ -170,7 +156,7 @@ def _add(rows: list, member: tarfile.TarInfo) -> None:
 
 
 def _version(tar: str) -> dict:
-    """What an index must agree with."""
+    """The state of a tar, which its index must have been made from."""
     if "://" in tar:
         from etils import epath
 
@@ -181,21 +167,17 @@ def _version(tar: str) -> dict:
 
 
 def _index_files(tar: str) -> list[pathlib.Path]:
-    """Beside the tar, and where that is not writable."""
-    root = (
-        pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-        / "blip3o_jax"
-        / "tars"
-    )
+    """The file beside the tar, and the one in the user's cache for where that is not writable."""
+    root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     remote = "://" in tar
     name = hashlib.sha256((tar if remote else os.path.abspath(tar)).encode()).hexdigest()[:32]
-    cached = root / f"{name}.index"
+    cached = root / "blip3o_jax" / "tars" / f"{name}.index"
     return [cached] if remote else [pathlib.Path(f"{tar}.index"), cached]
 
 
 def _load(file: pathlib.Path, version: dict) -> np.ndarray | None:
-    """The index in a file: a line of JSON, then the array; None when there is none or it is of
-    another state of the tar."""
+    """The index in a file, a line of JSON and the array; None when it is missing or of another
+    state of the tar."""
     try:
         with file.open("rb") as stream:
             head = json.loads(stream.readline())
@@ -213,7 +195,7 @@ def _load(file: pathlib.Path, version: dict) -> np.ndarray | None:
 
 
 def _store(file: pathlib.Path, version: dict, index: np.ndarray) -> None:
-    """Whole or not at all, whoever else writes it meanwhile."""
+    """Writes the index atomically, also when other processes write it at the same time."""
     file.parent.mkdir(parents=True, exist_ok=True)
     head = {"version_of": version, "records": len(index), "dtype": index.dtype.descr}
     handle, temporary = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)

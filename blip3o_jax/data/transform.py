@@ -1,7 +1,4 @@
-"""A record to arrays: decoding, the crop, the caption's length.
-
-And the account of what could not be used as it was.
-"""
+"""A record to arrays: decoding, the crop, the caption's length; and counts of what was not used."""
 
 import io
 import json
@@ -18,7 +15,7 @@ from blip3o_jax.errors import InputError
 from blip3o_jax.pixels import centre_crop, squash
 from blip3o_jax.text import Text, t2i_prompt
 
-FEWEST = 1000  # records before the share of bad ones is trusted
+MIN_READ = 1000  # records before the share of bad ones means something
 
 log = logging.getLogger(__name__)
 
@@ -44,42 +41,39 @@ def fit_caption(tokenizer: Text, caption: str) -> str:
     """The longest beginning of the caption, by its tokens, whose prompt is no longer than the model
     allows."""
     encoding = tokenizer.tokenizer.encode(caption, add_special_tokens=False)
-    keep = len(encoding.ids)
-    while (
-        keep > 0 and (over := prompt_length(tokenizer, caption) - tokenizer.max_prompt_tokens) > 0
-    ):
-        keep -= over
-        caption = caption[: encoding.offsets[keep - 1][1]].rstrip() if keep > 0 else ""
+    count = len(encoding.ids)
+    limit = tokenizer.max_prompt_tokens
+    while count > 0 and (excess := prompt_length(tokenizer, caption) - limit) > 0:
+        count -= excess
+        caption = caption[: encoding.offsets[count - 1][1]].rstrip() if count > 0 else ""
     return caption
 
 
 class Tally:
-    """Counts of records read, bad, and of captions cut or dropped; thread-safe.
+    """Counts of records read, bad, and of captions truncated or dropped; thread-safe.
 
-    A bad record is named in `path` (a line of JSON: key, reason) once. Raises InputError once they
-    are more than `max_fraction` of those read, of which a thousand are assumed at least.
+    A bad record is named in `path` (a line of JSON: key, reason) once. InputError when they are
+    more than `max_fraction` of those read, or of `MIN_READ` while fewer are.
     """
 
     def __init__(self, max_fraction: float, path: pathlib.Path | None = None):
-        self.max_fraction, self.path = max_fraction, path
+        self.max_fraction = max_fraction
+        self.path = path
         self.counts = {"read": 0, "bad": 0, "truncated": 0, "dropped": 0, "bytes": 0}
-        self._named, self._lock = set(), threading.Lock()
+        self._named = set()
+        self._lock = threading.Lock()
 
     def add(self, **counts: int) -> None:
+        """Adds to the counts; long captions are logged at powers of two."""
         with self._lock:
             for name, count in counts.items():
                 self.counts[name] += count
-                total = self.counts[name]
-                # at powers of two
+                total, read = self.counts[name], self.counts["read"]
                 if name in ("truncated", "dropped") and total & (total - 1) == 0:
-                    log.info(
-                        "Captions too long for the prompt: %d %s of %d records read.",
-                        total,
-                        name,
-                        self.counts["read"],
-                    )
+                    log.info("Captions too long: %d %s of %d records read.", total, name, read)
 
     def bad(self, key: str, reason: str) -> None:
+        """Counts a record that cannot be used."""
         with self._lock:
             self.counts["bad"] += 1
             if key not in self._named:
@@ -88,7 +82,7 @@ class Tally:
                 if self.path:
                     with self.path.open("a") as file:
                         file.write(json.dumps({"key": key, "reason": reason}) + "\n")
-            if self.counts["bad"] > self.max_fraction * max(self.counts["read"], FEWEST):
+            if self.counts["bad"] > self.max_fraction * max(self.counts["read"], MIN_READ):
                 where = f"; {self.path} names them" if self.path else ""
                 raise InputError(
                     f"{self.counts['bad']} of {self.counts['read']} records cannot be "
