@@ -122,7 +122,7 @@ def read_headers(tar: str) -> np.ndarray:
             beyond = raw.read(BLOCK)
     except (tarfile.TarError, EOFError) as error:
         raise InputError(
-            f"{tar} is truncated or not an uncompressed tar ({error}); copy it again or decompress it."
+            f"{tar} is truncated or not an uncompressed tar ({error}); copy or decompress it."
         ) from error
     except OSError as error:
         raise InputError(f"{tar} cannot be read: {error.strerror or error}.") from error
