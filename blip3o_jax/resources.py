@@ -4,6 +4,7 @@
 So one path serves the clone, the editable install and the wheel.
 """
 
+import os
 from pathlib import Path
 
 from blip3o_jax.errors import InputError, nearest
@@ -32,3 +33,22 @@ def find_config(name_or_path: str) -> Path:
         f"No config {name_or_path!r}, neither a file nor a shipped name; "
         f"{nearest(path.stem, shipped)}"
     )
+
+
+def find_tokenizer(preset: str, given: str = "") -> Path:
+    """The tokenizer.json of a training run: the one that its config names (`given`), or the one
+    that travels with its preset; InputError when there is neither."""
+    path = Path(given) if given else ASSETS / preset / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(
+            f"No tokenizer at {given!r}; a checkpoint folder holds it as tokenizer.json."
+            if given
+            else f"No tokenizer travels with preset {preset!r}; name one with data.tokenizer."
+        )
+    return path
+
+
+def cache_folder() -> Path:
+    """Where things are kept between processes: $XDG_CACHE_HOME/blip3o_jax, by default
+    ~/.cache/blip3o_jax."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blip3o_jax"

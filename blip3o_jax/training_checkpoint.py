@@ -1,29 +1,32 @@
-"""Training checkpoints by Orbax: WORKDIR/checkpoints/STEP/{model,optimizer,config,notes},
-asynchronous, atomic, the newest N kept.
+"""Training checkpoints by Orbax, asynchronous, atomic, the newest N kept:
+WORKDIR/checkpoints/STEP/{model,optimizer,config,model_config,notes} and hashes.json.
 
 `model` is {"params", "frozen"[, "ema"]} and can be read alone; `optimizer` is {"step", "opt_state",
-"guard"}; `config` the run's config and `notes` the clock's totals as JSON. The data position is the
-step itself, and so is the state of every random key. A folder appears under its number when
-everything in it is written; one that was killed on the way is swept out by the next run. One that
-lost files later is set aside under another name.
+"guard"}; `config` the run's config, `model_config` the model's as in a published config.json, and
+`notes` the clock's totals, as JSON; hashes.json has the SHA-256 of the files of `model`. The data
+position is the step itself, and so is the state of every random key. A folder appears under its
+number when everything in it is written; one that was killed on the way is removed by the next run.
+One that lost files later is set aside under another name.
 """
 
 import contextlib
 import dataclasses
 import itertools
-import json
 import logging
 import pathlib
 import shutil
-from collections.abc import Iterator
 
 import jax
-import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
+from blip3o_jax.config import Blip3oConfig, replace
+from blip3o_jax.convert import hashes
+from blip3o_jax.convert.config_json import config_from_json, config_to_json
+from blip3o_jax.convert.orbax_io import Leaf, open_leaves
+from blip3o_jax.convert.published import about
+from blip3o_jax.convert.safetensors_io import read_json
 from blip3o_jax.errors import InputError, disk_reason
 from blip3o_jax.parallel.processes import process_zero_first
-from blip3o_jax.tree import join
+from blip3o_jax.presets import preset
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +35,9 @@ OPTIMIZER = ("step", "opt_state", "guard")  # of the state, beside the weights
 # bytes of an array that are one file's piece; whoever reads the array holds it once and a piece,
 # not twice
 PIECE = 64 << 20
+
+UNFINISHED = "*.orbax-checkpoint-tmp*"  # folders of checkpoints that have no name yet
+CONFIG_LIMIT = 4 << 20  # bytes
 
 
 def open_manager(workdir, keep: int = 1):
@@ -43,10 +49,12 @@ def open_manager(workdir, keep: int = 1):
 
     logging.getLogger("absl").addFilter(_not_orbax)
     folder = pathlib.Path(workdir).absolute() / "checkpoints"
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+    # in the background, before the checkpoint takes its name, and in process 0 only
+    then = ocp.options.AsyncOptions(post_finalization_callback=lambda: _record_hashes(folder))
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, async_options=then)
     try:
         with process_zero_first("the checkpoints"):
-            for half in folder.glob("*.orbax-checkpoint-tmp*"):
+            for half in folder.glob(UNFINISHED):
                 log.warning("%s was not written to its end and is removed.", half)
                 shutil.rmtree(half, ignore_errors=True)
             for broken in _numbered(folder) - whole(folder):
@@ -62,6 +70,17 @@ def open_manager(workdir, keep: int = 1):
         raise InputError(
             f"The checkpoints {folder} cannot be written: {error.strerror}."
         ) from error
+
+
+def _record_hashes(folder: pathlib.Path) -> None:
+    """Records the hashes of the weights of the checkpoint that is just being written."""
+    for half in folder.glob(UNFINISHED):
+        hashes.record(half, weight_files(half))
+
+
+def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files with the weights in the checkpoint `folder`."""
+    return [file for file in (folder / "model").rglob("*") if file.is_file()]
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
@@ -127,6 +146,7 @@ def save(manager, config, state, frozen, notes: dict) -> None:
                 model=ocp.args.StandardSave(model, save_args=pieces),
                 optimizer=ocp.args.StandardSave({name: state[name] for name in OPTIMIZER}),
                 config=ocp.args.JsonSave(dataclasses.asdict(config)),
+                model_config=ocp.args.JsonSave(config_to_json(config.blip3o())),
                 notes=ocp.args.JsonSave(notes),
             ),
             force=True,
@@ -175,91 +195,40 @@ def restore(manager, state, frozen):
     return {**model, **saved["optimizer"]}, frozen, saved["notes"]
 
 
-@dataclasses.dataclass(frozen=True)
-class RunLeaf:
-    """An array of a run's checkpoint, unread, under `keys` in its tree."""
-
-    folder: pathlib.Path
-    keys: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    def layers(self, stacked: bool) -> Iterator[np.ndarray]:
-        """The array, or its layers along the first axis; the array is whole in memory meanwhile."""
-        item, wanted = 0, self.keys
-        for key in reversed(wanted):
-            item = {key: item}
-        array = _read(self.folder, item)
-        for key in wanted:
-            array = array[key]
-        yield from array if stacked else (array,)
-
-
-def _read(folder: pathlib.Path, item: dict) -> dict:
-    """The arrays at the leaves of `item`, on the host; InputError when they cannot be read."""
-    import orbax.checkpoint as ocp
-
-    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-    try:
-        with ocp.PyTreeCheckpointer() as reader:
-            return reader.restore(
-                folder,
-                args=ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True),
-            )
-    except (ValueError, KeyError, OSError) as error:
-        raise InputError(
-            f"The checkpoint {folder} cannot be read: {str(error).splitlines()[0]}"
-        ) from error
-
-
-def _newest(workdir) -> tuple[pathlib.Path, dict]:
-    """(folder, config as nested dicts) of a run's newest checkpoint; InputError when there is no
-    whole one or it cannot be read."""
+def newest(workdir) -> pathlib.Path:
+    """The folder of a run's newest checkpoint; InputError when there is no whole one."""
     folders = whole(pathlib.Path(workdir).absolute() / "checkpoints")
     if not folders:
-        raise InputError(f"{workdir} holds no training checkpoint.")
-    folder = max(folders, key=lambda folder: int(folder.name))
-    try:
-        return folder, json.loads((folder / "config" / "metadata").read_text())
-    except (ValueError, OSError) as error:
-        raise InputError(
-            f"The checkpoint {folder} cannot be read: {str(error).splitlines()[0]}"
-        ) from error
+        raise InputError(f"{workdir} holds no whole training checkpoint.")
+    return max(folders, key=lambda folder: int(folder.name))
 
 
-def config_of_run(workdir) -> dict:
-    """The config of a run, as its newest checkpoint has it, as nested dicts. Touches no device."""
-    return _newest(workdir)[1]
+def read_config(folder: pathlib.Path) -> dict:
+    """The run's config as nested dicts, as the checkpoint in `folder` has it."""
+    return read_json(folder / "config" / "metadata", CONFIG_LIMIT)
 
 
-def open_run(workdir) -> tuple[dict, dict[str, RunLeaf], int]:
-    """(config as nested dicts, arrays by "part/.../leaf", step) of a run's newest checkpoint; of
-    the average of the weights where one was kept. Nothing is read yet. Raises InputError when there
-    is no whole checkpoint or it cannot be read."""
-    import orbax.checkpoint as ocp
-
-    newest, config = _newest(workdir)
-    folder, step = newest / "model", int(newest.name)
-    try:
-        with ocp.PyTreeCheckpointer() as reader:
-            tree = reader.metadata(folder).item_metadata.tree
-    except (ValueError, KeyError, OSError) as error:
-        raise InputError(
-            f"The checkpoint {folder} cannot be read: {str(error).splitlines()[0]}"
-        ) from error
-    leaves = {}
-    for group in ("frozen", "ema" if "ema" in tree else "params"):
-        for keys, leaf in flatten_dict(tree.get(group, {})).items():
-            leaves["/".join(keys)] = RunLeaf(
-                folder, (group, *keys), tuple(leaf.shape), np.dtype(leaf.dtype)
-            )
-    return config, leaves, step
+def model_config(folder: pathlib.Path) -> Blip3oConfig:
+    """The config of the model in the checkpoint `folder`, without padding of the vocabulary."""
+    file = folder / "model_config" / "metadata"
+    fields = read_json(file, CONFIG_LIMIT) if file.is_file() else _older_model(folder)
+    with about(file):
+        return config_from_json(fields, None)
 
 
-def load_run(workdir) -> tuple[dict, dict]:
-    """(config as nested dicts, weights) of a run's newest checkpoint, on the host; as `open_run`
-    otherwise."""
-    config, leaves, _ = open_run(workdir)
-    folder = next(iter(leaves.values())).folder
-    saved = _read(folder, unflatten_dict({leaf.keys: 0 for leaf in leaves.values()}))
-    return config, join(*saved.values())
+def _older_model(folder: pathlib.Path) -> dict:
+    """The same fields for a checkpoint of version 0.1, which has the run's config alone: a preset
+    and changes to it."""
+    run = read_config(folder)
+    with about(folder / "config" / "metadata"):
+        return config_to_json(replace(preset(run["preset"]), **run["model"]))
+
+
+def open_weights(folder: pathlib.Path) -> dict[str, Leaf]:
+    """The weights in the checkpoint `folder` by "part/.../leaf", unread; their average where one
+    was kept."""
+    leaves = open_leaves(folder / "model")
+    averaged = any(path.startswith("ema/") for path in leaves)
+    groups = ("frozen", "ema" if averaged else "params")
+    parted = ((path.partition("/"), leaf) for path, leaf in leaves.items())
+    return {path: leaf for (group, _, path), leaf in parted if group in groups}

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 import blip3o_jax
+from blip3o_jax.checkpoints import config_of
 from blip3o_jax.cli import main
 from blip3o_jax.config import replace
 from blip3o_jax.errors import InputError
-from blip3o_jax.pipeline import config_of
 from blip3o_jax.sample.settings import Settings
 from blip3o_jax.scenes.judge import judge
 
@@ -105,8 +105,8 @@ def test_a_narrow_model_takes_a_device_per_core_unless_a_mesh_is_named(
     counted = []
     monkeypatch.setattr("blip3o_jax.parallel.mesh.split_cpu_into_devices", counted.append)
     monkeypatch.setattr(
-        "blip3o_jax.pipeline.config_of",
-        lambda folder: replace(config_of(folder), **{"qwen3.hidden_size": width}),
+        "blip3o_jax.checkpoints.config_of",
+        lambda name: replace(config_of(name), **{"qwen3.hidden_size": width}),
     )
     monkeypatch.setattr("blip3o_jax.pipeline.load", lambda *_, **__: pipeline)
     assert (

@@ -1,25 +1,28 @@
 """A directory of `convert to-jax`: params/ (Orbax), config.json and the tokenizer as in the
-published layout, convert.json (its origin)."""
+published layout, hashes.json, convert.json (its origin)."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
+from jax.sharding import AbstractMesh
+from tqdm import tqdm
 
 from blip3o_jax.config import Blip3oConfig, replace
+from blip3o_jax.convert import hashes, orbax_io
 from blip3o_jax.convert.config_json import EMBEDDING, check_family, config_from_json
 from blip3o_jax.convert.orbax_io import Leaf, open_leaves
-from blip3o_jax.convert.padding import VOCAB_AXIS, fit_vocabulary, padded
-from blip3o_jax.convert.published import CONFIG_LIMIT, about, float_dtype
-from blip3o_jax.convert.rules import flatten, unflatten
-from blip3o_jax.convert.safetensors_io import read_json
+from blip3o_jax.convert.published import CONFIG_LIMIT, about, check_shapes
+from blip3o_jax.convert.rules import leaf_shapes, tensor_to_leaf
+from blip3o_jax.convert.safetensors_io import Entry, read_json
+from blip3o_jax.convert.sources import Source
 from blip3o_jax.errors import InputError
-from blip3o_jax.models.blip3o import Blip3o, parts_of
+from blip3o_jax.models.blip3o import parts_of
+from blip3o_jax.parallel.mesh import AXES
+from blip3o_jax.parallel.parameters import spec
 
 PARAMS = "params"
-LM_HEAD = "qwen3/lm_head/kernel"
 
 
 def is_converted(directory: str | Path) -> bool:
@@ -37,81 +40,59 @@ def open_converted(directory: Path) -> tuple[Blip3oConfig, dict[str, Leaf]]:
         embedding = leaves.get("qwen3/embed_tokens/embedding")
         shapes = {EMBEDDING: embedding.shape} if embedding else {}
         cfg = config_from_json(fields, shapes, directory.resolve().name)
-    if LM_HEAD in leaves:
+    if "qwen3/lm_head/kernel" in leaves:
         cfg = replace(cfg, **{"qwen3.tie_word_embeddings": False})
-    needed = {
-        path: tuple(leaf.shape)
-        for path, leaf in flatten(Blip3o(cfg).abstract(parts_of(cfg))).items()
-    }
-    stored = {path: leaf.shape for path, leaf in leaves.items()}
-    if wrong := sorted(
-        path for path in needed.keys() | stored.keys() if needed.get(path) != stored.get(path)
-    ):
-        shape = f"has shape {stored[wrong[0]]}" if wrong[0] in stored else "is missing"
-        raise InputError(
-            f"{directory / PARAMS}: parameter {wrong[0]} {shape}, and config.json implies "
-            f"{needed.get(wrong[0])}."
-        )
+    check_shapes(directory / PARAMS, cfg, leaves)
     return cfg, leaves
 
 
-def load_converted(
-    directory: str | Path,
-    dtype: Any = "float32",
-    shardings: Callable[[dict], dict] | None = None,
-    parts: tuple[str, ...] | None = None,
-    vocab_multiple: int = 1,
-) -> tuple[Blip3oConfig, dict]:
-    """The configuration and the parameters (of `parts`, or all) as `dtype`, restored by Orbax, each
-    host its own shards.
+def plan_arrays(source: Source, dtype: np.dtype | None) -> dict[str, Entry]:
+    """Each parameter's shape and dtype by path: `dtype`, or that of its tensors; InputError when
+    stacked layers differ or hold no floats."""
+    shapes = leaf_shapes(source.match.rules, source.match.abstract)
+    arrays = {}
+    for rule in source.match.rules:
+        first, *others = (source.tensors[name] for name in rule.names(shapes[rule.path]))
+        for tensor in others:
+            if tensor.dtype != first.dtype and dtype is None:
+                raise InputError(
+                    f"{tensor} is {tensor.dtype} and {first.name!r} {first.dtype}, which are one "
+                    "parameter here; give --dtype."
+                )
+        arrays[rule.path] = Entry(shapes[rule.path], dtype or first.dtype)
+    return arrays
 
-    `shardings` is a function from the abstract parameters to a tree of shardings; without it the
-    leaves are numpy arrays. The embedding is padded to a multiple of `vocab_multiple` rows, which
-    the configuration says.
-    """
-    import orbax.checkpoint as ocp
 
-    directory, dtype = Path(directory).absolute(), float_dtype(dtype)
-    cfg, leaves = open_converted(directory)
-    chosen = {
-        path: leaf
-        for path, leaf in leaves.items()
-        if path.split("/")[0] in (parts or parts_of(cfg))
-    }
-    cfg = padded(cfg, vocab_multiple)
-    shapes = {path: list(leaf.shape) for path, leaf in chosen.items()}
-    for path in shapes.keys() & VOCAB_AXIS.keys():
-        shapes[path][VOCAB_AXIS[path]] = cfg.qwen3.vocab_rows
-    item = unflatten(
-        {path: jax.ShapeDtypeStruct(tuple(shape), dtype) for path, shape in shapes.items()}
-    )
-    if shardings is None:
-        restore_args = jax.tree.map(
-            lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype), item
-        )
-    else:
-        placed = shardings(item)
+def write_params(
+    directory: Path, source: Source, arrays: Mapping[str, Entry], mesh: Mapping[str, int]
+) -> dict[str, dict]:
+    """Writes params/ and hashes.json, one layer in memory at a time, in files of one layer and one
+    shard of the mesh each; returns {part: numbers}."""
+    folder = directory / PARAMS
+    axis_sizes = AbstractMesh(tuple(mesh[axis] for axis in AXES), AXES)
+    orbax_io.save_tree(folder, {path: entry.dtype for path, entry in arrays.items()})
+    parts = {part: {"tensors": 0, "parameters": 0, "bytes": 0} for part in parts_of(source.config)}
+    total = sum(len(list(rule.names(arrays[rule.path].shape))) for rule in source.match.rules)
+    with tqdm(total=total, desc="Converting", unit="tensor", delay=3, disable=None) as progress:
+        for rule in source.match.rules:
+            # An empty array in its chunks ...
+            shape, dtype = arrays[rule.path].shape, arrays[rule.path].dtype
+            axes = [*spec(rule.path, shape, axis_sizes), *[None] * len(shape)][: len(shape)]
+            shards = tuple(mesh[axis] if axis else 1 for axis in axes)
+            chunks = orbax_io.chunk_shape(shape, dtype.itemsize, rule.stacked, shards)
+            store = orbax_io.create(folder, rule.path, shape, dtype, chunks)
 
-        def restored(leaf, place):  # Orbax fills what the file lacks with zeros
-            return ocp.ArrayRestoreArgs(
-                sharding=place, dtype=dtype, global_shape=leaf.shape, strict=False
-            )
-
-        restore_args = jax.tree.map(restored, item, placed)
-    args = ocp.args.PyTreeRestore(
-        jax.tree.map(lambda _: 0, item), restore_args=restore_args, partial_restore=True
-    )
-    try:
-        with ocp.PyTreeCheckpointer() as reader:
-            params = reader.restore(directory / PARAMS, args=args)
-    except (ValueError, KeyError, OSError) as error:
-        raise InputError(
-            f"{directory / PARAMS} cannot be read: {str(error).splitlines()[0]}"
-        ) from error
-    if shardings is None:
-        fitted = {
-            path: fit_vocabulary(path, leaf, cfg.qwen3.vocab_rows)
-            for path, leaf in flatten(params).items()
-        }
-        params = unflatten(fitted)
-    return cfg, params
+            # ... filled tensor by tensor.
+            names = list(rule.names(shape))
+            for i, name in enumerate(names):
+                tensor = source.tensors[name]
+                values = tensor_to_leaf(tensor.raw(), shape, rule, name)
+                orbax_io.write(store[i] if rule.stacked else store, values, dtype, str(tensor))
+                del values
+                progress.update()
+            part = parts[rule.path.split("/")[0]]
+            part["tensors"] += len(names)
+            part["parameters"] += math.prod(shape)
+            part["bytes"] += arrays[rule.path].size
+    hashes.record(directory, [file for file in folder.rglob("*") if file.is_file()])
+    return parts

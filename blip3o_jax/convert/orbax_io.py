@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from typing import Any
 import ml_dtypes  # noqa: F401, gives numpy the name bfloat16
 import numpy as np
 
-from blip3o_jax.convert.rules import Shape, unflatten
+from blip3o_jax.convert.rules import Shape
 from blip3o_jax.convert.safetensors_io import BLOCK, finite, row_blocks
 from blip3o_jax.errors import InputError
+from blip3o_jax.tree import unflatten
 
 # Orbax's own choice; a fifth smaller than none for bfloat16 weights, and as fast
 COMPRESSOR = {"id": "zstd", "level": 1}
@@ -30,24 +31,41 @@ DTYPES = {"<f4": "float32", "<f2": "float16", "bfloat16": "bfloat16"}  # Zarr's 
 
 @dataclass(frozen=True)
 class Leaf:
-    """An array in a checkpoint, unread. `folder` is its own."""
+    """An array `name` in a checkpoint's folder, unread; of a stored one that is larger, the part of
+    `shape`."""
 
     folder: Path
+    name: str
     shape: Shape
     dtype: np.dtype
 
     def layers(self, stacked: bool) -> Iterator[np.ndarray]:
         """The array, or its layers along the first axis, one in memory at a time; InputError when
         one is missing or damaged."""
-        store = _open(
-            {"driver": "zarr", "kvstore": _place(self.folder), "fill_missing_data_reads": False}
-        )
+        store = self._store()
         for view in (store[i] for i in range(self.shape[0])) if stacked else (store,):
             array = np.empty(view.shape, self.dtype)
             for rows in row_blocks(view.shape, self.dtype.itemsize):
-                with _disk_errors(f"{self.folder} lacks values or is damaged", reading=True):
-                    array[rows] = view[rows].read().result()
+                array[rows] = self._read(view[rows])
             yield array
+
+    def reader(self, dtype: np.dtype) -> Callable[[tuple[slice, ...]], np.ndarray]:
+        """A function that reads the values at an index as `dtype`, and nothing else; InputError as
+        above, and when one is not finite."""
+        store = self._store()
+        return lambda index: finite(self._read(store[index]), dtype, str(self))
+
+    def _store(self) -> Any:
+        place = _place(self.folder, self.name)
+        store = _open({"driver": "zarr", "kvstore": place, "fill_missing_data_reads": False})
+        return store[tuple(slice(0, size) for size in self.shape)]
+
+    def _read(self, view: Any) -> np.ndarray:
+        with _disk_errors(f"{self} lacks values or is damaged", reading=True):
+            return view.read().result()
+
+    def __str__(self) -> str:
+        return str(self.folder / self.name)
 
 
 def chunk_shape(shape: Shape, itemsize: int, stacked: bool, shards: Shape) -> Shape:
@@ -87,7 +105,8 @@ def create(folder: Path, path: str, shape: Shape, dtype: np.dtype, chunks: Shape
         "compressor": COMPRESSOR,
         "dimension_separator": ".",
     }
-    spec = {"driver": "zarr", "kvstore": _place(_leaf_folder(folder, path)), "metadata": metadata}
+    place = _place(folder, path.replace("/", "."))
+    spec = {"driver": "zarr", "kvstore": place, "metadata": metadata}
     return _open(spec, dtype=np.dtype(dtype), create=True, delete_existing=True)
 
 
@@ -106,30 +125,44 @@ def write(store: Any, values: np.ndarray, dtype: np.dtype, where: str) -> None:
 
 
 def open_leaves(folder: Path) -> dict[str, Leaf]:
-    """The arrays of a checkpoint by path; InputError when one's description makes no sense."""
+    """The arrays of a checkpoint by path; InputError when one's description makes no sense.
+
+    Orbax keeps them in one database (OCDBT, of training runs) or in a folder each.
+    """
+    import tensorstore
+
     leaves = {}
-    for file in sorted(folder.glob("*/.zarray")):
-        try:
-            fields = json.loads(file.read_text())
-            shape, dtype = tuple(map(int, fields["shape"])), np.dtype(DTYPES[fields["dtype"]])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{file} does not describe an array of floats.") from error
-        leaves[file.parent.name.replace(".", "/")] = Leaf(file.parent, shape, dtype)
-    return leaves
+    with _disk_errors(f"{folder} cannot be read", reading=True):
+        store = tensorstore.KvStore.open(_place(folder)).result()
+        for key in store.list().result():
+            name, _, file = key.decode().rpartition("/")
+            if file != ".zarray":
+                continue
+            try:
+                fields = json.loads(store[key])
+                shape, dtype = tuple(map(int, fields["shape"])), np.dtype(DTYPES[fields["dtype"]])
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"{folder / key.decode()} does not describe an array of floats."
+                ) from error
+            leaves[name.replace(".", "/")] = Leaf(folder, name, shape, dtype)
+    return dict(sorted(leaves.items()))
 
 
-def _leaf_folder(folder: Path, path: str) -> Path:
-    return folder / path.replace("/", ".")
-
-
-def _place(folder: Path) -> dict[str, str]:
-    return {"driver": "file", "path": f"{folder.absolute()}/"}
+def _place(folder: Path, name: str = "") -> dict[str, Any]:
+    """TensorStore's name for a checkpoint's folder, or for the array `name` in it."""
+    inner = f"{name}/" if name else ""
+    place = {"driver": "file", "path": f"{folder.absolute()}/"}
+    if (folder / "manifest.ocdbt").is_file():
+        return {"driver": "ocdbt", "base": place, "path": inner}
+    return {**place, "path": place["path"] + inner}
 
 
 def _open(spec: dict[str, Any], **options) -> Any:
     import tensorstore
 
-    with _disk_errors(f"{spec['kvstore']['path']} cannot be opened"):
+    place = spec["kvstore"]
+    with _disk_errors(f"{place.get('base', place)['path']} cannot be opened"):
         return tensorstore.open(spec, **options).result()
 
 

@@ -11,22 +11,30 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
 from blip3o_jax.config import Blip3oConfig, replace
-from blip3o_jax.convert import ta_tok
+from blip3o_jax.convert import hashes, ta_tok
 from blip3o_jax.convert.config_json import EMBEDDING, check_family, config_from_json, config_to_json
 from blip3o_jax.convert.dc_ae import dc_ae_rules
-from blip3o_jax.convert.padding import fit_vocabulary, padded
 from blip3o_jax.convert.qwen3 import qwen3_rules
-from blip3o_jax.convert.rules import Rule, flatten, to_jax, torch_shapes, torch_tensors, under
+from blip3o_jax.convert.rules import (
+    Rule,
+    Shape,
+    gather,
+    in_memory,
+    leaf_shapes,
+    tensor_to_leaf,
+    torch_shapes,
+    torch_tensors,
+    under,
+)
 from blip3o_jax.convert.safetensors_io import (
     Entry,
     Stored,
@@ -39,6 +47,7 @@ from blip3o_jax.convert.safetensors_io import (
 from blip3o_jax.convert.sana import connector_rules, sana_rules
 from blip3o_jax.errors import InputError
 from blip3o_jax.models.blip3o import Blip3o, parts_of
+from blip3o_jax.tree import flatten
 
 CONFIG_LIMIT = 1 << 20  # bytes
 LM_HEAD = "lm_head.weight"
@@ -187,60 +196,11 @@ def about(file: Path):
         raise InputError(f"{file}: {error}") from error
 
 
-def load_published(
-    directory: str | Path,
-    dtype: Any = "float32",
-    shardings: Callable[[dict], dict] | Mapping | None = None,
-    parts: tuple[str, ...] | None = None,
-    vocab_multiple: int = 1,
-) -> tuple[Blip3oConfig, dict]:
-    """The configuration and the parameters (of `parts`, or all) as `dtype`, read leaf by leaf from
-    float16, bfloat16 or float32 files.
-
-    `shardings` is a tree of shardings like the parameters, or a function from the abstract
-    parameters to it; each leaf is placed by it before the next is read. Without it the leaves are
-    numpy arrays. Tensors of parts that are not asked for may be missing. The embedding is padded to
-    a multiple of `vocab_multiple` rows, which the configuration says. Raises InputError, naming
-    file and tensor, for anything missing, superfluous, damaged, not finite or contradictory.
-    """
-    directory, dtype = Path(directory), float_dtype(dtype)
-    cfg, stored = open_published(directory)
-    tied, repeated = resolve_lm_head(cfg.qwen3.tie_word_embeddings, stored)
-    cfg = replace(cfg, **{"qwen3.tie_word_embeddings": tied})
-    stored = {name: tensor for name, tensor in stored.items() if name not in repeated}
-    found = match(directory, cfg, stored, parts or parts_of(cfg))
-    log.info("%s: %d tensors, %d of them not needed.", directory, len(stored), len(found.ignored))
-    needed = torch_shapes(found.rules, found.abstract)
-    chosen = parts or parts_of(cfg)
-    cfg = padded(cfg, vocab_multiple)
-    abstract = Blip3o(cfg).abstract(chosen) if vocab_multiple > 1 else found.abstract
-    placed = flatten(shardings(abstract) if callable(shardings) else shardings or {})
-    with tqdm(
-        total=len(found.rules), desc=f"Reading {directory.name}", unit="leaf", delay=3, disable=None
-    ) as progress:
-
-        def place(path: str, leaf: np.ndarray):
-            progress.update()
-            leaf = fit_vocabulary(path, leaf, cfg.qwen3.vocab_rows)
-            return (
-                jax.make_array_from_callback(leaf.shape, placed[path], lambda index: leaf[index])
-                if placed
-                else leaf
-            )
-
-        return cfg, to_jax(
-            found.rules,
-            Tensors({name: stored[name] for name in needed}, dtype),
-            found.abstract,
-            place,
-        )
-
-
 def open_published(directory: Path) -> tuple[Blip3oConfig, dict[str, Stored]]:
-    """(configuration, tensors by published name) of a checkpoint; nothing is read yet but headers,
-    and nothing compared.
+    """(configuration, tensors by published name but for an lm_head that repeats the embedding).
 
-    InputError for another family of models, and for files that contradict each other.
+    Nothing is read but headers, and the two matrices where they are to be compared. InputError for
+    another family of models, and for files that contradict each other.
     """
     if not directory.is_dir():
         raise InputError(f"{directory} is not a directory.")
@@ -249,12 +209,110 @@ def open_published(directory: Path) -> tuple[Blip3oConfig, dict[str, Stored]]:
     with about(file):
         check_family(fields)  # before the weights: those of another family need no opening
     stored = by_published_name(open_tensors(directory))
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
     with about(file):
-        return config_from_json(
-            fields,
-            {name: tensor.shape for name, tensor in stored.items()},
-            directory.resolve().name,
-        ), stored
+        cfg = config_from_json(fields, shapes, directory.resolve().name)
+    tied, repeated = resolve_lm_head(cfg.qwen3.tie_word_embeddings, stored)
+    cfg = replace(cfg, **{"qwen3.tie_word_embeddings": tied})
+    return cfg, {name: tensor for name, tensor in stored.items() if name not in repeated}
+
+
+@dataclass(frozen=True)
+class PublishedLeaf:
+    """A parameter in published files, unread: `tensors` by name are those that `rule` makes it
+    of."""
+
+    rule: Rule
+    shape: Shape
+    tensors: Mapping[str, Stored]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return next(iter(self.tensors.values())).dtype
+
+    def layers(self, stacked: bool) -> Iterator[np.ndarray]:
+        """The array, or its layers along the first axis, one in memory at a time."""
+        for name, tensor in self.tensors.items():
+            yield tensor_to_leaf(tensor.read(tensor.dtype), self.shape, self.rule, name)
+
+    def reader(self, dtype: np.dtype) -> Callable[[tuple[slice, ...]], np.ndarray]:
+        """A function of an index of the array, which is read at once; InputError when a value is
+        not finite as `dtype`."""
+        values = gather(self.rule, self.shape, Tensors(self.tensors, dtype))
+        return lambda index: values[index]
+
+
+def open_leaves(
+    directory: Path, cfg: Blip3oConfig, stored: Mapping[str, Stored], parts: tuple[str, ...]
+) -> dict[str, PublishedLeaf]:
+    """The parameters of `parts` by path; those of other parts may be missing. Errors as `match`."""
+    matched = match(directory, cfg, stored, parts)
+    log.info("%s: %d tensors, %d not needed.", directory, len(stored), len(matched.ignored))
+    shapes = leaf_shapes(matched.rules, matched.abstract)
+    leaves = {}
+    for rule in matched.rules:
+        tensors = {name: stored[name] for name in rule.names(shapes[rule.path])}
+        leaves[rule.path] = PublishedLeaf(rule, shapes[rule.path], tensors)
+    return leaves
+
+
+def check_shapes(
+    where: Path, cfg: Blip3oConfig, leaves: Mapping[str, Any], parts: tuple[str, ...] | None = None
+) -> None:
+    """InputError beginning with `where` unless the leaves by path are those of `parts`, or of all,
+    each of its shape."""
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    abstract = Blip3o(cfg).abstract(parts or parts_of(cfg))
+    needed = {path: tuple(leaf.shape) for path, leaf in flatten(abstract).items()}
+    differing = [
+        path for path in shapes.keys() | needed.keys() if shapes.get(path) != needed.get(path)
+    ]
+    if differing:
+        path = min(differing)
+        shape = f"has shape {shapes[path]}" if path in shapes else "is missing"
+        raise InputError(
+            f"{where}: parameter {path} {shape}, and the config of {cfg.name} implies "
+            f"{needed.get(path)}."
+        )
+
+
+def write_published(
+    folder: Path,
+    cfg: Blip3oConfig,
+    leaves: Mapping[str, Any],
+    dtype: np.dtype | None,
+    max_shard_bytes: float,
+    beside: Mapping[str, Path | str],
+) -> dict[str, Entry]:
+    """Writes the published layout into a folder; returns what is known of each tensor.
+
+    leaves: by path, with `.shape`, `.dtype` and `.layers(stacked)`, one layer in memory at a time.
+    dtype: of every tensor; None keeps each leaf's own. beside: files by name, a path to copy or a
+    text; config.json is written from `cfg` unless it is among them.
+    """
+    rules, entries = published_rules(cfg), {}
+    for rule in rules:
+        leaf = leaves[rule.path]
+        entry = Entry(rule.tensor_shape(leaf.shape), dtype or leaf.dtype)
+        entries |= dict.fromkeys(rule.names(leaf.shape), entry)
+
+    tensors = torch_tensors(rules, leaves)
+    tensors = tqdm(tensors, "Writing", len(entries), unit="tensor", delay=3, disable=None)
+    write_tensors(folder, entries, tensors, max_shard_bytes)
+    hashes.record(folder, folder.glob("*.safetensors"))
+
+    fields = config_to_json(cfg, (dtype or leaves["qwen3/norm/scale"].dtype).name)
+    write_beside(folder, {"config.json": json.dumps(fields, indent=2) + "\n", **beside})
+    return entries
+
+
+def write_beside(folder: Path, files: Mapping[str, Path | str]) -> None:
+    """Small files by name: a path is copied, a text is written."""
+    for name, content in files.items():
+        if isinstance(content, Path):
+            shutil.copyfile(content, folder / name)
+        else:
+            (folder / name).write_text(content, encoding="utf-8")
 
 
 def save_published(
@@ -284,39 +342,14 @@ def save_published(
         raise InputError(f"{directory} exists {hint}.")
     if tokenizer_file is not None and not Path(tokenizer_file).is_file():
         raise InputError(f"The tokenizer file {tokenizer_file} is missing.")
-    shapes, needed = (
-        {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
-        for tree in (params, Blip3o(cfg).abstract(parts_of(cfg)))
-    )
-    if shapes != needed:
-        path = min(
-            path for path in shapes.keys() | needed.keys() if shapes.get(path) != needed.get(path)
-        )
-        raise InputError(
-            f"Parameter {path} has shape {shapes.get(path)}, and {cfg.name} needs "
-            f"{needed.get(path)}."
-        )
-    rules = published_rules(cfg)
-    entries = {name: Entry(shape, dtype) for name, shape in torch_shapes(rules, params).items()}
-    tensors = tqdm(
-        torch_tensors(rules, params),
-        total=len(entries),
-        desc=f"Writing {directory.name}",
-        unit="tensor",
-        delay=3,
-        disable=None,
-    )
+    check_shapes(directory, cfg, leaves := in_memory(params))
     temporary, old = (
         directory.with_name(f".{directory.name}.{word}-{os.getpid()}") for word in ("new", "old")
     )
     temporary.mkdir(parents=True)
     try:
-        write_tensors(temporary, entries, tensors, max_shard_bytes)
-        (temporary / "config.json").write_text(
-            json.dumps(config_to_json(cfg, dtype.name), indent=2) + "\n"
-        )
-        if tokenizer_file is not None:
-            shutil.copyfile(tokenizer_file, temporary / "tokenizer.json")
+        beside = {"tokenizer.json": Path(tokenizer_file)} if tokenizer_file else {}
+        write_published(temporary, cfg, leaves, dtype, max_shard_bytes, beside)
         if directory.exists():
             directory.rename(old)
         temporary.rename(directory)

@@ -17,6 +17,7 @@ import numpy as np
 from einops import rearrange
 
 from blip3o_jax.errors import InputError
+from blip3o_jax.tree import flatten, unflatten
 
 LINEAR = "o i -> i o"
 HEADS_OUT = "(n h) d -> d n h"  # projection onto heads; its bias is "(n h) -> n h"
@@ -84,27 +85,6 @@ def under(source: str, path: str, rules: list[Rule]) -> list[Rule]:
     return [Rule(source + rule.source, path + rule.path, rule.pattern) for rule in rules]
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts -> {"a/b/c": leaf}."""
-    flat = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        flat.update(flatten(value, f"{path}/") if isinstance(value, Mapping) else {path: value})
-    return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Inverse of `flatten`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-    return tree
-
-
 def leaf_shapes(rules: list[Rule], tree: Mapping[str, Any]) -> dict[str, Shape]:
     """Our shapes by path, from leaves with `.shape`; InputError unless the rules name every leaf
     once and nothing else."""
@@ -155,7 +135,7 @@ def leaf_to_tensor(leaf: np.ndarray, rule: Rule) -> np.ndarray:
     return rearrange(leaf, f"{ours} -> {theirs}")
 
 
-def _gather(rule: Rule, shape: Shape, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+def gather(rule: Rule, shape: Shape, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
     """The leaf of `rule`; of the tensors behind it, one at a time is held."""
     leaf = None
     for i, name in enumerate(rule.names(shape)):
@@ -195,22 +175,45 @@ def to_jax(
     if unused := sorted(set(tensors) - used):
         raise InputError(f"{len(unused)} tensors are not part of this model, first {unused[0]!r}.")
     return unflatten(
-        {rule.path: place(rule.path, _gather(rule, shapes[rule.path], tensors)) for rule in rules}
+        {rule.path: place(rule.path, gather(rule, shapes[rule.path], tensors)) for rule in rules}
     )
 
 
-def torch_tensors(rules: list[Rule], params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """(torch name, tensor) of our tree in the order of the rules; one leaf at a time is brought to
-    the host."""
-    flat = flatten(params)
+@dataclass(frozen=True)
+class InMemory:
+    """An array as a leaf that is read a layer at a time, as those of a checkpoint are."""
+
+    values: Any
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.values.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.values.dtype
+
+    def layers(self, stacked: bool) -> Iterator[np.ndarray]:
+        """The array on the host, or its layers along the first axis."""
+        array = np.asarray(self.values)
+        yield from array if stacked else (array,)
+
+
+def in_memory(params: Mapping[str, Any]) -> dict[str, InMemory]:
+    """The leaves of a tree by path."""
+    return {path: InMemory(values) for path, values in flatten(params).items()}
+
+
+def torch_tensors(rules: list[Rule], leaves: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """(torch name, tensor) of leaves by path, which have `.shape` and `.layers(stacked)`, in the
+    order of the rules; one layer in memory at a time."""
     for rule in rules:
-        leaf = np.asarray(flat[rule.path])
-        for name, layer in zip(
-            rule.names(leaf.shape), leaf if rule.stacked else leaf[None], strict=True
-        ):
+        leaf = leaves[rule.path]
+        for name, layer in zip(rule.names(leaf.shape), leaf.layers(rule.stacked), strict=True):
             yield name, leaf_to_tensor(layer, rule)
 
 
 def to_torch(rules: list[Rule], params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Torch tensors by name from our tree (those that the rules name); inverse of `to_jax`."""
-    return {name: np.ascontiguousarray(tensor) for name, tensor in torch_tensors(rules, params)}
+    tensors = torch_tensors(rules, in_memory(params))
+    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors}

@@ -101,18 +101,18 @@ def measure(
     cfg: Blip3oConfig, folder: pathlib.Path, args: argparse.Namespace, meshes: dict[str, Mesh]
 ) -> dict:
     """The report of all stages of the model in `folder`, each on its mesh."""
+    from blip3o_jax import checkpoints
     from blip3o_jax.bench import stages, timing
-    from blip3o_jax.convert.published import load_published
-    from blip3o_jax.jobs.verify import compare_stages
     from blip3o_jax.parallel.mesh import cores
     from blip3o_jax.parallel.parameters import shardings
+    from blip3o_jax.verify.compare import compare_stages
 
     # Every side's stages as functions: ours from weights on each mesh, PyTorch's.
     threads = cores()
     work = stages.make(cfg, args.batch_size, args.num_inference_steps)
     sides: dict[str, dict] = {"ours": {}}
     for mesh in set(meshes.values()):
-        _, params = load_published(folder, "float32", lambda tree, mesh=mesh: shardings(tree, mesh))
+        params = checkpoints.open(folder).load(shardings=lambda tree, m=mesh: shardings(tree, m))
         calls = stages.ours(work, params, mesh)
         sides["ours"] |= {stage: calls[stage] for stage, place in meshes.items() if place == mesh}
     sizes = stages.parameter_counts(params)
@@ -167,12 +167,12 @@ def weights(cfg: Blip3oConfig) -> Iterator[pathlib.Path]:
     """The embedded checkpoint of this name, or a temporary one with random weights."""
     import jax
 
+    from blip3o_jax import checkpoints
     from blip3o_jax.convert.random_weights import random_checkpoint
     from blip3o_jax.models.blip3o import Blip3o
-    from blip3o_jax.pipeline import embedded_checkpoints
 
-    if cfg.name in embedded_checkpoints():
-        yield embedded_checkpoints()[cfg.name]
+    if cfg.name in checkpoints.embedded():
+        yield checkpoints.embedded()[cfg.name]
         return
     count = sum(leaf.size for leaf in jax.tree.leaves(Blip3o(cfg).abstract()))
     if count > LARGEST:

@@ -152,13 +152,13 @@ def run(args) -> None:
     import jax
     import jax.numpy as jnp
 
+    from blip3o_jax import checkpoints
     from blip3o_jax.data import cache
     from blip3o_jax.data.feed import open_sources
     from blip3o_jax.data.transform import Tally, image_arrays
-    from blip3o_jax.jobs.train import load_part, read_config
+    from blip3o_jax.jobs.train import read_config
     from blip3o_jax.kernels.platform import enable_compilation_cache
     from blip3o_jax.parallel.processes import barrier, start_processes
-    from blip3o_jax.pipeline import find_checkpoint
     from blip3o_jax.train.start import encoder_params
 
     cfg = read_config(args.config, [*args.overrides, "--config.data.cache="])
@@ -170,10 +170,10 @@ def run(args) -> None:
     if not cfg.data.sources:
         raise InputError(f"{args.config} names no data.sources, so there is nothing to cache.")
     for directory in cfg.init.values():
-        find_checkpoint(directory)
+        checkpoints.find(directory)
     start_processes()
     sources = open_sources(cfg.data)
-    params = encoder_params(cfg, load_part)
+    params = encoder_params(cfg, checkpoints.load_part)
     description = cache.describe(cfg.blip3o(), cfg.data.crop, params) | {
         "latents": args.latents,
         "shard_records": args.shard_records,

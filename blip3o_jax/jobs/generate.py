@@ -94,14 +94,14 @@ def origin_of(sample: Sample, pipeline: Pipeline) -> dict:
 
 def load_for(args: argparse.Namespace) -> Pipeline:
     """The checkpoint of the command line on its mesh."""
-    from blip3o_jax import pipeline
+    from blip3o_jax import checkpoints, pipeline
     from blip3o_jax.kernels.platform import is_narrow
     from blip3o_jax.parallel import mesh
 
     if args.batch_size is not None and args.batch_size < 1:
         raise InputError(f"--batch-size is at least 1, not {args.batch_size}.")
     # A narrow model is faster with each core of a CPU as a device; --mesh decides otherwise.
-    if not args.mesh and is_narrow(pipeline.config_of(pipeline.find_checkpoint(args.checkpoint))):
+    if not args.mesh and is_narrow(checkpoints.config_of(args.checkpoint)):
         mesh.split_cpu_into_devices(args.batch_size or pipeline.CPU_BATCH)
     sizes = mesh.parse_mesh(args.mesh)
     return pipeline.load(args.checkpoint, mesh=sizes, batch_size=args.batch_size)

@@ -7,7 +7,7 @@ import json
 
 from blip3o_jax.errors import InputError
 from blip3o_jax.jobs.options import config_option
-from blip3o_jax.jobs.train import load_part, own_workdir, read_config
+from blip3o_jax.jobs.train import open_tokenizer, own_workdir, read_config
 
 HELP = "reinforce the transformer by rewards; resumes if the workdir holds a checkpoint"
 
@@ -24,28 +24,26 @@ def run(args: argparse.Namespace) -> None:
     """Trains; prints the last held-out numbers as one JSON line."""
     import jax
 
+    from blip3o_jax import checkpoints
     from blip3o_jax.kernels.platform import enable_compilation_cache
     from blip3o_jax.parallel.batches import check_batch
     from blip3o_jax.parallel.mesh import make_mesh
     from blip3o_jax.parallel.processes import start_processes
-    from blip3o_jax.pipeline import find_checkpoint, tokenizer_of
     from blip3o_jax.rl import loop
     from blip3o_jax.rl.rewards import scene_rewards
     from blip3o_jax.scenes import prompts
     from blip3o_jax.scenes.config import TAGS, WorldConfig
-    from blip3o_jax.text import Text, load_tokenizer
 
     cfg = read_config(args.config, args.overrides)
     if cfg.stage != "grpo":
         raise InputError(f"{args.config} is of stage {cfg.stage!r}; `blip3o-jax train` runs that.")
     for directory in cfg.init.values():
-        find_checkpoint(directory)  # before anything is made
+        checkpoints.find(directory)  # before anything is made
     start_processes()
     if jax.process_count() > 1:
         raise InputError("GRPO runs in one process; rewards are not yet gathered from several.")
     check_batch(cfg.batch_size, make_mesh(cfg.mesh))
-    model = cfg.blip3o()
-    text = Text(load_tokenizer(tokenizer_of(model.name)), model.vocab, model.max_prompt_tokens)
+    text = open_tokenizer(cfg)
     count = cfg.batch_size // cfg.grpo.num_generations
     world = dataclasses.replace(cfg.data.world, text=0.0)
     unseen = WorldConfig(seed=HELDOUT_SEED, weights=dict.fromkeys(TAGS, 1.0))
@@ -60,5 +58,5 @@ def run(args: argparse.Namespace) -> None:
 
     with own_workdir(cfg, args.workdir) as folder:
         enable_compilation_cache()
-        result = loop.run(cfg, folder, asked, heldout, text, reward, load_part)
+        result = loop.run(cfg, folder, asked, heldout, text, reward, checkpoints.load_part)
     print(json.dumps(result))

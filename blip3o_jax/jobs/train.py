@@ -82,17 +82,17 @@ def read_config(name: str, overrides: list[str]) -> TrainConfig:
     return from_dict(TrainConfig, values)
 
 
+def find_tokenizer(cfg: TrainConfig) -> pathlib.Path:
+    """The tokenizer.json of a run: `data.tokenizer`, or that of the preset."""
+    return resources.find_tokenizer(cfg.blip3o().name, cfg.data.tokenizer)
+
+
 def open_tokenizer(cfg: TrainConfig) -> Text:
-    """The Text that a run's captions are written with: of `data.tokenizer`, or of the preset."""
-    from blip3o_jax.pipeline import tokenizer_of
+    """The Text that a run's captions and prompts are written with."""
     from blip3o_jax.text import Text, load_tokenizer
 
     model = cfg.blip3o()
-    return Text(
-        load_tokenizer(cfg.data.tokenizer or tokenizer_of(model.name)),
-        model.vocab,
-        model.max_prompt_tokens,
-    )
+    return Text(load_tokenizer(find_tokenizer(cfg)), model.vocab, model.max_prompt_tokens)
 
 
 # The rows of data.feed that each stage trains on.
@@ -127,24 +127,6 @@ def open_feed(
         data_dir=data_dir,
         bad_records=workdir and workdir / f"bad_records.{jax.process_index()}.jsonl",
     )
-
-
-def load_part(directory: str, part: str) -> dict:
-    """One part's params from a training run or a published or converted checkpoint."""
-    from blip3o_jax import training_checkpoint
-    from blip3o_jax.convert import converted, published
-    from blip3o_jax.pipeline import find_checkpoint
-
-    folder = find_checkpoint(directory)
-    if not training_checkpoint.is_workdir(folder):
-        load = (
-            converted.load_converted if converted.is_converted(folder) else published.load_published
-        )
-        return load(folder, dtype="float32", parts=(part,))[1][part]
-    params = training_checkpoint.load_run(folder)[1]
-    if part not in params:
-        raise InputError(f"{directory} holds no {part!r}, only {', '.join(sorted(params))}.")
-    return params[part]
 
 
 def open_workdir(cfg: TrainConfig, workdir: str) -> pathlib.Path:
@@ -189,15 +171,21 @@ def own_workdir(cfg: TrainConfig, workdir: str) -> Iterator[pathlib.Path]:
     One that a wrong input ends before it has metrics or a checkpoint leaves no config there, so
     that the mended command may take the same folder.
     """
+    from blip3o_jax.checkpoints import keep_tokenizer
+    from blip3o_jax.parallel.processes import process_zero_first
     from blip3o_jax.training_checkpoint import is_workdir
 
     folder = open_workdir(cfg, workdir)
     try:
+        if cfg.stage not in ("autoencoder", "tokenizer"):  # which have no text
+            with process_zero_first("the tokenizer"):
+                keep_tokenizer(folder, find_tokenizer(cfg))
         yield folder
     except InputError:
         if not (folder / "metrics.jsonl").exists() and not is_workdir(folder):
             # another process of the run may be quicker
-            (folder / "config.json").unlink(missing_ok=True)
+            for name in ("config.json", "tokenizer.json"):
+                (folder / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # it holds something else
                 folder.rmdir()
         raise
@@ -214,12 +202,12 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 
 def run(args) -> None:
     """Trains; prints the last evaluation as one JSON line, from process 0 if there are several."""
+    from blip3o_jax import checkpoints
     from blip3o_jax.data import cache
     from blip3o_jax.kernels.platform import enable_compilation_cache
     from blip3o_jax.parallel.batches import batch_hosts, check_batch
     from blip3o_jax.parallel.mesh import make_mesh
     from blip3o_jax.parallel.processes import is_process_zero, process_zero_first, start_processes
-    from blip3o_jax.pipeline import find_checkpoint
     from blip3o_jax.scenes.exercises import name_ids
     from blip3o_jax.train import loop, start
 
@@ -228,7 +216,7 @@ def run(args) -> None:
     if cfg.stage == "grpo":
         raise InputError(f"{args.config} is of stage 'grpo'; `blip3o-jax grpo` runs that.")
     for directory in cfg.init.values():
-        find_checkpoint(directory)  # before anything is made
+        checkpoints.find(directory)  # before anything is made
     start_processes()
     mesh = make_mesh(cfg.mesh)
     check_batch(cfg.batch_size, mesh, cfg.accumulate)
@@ -238,13 +226,13 @@ def run(args) -> None:
     data_dir = cfg.data.data_dir or str(workdir.parent / "scenes")
     feed = open_feed(cfg, tokenizer, data_dir, hosts, workdir)
     if cfg.data.cache:
-        encoders = start.encoder_params(cfg, load_part)
+        encoders = start.encoder_params(cfg, checkpoints.load_part)
         cache.check_cache(cfg.data.cache, cache.describe(cfg.blip3o(), cfg.data.crop, encoders))
     words = name_ids(tokenizer) if cfg.named_tokens else None
     with own_workdir(cfg, args.workdir) as folder:
         enable_compilation_cache()
         with process_zero_first("the data"):
             heldout = feed.heldout(64)
-        result = loop.run(cfg, folder, feed.train, heldout, load_part, words)
+        result = loop.run(cfg, folder, feed.train, heldout, checkpoints.load_part, words)
     if is_process_zero():
         print(json.dumps(result))

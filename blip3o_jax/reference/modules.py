@@ -20,9 +20,9 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from blip3o_jax.config import Blip3oConfig, TaTokConfig, replace
+from blip3o_jax.config import Blip3oConfig, TaTokConfig
 from blip3o_jax.convert.config_json import dc_ae_json, sana_json
-from blip3o_jax.convert.published import TA_TOK, open_published, published_name, resolve_lm_head
+from blip3o_jax.convert.published import TA_TOK, open_published, published_name
 from blip3o_jax.errors import InputError
 from blip3o_jax.models.sana import grid_positions
 
@@ -186,10 +186,6 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32) -> Reference
     """The modules with the weights of a folder in the published layout; InputError when one of a
     module's weights is not there."""
     cfg, stored = open_published(Path(directory))
-    cfg = replace(
-        cfg,
-        **{"qwen3.tie_word_embeddings": resolve_lm_head(cfg.qwen3.tie_word_embeddings, stored)[0]},
-    )
     reference = build(cfg)
     parts = {
         "": reference.ar,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from blip3o_jax.checkpoints import Checkpoint
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.kernels.platform import jit
 from blip3o_jax.models.blip3o import Blip3o
@@ -48,6 +49,12 @@ def stage_inputs(cfg: Blip3oConfig, seed: int = 0) -> dict[str, np.ndarray]:
         "images": images,
         "view": view,
     }
+
+
+def run_stages(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """The results of a checkpoint's model in float32."""
+    config = checkpoint.config
+    return stage_outputs(Blip3o(config), checkpoint.load(), stage_inputs(config))
 
 
 def stage_outputs(model: Blip3o, params, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

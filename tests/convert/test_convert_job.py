@@ -13,24 +13,23 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from reading import load
 from safetensors.numpy import load_file, save_file
 
-from blip3o_jax import pipeline
-from blip3o_jax import training_checkpoint as checkpoints
+from blip3o_jax import checkpoints, pipeline, training_checkpoint
+from blip3o_jax.checkpoints import load_part
 from blip3o_jax.cli import main
 from blip3o_jax.config import replace
 from blip3o_jax.convert import orbax_io, safetensors_io
 from blip3o_jax.convert.config_json import config_to_json
-from blip3o_jax.convert.converted import load_converted
-from blip3o_jax.convert.published import load_published, published_rules
-from blip3o_jax.convert.rules import flatten, torch_shapes
-from blip3o_jax.jobs.train import load_part
+from blip3o_jax.convert.published import published_rules
+from blip3o_jax.convert.rules import torch_shapes
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.parallel.mesh import make_mesh
 from blip3o_jax.parallel.parameters import shardings
 from blip3o_jax.resources import ASSETS
 from blip3o_jax.train.config import TrainConfig
-from blip3o_jax.tree import split
+from blip3o_jax.tree import flatten, split
 
 TA_TOK = "model.vision_tower.vision_tower."
 IGNORED = {
@@ -96,6 +95,7 @@ def test_there_and_back_is_bitwise(published, tmp_path, capsys):
     assert {file.name for file in (tmp_path / "jax").iterdir()} == {
         *names,
         "params",
+        "hashes.json",
         "convert.json",
     }
     assert set(report["ignored"]) == set(IGNORED)
@@ -123,7 +123,7 @@ def test_there_and_back_is_bitwise(published, tmp_path, capsys):
 
 def test_plain_orbax_restores_it_onto_eight_devices(published, tmp_path, capsys):
     convert(capsys, "to-jax", published, tmp_path / "jax", "--mesh", "fsdp=4")
-    cfg, params = load_published(published)
+    cfg, params = load(published)
     mesh = make_mesh({"data": 2, "fsdp": 4})
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     placed = shardings(abstract, mesh)
@@ -134,7 +134,7 @@ def test_plain_orbax_restores_it_onto_eight_devices(published, tmp_path, capsys)
     )
     with ocp.StandardCheckpointer() as reader:
         restored = reader.restore(tmp_path / "jax" / "params", abstract)
-    ours = load_converted(tmp_path / "jax", "float32", lambda tree: shardings(tree, mesh))
+    ours = load(tmp_path / "jax", "float32", lambda tree: shardings(tree, mesh))
     assert ours[0] == cfg
     for tree in (restored, ours[1]):
         for path, leaf in flatten(tree).items():
@@ -146,7 +146,7 @@ def test_one_part_starts_a_training_run(published, tmp_path, capsys):
     convert(capsys, "to-jax", published, tmp_path / "jax")
     part, params = (
         load_part(str(tmp_path / "jax"), "qwen3"),
-        load_published(published, parts=("qwen3",))[1]["qwen3"],
+        load(published, parts=("qwen3",))[1]["qwen3"],
     )
     assert all(np.array_equal(leaf, flatten(params)[path]) for path, leaf in flatten(part).items())
 
@@ -173,7 +173,7 @@ def test_an_untied_head_stays(published, tmp_path, capsys):
     tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
     save_file(tensors, published / "model.safetensors")
     convert(capsys, "to-jax", published, tmp_path / "jax")
-    cfg, params = load_converted(tmp_path / "jax")
+    cfg, params = load(tmp_path / "jax")
     assert not cfg.qwen3.tie_word_embeddings
     np.testing.assert_array_equal(params["qwen3"]["lm_head"]["kernel"], tensors["lm_head.weight"].T)
     convert(capsys, "to-torch", tmp_path / "jax", tmp_path / "back")
@@ -214,7 +214,7 @@ def test_an_editing_checkpoint_keeps_its_connector(published, tmp_path, capsys):
     report = convert(capsys, "to-jax", published, tmp_path / "jax")
     unused = {*IGNORED, "model.und_image_vae_as_noise_connector.0.weight"}
     assert set(report["ignored"]) == unused
-    cfg, params = load_converted(tmp_path / "jax")
+    cfg, params = load(tmp_path / "jax")
     assert (
         cfg.use_und_image_vae,
         cfg.use_und_image_vae_as_noise,
@@ -232,10 +232,10 @@ def test_a_training_run_comes_out(tmp_path, capsys):
     """Every weight of the embedded model, saved as a joint run does, against the embedded file
     itself."""
     run, workdir = TrainConfig(stage="joint"), tmp_path / "run"
-    trained, frozen = split(load_published(ASSETS / "emoji_64")[1], run.trainable)
-    manager = checkpoints.open_manager(workdir)
+    trained, frozen = split(load(ASSETS / "emoji_64")[1], run.trainable)
+    manager = training_checkpoint.open_manager(workdir)
     counters = {"opt_state": {"count": jnp.int32(3)}, "guard": {"skipped": jnp.int32(0)}}
-    checkpoints.save(
+    training_checkpoint.save(
         manager, run, {"step": jnp.int32(3), "params": trained, **counters}, frozen, {}
     )
     manager.wait_until_finished()
@@ -244,12 +244,10 @@ def test_a_training_run_comes_out(tmp_path, capsys):
     loaded = pipeline.load(workdir)
     assert (
         loaded.model.config
-        == pipeline.config_of(workdir)
-        == pipeline.config_of(ASSETS / "emoji_64")
+        == checkpoints.config_of(workdir)
+        == checkpoints.config_of(ASSETS / "emoji_64")
     )
-    jax.tree.map(
-        np.testing.assert_array_equal, loaded.params, load_published(ASSETS / "emoji_64")[1]
-    )
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, load(ASSETS / "emoji_64")[1])
     report = convert(capsys, "to-torch", workdir, tmp_path / "back", "--dtype", "float16")
     assert report["preset"] == "emoji_64"
     assert json.loads((tmp_path / "back" / "convert.json").read_text())["origin"] == {"step": 3}

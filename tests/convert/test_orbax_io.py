@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from blip3o_jax.convert import orbax_io
-from blip3o_jax.convert.rules import flatten, unflatten
 from blip3o_jax.errors import InputError
+from blip3o_jax.tree import flatten, unflatten
 
 VALUES = {
     "a/kernel": np.arange(3 * 16 * 5, dtype=np.float32).reshape(3, 16, 5),

@@ -5,12 +5,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from reading import load
 
+from blip3o_jax import checkpoints
 from blip3o_jax.cli import main
 from blip3o_jax.config import replace
-from blip3o_jax.convert.converted import load_converted
 from blip3o_jax.convert.padding import fit_vocabulary, padded
-from blip3o_jax.convert.published import load_published
 from blip3o_jax.models.qwen3 import Qwen3
 from blip3o_jax.parallel.mesh import make_mesh
 from blip3o_jax.parallel.parameters import shardings
@@ -40,19 +40,20 @@ def test_the_published_vocabulary_divides_by_128_with_six_rows():
 def test_an_odd_vocabulary_is_cut_in_two_and_says_the_same(checkpoint, cfg, tmp_path, kind):
     """43 ids on tensor=2: the file's 43 rows become 44, and the logits are still 43 and equal."""
     assert cfg.qwen3.vocab_size % 2 == 1
-    folder, load = checkpoint, load_published
+    folder = checkpoint
     if kind == "converted":
-        folder, load = tmp_path / "jax", load_converted
+        folder = tmp_path / "jax"
         assert main(["convert", "to-jax", str(checkpoint), str(folder)]) == 0
     mesh = make_mesh({"data": 1, "tensor": 2}, jax.devices()[:2])
-    found, params = load(folder, "float32", lambda tree: shardings(tree, mesh), vocab_multiple=2)
+    wider = checkpoints.open(folder).padded(2)
+    found, params = wider.config, wider.load(shardings=lambda tree: shardings(tree, mesh))
     assert found.qwen3.vocab_padding == 1
     embedding = params["qwen3"]["embed_tokens"]["embedding"]
     assert embedding.shape[0] == 44
     assert embedding.addressable_shards[0].data.shape[0] == 22
     np.testing.assert_array_equal(embedding[43], 0)
     hidden = np.random.default_rng(0).standard_normal((1, 3, cfg.qwen3.hidden_size), np.float32)
-    plain = load_published(checkpoint)[1]
+    plain = load(checkpoint)[1]
     ours, theirs = (
         jax.jit(lambda p, h, c=c: Qwen3(c).apply({"params": p}, h, method="logits"))(p, hidden)
         for c, p in ((found.qwen3, params["qwen3"]), (cfg.qwen3, plain["qwen3"]))
@@ -64,8 +65,8 @@ def test_an_odd_vocabulary_is_cut_in_two_and_says_the_same(checkpoint, cfg, tmp_
 def test_a_run_with_padding_comes_out_without(tmp_path):
     """The embedded model in a run that pads by six rows, back in the published layout: 826 rows,
     and all values as they were."""
-    from blip3o_jax import training_checkpoint as checkpoints
-    from blip3o_jax.jobs.train import load_part
+    from blip3o_jax import training_checkpoint
+    from blip3o_jax.checkpoints import load_part
     from blip3o_jax.parallel.mesh import make_mesh
     from blip3o_jax.train import start, steps
     from blip3o_jax.train.config import TrainConfig
@@ -79,12 +80,12 @@ def test_a_run_with_padding_comes_out_without(tmp_path):
     )
     assert params["qwen3"]["embed_tokens"]["embedding"].shape[0] == 832
     state, frozen = steps.init_state(cfg, params)
-    manager = checkpoints.open_manager(tmp_path / "run")
-    checkpoints.save(manager, cfg, state, frozen, {})
+    manager = training_checkpoint.open_manager(tmp_path / "run")
+    training_checkpoint.save(manager, cfg, state, frozen, {})
     manager.wait_until_finished()
     assert main(["convert", "to-torch", str(tmp_path / "run"), str(tmp_path / "torch")]) == 0
     assert main(["convert", "verify", "emoji_64", str(tmp_path / "torch")]) == 0
-    back = load_published(tmp_path / "torch")[0]
+    back = load(tmp_path / "torch")[0]
     assert dataclasses.replace(back, name="emoji_64") == replace(
         cfg.blip3o(), **{"qwen3.vocab_padding": 0}
     )

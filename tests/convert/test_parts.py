@@ -7,18 +7,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 from pickles import write_state
+from reading import load
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from blip3o_jax import pipeline
+from blip3o_jax import checkpoints, pipeline
 from blip3o_jax.cli import main
 from blip3o_jax.config import VocabConfig
-from blip3o_jax.convert.converted import load_converted
-from blip3o_jax.convert.published import load_published
-from blip3o_jax.convert.rules import flatten
 from blip3o_jax.text import load_tokenizer
+from blip3o_jax.tree import flatten
 
 TA_TOK = "model.vision_tower.vision_tower."
 EMBEDDING = "model.embed_tokens.weight"
@@ -155,7 +154,7 @@ def test_parts_make_a_model(parts, params, cfg, tmp_path, capsys, mode):
             *(f"encoder.encoder.layers.2.{n}" for n in ("layer_norm1.weight", "mlp.fc1.bias")),
         )
     }
-    loaded, made = load_converted(tmp_path / "jax")
+    loaded, made = load(tmp_path / "jax")
     assert loaded.vocab == cfg.vocab
     assert (loaded.qwen3.vocab_size, loaded.sana, loaded.dc_ae) == (
         cfg.vocab.size,
@@ -197,7 +196,8 @@ def test_parts_make_a_model(parts, params, cfg, tmp_path, capsys, mode):
     assert connector["linear_1"]["kernel"].std() > 0
     names = {file.name for file in (tmp_path / "jax").iterdir()}
     assert names == {
-        *("params", "config.json", "convert.json", "tokenizer.json", "generation_config.json"),
+        *("params", "config.json", "convert.json", "hashes.json"),
+        *("tokenizer.json", "generation_config.json"),
         *("ar-LICENSE", "dit-LICENSE.txt", "vae-LICENSE.txt"),
     }
     tokenizer = load_tokenizer(tmp_path / "jax" / "tokenizer.json")
@@ -210,11 +210,11 @@ def test_parts_make_a_model(parts, params, cfg, tmp_path, capsys, mode):
     added = tokenizer.get_added_tokens_decoder()
     assert [added[i].special for i in (20, 21, 22, 25)] == [True, True, False, False]
     assert pipeline.load(tmp_path / "jax", batch_size=8).text.vocab == cfg.vocab
-    assert pipeline.config_of(tmp_path / "jax") == load_converted(tmp_path / "jax")[0]
+    assert checkpoints.config_of(tmp_path / "jax") == load(tmp_path / "jax")[0]
     again = convert(capsys, *argv(parts), "--new-vocabulary", mode, tmp_path / "again")
     assert again["made"] == report["made"]
     np.testing.assert_array_equal(
-        flatten(load_converted(tmp_path / "again")[1])["qwen3/embed_tokens/embedding"], new
+        flatten(load(tmp_path / "again")[1])["qwen3/embed_tokens/embedding"], new
     )
 
 
@@ -234,7 +234,7 @@ def test_a_qwen3_with_the_vocabulary_keeps_it(parts, tensors, tmp_path, capsys):
     )
     report = convert(capsys, *argv(parts), tmp_path / "jax")
     assert set(report["made"]) == {"model.diffusion_connector.*"}
-    loaded, made = load_converted(tmp_path / "jax")
+    loaded, made = load(tmp_path / "jax")
     assert isinstance(loaded.vocab, VocabConfig)
     np.testing.assert_array_equal(made["qwen3"]["embed_tokens"]["embedding"], tensors[EMBEDDING])
 
@@ -262,10 +262,7 @@ def test_a_flag_fills_what_a_checkpoint_lacks(checkpoint, parts, params, tmp_pat
         "dit": str(parts["--dit"] / "transformer"),
     }
     assert (tmp_path / "jax" / "config.json").read_bytes() == (folder / "config.json").read_bytes()
-    made, given = (
-        flatten(load_converted(tmp_path / "jax")[1]),
-        flatten(load_published(checkpoint)[1]),
-    )
+    made, given = (flatten(load(tmp_path / "jax")[1]), flatten(load(checkpoint)[1]))
     assert all(np.array_equal(made[path], leaf) for path, leaf in given.items())
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blip3o_jax.pipeline import tokenizer_of
+from blip3o_jax.resources import find_tokenizer
 from blip3o_jax.text import Text, load_tokenizer
 from blip3o_jax.train.config import TrainConfig
 
@@ -81,4 +81,4 @@ def made():
 @pytest.fixture(scope="session")
 def tokenizer():
     model = TrainConfig(stage="joint").blip3o()
-    return Text(load_tokenizer(tokenizer_of(model.name)), model.vocab, model.max_prompt_tokens)
+    return Text(load_tokenizer(find_tokenizer(model.name)), model.vocab, model.max_prompt_tokens)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from tiny import SMALL
 
+from blip3o_jax.checkpoints import load_part
 from blip3o_jax.cli import main
 from blip3o_jax.data import cache, feed
-from blip3o_jax.jobs.train import load_part, open_feed, read_config
+from blip3o_jax.jobs.train import open_feed, read_config
 from blip3o_jax.train import loop, losses
 from blip3o_jax.train.config import PARTS
 from blip3o_jax.train.start import encoder_params

@@ -3,7 +3,7 @@ import pytest
 
 from blip3o_jax.data import feed
 from blip3o_jax.errors import InputError
-from blip3o_jax.pipeline import tokenizer_of
+from blip3o_jax.resources import find_tokenizer
 from blip3o_jax.scenes import prompts, scene
 from blip3o_jax.scenes.config import WorldConfig
 from blip3o_jax.text import Text, load_tokenizer
@@ -20,7 +20,7 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer():
     model = CFG.blip3o()
-    return Text(load_tokenizer(tokenizer_of(model.name)), model.vocab, model.max_prompt_tokens)
+    return Text(load_tokenizer(find_tokenizer(model.name)), model.vocab, model.max_prompt_tokens)
 
 
 def opened(data_dir, **changes):

@@ -10,9 +10,10 @@ import pytest
 
 from blip3o_jax.config import DcAeConfig, replace
 from blip3o_jax.convert.dc_ae import dc_ae_rules
-from blip3o_jax.convert.rules import flatten, leaf_to_tensor, to_jax, to_torch
+from blip3o_jax.convert.rules import leaf_to_tensor, to_jax, to_torch
 from blip3o_jax.errors import InputError
 from blip3o_jax.models.dc_ae import DcAe, Down, Up, relu_linear_attention
+from blip3o_jax.tree import flatten
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CONFIGS = {

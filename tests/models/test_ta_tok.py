@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from blip3o_jax.config import SiglipConfig, TaTokConfig
-from blip3o_jax.convert.rules import flatten, to_jax, to_torch
+from blip3o_jax.convert.rules import to_jax, to_torch
 from blip3o_jax.convert.ta_tok import ignored, published_name, ta_tok_rules
 from blip3o_jax.errors import InputError
 from blip3o_jax.models import ta_tok
 from blip3o_jax.models.ta_tok import TaTok, choose, resize_positions, unit
+from blip3o_jax.tree import flatten
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/ta_tok.npz"
 TINY = TaTokConfig(

@@ -6,14 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from reading import load
 
 from blip3o_jax.config import replace
-from blip3o_jax.convert.published import load_published, published_rules
+from blip3o_jax.convert.published import published_rules
 from blip3o_jax.convert.random_weights import random_checkpoint
 from blip3o_jax.convert.rules import to_torch
 from blip3o_jax.models.blip3o import Blip3o
-from blip3o_jax.pipeline import find_checkpoint
 from blip3o_jax.presets import preset
+from blip3o_jax.resources import ASSETS
 from blip3o_jax.sample import decode, flow, generate
 from blip3o_jax.train import losses, optimizer
 from blip3o_jax.train.config import LossConfig, OptimizerConfig, TrainConfig
@@ -54,11 +55,11 @@ def sides(request, tmp_path_factory):
 
     torch.set_num_threads(2)
     if request.param == "emoji_64":
-        folder = find_checkpoint("emoji_64")
+        folder = ASSETS / "emoji_64"
     else:
         folder = tmp_path_factory.mktemp("chain") / "small"
         random_checkpoint(folder, published_like())
-    cfg, params = load_published(folder)
+    cfg, params = load(folder)
     return Blip3o(cfg), params, modules.load(folder)
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from blip3o_jax.data.config import DataConfig
 from blip3o_jax.errors import InputError
-from blip3o_jax.pipeline import tokenizer_of
 from blip3o_jax.presets import preset
+from blip3o_jax.resources import find_tokenizer
 from blip3o_jax.scenes import exercises
 from blip3o_jax.scenes.config import WorldConfig
 from blip3o_jax.scenes.heldout import held_out
@@ -19,7 +19,7 @@ from blip3o_jax.scenes.sprites import COLORS, OBJECTS
 from blip3o_jax.text import Text, load_tokenizer
 
 MODEL = preset("emoji_64")
-TEXT = Text(load_tokenizer(tokenizer_of("emoji_64")), MODEL.vocab, 120)
+TEXT = Text(load_tokenizer(find_tokenizer("emoji_64")), MODEL.vocab, 120)
 
 
 def rows(

@@ -5,17 +5,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reading import load
 
-from blip3o_jax.convert.published import load_published
 from blip3o_jax.models.blip3o import Blip3o
-from blip3o_jax.pipeline import find_checkpoint
+from blip3o_jax.resources import ASSETS
 from blip3o_jax.verify.stages import TIMESTEP, stage_inputs, stage_outputs
 
 
 @pytest.fixture(scope="module")
 def embedded():
     """(config, float32 params, inputs)."""
-    cfg, params = load_published(find_checkpoint("emoji_64"))
+    cfg, params = load(ASSETS / "emoji_64")
     return cfg, params, stage_inputs(cfg)
 
 

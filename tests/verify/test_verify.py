@@ -6,11 +6,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from reading import load
 
 from blip3o_jax.cli import main
-from blip3o_jax.convert.published import load_published, save_published
-from blip3o_jax.jobs.verify import compare_stages, compare_tensors
-from blip3o_jax.pipeline import find_checkpoint
+from blip3o_jax.convert.published import save_published
+from blip3o_jax.resources import ASSETS
+from blip3o_jax.verify.compare import compare_stages, compare_tensors
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_a_conversion_and_its_way_back_agree_bit_for_bit(converted, tmp_path, ca
 
 
 def test_one_changed_value_is_named_and_seen_in_its_stage(converted, tmp_path, capsys):
-    cfg, params = load_published(find_checkpoint("emoji_64"))
+    cfg, params = load(ASSETS / "emoji_64")
     params = jax.tree.map(np.array, params)
     params["sana"]["proj_out"]["bias"][0] += 1.0
     save_published(tmp_path / "changed", cfg, params, dtype="float16")
@@ -66,7 +67,7 @@ def test_one_changed_value_is_named_and_seen_in_its_stage(converted, tmp_path, c
 
 
 def test_another_config_is_not_the_same_model(tmp_path, capsys):
-    shutil.copytree(find_checkpoint("emoji_64"), tmp_path / "other")
+    shutil.copytree(ASSETS / "emoji_64", tmp_path / "other")
     file = tmp_path / "other" / "config.json"
     fields = json.loads(file.read_text())
     fields["sana_vae"]["scaling_factor"] = 0.5

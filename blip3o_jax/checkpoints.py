@@ -1,0 +1,266 @@
+"""One door to a checkpoint of any kind.
+
+`open(name)` takes the name of an embedded checkpoint, a folder in the published layout, a folder of
+`convert to-jax`, or the workdir of a training run, of which it takes the newest checkpoint. What
+tells the kinds apart is here and nowhere else.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from blip3o_jax import resources, training_checkpoint
+from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.convert import converted, hashes, published
+from blip3o_jax.convert.config_json import config_from_json, config_to_json
+from blip3o_jax.convert.orbax_io import Leaf
+from blip3o_jax.convert.padding import VOCAB_AXIS, padded
+from blip3o_jax.convert.published import PublishedLeaf, about, float_dtype
+from blip3o_jax.convert.safetensors_io import read_json
+from blip3o_jax.errors import InputError, nearest
+from blip3o_jax.models.blip3o import parts_of
+from blip3o_jax.tree import flatten, unflatten
+
+PUBLISHED, CONVERTED, RUN = "published", "converted", "run"
+DIGITS = 12  # of the hash in an identity
+
+Leaves = dict[str, PublishedLeaf | Leaf]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk, its weights unread.
+
+    folder: what was named. config: its vocabulary is padded only by `padded`. step: of a run. root:
+    the folder of the weights and their record of hashes; files: all that hold weights. select:
+    parts -> their leaves by path, InputError when one is missing.
+    """
+
+    folder: Path
+    kind: str
+    config: Blip3oConfig
+    step: int | None
+    root: Path
+    files: tuple[Path, ...]
+    select: Callable[[tuple[str, ...]], Leaves]
+
+    @functools.cached_property
+    def leaves(self) -> Leaves:
+        """All parameters by path: `.shape`, `.dtype`, `.layers(stacked)` one layer at a time."""
+        return self.select(parts_of(self.config))
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer.json; InputError when a run has none."""
+        file = self.folder / "tokenizer.json"
+        if self.kind != RUN or file.is_file():
+            return file
+        # a run of version 0.1, or of a stage without text
+        run = training_checkpoint.read_config(self.root)
+        return resources.find_tokenizer(self.config.name, run["data"].get("tokenizer", ""))
+
+    def padded(self, multiple: int) -> "Checkpoint":
+        """The same with rows behind the vocabulary up to a multiple, so that a mesh can shard
+        it."""
+        return dataclasses.replace(self, config=padded(self.config, multiple))
+
+    def load(
+        self,
+        parts: tuple[str, ...] | None = None,
+        dtype: Any = "float32",
+        shardings: Callable[[dict], dict] | Mapping | None = None,
+    ) -> dict:
+        """The parameters of `parts`, or all, as `dtype`, leaf by leaf; each host reads its own
+        shards where the files allow it.
+
+        shardings: a tree like the parameters', or a function from their shapes to it; without it
+        the leaves are numpy arrays. Parts that are not asked for may be missing. Raises InputError,
+        naming the file, for what is missing, damaged, not finite or contradictory.
+        """
+        dtype, parts = float_dtype(dtype), parts or parts_of(self.config)
+        leaves = self.select(parts)
+        shapes = {path: list(leaf.shape) for path, leaf in leaves.items()}
+        for path in shapes.keys() & VOCAB_AXIS.keys():
+            shapes[path][VOCAB_AXIS[path]] = self.config.qwen3.vocab_rows
+        abstract = {
+            path: jax.ShapeDtypeStruct(tuple(shape), dtype) for path, shape in shapes.items()
+        }
+        abstract = unflatten(abstract)
+        placed = flatten(shardings(abstract) if callable(shardings) else shardings or {})
+
+        arrays = {}
+        title = f"Reading {self.folder.name}"
+        for path, leaf in tqdm(leaves.items(), title, unit="leaf", delay=3, disable=None):
+            shape = tuple(shapes[path])
+            piece = _reader(leaf, shape, dtype)
+            if placed:
+                arrays[path] = jax.make_array_from_callback(shape, placed[path], piece)
+            else:
+                arrays[path] = piece((slice(None),) * len(shape))
+        return unflatten(arrays)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """NAME@HASH, of a run NAME/STEP@HASH: what an image's metadata name.
+
+        HASH covers every byte of every weight, the step, the config and the tokenizer. The hashes
+        of the weights are those recorded when they were saved or converted, after a comparison of
+        sizes and samples; without a record every byte is hashed, once for each state of the files.
+        Raises InputError when the files are not what was recorded.
+        """
+        recorded = hashes.compare(self.root, self.files)
+        return self._identity(recorded or hashes.remembered(self.root, self.files))
+
+    def verify(self) -> tuple[str, bool]:
+        """(identity from every byte that is there, whether a record confirms it); InputError naming
+        the file that differs from the record."""
+        recorded = hashes.compare(self.root, self.files, whole=True)
+        weights = recorded or hashes.measure(self.root, self.files)
+        return self._identity(weights), recorded is not None
+
+    def _identity(self, weights: dict[str, str]) -> str:
+        config = config_to_json(dataclasses.replace(self.config, name=""))
+        tokenizer = self.folder / "tokenizer.json"
+        text = hashes.hash_file(tokenizer)["sha256"] if tokenizer.is_file() else ""
+        contents = json.dumps([self.step, config, text, weights], sort_keys=True)
+        name = self.folder.name if self.step is None else f"{self.folder.name}/{self.step}"
+        return f"{name}@{hashlib.sha256(contents.encode()).hexdigest()[:DIGITS]}"
+
+
+def _reader(
+    leaf: PublishedLeaf | Leaf, shape: tuple[int, ...], dtype: np.dtype
+) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    """A function that reads the values at an index of `shape`, whose rows behind the stored ones
+    are zeros; each piece is read once."""
+    read, pieces = leaf.reader(dtype), {}
+
+    def piece(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = [places.indices(size)[:2] for places, size in zip(index, shape, strict=True)]
+        if (key := tuple(bounds)) not in pieces:
+            ends = [min(stop, size) for (_, stop), size in zip(bounds, leaf.shape, strict=True)]
+            inside = tuple(slice(min(b[0], end), end) for b, end in zip(bounds, ends, strict=True))
+            values = read(inside)
+            missing = [b[1] - b[0] - size for b, size in zip(bounds, values.shape, strict=True)]
+            if any(missing):
+                values = np.pad(values, [(0, count) for count in missing])
+            pieces[key] = values
+        return pieces[key]
+
+    return piece
+
+
+def embedded() -> dict[str, Path]:
+    """Names of the checkpoints that travel with the package, and their folders."""
+    return {file.parent.name: file.parent for file in resources.ASSETS.glob("*/config.json")}
+
+
+def find(name: str | Path) -> tuple[Path, str]:
+    """(folder, kind) of a checkpoint; InputError naming the nearest embedded name when there is
+    none."""
+    folder = embedded().get(str(name), Path(name))
+    if training_checkpoint.is_workdir(folder):  # whose config.json is the run's
+        return folder, RUN
+    if (folder / "checkpoints").is_dir():
+        raise InputError(f"{name} is a training run without a whole checkpoint as yet.")
+    if (folder / "config.json").is_file():
+        return folder, CONVERTED if converted.is_converted(folder) else PUBLISHED
+    if folder.is_dir():
+        raise InputError(
+            f"{name} holds neither config.json (a published or converted model) nor "
+            "checkpoints (a training run)."
+        )
+    raise InputError(
+        f"No checkpoint {str(name)!r}, neither a folder nor an embedded name; "
+        f"{nearest(str(name), embedded())}"
+    )
+
+
+def config_of(name: str | Path) -> Blip3oConfig:
+    """The config of a checkpoint as its small files alone describe it; touches no device."""
+    folder, kind = find(name)
+    if kind == RUN:
+        return training_checkpoint.model_config(training_checkpoint.newest(folder))
+    file = folder / "config.json"
+    fields = read_json(file, published.CONFIG_LIMIT)
+    with about(file):
+        return config_from_json(fields, None, folder.resolve().name)
+
+
+def open(name: str | Path) -> Checkpoint:
+    """The checkpoint of an embedded name, published or converted folder or training workdir;
+    InputError for one that is not there, damaged or contradictory."""
+    folder, kind = find(name)
+    if kind == RUN:
+        return _open_run(folder)
+    if kind == CONVERTED:
+        config, leaves = converted.open_converted(folder)
+        files = (folder / converted.PARAMS).rglob("*")
+
+        def select(parts: tuple[str, ...]) -> Leaves:
+            return _of_parts(leaves, parts)
+    else:
+        config, stored = published.open_published(folder)
+        files = {tensor.file for tensor in stored.values()}
+        select = functools.partial(published.open_leaves, folder, config, stored)
+    return Checkpoint(folder, kind, config, None, folder, _only_files(files), select)
+
+
+def _open_run(folder: Path) -> Checkpoint:
+    """The newest checkpoint of a run, of any stage."""
+    root = training_checkpoint.newest(folder)
+    config = training_checkpoint.model_config(root)
+    leaves = training_checkpoint.open_weights(root)
+    for path in VOCAB_AXIS.keys() & leaves.keys():  # without the padding of the run's mesh
+        shape = list(leaves[path].shape)
+        shape[VOCAB_AXIS[path]] = min(shape[VOCAB_AXIS[path]], config.qwen3.vocab_size)
+        leaves[path] = dataclasses.replace(leaves[path], shape=tuple(shape))
+    held = tuple(dict.fromkeys(path.split("/")[0] for path in leaves))
+
+    def select(parts: tuple[str, ...]) -> Leaves:
+        if missing := [part for part in parts if part not in held]:
+            stage = training_checkpoint.read_config(root).get("stage")
+            raise InputError(
+                f"{folder} holds no {missing[0]!r}, only {', '.join(held)}: it is a run of stage "
+                f"{stage!r}."
+            )
+        chosen = _of_parts(leaves, parts)
+        published.check_shapes(folder, config, chosen, parts)
+        return chosen
+
+    files = _only_files(training_checkpoint.weight_files(root))
+    return Checkpoint(folder, RUN, config, int(root.name), root, files, select)
+
+
+def _of_parts(leaves: Leaves, parts: tuple[str, ...]) -> Leaves:
+    return {path: leaf for path, leaf in leaves.items() if path.split("/")[0] in parts}
+
+
+def _only_files(paths: Iterable[Path]) -> tuple[Path, ...]:
+    return tuple(sorted(path for path in paths if path.is_file()))
+
+
+def keep_tokenizer(workdir: Path, file: Path) -> None:
+    """Copies a run's tokenizer into its workdir, so that its checkpoints can be opened anywhere;
+    InputError when the workdir has another."""
+    copy = workdir / "tokenizer.json"
+    if not copy.is_file():
+        copy.write_bytes(file.read_bytes())
+    elif copy.read_bytes() != file.read_bytes():
+        raise InputError(
+            f"{copy}, with which the run began, is not {file}; take a new workdir, or name "
+            "the copy with data.tokenizer."
+        )
+
+
+def load_part(name: str | Path, part: str) -> dict:
+    """One part's parameters in float32 on the host, for instance to start a training run with."""
+    return open(name).load((part,))[part]

@@ -1,0 +1,131 @@
+"""SHA-256 of the files that hold a model's weights: recorded when they are written, compared when
+they are read.
+
+A folder's record is `hashes.json`: {file: {"bytes", "sha256", "sample"}}, paths relative to it.
+`sample` is the SHA-256 of a few pieces spread over the file, cheap to compare at every load.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from blip3o_jax.convert.safetensors_io import read_json
+from blip3o_jax.errors import InputError
+from blip3o_jax.resources import cache_folder
+
+RECORD = "hashes.json"
+RECORD_LIMIT = 64 << 20  # bytes
+PIECES, PIECE = 8, 4096  # of a file's sample: how many, and bytes of each
+WORKERS = 8
+
+
+def hash_file(file: Path) -> dict:
+    """A file's size and SHA-256; InputError when it cannot be read."""
+    try:
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            return {"bytes": os.fstat(stream.fileno()).st_size, "sha256": digest}
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}.") from error
+
+
+def sample_file(file: Path) -> dict:
+    """A file's size and the SHA-256 of PIECES pieces from its first to its last byte."""
+    try:
+        size, digest = file.stat().st_size, hashlib.sha256()
+        with file.open("rb") as stream:
+            for i in range(PIECES):
+                stream.seek(max(0, size - PIECE) * i // (PIECES - 1))
+                digest.update(stream.read(PIECE))
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}.") from error
+    return {"bytes": size, "sample": digest.hexdigest()}
+
+
+def over_files(function, files: Iterable[Path], title: str = "Hashing") -> dict[Path, dict]:
+    """{file: function(file)}, several files at once, since hashing needs no interpreter lock."""
+    files = sorted(files)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        results = pool.map(function, files)
+        shown = tqdm(results, title, total=len(files), unit="file", delay=3, disable=None)
+        return dict(zip(files, shown, strict=True))
+
+
+def record(folder: Path, files: Iterable[Path]) -> None:
+    """Writes FOLDER/hashes.json about `files` below it."""
+    hashes = over_files(lambda file: hash_file(file) | sample_file(file), files)
+    rows = {file.relative_to(folder).as_posix(): row for file, row in hashes.items()}
+    (folder / RECORD).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def compare(folder: Path, files: Iterable[Path], whole: bool = False) -> dict[str, str] | None:
+    """SHA-256 of the `files` below `folder` as hashes.json has them; None without such a record.
+
+    Sizes and samples are compared with the record, or with `whole` every byte. Raises InputError
+    naming the first file that differs.
+    """
+    if not (folder / RECORD).is_file():
+        return None
+    recorded = read_json(folder / RECORD, RECORD_LIMIT)
+    measured = over_files(hash_file if whole else sample_file, files)
+    hashes = {}
+    for file, row in measured.items():
+        name = file.relative_to(folder).as_posix()
+        expected = recorded.get(name)
+        if not isinstance(expected, dict) or any(expected.get(key) != row[key] for key in row):
+            raise InputError(
+                f"{file} is not what {RECORD} beside it recorded when it was written: it is "
+                f"damaged or was changed; restore it, or remove {folder / RECORD} to accept it."
+            )
+        hashes[name] = str(expected.get("sha256"))
+    return hashes
+
+
+def measure(folder: Path, files: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of `files` below `folder`, of every byte that is there."""
+    hashes = over_files(hash_file, files)
+    return {file.relative_to(folder).as_posix(): row["sha256"] for file, row in hashes.items()}
+
+
+def remembered(folder: Path, files: Iterable[Path]) -> dict[str, str]:
+    """As `measure`, but kept in the cache folder by path, size and time of change, so that only the
+    first load of a large checkpoint without a record waits for it."""
+    cache = cache_folder() / "hashes" / f"{_hex(str(folder.resolve()))[:32]}.json"
+    try:
+        cached = json.loads(cache.read_text())
+    except (OSError, ValueError):
+        cached = {}
+    rows, stale = {}, []
+    for file in files:
+        stat = file.stat()
+        row = cached.get(str(file.relative_to(folder)), {})
+        if (row.get("bytes"), row.get("changed")) == (stat.st_size, stat.st_mtime_ns):
+            rows[file] = row
+        else:
+            stale.append(file)
+    for file, row in over_files(hash_file, stale).items():
+        rows[file] = row | {"changed": file.stat().st_mtime_ns}
+    named = {str(file.relative_to(folder)): row for file, row in sorted(rows.items())}
+    if stale:
+        _keep(cache, named)
+    return {name: row["sha256"] for name, row in named.items()}
+
+
+def _keep(file: Path, rows: dict) -> None:
+    """Writes the cache, whole or not at all; a home that cannot be written to is no error."""
+    temporary = file.with_suffix(f".{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(rows))
+        temporary.replace(file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+
+
+def _hex(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
