@@ -119,7 +119,7 @@ SAVE = """
 import sys
 sys.path[:0] = sys.argv[3:]
 from pathlib import Path
-from test_checkpoint import InputError, kept, save
+from test_training_checkpoint import InputError, kept, save
 try:
     save(Path(sys.argv[1]), int(sys.argv[2]), size=4_000_000 if sys.argv[2] == "2" else 8)
 except InputError as error:

@@ -48,15 +48,17 @@ SANA_FACTS = {
     "attention_bias": False,
     "norm_elementwise_affine": False,
     "guidance_embeds": False,
+    "guidance_embeds_scale": 0.1,
+    "timestep_scale": 1.0,
 }
-SANA_FACTS |= {"guidance_embeds_scale": 0.1, "timestep_scale": 1.0}
 DC_AE_FACTS = {
     "in_channels": 3,
     "decoder_norm_types": "rms_norm",
     "decoder_act_fns": "silu",
     "decoder_conv_act_fn": "relu",
+    "encoder_out_shortcut": True,
+    "decoder_in_shortcut": True,
 }
-DC_AE_FACTS |= {"encoder_out_shortcut": True, "decoder_in_shortcut": True}
 QK_NORM = "rms_norm_across_heads"
 # one field here, one for each half in diffusers
 DC_AE_SHARED = ("block_types", "block_out_channels", "qkv_multiscales")
@@ -90,14 +92,9 @@ def sana_json(cfg: SanaConfig) -> dict[str, Any]:
 
 def dc_ae_json(cfg: DcAeConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(cfg)
-    shared = {
-        f"{half}_{name}": fields[name] for name in DC_AE_SHARED for half in ("encoder", "decoder")
-    }
-    return {
-        **{name: value for name, value in fields.items() if name not in DC_AE_SHARED},
-        **shared,
-        **DC_AE_FACTS,
-    }
+    for name in DC_AE_SHARED:
+        fields[f"encoder_{name}"] = fields[f"decoder_{name}"] = fields.pop(name)
+    return {**fields, **DC_AE_FACTS}
 
 
 def _vocab_json(cfg: VocabConfig) -> dict[str, Any]:
@@ -199,35 +196,21 @@ def _read_ta_tok(fields: Any) -> TaTokConfig:
 
 def read_sana(fields: Any) -> SanaConfig:
     """From diffusers' field names, as in SanaTransformer2DModel's own config.json."""
+    has_norm = isinstance(fields, Mapping) and fields.get("qk_norm") is not None
     if isinstance(fields, Mapping):
         fields = {"condition_positions": False, **fields}
-    cfg = _read(
-        SanaConfig,
-        fields,
-        "sana",
-        qk_norm=isinstance(fields, Mapping) and fields.get("qk_norm") is not None,
-    )
+    cfg = _read(SanaConfig, fields, "sana", qk_norm=has_norm)
     _agree(fields, {"condition_positions": False, **sana_json(cfg)}, "sana")
     return cfg
 
 
 def read_dc_ae(fields: Any) -> DcAeConfig:
     """From diffusers' field names, as in AutoencoderDC's own config.json."""
-    if isinstance(fields, Mapping):
-        fields = {
-            **fields,
-            **{
-                name: fields[f"encoder_{name}"]
-                for name in DC_AE_SHARED
-                if f"encoder_{name}" in fields
-            },
-        }
-    cfg = _read(DcAeConfig, fields, "sana_vae")
-    _agree(
-        {name: value for name, value in fields.items() if name not in DC_AE_SHARED},
-        dc_ae_json(cfg),
-        "sana_vae",
-    )
+    names = fields if isinstance(fields, Mapping) else {}
+    shared = {x: fields[f"encoder_{x}"] for x in DC_AE_SHARED if f"encoder_{x}" in names}
+    cfg = _read(DcAeConfig, {**fields, **shared} if names else fields, "sana_vae")
+    theirs = {name: value for name, value in fields.items() if name not in DC_AE_SHARED}
+    _agree(theirs, dc_ae_json(cfg), "sana_vae")
     return cfg
 
 
@@ -284,16 +267,10 @@ def config_from_json(
     """
     check_family(fields)
     defaults = {"pad_token_id": VocabConfig.pad_token_id, "eos_token_id": VocabConfig.eos_token_id}
-    vocab = _read(
-        VocabConfig,
-        {**fields, **{k: v for k, v in defaults.items() if fields.get(k) is None}},
-        "it",
-    )
-    _agree(
-        {key: fields[key] for key in ("scale_end_token_id", "image_end_token_id") if key in fields},
-        _vocab_json(vocab),
-        "it",
-    )
+    missing = {key: value for key, value in defaults.items() if fields.get(key) is None}
+    vocab = _read(VocabConfig, {**fields, **missing}, "it")
+    ends = [key for key in ("scale_end_token_id", "image_end_token_id") if key in fields]
+    _agree({key: fields[key] for key in ends}, _vocab_json(vocab), "it")
     readers = (
         ("sana", "sana", read_sana),
         ("sana_vae", "dc_ae", read_dc_ae),
@@ -307,7 +284,6 @@ def config_from_json(
         )
     kinds = {field.name: field.type for field in dataclasses.fields(Blip3oConfig)}
     ours = {"name": name, **{key: _typed(value, kinds[key], key) for key, value in ours.items()}}
-    flags = {
-        key: _typed(fields[key], bool, key) for key in EDIT_FLAGS if fields.get(key) is not None
-    }
+    flags = [key for key in EDIT_FLAGS if fields.get(key) is not None]
+    flags = {key: _typed(fields[key], bool, key) for key in flags}
     return Blip3oConfig(qwen3=read_qwen3(fields, shapes), vocab=vocab, **parts, **ours, **flags)

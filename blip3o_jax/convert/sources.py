@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from blip3o_jax.config import Blip3oConfig, replace
 from blip3o_jax.convert import upstream, vocabulary
@@ -62,15 +61,15 @@ NESTED = {
     "ta_tok": ("vision_tower", ta_tok_json),
 }
 TOKENIZER_FILES = (
-    *(
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "merges.txt",
-    ),
-    *("chat_template.jinja", "chat_template.json", "generation_config.json"),
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
 )
 LICENCE = re.compile(r"(licen[cs]e|notice|copying|copyright|use_policy)", re.IGNORECASE)
 
@@ -121,9 +120,8 @@ def open_source(
 
 
 def _open_parts(flags: dict[str, str | None]) -> dict[str, upstream.Upstream]:
-    return {
-        group: OPENERS[group](flags[flag]) for group, (flag, _) in GROUPS.items() if flags.get(flag)
-    }
+    named = {group: flags.get(flag) for group, (flag, _) in GROUPS.items()}
+    return {group: OPENERS[group](path) for group, path in named.items() if path}
 
 
 def _from_checkpoint(directory: Path, flags: dict[str, str | None]) -> Source:
@@ -152,12 +150,9 @@ def _from_checkpoint(directory: Path, flags: dict[str, str | None]) -> Source:
             added[key] = json.loads(json.dumps(to_json(parts[group].config)))
     for part in parts.values():
         stored |= by_published_name(part.tensors)
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
     with about(file):
-        cfg = config_from_json(
-            {**fields, **added},
-            {name: tensor.shape for name, tensor in stored.items()},
-            directory.resolve().name,
-        )
+        cfg = config_from_json({**fields, **added}, shapes, directory.resolve().name)
     for group, part in parts.items():
         if group in NESTED and getattr(cfg, group) != part.config:
             raise InputError(
@@ -177,11 +172,9 @@ def _from_checkpoint(directory: Path, flags: dict[str, str | None]) -> Source:
 
 def _defaults(cfg: Blip3oConfig, keys: Iterable[str]) -> dict[str, Any]:
     """What a config.json without the objects `keys` means, by group: the published networks."""
-    groups = [group for group, (key, _) in NESTED.items() if key in keys]
-    return {
-        group: next(f.default_factory() for f in dataclasses.fields(cfg) if f.name == group)
-        for group in groups
-    }
+    groups = {group for group, (key, _) in NESTED.items() if key in keys}
+    fields = dataclasses.fields(cfg)
+    return {field.name: field.default_factory() for field in fields if field.name in groups}
 
 
 def _from_parts(flags: dict[str, str | None], new_vocabulary: str | None, name: str) -> Source:
@@ -195,11 +188,9 @@ def _from_parts(flags: dict[str, str | None], new_vocabulary: str | None, name: 
         )
     parts = _open_parts(flags)
     ar, codes = parts["qwen3"], parts["ta_tok"].config.codebook_size
-    stored: dict[str, Any] = {
-        key: tensor
-        for part in parts.values()
-        for key, tensor in by_published_name(part.tensors).items()
-    }
+    stored: dict[str, Any] = {}
+    for part in parts.values():
+        stored |= by_published_name(part.tensors)
     if EMBEDDING not in stored:
         raise InputError(f"{ar.folder}: tensor {EMBEDDING!r} is missing.")
     tied, repeated = resolve_lm_head(bool(ar.config.get("tie_word_embeddings", True)), stored)
@@ -216,11 +207,8 @@ def _from_parts(flags: dict[str, str | None], new_vocabulary: str | None, name: 
         )
     if vocab is None:
         texts["tokenizer.json"], vocab = vocabulary.extend_tokenizer(tokenizer, codes)
-        prefix = f"{TA_TOK}bottleneck.regularizer."
-        inputs = [
-            stored.get(f"{prefix}{key}")
-            for key in ("embedding.weight", "embedding_proj.weight", "embedding_proj.bias")
-        ]
+        keys = ("embedding.weight", "embedding_proj.weight", "embedding_proj.bias")
+        inputs = [stored.get(f"{TA_TOK}bottleneck.regularizer.{key}") for key in keys]
         for key in (EMBEDDING, LM_HEAD):
             if key in stored and key not in repeated:
                 stored[key] = vocabulary.extend_matrix(
@@ -254,9 +242,7 @@ def _from_parts(flags: dict[str, str | None], new_vocabulary: str | None, name: 
 
 
 def _fresh_connector(cfg: Blip3oConfig) -> dict[str, Made]:
-    params = jax.tree.map(
-        np.asarray, Blip3o(cfg).init(jax.random.key(vocabulary.SEED), ("diffusion_connector",))
-    )
+    params = Blip3o(cfg).init(jax.random.key(vocabulary.SEED), ("diffusion_connector",))
     rules = [rule for rule in published_rules(cfg) if rule.path.startswith("diffusion_connector/")]
     return {
         name: Made(name, value.shape, value.dtype, lambda value=value: value)
@@ -280,24 +266,15 @@ def _finish(
     folders: dict[str, Path],
 ) -> Source:
     """Compares names and shapes, and finds the licences beside the weights."""
-    found = match(
-        where,
-        cfg,
-        {name: tensor for name, tensor in stored.items() if name not in repeated},
-        parts_of(cfg),
-    )
-    source = Source(cfg, found, stored, {**found.ignored, **repeated}, folders)
+    needed = {name: tensor for name, tensor in stored.items() if name not in repeated}
+    matched = match(where, cfg, needed, parts_of(cfg))
+    source = Source(cfg, matched, stored, {**matched.ignored, **repeated}, folders)
     source.files |= {tensor.file for tensor in stored.values() if tensor.file}
     for label, folder in folders.items():
         source.files |= set(folder.glob("*.safetensors.index.json"))
         beside = [folder, folder.parent] if folder.name in ("transformer", "vae") else [folder]
-        for file in sorted(
-            file
-            for place in beside
-            for file in place.iterdir()
-            if LICENCE.match(file.name) and file.is_file()
-        ):
-            source.carried.setdefault(
-                file.name if label == "checkpoint" else f"{label}-{file.name}", file
-            )
+        files = (file for place in beside for file in place.iterdir() if file.is_file())
+        for file in sorted(file for file in files if LICENCE.match(file.name)):
+            name = file.name if label == "checkpoint" else f"{label}-{file.name}"
+            source.carried.setdefault(name, file)
     return source
