@@ -133,7 +133,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoints_before(tmp_path)
         ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", tmp_path], capture_output=True
     ).returncode:
         pytest.skip("only root can make a small disk")
-    here = [str(Path(__file__).parent / "train"), str(Path(__file__).parents[1])]
+    here = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     printed = []
     try:
         for step in "123":  # the second does not fit
