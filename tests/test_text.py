@@ -34,8 +34,8 @@ QWEN3_ADDED = (
 
 
 @pytest.fixture(scope="module")
-def text():
-    return Text(load_tokenizer(PATH), VOCAB, CONFIG.max_prompt_tokens)
+def text(tokenizer):
+    return tokenizer
 
 
 def named(tokens: str) -> list[str]:

@@ -6,9 +6,12 @@ import json
 import jax
 import numpy as np
 import pytest
+from tiny import SMALL
 
+from blip3o_jax import presets
 from blip3o_jax.bench import stages, timing
 from blip3o_jax.cli import main
+from blip3o_jax.config import replace
 from blip3o_jax.jobs import bench
 from blip3o_jax.parallel.mesh import make_mesh
 from blip3o_jax.presets import preset
@@ -58,27 +61,27 @@ def two_devices(monkeypatch):
     )
 
 
-def test_our_side_alone(capsys, two_devices):
-    assert (
-        main(
-            [
-                "bench",
-                "--batch-size",
-                "2",
-                "--num-inference-steps",
-                "1",
-                "--repeats",
-                "1",
-                "--stages",
-                "decode,autoencoder",
-            ]
-        )
-        == 0
-    )
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+@pytest.fixture
+def tiny_preset(monkeypatch):
+    """A preset of the smallest parts, whose weights are random as those of `mid_128` are."""
+    model = replace(preset("emoji_64"), name="tiny", **SMALL)
+    monkeypatch.setitem(presets.PRESETS, "tiny", lambda: model)
+    return model
+
+
+def bench_tiny(capsys, *options: str) -> dict:
+    """The report of one repeat of two rows on the tiny preset."""
+    sizes = ["--batch-size", "2", "--num-inference-steps", "2", "--repeats", "1"]
+    assert main(["bench", "--preset", "tiny", *sizes, *options]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_our_side_alone(capsys, two_devices, tiny_preset):
+    report = bench_tiny(capsys, "--stages", "decode,autoencoder")
     assert set(report["stages"]) == {"decode", "autoencoder"}
     decode = report["stages"]["decode"]
-    assert decode["value"]["ours"] == pytest.approx(2 * 64 / decode["seconds"]["ours"])
+    tokens = 2 * tiny_preset.ta_tok.num_tokens
+    assert decode["value"]["ours"] == pytest.approx(tokens / decode["seconds"]["ours"])
     assert decode["share_of_limit"] > 0
     assert report["agreement"] == {}
     assert decode["devices"] == 2
@@ -102,19 +105,10 @@ def test_bad_input_is_one_sentence(options, words, capsys, two_devices):
 
 
 @pytest.mark.parity
-def test_both_sides_do_the_same_work(capsys, two_devices):
-    options = [
-        "--against",
-        "torch",
-        "--batch-size",
-        "2",
-        "--num-inference-steps",
-        "2",
-        "--repeats",
-        "1",
-    ]
-    assert main(["bench", *options]) == 0
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+def test_both_sides_do_the_same_work(capsys, two_devices, tiny_preset, monkeypatch):
+    monkeypatch.setattr(timing, "read_bytes_per_second", lambda size, threads: 1e10)
+    report = bench_tiny(capsys, "--against", "torch")
+    assert set(report["stages"]) == set(bench.STAGES) - {"cached_train_step"}
     assert report["agree"]
     assert set(report["stages"]["train_step"]["ratio"]) == {"original", "well"}
     assert {name.split(", ")[1] for name in report["agreement"]} == {"original", "well"}

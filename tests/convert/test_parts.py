@@ -48,7 +48,7 @@ def refused(capsys, *argv):
 
 
 def tiny_tokenizer(extended=False):
-    """Twenty tokens, as many as conftest's VOCAB leaves to text."""
+    """Twenty tokens, as many as tiny.VOCAB leaves to text."""
     words = {SPECIAL.get(i, f"word{i}"): i for i in range(20)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="word0"))
     tokenizer.pre_tokenizer = Whitespace()

@@ -9,10 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blip3o_jax.resources import find_tokenizer
-from blip3o_jax.text import Text, load_tokenizer
-from blip3o_jax.train.config import TrainConfig
-
 
 def picture(i: int, size=(64, 64), kind: str = "png") -> bytes:
     """The field's red is i; a lossless format unless asked."""
@@ -76,9 +72,3 @@ def made():
         jsonl=write_jsonl,
         number=number,
     )
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    model = TrainConfig(stage="joint").blip3o()
-    return Text(load_tokenizer(find_tokenizer(model.name)), model.vocab, model.max_prompt_tokens)

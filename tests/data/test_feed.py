@@ -3,10 +3,8 @@ import pytest
 
 from blip3o_jax.data import feed
 from blip3o_jax.errors import InputError
-from blip3o_jax.resources import find_tokenizer
 from blip3o_jax.scenes import prompts, scene
 from blip3o_jax.scenes.config import WorldConfig
-from blip3o_jax.text import Text, load_tokenizer
 from blip3o_jax.train.config import DataConfig, TrainConfig
 
 CFG = TrainConfig(stage="joint", batch_size=4, data=DataConfig(num_train=16, row_length=112))
@@ -15,12 +13,6 @@ CFG = TrainConfig(stage="joint", batch_size=4, data=DataConfig(num_train=16, row
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     return str(tmp_path_factory.mktemp("scenes"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    model = CFG.blip3o()
-    return Text(load_tokenizer(find_tokenizer(model.name)), model.vocab, model.max_prompt_tokens)
 
 
 def opened(data_dir, **changes):

@@ -8,24 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import TRANSFORMER
 
-from blip3o_jax.config import Qwen3Config
 from blip3o_jax.convert.qwen3 import qwen3_rules
 from blip3o_jax.convert.rules import to_jax, to_torch
 from blip3o_jax.errors import InputError
 from blip3o_jax.models.qwen3 import Qwen3, head_logits, init_cache, positions_of
 from blip3o_jax.presets import preset
 
-TIED = Qwen3Config(
-    vocab_size=72,
-    hidden_size=24,
-    intermediate_size=40,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    rms_norm_eps=0.01,
-)
+TIED = TRANSFORMER
 UNTIED = dataclasses.replace(TIED, tie_word_embeddings=False)
 
 

@@ -13,7 +13,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 @pytest.mark.parametrize("variant", ["published", "shuffled"])
 def test_fixture_is_what_diffusers_gives(variant):
     pytest.importorskip("diffusers")
-    from make_dc_ae import make
+    from parity.make_dc_ae import make
 
     made = make(variant)
     with np.load(FIXTURES / f"dc_ae_{variant}.npz") as committed:

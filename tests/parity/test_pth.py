@@ -80,10 +80,7 @@ def save_upstream(folder):
     torch, transformers, diffusers = map(
         pytest.importorskip, ("torch", "transformers", "diffusers")
     )
-    import make_dc_ae
-    import make_qwen3
-    import make_sana
-    import make_ta_tok
+    from parity import make_dc_ae, make_qwen3, make_sana, make_ta_tok
     from tokenizers import Tokenizer, models
 
     torch.manual_seed(0)

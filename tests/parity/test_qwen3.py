@@ -12,7 +12,7 @@ FIXTURE = Path(__file__).parents[1] / "fixtures" / "qwen3.npz"
 
 def test_fixture_is_what_transformers_gives():
     pytest.importorskip("transformers")
-    from make_qwen3 import make
+    from parity.make_qwen3 import make
 
     made = make()
     with np.load(FIXTURE) as committed:

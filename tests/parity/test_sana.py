@@ -12,7 +12,7 @@ FIXTURE = Path(__file__).parents[1] / "fixtures" / "sana.npz"
 
 def test_fixture_is_what_diffusers_gives():
     pytest.importorskip("diffusers")
-    from make_sana import make
+    from parity.make_sana import make
 
     made = make()
     with np.load(FIXTURE) as committed:

@@ -12,7 +12,7 @@ FIXTURE = Path(__file__).parents[1] / "fixtures/ta_tok.npz"
 
 def test_fixture_is_what_pytorch_gives():
     pytest.importorskip("transformers")
-    from make_ta_tok import make
+    from parity.make_ta_tok import make
 
     made = make()
     with np.load(FIXTURE) as committed:

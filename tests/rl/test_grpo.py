@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import SMALL
 
 from blip3o_jax.config import replace
 from blip3o_jax.models.blip3o import Blip3o
@@ -11,12 +12,6 @@ from blip3o_jax.sample import decode
 from blip3o_jax.train import steps
 from blip3o_jax.train.config import GrpoConfig, OptimizerConfig, TrainConfig
 
-SMALL = {
-    "qwen3.num_hidden_layers": 1,
-    "qwen3.hidden_size": 32,
-    "qwen3.intermediate_size": 32,
-    "ta_tok.encoder.image_size": 16,
-}
 MODEL = Blip3o(replace(preset("emoji_64"), **SMALL))
 VOCAB, N = MODEL.config.vocab, 4
 

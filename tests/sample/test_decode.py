@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import TRANSFORMER
 
-from blip3o_jax.config import Qwen3Config, VocabConfig, replace
+from blip3o_jax.config import VocabConfig, replace
 from blip3o_jax.convert.qwen3 import qwen3_rules
 from blip3o_jax.convert.rules import to_jax
 from blip3o_jax.errors import InputError
@@ -20,16 +21,7 @@ from blip3o_jax.plan.collectives import collectives
 from blip3o_jax.presets import preset
 from blip3o_jax.sample.decode import generate_tokens, sample, token_logprobs
 
-CFG = Qwen3Config(
-    vocab_size=72,
-    hidden_size=24,
-    intermediate_size=40,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    rms_norm_eps=0.01,
-)
+CFG = TRANSFORMER
 MODEL = Qwen3(CFG)
 VOCAB = VocabConfig(
     image_start_tag_id=30,

@@ -5,21 +5,20 @@ import dataclasses
 
 import numpy as np
 import pytest
+import tiny
 
 from blip3o_jax.data.config import DataConfig
 from blip3o_jax.errors import InputError
 from blip3o_jax.presets import preset
-from blip3o_jax.resources import find_tokenizer
 from blip3o_jax.scenes import exercises
 from blip3o_jax.scenes.config import WorldConfig
 from blip3o_jax.scenes.heldout import held_out
 from blip3o_jax.scenes.prompts import RELATIONS
 from blip3o_jax.scenes.scene import PATCH_WORDS
 from blip3o_jax.scenes.sprites import COLORS, OBJECTS
-from blip3o_jax.text import Text, load_tokenizer
 
 MODEL = preset("emoji_64")
-TEXT = Text(load_tokenizer(find_tokenizer("emoji_64")), MODEL.vocab, 120)
+TEXT = tiny.text(120)
 
 
 def rows(

@@ -18,6 +18,8 @@ import sys
 import tempfile
 from types import SimpleNamespace
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # for tiny.py
+
 LIMIT = 1e-5
 # Name -> (devices, mesh, micro-batches).
 VARIANTS = {

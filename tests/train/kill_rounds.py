@@ -26,6 +26,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # for tiny.py
+
 # steps of a run, between checkpoints; seconds after which a process hangs
 NUM_STEPS, EVERY, LONGEST = 120, 5, 240.0
 

@@ -10,11 +10,9 @@ from tiny import batch_at, config, from_step, practice, rows_at
 
 from blip3o_jax import checkpoints, training_checkpoint
 from blip3o_jax.errors import InputError
-from blip3o_jax.resources import find_tokenizer
 from blip3o_jax.scenes.exercises import name_ids
-from blip3o_jax.text import Text, load_tokenizer
 from blip3o_jax.train import loop, start
-from blip3o_jax.train.config import ProfileConfig, TrainConfig
+from blip3o_jax.train.config import ProfileConfig
 
 
 def test_named_image_tokens_start_as_their_words():
@@ -27,12 +25,10 @@ def test_named_image_tokens_start_as_their_words():
         )
 
 
-def test_codes_are_named_by_words_of_the_tokenizer():
-    model = TrainConfig(stage="joint").blip3o()
-    text = Text(load_tokenizer(find_tokenizer("emoji_64")), model.vocab, model.max_prompt_tokens)
-    ids = name_ids(text)
-    assert len(ids) == model.vocab.num_image_tokens
-    assert [text.tokenizer.id_to_token(int(ids[i])) for i in (0, 4, 5)] == [
+def test_codes_are_named_by_words_of_the_tokenizer(tokenizer):
+    ids = name_ids(tokenizer)
+    assert len(ids) == tokenizer.vocab.num_image_tokens
+    assert [tokenizer.tokenizer.id_to_token(int(ids[i])) for i in (0, 4, 5)] == [
         "Ġapple",
         "Ġapple",
         "Ġbanana",

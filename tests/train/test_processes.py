@@ -10,9 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-import equal_meshes
 import pytest
 from tiny import practice
+from train import equal_meshes
 
 from blip3o_jax.errors import InputError
 from blip3o_jax.parallel.processes import start_processes
