@@ -1,14 +1,11 @@
 """Tokenizer, prompt templates and token rows (docs/model.md §4; paper section 2).
 
-A caption becomes a ChatML conversation that ends where the image begins:
+A caption becomes a ChatML conversation that ends where the image begins. Generation is given
 
-    system turn | user turn with the caption | assistant header | <im_start> <S0>            (what
-    generation is given)
-    ... the same | t1 .. tn <im_end> <|im_end|> \\n                                           (what
-    training adds)
+    system turn | user turn with the caption | assistant header | <im_start> <S0>
 
-`<im_start>` opens an image; `<|im_start|>`, with bars, opens a chat turn. Everything here is numpy
-on the host.
+to which a training row adds `t1 .. tn <im_end> <|im_end|> \\n`. `<im_start>` opens an image;
+`<|im_start|>`, with bars, opens a chat turn. Rows are numpy arrays on the host.
 """
 
 import functools
@@ -34,8 +31,7 @@ CHAT_TOKENS = ("<|im_start|>", "<|vision_start|>", "<|vision_end|>", IMAGE_PAD)
 
 
 def t2i_prompt(caption: str) -> str:
-    """The text that asks for an image of `caption`, as inference, GRPO and training all write it
-    (§4.2)."""
+    """The text that asks for an image of `caption`, in inference, GRPO and training (§4.2)."""
     return CHAT.format(content=f"Please generate image based on the following caption: {caption}")
 
 
@@ -44,10 +40,8 @@ def edit_prompt(instruction: str, num_images: int, num_image_tokens: int) -> str
     `<|image_pad|>` (§4.2)."""
     what = "this image" if num_images == 1 else "these images"
     images = f"<|vision_start|>{IMAGE_PAD * num_images * num_image_tokens}<|vision_end|>"
-    return CHAT.format(
-        content=f"Please edit {what} according to the following instruction: "
-        f"{instruction}.\n{images}"
-    )
+    request = f"Please edit {what} according to the following instruction: {instruction}.\n"
+    return CHAT.format(content=request + images)
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -63,8 +57,7 @@ def load_tokenizer(path: str | Path) -> Any:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise InputError(
-            f"{str(path)!r} is not a tokenizer.json that this version of tokenizers reads "
-            f"({error})."
+            f"{str(path)!r} is not a tokenizer.json that tokenizers can read ({error})."
         ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -117,10 +110,10 @@ def causal_positions(tokens):
 
 
 def targets(tokens, start, vocab: VocabConfig):
-    """Which tokens [B,T] the cross-entropy asks for, bool [B,T]: all but padding and the source
-    images inside an edit prompt (§6.5).
+    """Which tokens [B,T] are targets of the cross-entropy, bool [B,T]: all but padding and the
+    source images of an edit prompt (docs/model.md §6.5).
 
-    `start` [B] is where each row's `<S0>` stands. Takes numpy or jax arrays.
+    `start` [B] is the column of each row's `<S0>`. Numpy or jax arrays.
     """
     columns = np.arange(tokens.shape[1])
     source_image = (tokens >= vocab.image_start_token_id) & (columns < start[:, None])
@@ -141,7 +134,7 @@ class Text:
 
     def __post_init__(self):
         v = self.vocab
-        wanted = {
+        expected = {
             "<im_start>": v.image_start_tag_id,
             "<im_end>": v.image_end_tag_id,
             "<S0>": v.scale_start_token_id,
@@ -151,11 +144,10 @@ class Text:
             "<|endoftext|>": v.pad_token_id,
             "<|im_end|>": v.eos_token_id,
         }
-        for token, id_ in wanted.items():
-            if self.tokenizer.token_to_id(token) != id_:
+        for token, id_ in expected.items():
+            if (actual := self.tokenizer.token_to_id(token)) != id_:
                 raise InputError(
-                    f"The tokenizer gives {token} the id "
-                    f"{self.tokenizer.token_to_id(token)}, the config says {id_}."
+                    f"The tokenizer gives {token} the id {actual}, the config says {id_}."
                 )
         for token in CHAT_TOKENS:
             if self.tokenizer.token_to_id(token) is None:
@@ -171,19 +163,16 @@ class Text:
     def encode_edit(self, instruction: str, image_ids: np.ndarray) -> list[int]:
         """Ids of the templated instruction with the source images' codes [images, n] in place;
         errors as `encode_prompt`."""
-        ids = np.array(
-            self._encode(edit_prompt(instruction, *image_ids.shape), instruction, image_ids.size)
-        )
-        ids[ids == self.tokenizer.token_to_id(IMAGE_PAD)] = (
-            image_ids.ravel() + self.vocab.image_start_token_id
-        )
+        prompt = edit_prompt(instruction, *image_ids.shape)
+        ids = np.array(self._encode(prompt, instruction, image_ids.size))
+        places = ids == self.tokenizer.token_to_id(IMAGE_PAD)
+        ids[places] = image_ids.ravel() + self.vocab.image_start_token_id
         return ids.tolist()
 
     def encode_prompts(self, captions: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Captions -> (ids [B,length] int32, valid [B,length] bool), left-padded."""
-        return left_pad(
-            [self.encode_prompt(caption) for caption in captions], length, self.vocab.pad_token_id
-        )
+        prompts = [self.encode_prompt(caption) for caption in captions]
+        return left_pad(prompts, length, self.vocab.pad_token_id)
 
     def training_rows(
         self, prompts: Sequence[Sequence[int]], image_ids: np.ndarray, length: int
@@ -191,8 +180,8 @@ class Text:
         """Encoded prompts and the codes [B,n] of their images -> (tokens [B,length] int32, start
         [B] int32), right-padded (§4.3).
 
-        `start` is the column of `<S0>`, so the image tokens stand in start+1 .. start+n; where the
-        codes are made on the device, pass zeros and write them there.
+        `start` is the column of `<S0>`: the image tokens are in start+1 .. start+n. Pass zeros for
+        codes that the device makes and writes there.
         """
         end = self.tokenizer.encode(IMAGE_END, add_special_tokens=False).ids
         codes = (image_ids + self.vocab.image_start_token_id).tolist()
@@ -206,6 +195,7 @@ class Text:
 
     def _encode(self, prompt: str, written: str, num_image_tokens: int) -> list[int]:
         """Ids of a template that holds the user's words `written`, after the checks."""
+        # The user's words: some, in UTF-8, none of them a control token.
         if not written.strip():
             raise InputError("The prompt is empty; write what the image should show.")
         if not written.isascii() and any("\ud800" <= c <= "\udfff" for c in written):
@@ -220,13 +210,14 @@ class Text:
                     f"The prompt {_beginning(written)} contains the control token {token}; "
                     "write it without."
                 )
+
+        # The template, which must fit.
         ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
         size = len(ids) - num_image_tokens
         if size > self.max_prompt_tokens:
-            limit = f"more than the {self.max_prompt_tokens} allowed"
             raise InputError(
-                f"The prompt {_beginning(written)} has {size} tokens with its template, "
-                f"{limit}; shorten it."
+                f"The prompt {_beginning(written)} has {size} tokens with its template, more "
+                f"than the {self.max_prompt_tokens} allowed; shorten it."
             )
         return ids
 

@@ -8,8 +8,10 @@ cannot be used is stored with its reason, so a run reads the same order with and
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from typing import NamedTuple
 
 import numpy as np
 from flax import serialization
@@ -18,6 +20,7 @@ from flax.traverse_util import flatten_dict
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.records import RecordError
+from blip3o_jax.data.transform import Tally
 from blip3o_jax.errors import InputError
 
 FORMAT = 1
@@ -57,10 +60,74 @@ def source_entry(spec: SourceConfig, source) -> dict:
     return place | {"records": len(source), "blocks": blocks}
 
 
-def shard_names(source: int, records: int, shard_records: int) -> list[str]:
-    """File names of a source's shards."""
-    count = -(-records // shard_records)
-    return [f"{source:03d}-{shard:05d}-of-{count:05d}.array_record" for shard in range(count)]
+class Shard(NamedTuple):
+    """One file: the records `numbers` of source `source`."""
+
+    name: str
+    source: int
+    numbers: range
+
+
+def shards(sizes: list[int], shard_records: int) -> list[Shard]:
+    """The shards of sources with `sizes` records."""
+    result = []
+    for source, size in enumerate(sizes):
+        count = -(-size // shard_records)
+        for k in range(count):
+            numbers = range(k * shard_records, min(size, (k + 1) * shard_records))
+            name = f"{source:03d}-{k:05d}-of-{count:05d}.array_record"
+            result.append(Shard(name, source, numbers))
+    return result
+
+
+def begin(folder: pathlib.Path, description: dict, process: int) -> None:
+    """Makes the folder and writes its description; InputError when it holds another cache or
+    something else."""
+    file = folder / "cache.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            names = sorted(path.name for path in folder.iterdir())
+            if others := [n for n in names if not n.startswith((".", "bad_records"))]:
+                raise InputError(f"{folder} holds {others[0]} and no cache.json; name another.")
+            temporary = folder / f".cache.json.{process}"
+            temporary.write_text(json.dumps(description, indent=1) + "\n")
+            temporary.replace(file)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}.") from error
+    there = read_description(str(folder))
+    if there != description:
+        differs = difference(there, description) or "other fields"
+        raise InputError(
+            f"{folder} holds a cache with other settings ({differs}); name another folder."
+        )
+
+
+def encoded_records(
+    source, numbers: range, decode: Callable, encode: Callable, tally: Tally, dtype, batch_size: int
+) -> Iterator[dict]:
+    """The cached records of some record numbers, in order: encoded, or with the reason why not.
+
+    `decode` gives a record's image arrays, `encode` the codes and latents of a list of them.
+    """
+
+    def load(number: int) -> dict:
+        tally.add(read=1)
+        try:
+            record = source[number]
+            return {"key": record.key, "caption": record.caption, "arrays": decode(record)}
+        except RecordError as error:
+            tally.bad(source.key(number), str(error))
+            return {"key": source.key(number), "error": str(error)}
+
+    with ThreadPoolExecutor(4) as pool:
+        for start in range(0, len(numbers), batch_size):
+            records = list(pool.map(load, numbers[start : start + batch_size]))
+            good = [record for record in records if "arrays" in record]
+            encoded = encode([record.pop("arrays") for record in good]) if good else ((), ())
+            for record, codes, latents in zip(good, *encoded, strict=True):
+                record |= {"codes": codes.astype(np.int32), "latents": latents.astype(dtype)}
+            yield from records
 
 
 def read_description(folder: str) -> dict:
@@ -157,8 +224,9 @@ def open_cached(folder: str, spec: SourceConfig) -> CachedSource:
         )
     number = places.index(place)
     entry = description["sources"][number]
-    names = shard_names(number, entry["records"], description["shard_records"])
-    files = [pathlib.Path(folder) / name for name in names]
+    sizes = [source["records"] for source in description["sources"]]
+    own = [s for s in shards(sizes, description["shard_records"]) if s.source == number]
+    files = [pathlib.Path(folder) / shard.name for shard in own]
     if missing := [file for file in files if not file.is_file()]:
         raise InputError(
             f"data.cache: {len(missing)} of {len(files)} shards of {spec.path!r} are "

@@ -7,6 +7,7 @@ from blip3o_jax.errors import InputError, nearest
 from blip3o_jax.scenes.config import EXERCISES, WEIGHTS, WorldConfig
 
 KINDS = ("webdataset", "parquet", "jsonl", "array_record")
+CHOICES = {"crop": ("shared", "original"), "long_captions": ("truncate", "drop")}
 
 
 @dataclass(frozen=True)
@@ -78,49 +79,36 @@ class DataConfig:
     cache: str = ""
 
     def __post_init__(self):
+        # Ranges and choices.
+        for name in ("extra", "named_ground", "max_bad_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"data.{name} is in [0, 1], not {getattr(self, name)}.")
+        for name in ("reader_threads", "heldout"):
+            if getattr(self, name) < 1:
+                raise InputError(f"data.{name} is at least 1, not {getattr(self, name)}.")
+        for name, (one, other) in CHOICES.items():
+            if (value := getattr(self, name)) not in (one, other):
+                raise InputError(f"data.{name} is {one!r} or {other!r}, not {value!r}.")
+
+        # What belongs together.
         weighted = [source.weight > 0 for source in self.sources]
-        repeats = [source.repeat for source in self.sources]
-        checks = {
-            f"data.extra is in [0, 1], not {self.extra}.": 0 <= self.extra <= 1,
-            f"data.named_ground is in [0, 1], not {self.named_ground}.": (
-                0 <= self.named_ground <= 1
-            ),
-            "data.exercises need data.row_length, the tokens of a row.": (
-                not self.exercises or self.row_length > 0
-            ),
-            f"data.reader_threads is at least 1, not {self.reader_threads}.": (
-                self.reader_threads >= 1
-            ),
-            "Either every source of data.sources has a weight above 0, or none.": (
-                all(weighted) or not any(weighted)
-            ),
-            "data.sources have weights or repeats, not both.": (
-                not any(weighted) or set(repeats) == {1}
-            ),
-            f"data.heldout is at least 1, not {self.heldout}.": self.heldout >= 1,
-            f"data.crop is 'shared' or 'original', not {self.crop!r}.": (
-                self.crop in ("shared", "original")
-            ),
-            f"data.long_captions is 'truncate' or 'drop', not {self.long_captions!r}.": (
-                self.long_captions in ("truncate", "drop")
-            ),
-            f"data.max_bad_fraction is in [0, 1], not {self.max_bad_fraction}.": (
-                0 <= self.max_bad_fraction <= 1
-            ),
-            "data.cache holds the records of data.sources, which is empty; name the sources.": (
-                not self.cache or bool(self.sources)
-            ),
-        }
-        for message, holds in checks.items():
-            if not holds:
-                raise InputError(message)
+        if any(weighted) and not all(weighted):
+            raise InputError("Either every source of data.sources has a weight above 0, or none.")
+        if any(weighted) and any(source.repeat != 1 for source in self.sources):
+            raise InputError("data.sources have weights or repeats, not both.")
+        if self.cache and not self.sources:
+            raise InputError(
+                "data.cache holds the records of data.sources, which is empty; name the sources."
+            )
+        if self.exercises and self.row_length < 1:
+            raise InputError("data.exercises need data.row_length, the tokens of a row.")
         for kind, share in self.exercises.items():
             if kind not in EXERCISES:
                 raise InputError(f"Unknown exercise {kind!r}; {nearest(kind, EXERCISES)}")
             is_number = isinstance(share, int | float) and not isinstance(share, bool)
             if not is_number or not 0 < share < math.inf:
                 raise InputError(f"data.exercises are shares above 0, not {share!r} ({kind}).")
-        _ = self.world  # refuses unknown tags
+        self.world  # noqa: B018, refuses unknown tags
 
     @property
     def world(self) -> WorldConfig:

@@ -3,6 +3,8 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from blip3o_jax.data.survey import Seen
+
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 720, 360, 64, 40, 56
 INK, BAR, MARK, GRID = (30, 30, 30), (70, 110, 170), (190, 60, 40), (222, 222, 222)
 
@@ -53,3 +55,22 @@ def histogram(
         draw.line((at, TOP, at, floor), MARK, 2)
         draw.text((right, 12), f"red: {mark_name} {_short(mark)}", MARK, font, anchor="ra")
     return image
+
+
+def survey_plots(
+    records: list[Seen], image_size: int, max_prompt_tokens: int
+) -> dict[str, Image.Image]:
+    """Histograms of sizes, shapes and lengths, beside the run's own."""
+    sides = [min(s.width, s.height) for s in records]
+    ratios = [s.width / s.height for s in records]
+    tokens = [s.tokens for s in records]
+    octaves = "width / height, in octaves"
+    return {
+        "sizes": histogram(
+            sides, "Shorter side", "pixels, in octaves", image_size, "the run's", log=True
+        ),
+        "aspect_ratios": histogram(ratios, "Aspect ratio", octaves, 1.0, "square,", log=True),
+        "prompt_tokens": histogram(
+            tokens, "Prompt", "tokens", max_prompt_tokens, "the longest allowed,"
+        ),
+    }

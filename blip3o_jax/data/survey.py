@@ -2,7 +2,7 @@
 of captions."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -73,14 +73,11 @@ def _tokens(record: Record, tokenizer: Text) -> int:
     return len(tokenizer.tokenizer.encode(prompt, add_special_tokens=False).ids)
 
 
-def survey(
-    source, tokenizer: Text, limit: int, threads: int, progress: Callable[[Iterator], Iterator]
-) -> list[Seen]:
-    """Looks at all records, or at `limit` evenly spread."""
-    count = min(limit or len(source), len(source))
+def survey(source, tokenizer: Text, count: int, threads: int) -> Iterator[Seen]:
+    """Looks at `count` records, evenly spread."""
     numbers = [i * len(source) // count for i in range(count)]
     with ThreadPoolExecutor(threads) as pool:
-        return list(progress(pool.map(lambda i: look(source, i, tokenizer), numbers)))
+        yield from pool.map(lambda i: look(source, i, tokenizer), numbers)
 
 
 def equal_groups(seen: list[Seen]) -> list[list[int]]:

@@ -6,7 +6,9 @@ import argparse
 import dataclasses
 import json
 import logging
+import pathlib
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from blip3o_jax.errors import InputError
@@ -77,6 +79,7 @@ def run_check(args) -> None:
     from tqdm import tqdm
 
     from blip3o_jax.data import survey
+    from blip3o_jax.data.plots import survey_plots
     from blip3o_jax.data.sources import open_source
     from blip3o_jax.parallel.mesh import cores
 
@@ -85,83 +88,44 @@ def run_check(args) -> None:
     cfg = _mixture(args)
     model, tokenizer = cfg.blip3o(), open_tokenizer(cfg)
     sources = [open_source(spec) for spec in cfg.data.sources]
-    threads = cores()
     with new_folder(args.out, REPORT, args.overwrite) as folder:
-        rows, found = [], []
+        # Each source.
+        records, rows = [], []
         for spec, source in zip(cfg.data.sources, sources, strict=True):
             count = min(args.limit or len(source), len(source))
-            seen = survey.survey(
-                source,
-                tokenizer,
-                args.limit,
-                threads,
-                lambda it, n=count, p=spec.path: tqdm(it, p, n, disable=None, mininterval=1),
-            )
-            found.append(seen)
-            bad = [s for s in seen if s.problem]
-            examples = [{"key": s.key, "reason": s.problem} for s in bad[:EXAMPLES]]
+            surveyed = survey.survey(source, tokenizer, count, cores())
+            seen = list(tqdm(surveyed, spec.path, count, disable=None, mininterval=1))
+            bad = [{"key": s.key, "reason": s.problem} for s in seen if s.problem]
             row = {"path": spec.path, "kind": spec.kind, "records": len(source)}
-            rows.append(
-                row
-                | survey.summary(seen, model.image_size, model.max_prompt_tokens)
-                | {"examples": examples}
-            )
-            log.info(
-                "%s: %d of %d records looked at, %d cannot be used.",
-                spec.path,
-                len(seen),
-                len(source),
-                len(bad),
-            )
-        good = [s for seen in found for s in seen if not s.problem]
+            row |= survey.summary(seen, model.image_size, model.max_prompt_tokens)
+            rows.append(row | {"examples": bad[:EXAMPLES]})
+            records += seen
+            log.info("%s: %d of %d records cannot be used.", spec.path, len(bad), len(seen))
+
+        # All of them: what cannot be used, duplicates, plots.
+        good = [s for s in records if not s.problem]
+        bad = [{"key": s.key, "reason": s.problem} for s in records if s.problem]
         near = survey.near_groups(good)
-        _write_lines(
-            folder / "problems.jsonl",
-            ({"key": s.key, "reason": s.problem} for seen in found for s in seen if s.problem),
-        )
+        _write_lines(folder / "problems.jsonl", bad)
         _write_lines(folder / "duplicates.jsonl", ([good[i].key for i in group] for group in near))
-        _plots(folder, good, model)
+        for name, image in survey_plots(good, model.image_size, model.max_prompt_tokens).items():
+            image.save(folder / f"{name}.png")
         report = {
             "sources": rows,
-            "duplicates": _counted(survey.equal_groups(good)),
-            "near_duplicates": _counted(near),
+            "duplicates": _counts(survey.equal_groups(good)),
+            "near_duplicates": _counts(near),
         }
         (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
 
 
-def _counted(groups: list[list[int]]) -> dict[str, int]:
+def _counts(groups: list[list[int]]) -> dict[str, int]:
     """`superfluous`: records that could go so that one of each group stays."""
     return {"groups": len(groups), "superfluous": sum(len(group) - 1 for group in groups)}
 
 
-def _write_lines(file, rows) -> None:
-    with file.open("w") as stream:
-        for row in rows:
-            stream.write(json.dumps(row) + "\n")
-
-
-def _plots(folder, good, model) -> None:
-    from blip3o_jax.data.plots import histogram
-
-    sides, ratios = [min(s.width, s.height) for s in good], [s.width / s.height for s in good]
-    plots = {
-        "sizes": histogram(
-            sides, "Shorter side", "pixels, in octaves", model.image_size, "the run's", log=True
-        ),
-        "aspect_ratios": histogram(
-            ratios, "Aspect ratio", "width / height, in octaves", 1.0, "square,", log=True
-        ),
-        "prompt_tokens": histogram(
-            [s.tokens for s in good],
-            "Prompt",
-            "tokens",
-            model.max_prompt_tokens,
-            "the longest allowed,",
-        ),
-    }
-    for name, image in plots.items():
-        image.save(folder / f"{name}.png")
+def _write_lines(file: pathlib.Path, rows: Iterable) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def measure(feed: Feed, batches: int) -> dict:

@@ -1,5 +1,4 @@
-"""`blip3o-jax data cache`: the tokenizer and the autoencoder over a mixture, a shard at a time;
-what is there already stays."""
+"""`blip3o-jax data cache`: encodes a mixture, a shard at a time; shards that exist stay."""
 
 from __future__ import annotations
 
@@ -8,7 +7,6 @@ import json
 import logging
 import pathlib
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from blip3o_jax.errors import InputError
@@ -17,8 +15,6 @@ from blip3o_jax.train.config import TrainConfig
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from blip3o_jax.data.transform import Tally
 
 HELP = (
     "codes and latents of a mixture, for training without image encoders; resumes where it stopped"
@@ -62,16 +58,15 @@ def make_encoder(cfg: TrainConfig, params: dict, batch_size: int):
     mesh = make_mesh(devices=jax.local_devices())
     if batch_size % mesh.size:
         raise InputError(
-            f"--batch-size {batch_size} does not divide by the {mesh.size} devices of this host."
+            f"--batch-size {batch_size} is not divisible by the {mesh.size} devices of this host."
         )
     model, place = build_model(cfg), jax.NamedSharding(mesh, BATCH)
     params = jax.device_put(params, jax.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
     @jit
     def encode(params, batch):
-        return losses.encode_codes(model, params, batch), losses.encode_latents(
-            model, params, batch["images"]
-        )
+        codes = losses.encode_codes(model, params, batch)
+        return codes, losses.encode_latents(model, params, batch["images"])
 
     def run(images: list[dict]) -> tuple[np.ndarray, np.ndarray]:
         padded = images + [images[-1]] * (batch_size - len(images))
@@ -82,73 +77,8 @@ def make_encoder(cfg: TrainConfig, params: dict, batch_size: int):
     return run
 
 
-def shard_records(source, numbers, decode, encode, tally: Tally, dtype, batch_size: int):
-    """The cached records of some record numbers, in order: encoded, or with the reason why not."""
-    import numpy as np
-
-    from blip3o_jax.data.records import RecordError
-
-    def load(number):
-        tally.add(read=1)
-        try:
-            record = source[number]
-            return record.key, record.caption, decode(record)
-        except RecordError as error:
-            tally.bad(source.key(number), str(error))
-            return source.key(number), None, str(error)
-
-    with ThreadPoolExecutor(4) as pool:
-        for start in range(0, len(numbers), batch_size):
-            loaded = list(pool.map(load, numbers[start : start + batch_size]))
-            good = [arrays for _, caption, arrays in loaded if caption is not None]
-            made = iter(zip(*encode(good), strict=True)) if good else iter(())
-            for key, caption, arrays in loaded:
-                if caption is None:
-                    yield {"key": key, "error": arrays}
-                    continue
-                codes, latents = next(made)
-                yield {
-                    "key": key,
-                    "caption": caption,
-                    "codes": codes.astype(np.int32),
-                    "latents": latents.astype(dtype),
-                }
-
-
-def begin(folder: pathlib.Path, description: dict) -> None:
-    """Makes the folder and writes its description; InputError when it holds another cache or
-    something else."""
-    import jax
-
-    from blip3o_jax.data import cache
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "cache.json").exists():
-            if others := sorted(
-                p.name for p in folder.iterdir() if not p.name.startswith((".", "bad_records"))
-            ):
-                raise InputError(
-                    f"{folder} holds {others[0]} and no cache.json; name another folder."
-                )
-            temporary = folder / f".cache.json.{jax.process_index()}"
-            temporary.write_text(json.dumps(description, indent=1) + "\n")
-            temporary.replace(folder / "cache.json")
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror}.") from error
-    there = cache.read_description(str(folder))
-    if there != description:
-        differs = cache.difference(there, description) or "other fields"
-        raise InputError(
-            f"{folder} holds a cache with other settings ({differs}); name another folder."
-        )
-
-
 def run(args) -> None:
-    """Writes the shards that are missing; several hosts share them by number.
-
-    Prints one JSON line.
-    """
+    """Writes the shards that are missing, those of this host; prints one JSON line."""
     import jax
     import jax.numpy as jnp
 
@@ -163,55 +93,50 @@ def run(args) -> None:
 
     cfg = read_config(args.config, [*args.overrides, "--config.data.cache="])
     for name in ("shard_records", "batch_size"):
-        if getattr(args, name) < 1:
-            raise InputError(
-                f"--{name.replace('_', '-')} is at least 1, not {getattr(args, name)}."
-            )
+        if (number := getattr(args, name)) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is at least 1, not {number}.")
     if not cfg.data.sources:
         raise InputError(f"{args.config} names no data.sources, so there is nothing to cache.")
     for directory in cfg.init.values():
         checkpoints.find(directory)
+
+    # The folder, with what its records depend on.
     start_processes()
     sources = open_sources(cfg.data)
     params = encoder_params(cfg, checkpoints.load_part)
-    description = cache.describe(cfg.blip3o(), cfg.data.crop, params) | {
-        "latents": args.latents,
-        "shard_records": args.shard_records,
-        "sources": [
-            cache.source_entry(spec, source)
-            for spec, source in zip(cfg.data.sources, sources, strict=True)
-        ],
-    }
+    entries = [cache.source_entry(*pair) for pair in zip(cfg.data.sources, sources, strict=True)]
+    description = cache.describe(cfg.blip3o(), cfg.data.crop, params)
+    description |= {"latents": args.latents, "shard_records": args.shard_records}
     folder, host, hosts = pathlib.Path(args.out), jax.process_index(), jax.process_count()
     encode = make_encoder(cfg, params, args.batch_size)
-    begin(folder, description)
+    cache.begin(folder, description | {"sources": entries}, host)
     enable_compilation_cache()
+
+    # This host's shards that are missing.
+    shards = cache.shards([len(source) for source in sources], args.shard_records)
+    missing = [shard for shard in shards[host::hosts] if not (folder / shard.name).exists()]
+    log.info("%d of %d shards to make on host %d of %d.", len(missing), len(shards), host, hosts)
+    tally = Tally(cfg.data.max_bad_fraction, folder / f"bad_records.{host}.jsonl")
+    dtype, start = jnp.dtype(args.latents), time.perf_counter()
     model = cfg.blip3o()
     sizes = model.image_size, model.ta_tok.encoder.image_size
-    names = [
-        (s, k, name)
-        for s, source in enumerate(sources)
-        for k, name in enumerate(cache.shard_names(s, len(source), args.shard_records))
-    ]
-    todo = [item for item in names[host::hosts] if not (folder / item[2]).exists()]
-    log.info("%d of %d shards are to be made on host %d of %d.", len(todo), len(names), host, hosts)
-    tally = Tally(cfg.data.max_bad_fraction, folder / f"bad_records.{host}.jsonl")
-    dtype, began = jnp.dtype(args.latents), time.perf_counter()
-    for done, (s, k, name) in enumerate(todo, 1):
-        numbers = range(k * args.shard_records, min(len(sources[s]), (k + 1) * args.shard_records))
 
-        def decode(record):
-            return image_arrays(record, sizes, cfg.data.crop)
+    def decode(record):
+        return image_arrays(record, sizes, cfg.data.crop)
 
-        cache.write_shard(
-            folder / name,
-            shard_records(sources[s], numbers, decode, encode, tally, dtype, args.batch_size),
+    for done, shard in enumerate(missing, 1):
+        source = sources[shard.source]
+        records = cache.encoded_records(
+            source, shard.numbers, decode, encode, tally, dtype, args.batch_size
         )
-        rate = tally.counts["read"] / (time.perf_counter() - began)
-        eta = (time.perf_counter() - began) / done * (len(todo) - done) / 60
-        log.info("shard %d/%d %s, %.1f records/s, eta %.0f min", done, len(todo), name, rate, eta)
-    # a process that left earlier would take the others along
+        cache.write_shard(folder / shard.name, records)
+        seconds = time.perf_counter() - start
+        rate, eta = tally.counts["read"] / seconds, seconds / done * (len(missing) - done) / 60
+        progress = f"{done}/{len(missing)} {shard.name}"
+        log.info("shard %s, %.1f records/s, eta %.0f min", progress, rate, eta)
+
+    # A process that left before the others would end them.
     barrier("the end of the cache", timeout=86_400)
     size = sum(file.stat().st_size for file in folder.glob("*.array_record"))
-    report = {"cache": str(folder), "shards": len(names), "made": len(todo), "bytes": size}
+    report = {"cache": str(folder), "shards": len(shards), "made": len(missing), "bytes": size}
     print(json.dumps(report | {name: tally.counts[name] for name in ("read", "bad")}))

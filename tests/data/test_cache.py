@@ -263,7 +263,7 @@ def test_what_the_job_refuses(folder, tmp_path, capsys):
     argv = ["data", "cache", "--config", str(folder / "config.py"), "--out"]
     new, eight = str(tmp_path / "x"), ("--batch-size", "8")
     assert "--shard-records is at least 1" in sentence(capsys, [*argv, new, "--shard-records", "0"])
-    assert "--batch-size 3 does not divide by the 8 devices" in sentence(
+    assert "--batch-size 3 is not divisible by the 8 devices" in sentence(
         capsys, [*argv, new, "--batch-size", "3"]
     )
     assert "names no data.sources" in sentence(capsys, [*argv, new, "--config.data.sources=[]"])
