@@ -25,7 +25,6 @@ from blip3o_jax.convert.config_json import config_from_json, config_to_json
 from blip3o_jax.convert.orbax_io import Leaf
 from blip3o_jax.convert.padding import VOCAB_AXIS, padded
 from blip3o_jax.convert.published import PublishedLeaf, about, float_dtype
-from blip3o_jax.convert.safetensors_io import read_json
 from blip3o_jax.errors import InputError, nearest
 from blip3o_jax.models.blip3o import parts_of
 from blip3o_jax.tree import flatten, unflatten
@@ -189,9 +188,8 @@ def config_of(name: str | Path) -> Blip3oConfig:
     folder, kind = find(name)
     if kind == RUN:
         return training_checkpoint.model_config(training_checkpoint.newest(folder))
-    file = folder / "config.json"
-    fields = read_json(file, published.CONFIG_LIMIT)
-    with about(file):
+    fields = published.read_fields(folder)
+    with about(folder / "config.json"):
         return config_from_json(fields, None, folder.resolve().name)
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import SMALL
 
 from blip3o_jax import checkpoints, training_checkpoint
 from blip3o_jax.cli import main
@@ -23,23 +24,6 @@ from blip3o_jax.text import load_tokenizer
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.tree import flatten, split, unflatten
 
-SMALL = {
-    "qwen3.num_hidden_layers": 1,
-    "qwen3.hidden_size": 32,
-    "qwen3.intermediate_size": 32,
-    "sana.num_layers": 1,
-    "sana.num_attention_heads": 2,
-    "sana.attention_head_dim": 16,
-    "sana.num_cross_attention_heads": 2,
-    "sana.cross_attention_head_dim": 16,
-    "sana.sample_size": 2,
-    "ta_tok.encoder.num_hidden_layers": 1,
-    "ta_tok.encoder.image_size": 16,
-    "ta_tok.decoder_depth": 1,
-    "dc_ae.block_out_channels": (8, 8, 8, 16),
-    "dc_ae.encoder_layers_per_block": (0, 1, 1, 1),
-    "dc_ae.decoder_layers_per_block": (0, 1, 1, 1),
-}
 RUN = TrainConfig(stage="joint", model=SMALL)
 
 
@@ -71,14 +55,22 @@ def convert(*argv):
     assert main(["convert", *map(str, argv)]) == 0
 
 
-@pytest.fixture
-def kinds(params, tmp_path):
+@pytest.fixture(scope="module")
+def saved(params, tmp_path_factory):
     """The same model published, converted and as a run."""
-    published, converted = tmp_path / "published", tmp_path / "converted"
+    folder = tmp_path_factory.mktemp("kinds")
     tokenizer = ASSETS / "emoji_64" / "tokenizer.json"
-    save_published(published, RUN.blip3o(), params, tokenizer)
-    convert("to-jax", published, converted)
-    return [published, converted, save_run(tmp_path / "run", params, 3)]
+    save_published(folder / "published", RUN.blip3o(), params, tokenizer)
+    convert("to-jax", folder / "published", folder / "converted")
+    save_run(folder / "run", params, 3)
+    return folder
+
+
+@pytest.fixture
+def kinds(saved, tmp_path):
+    """Copies of `saved`, which a test may damage."""
+    shutil.copytree(saved, tmp_path / "kinds")
+    return [tmp_path / "kinds" / kind for kind in ("published", "converted", "run")]
 
 
 def changed(params, path):

@@ -107,15 +107,13 @@ def _vocab_json(cfg: VocabConfig) -> dict[str, Any]:
 
 def config_to_json(cfg: Blip3oConfig, dtype: str = "float32") -> dict[str, Any]:
     """The contents of config.json; `dtype` is that of the weights beside it."""
+    qwen3 = dataclasses.asdict(cfg.qwen3)
+    del qwen3["vocab_padding"]
     fields = {
         "model_type": "blip3o_qwen",
         "architectures": ["blip3oQwenForCausalLM"],
         "torch_dtype": dtype,
-        **{
-            name: value
-            for name, value in dataclasses.asdict(cfg.qwen3).items()
-            if name != "vocab_padding"
-        },
+        **qwen3,
         "rope_scaling": None,
         "max_position_embeddings": 40960,
         **QWEN3_FACTS,
@@ -239,12 +237,8 @@ def read_qwen3(
 def check_family(fields: Mapping[str, Any]) -> None:
     """InputError unless this is the config.json of a BLIP3o-NEXT."""
     kind = fields.get("model_type")
-    if (
-        "vision_config" in fields
-        or "gen_vision_tower" in fields
-        or "n_query" in fields
-        or str(kind).startswith("qwen2")
-    ):
+    qwen2_5 = {"vision_config", "gen_vision_tower", "n_query"} & fields.keys()
+    if qwen2_5 or str(kind).startswith("qwen2"):
         raise InputError(f"model_type {kind!r} is a BLIP3o of 4B or 8B on Qwen2.5-VL; {SUPPORTED}.")
     if not str(kind).startswith(FAMILIES):
         raise InputError(f"model_type {kind!r} is another family; {SUPPORTED}.")

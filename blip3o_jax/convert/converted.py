@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from blip3o_jax.config import Blip3oConfig, replace
 from blip3o_jax.convert import hashes, orbax_io
-from blip3o_jax.convert.config_json import EMBEDDING, check_family, config_from_json
+from blip3o_jax.convert.config_json import EMBEDDING, config_from_json
 from blip3o_jax.convert.orbax_io import Leaf, open_leaves
-from blip3o_jax.convert.published import CONFIG_LIMIT, about, check_shapes
-from blip3o_jax.convert.rules import leaf_shapes, tensor_to_leaf
-from blip3o_jax.convert.safetensors_io import Entry, read_json
+from blip3o_jax.convert.published import about, check_shapes, read_fields
+from blip3o_jax.convert.rules import tensor_to_leaf
+from blip3o_jax.convert.safetensors_io import Entry
 from blip3o_jax.convert.sources import Source
 from blip3o_jax.errors import InputError
 from blip3o_jax.models.blip3o import parts_of
@@ -33,10 +33,8 @@ def is_converted(directory: str | Path) -> bool:
 def open_converted(directory: Path) -> tuple[Blip3oConfig, dict[str, Leaf]]:
     """(configuration, arrays by path), none read yet; InputError when config.json and the arrays
     contradict each other."""
-    file = directory / "config.json"
-    fields, leaves = read_json(file, CONFIG_LIMIT), open_leaves(directory / PARAMS)
-    with about(file):
-        check_family(fields)
+    fields, leaves = read_fields(directory), open_leaves(directory / PARAMS)
+    with about(directory / "config.json"):
         embedding = leaves.get("qwen3/embed_tokens/embedding")
         shapes = {EMBEDDING: embedding.shape} if embedding else {}
         cfg = config_from_json(fields, shapes, directory.resolve().name)
@@ -49,17 +47,17 @@ def open_converted(directory: Path) -> tuple[Blip3oConfig, dict[str, Leaf]]:
 def plan_arrays(source: Source, dtype: np.dtype | None) -> dict[str, Entry]:
     """Each parameter's shape and dtype by path: `dtype`, or that of its tensors; InputError when
     stacked layers differ or hold no floats."""
-    shapes = leaf_shapes(source.match.rules, source.match.abstract)
     arrays = {}
     for rule in source.match.rules:
-        first, *others = (source.tensors[name] for name in rule.names(shapes[rule.path]))
+        shape = source.match.shapes[rule.path]
+        first, *others = (source.tensors[name] for name in rule.names(shape))
         for tensor in others:
             if tensor.dtype != first.dtype and dtype is None:
                 raise InputError(
                     f"{tensor} is {tensor.dtype} and {first.name!r} {first.dtype}, which are one "
                     "parameter here; give --dtype."
                 )
-        arrays[rule.path] = Entry(shapes[rule.path], dtype or first.dtype)
+        arrays[rule.path] = Entry(shape, dtype or first.dtype)
     return arrays
 
 

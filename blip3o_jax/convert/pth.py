@@ -22,20 +22,18 @@ from blip3o_jax.errors import InputError
 # bytes; names and places take less, and each may become a hundred bytes of objects
 PICKLE_LIMIT = 4 << 20
 STORAGES = {  # torch's storage class -> the dtype's code and its bytes
-    **{
-        "FloatStorage": ("F32", 4),
-        "HalfStorage": ("F16", 2),
-        "BFloat16Storage": ("BF16", 2),
-        "DoubleStorage": ("F64", 8),
-    },
-    **{
-        "LongStorage": ("I64", 8),
-        "IntStorage": ("I32", 4),
-        "ShortStorage": ("I16", 2),
-        "CharStorage": ("I8", 1),
-    },
-    **{"ByteStorage": ("U8", 1), "BoolStorage": ("BOOL", 1)},
+    "FloatStorage": ("F32", 4),
+    "HalfStorage": ("F16", 2),
+    "BFloat16Storage": ("BF16", 2),
+    "DoubleStorage": ("F64", 8),
+    "LongStorage": ("I64", 8),
+    "IntStorage": ("I32", 4),
+    "ShortStorage": ("I16", 2),
+    "CharStorage": ("I8", 1),
+    "ByteStorage": ("U8", 1),
+    "BoolStorage": ("BOOL", 1),
 }
+ITEM_BYTES = dict(STORAGES.values())
 
 
 @dataclass(frozen=True)
@@ -55,24 +53,18 @@ class Fields(dict):
 
 def _rebuild_tensor(storage, offset, shape, stride, *_unused) -> Place:
     """torch._utils._rebuild_tensor_v2, for a tensor whose values lie back to back."""
-    if not (
-        isinstance(storage, Place)
-        and all(type(n) is int and n >= 0 for n in (offset, *shape, *stride))
-    ):
+    numbers = (offset, *shape, *stride)
+    if not isinstance(storage, Place) or not all(type(n) is int and n >= 0 for n in numbers):
         raise InputError("it places a tensor in no storage")
+    shape, count = tuple(shape), math.prod(shape)
     row_major = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    if any(
-        step != expected
-        for size, step, expected in zip(shape, stride, row_major, strict=True)
-        if size > 1
-    ):
-        raise InputError(f"it holds a tensor of shape {tuple(shape)} that is not contiguous")
-    if offset + math.prod(shape) > storage.count:
-        raise InputError(
-            f"it places a tensor of shape {tuple(shape)} beyond the end of its storage"
-        )
-    item = next(item for code, item in STORAGES.values() if code == storage.code)
-    return Place(storage.code, storage.offset + offset * item, math.prod(shape), tuple(shape))
+    steps = zip(shape, stride, row_major, strict=True)
+    if any(step != expected for size, step, expected in steps if size > 1):
+        raise InputError(f"it holds a tensor of shape {shape} that is not contiguous")
+    if offset + count > storage.count:
+        raise InputError(f"it places a tensor of shape {shape} beyond the end of its storage")
+    first = storage.offset + offset * ITEM_BYTES[storage.code]
+    return Place(storage.code, first, count, shape)
 
 
 def _rebuild_parameter(data, *_unused) -> Place:
@@ -111,14 +103,10 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Place:
         kind, storage, key, _, count = pid
-        if (
-            kind != "storage"
-            or storage not in STORAGES
-            or type(count) is not int
-            or not re.fullmatch(r"\w+", str(key))
-        ):
+        is_storage = kind == "storage" and storage in STORAGES and type(count) is int
+        if not is_storage or not re.fullmatch(r"\w+", str(key)):
             raise InputError(
-                f"it places values in {str(pid)[:100]}, which is no storage of this file"
+                f"it places values in {str(pid)[:100]}, which is not a storage of this file"
             )
         code, item = STORAGES[storage]
         entry = _entry(self._archive, f"{self._root}/data/{key}")
@@ -135,11 +123,8 @@ def _entry(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
         entry = archive.getinfo(name)
     except KeyError as error:
         raise InputError(f"it has no entry {name}") from error
-    if (
-        entry.compress_type != zipfile.ZIP_STORED
-        or entry.compress_size != entry.file_size
-        or entry.flag_bits & 1
-    ):
+    plain = entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & 1
+    if not plain or entry.compress_size != entry.file_size:
         raise InputError(
             f"its entry {name} is compressed or encrypted, which torch.save never does"
         )
@@ -163,21 +148,15 @@ def _data_offset(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> int:
 
 def _load(archive: zipfile.ZipFile) -> Any:
     """The saved object, with a Place for every tensor."""
-    roots = {
-        name.removesuffix("/data.pkl")
-        for name in archive.namelist()
-        if name.endswith("/data.pkl") and name.count("/") == 1
-    }
+    names = archive.namelist()
+    roots = {name.partition("/")[0] for name in names if re.fullmatch(r"[^/]*/data\.pkl", name)}
     if len(roots) != 1:
         raise InputError("it is a zip archive, but not one of torch.save")
     (root,) = roots
-    names = archive.namelist()
     if len(set(names)) < len(names):
         raise InputError("two entries of its archive have one name")
-    if (
-        f"{root}/byteorder" in names
-        and archive.read(_entry(archive, f"{root}/byteorder")) != b"little"
-    ):
+    order = f"{root}/byteorder"
+    if order in names and archive.read(_entry(archive, order)) != b"little":
         raise InputError("its values are big-endian")
     entry = _entry(archive, f"{root}/data.pkl")
     if entry.file_size > PICKLE_LIMIT:
@@ -196,8 +175,7 @@ def load_pth(file: Path) -> Any:
         raise InputError(f"{file} is refused: {error}.") from error
     except zipfile.BadZipFile as error:
         raise InputError(
-            f"{file} is not a zip archive as torch.save has written them since PyTorch "
-            "1.6, or is cut short."
+            f"{file} is not a zip archive as torch.save writes since PyTorch 1.6, or is cut short."
         ) from error
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}.") from error
@@ -221,30 +199,26 @@ def open_ta_tok(file: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
             f"{file} holds a {type(content).__name__} and should hold TA-Tok's arguments "
             "and tensors."
         )
-    tensors, args = (content["sd"], content.get("args", {})) if "sd" in content else (content, {})
-    found = {}
-    if not isinstance(tensors, dict) or not isinstance(args, dict):
+    args, state = (content.get("args", {}), content["sd"]) if "sd" in content else ({}, content)
+    if not isinstance(state, dict) or not isinstance(args, dict):
         raise InputError(f"{file}: `sd` and `args` should be dictionaries.")
-    for name, place in tensors.items():
-        if not (
-            isinstance(name, str)
-            and isinstance(place, Place)
-            and _lies_within(place, file.stat().st_size)
-        ):
+    size, tensors = file.stat().st_size, {}
+    for name, place in state.items():
+        if not isinstance(name, str) or not _is_within(place, size):
             raise InputError(f"{file}: {str(name)[:60]!r} is not a tensor in this file.")
-        found[name] = Stored(file, name, place.shape, place.code, place.offset)
-    return _flat(args), found
+        tensors[name] = Stored(file, name, place.shape, place.code, place.offset)
+    return _flat(args), tensors
 
 
-def _lies_within(place: Place, size: int) -> bool:
-    """Asked again in the end, since a pickle may also change what it has made."""
-    numbers = (place.offset, *place.shape) if isinstance(place.shape, tuple) else (None,)
-    items = [item for code, item in STORAGES.values() if code == place.code]
-    return (
-        bool(items)
-        and all(type(n) is int and n >= 0 for n in numbers)
-        and place.offset + math.prod(place.shape) * items[0] <= size
-    )
+def _is_within(place: Any, size: int) -> bool:
+    """Whether the values are in the file; asked again in the end, since a pickle may also change
+    what it has made."""
+    if not isinstance(place, Place) or not isinstance(place.shape, tuple):
+        return False
+    numbers = (place.offset, *place.shape)
+    if place.code not in ITEM_BYTES or not all(type(n) is int and n >= 0 for n in numbers):
+        return False
+    return place.offset + math.prod(place.shape) * ITEM_BYTES[place.code] <= size
 
 
 def _flat(args: dict[str, Any]) -> dict[str, Any]:

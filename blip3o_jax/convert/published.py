@@ -63,14 +63,12 @@ log = logging.getLogger(__name__)
 
 def published_rules(cfg: Blip3oConfig) -> list[Rule]:
     """The names of all parameters, with their prefixes (docs/model.md §3.1)."""
-    connectors = [part for part in parts_of(cfg) if part.endswith("_connector")]
+    rules = under("", "qwen3/", qwen3_rules(cfg.qwen3))
+    for part in parts_of(cfg):
+        if part.endswith("_connector"):
+            rules += under(f"model.{part}.", f"{part}/", connector_rules())
     return [
-        *under("", "qwen3/", qwen3_rules(cfg.qwen3)),
-        *(
-            rule
-            for part in connectors
-            for rule in under(f"model.{part}.", f"{part}/", connector_rules())
-        ),
+        *rules,
         *under("model.sana.", "sana/", sana_rules(cfg.sana)),
         *under("model.sana_vae.", "dc_ae/", dc_ae_rules(cfg.dc_ae)),
         *under(TA_TOK, "ta_tok/", ta_tok.ta_tok_rules(cfg.ta_tok)),
@@ -79,49 +77,39 @@ def published_rules(cfg: Blip3oConfig) -> list[Rule]:
 
 def published_name(name: str) -> str:
     """The name of §3 for a name in a file, which may come from another version of transformers."""
-    return (
-        TA_TOK + ta_tok.published_name(name.removeprefix(TA_TOK))
-        if name.startswith(TA_TOK)
-        else name
-    )
+    inner = name.removeprefix(TA_TOK)
+    return name if inner == name else TA_TOK + ta_tok.published_name(inner)
 
 
 def ignored_tensors(cfg: Blip3oConfig, names: Iterable[str]) -> dict[str, str]:
-    """Those of the published `names` that belong to the checkpoint and are not needed -> the
-    reason."""
-    patterns = {
-        **{TA_TOK + pattern: reason for pattern, reason in ta_tok.ignored(cfg.ta_tok).items()},
-        **NEVER_CALLED,
-    }
+    """{name: reason} of the published `names` that the checkpoint has and the model does not
+    need."""
+    patterns = {TA_TOK + pattern: reason for pattern, reason in ta_tok.ignored(cfg.ta_tok).items()}
     return {
         name: reason
         for name in names
-        for pattern, reason in patterns.items()
+        for pattern, reason in (patterns | NEVER_CALLED).items()
         if fnmatch.fnmatchcase(name, pattern)
     }
 
 
 def by_published_name(stored: Mapping[str, Stored]) -> dict[str, Stored]:
     """Tensors of a file under the names of §3; InputError when two of them have one name there."""
-    found: dict[str, Stored] = {}
-    for name, tensor in stored.items():
-        if published_name(name) in found:
-            raise InputError(
-                f"{tensor} is there twice, also as {found[published_name(name)].name!r}."
-            )
-        found[published_name(name)] = tensor
-    return found
+    renamed: dict[str, Stored] = {}
+    for original, tensor in stored.items():
+        name = published_name(original)
+        if name in renamed:
+            raise InputError(f"{tensor} is there twice, also as {renamed[name].name!r}.")
+        renamed[name] = tensor
+    return renamed
 
 
 def _same_values(a: Stored, b: Stored) -> bool:
     """Whether two matrices hold the same numbers; reads them a few rows at a time."""
     if a.shape != b.shape:
         return False
-    blocks = row_blocks(a.shape, 4)
-    return all(
-        np.array_equal(*(x.rows(rows.start, rows.stop).astype(np.float32) for x in (a, b)))
-        for rows in blocks
-    )
+    pairs = ((x.rows(s.start, s.stop) for x in (a, b)) for s in row_blocks(a.shape, 4))
+    return all(np.array_equal(*(rows.astype(np.float32) for rows in pair)) for pair in pairs)
 
 
 def resolve_lm_head(tied: bool, stored: Mapping[str, Stored]) -> tuple[bool, dict[str, str]]:
@@ -134,39 +122,37 @@ def resolve_lm_head(tied: bool, stored: Mapping[str, Stored]) -> tuple[bool, dic
         return tied, {}
     if _same_values(stored[LM_HEAD], stored[EMBEDDING]):
         return True, {LM_HEAD: "repeats the embedding, to which it is tied"}
-    log.warning(
-        "%s differs from the embedding, so the two are not tied, whatever config.json says.",
-        LM_HEAD,
-    )
+    log.warning("%s differs from the embedding, so they are not tied as config.json says.", LM_HEAD)
     return False, {}
 
 
 @dataclass(frozen=True)
 class Match:
-    """Which tensors fill which parameters: the rules, the parameters' shapes, and the tensors that
-    are not needed, with the reason."""
+    """Which tensors fill which parameters: the rules, the parameters' shapes by path, and the
+    tensors that are not needed, with the reason."""
 
     rules: list[Rule]
-    abstract: dict[str, Any]
+    shapes: dict[str, Shape]
     ignored: dict[str, str]
 
 
 def match(
     where: Path, cfg: Blip3oConfig, stored: Mapping[str, Stored], parts: tuple[str, ...]
 ) -> Match:
-    """InputError unless every tensor of `parts` is stored, and nothing that is neither expected nor
-    known, in the expected shapes.
+    """How tensors by published name fill the parameters of `parts`.
 
-    `stored` is by published name; `where` is what to call the whole of it.
+    InputError beginning with `where` unless every tensor of `parts` is stored, and nothing that is
+    neither expected nor ignored, in the expected shapes.
     """
-    every, rules = Blip3o(cfg).abstract(parts_of(cfg)), published_rules(cfg)
-    abstract = {part: every[part] for part in parts}
+    abstract, rules = Blip3o(cfg).abstract(parts_of(cfg)), published_rules(cfg)
+    shapes, expected = leaf_shapes(rules, abstract), torch_shapes(rules, abstract)
     chosen = [rule for rule in rules if rule.path.split("/")[0] in parts]
-    ignored, expected = ignored_tensors(cfg, stored), torch_shapes(rules, every)
-    if missing := sorted(set(torch_shapes(chosen, abstract)) - set(stored)):
+    needed = {name for rule in chosen for name in rule.names(shapes[rule.path])}
+    if missing := sorted(needed - set(stored)):
         raise InputError(
             f"{where}: tensor {missing[0]!r} is missing, and {len(missing) - 1} others."
         )
+    ignored = ignored_tensors(cfg, stored)
     for name, tensor in stored.items():
         if name in ignored:
             continue
@@ -176,7 +162,7 @@ def match(
             raise InputError(
                 f"{tensor} has shape {tensor.shape}, and config.json implies {expected[name]}."
             )
-    return Match(chosen, abstract, ignored)
+    return Match(chosen, {rule.path: shapes[rule.path] for rule in chosen}, ignored)
 
 
 def float_dtype(dtype: Any) -> np.dtype:
@@ -196,6 +182,15 @@ def about(file: Path):
         raise InputError(f"{file}: {error}") from error
 
 
+def read_fields(directory: Path) -> dict[str, Any]:
+    """The fields of config.json; InputError when it is not a BLIP3o-NEXT's."""
+    file = directory / "config.json"
+    fields = read_json(file, CONFIG_LIMIT)
+    with about(file):
+        check_family(fields)
+    return fields
+
+
 def open_published(directory: Path) -> tuple[Blip3oConfig, dict[str, Stored]]:
     """(configuration, tensors by published name but for an lm_head that repeats the embedding).
 
@@ -204,13 +199,10 @@ def open_published(directory: Path) -> tuple[Blip3oConfig, dict[str, Stored]]:
     """
     if not directory.is_dir():
         raise InputError(f"{directory} is not a directory.")
-    file = directory / "config.json"
-    fields = read_json(file, CONFIG_LIMIT)
-    with about(file):
-        check_family(fields)  # before the weights: those of another family need no opening
+    fields = read_fields(directory)  # before the weights: another family's need no opening
     stored = by_published_name(open_tensors(directory))
     shapes = {name: tensor.shape for name, tensor in stored.items()}
-    with about(file):
+    with about(directory / "config.json"):
         cfg = config_from_json(fields, shapes, directory.resolve().name)
     tied, repeated = resolve_lm_head(cfg.qwen3.tie_word_embeddings, stored)
     cfg = replace(cfg, **{"qwen3.tie_word_embeddings": tied})
@@ -248,11 +240,11 @@ def open_leaves(
     """The parameters of `parts` by path; those of other parts may be missing. Errors as `match`."""
     matched = match(directory, cfg, stored, parts)
     log.info("%s: %d tensors, %d not needed.", directory, len(stored), len(matched.ignored))
-    shapes = leaf_shapes(matched.rules, matched.abstract)
     leaves = {}
     for rule in matched.rules:
-        tensors = {name: stored[name] for name in rule.names(shapes[rule.path])}
-        leaves[rule.path] = PublishedLeaf(rule, shapes[rule.path], tensors)
+        shape = matched.shapes[rule.path]
+        tensors = {name: stored[name] for name in rule.names(shape)}
+        leaves[rule.path] = PublishedLeaf(rule, shape, tensors)
     return leaves
 
 
@@ -324,28 +316,21 @@ def save_published(
     max_shard_bytes: float = 5e9,
     overwrite: bool = False,
 ) -> None:
-    """Writes the parameters as `dtype` ("float16", "bfloat16", "float32"), config.json and a copy
-    of the tokenizer.
+    """Writes parameters as `dtype` in the published layout, complete or not at all.
 
-    Everything is written to a directory beside it, which takes its name in the end: an interrupted
-    run leaves no half checkpoint under that name. Raises InputError when `directory` exists (with
-    `overwrite`: and is not a checkpoint), when the parameters are not those of `cfg`, or for a
-    value that is not finite in `dtype`.
+    Raises InputError when `directory` exists (with `overwrite`: and is not a checkpoint), when the
+    parameters are not those of `cfg`, or for a value that is not finite in `dtype`.
     """
     directory, dtype = Path(directory).absolute(), float_dtype(dtype)
     if directory.exists() and not (overwrite and (directory / "config.json").is_file()):
-        hint = (
-            "and is not a checkpoint that could be overwritten"
-            if overwrite
-            else "already; choose another name, or overwrite it"
-        )
-        raise InputError(f"{directory} exists {hint}.")
+        choices = "already; choose another name, or overwrite it"
+        refusal = "and is not a checkpoint that could be overwritten"
+        raise InputError(f"{directory} exists {refusal if overwrite else choices}.")
     if tokenizer_file is not None and not Path(tokenizer_file).is_file():
         raise InputError(f"The tokenizer file {tokenizer_file} is missing.")
     check_shapes(directory, cfg, leaves := in_memory(params))
-    temporary, old = (
-        directory.with_name(f".{directory.name}.{word}-{os.getpid()}") for word in ("new", "old")
-    )
+    temporary = directory.with_name(f".{directory.name}.new-{os.getpid()}")
+    old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
         beside = {"tokenizer.json": Path(tokenizer_file)} if tokenizer_file else {}

@@ -119,11 +119,11 @@ def finite(tensor: np.ndarray, dtype, where: str) -> np.ndarray:
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For json's `object_pairs_hook`: ValueError where plain JSON would keep the last of two equal
     keys."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
         raise ValueError(f"the key {twice!r} is there twice")
-    return found
+    return fields
 
 
 def read_json(path: Path, limit: int) -> dict[str, Any]:
@@ -160,12 +160,11 @@ def _open(file: Path) -> dict[str, Stored]:
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{file} is damaged or cut short: {error}.") from error
     header.pop("__metadata__", None)
-    return {
-        name: Stored(
-            file, name, tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0]
-        )
-        for name, entry in header.items()
-    }
+    tensors = {}
+    for name, entry in header.items():
+        first = 8 + length + entry["data_offsets"][0]
+        tensors[name] = Stored(file, name, tuple(entry["shape"]), entry["dtype"], first)
+    return tensors
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -194,27 +193,27 @@ def open_tensors(directory: Path, stem: str = "model") -> dict[str, Stored]:
     """
     single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
     if single.is_file() == index.is_file():
-        found = "both" if single.is_file() else "neither"
+        which = "both" if single.is_file() else "neither"
         raise InputError(
-            f"{directory} needs either {single.name} or {index.name}, and has {found}."
+            f"{directory} needs either {single.name} or {index.name}, and has {which}."
         )
     if single.is_file():
         return _open(single)
-    places, found = _read_index(index), {}
+    places, tensors = _read_index(index), {}
     for file in sorted(set(places.values())):
         for name, stored in _open(directory / file).items():
-            if name in found:
+            if name in tensors:
                 raise InputError(
-                    f"{directory}: tensor {name!r} is in both {found[name].file.name} and {file}."
+                    f"{directory}: tensor {name!r} is in both {tensors[name].file.name} and {file}."
                 )
             if places.get(name) != file:
                 raise InputError(f"{index} does not place {name!r} in {file}, which holds it.")
-            found[name] = stored
-    if absent := sorted(set(places) - set(found)):
+            tensors[name] = stored
+    if absent := sorted(set(places) - set(tensors)):
         raise InputError(
             f"{index} places {absent[0]!r} in {places[absent[0]]}, which does not hold it."
         )
-    return found
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -266,9 +265,8 @@ def _write(stream, tensor: np.ndarray, dtype: np.dtype, where: str) -> None:
     converted, checked and copied."""
     tensor = tensor if tensor.ndim else tensor[None]
     for rows in row_blocks(tensor.shape, dtype.itemsize):
-        stream.write(
-            np.ascontiguousarray(finite(tensor[rows], dtype, where)).reshape(-1).view(np.uint8).data
-        )
+        block = np.ascontiguousarray(finite(tensor[rows], dtype, where))
+        stream.write(block.reshape(-1).view(np.uint8).data)
 
 
 def write_tensors(
@@ -282,11 +280,8 @@ def write_tensors(
     its entry's dtype."""
     shards, tensors, places = _plan(entries, max_shard_bytes), iter(tensors), {}
     for i, names in enumerate(shards, 1):
-        file = (
-            "model.safetensors"
-            if len(shards) == 1
-            else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        )
+        number = "" if len(shards) == 1 else f"-{i:05}-of-{len(shards):05}"
+        file = f"model{number}.safetensors"
         places.update(dict.fromkeys(names, file))
         with (directory / file).open("wb") as stream:
             stream.write(_header(names, entries))

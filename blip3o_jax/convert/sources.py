@@ -16,7 +16,6 @@ from blip3o_jax.config import Blip3oConfig, replace
 from blip3o_jax.convert import upstream, vocabulary
 from blip3o_jax.convert.config_json import (
     EMBEDDING,
-    check_family,
     config_from_json,
     config_to_json,
     dc_ae_json,
@@ -25,7 +24,6 @@ from blip3o_jax.convert.config_json import (
     ta_tok_json,
 )
 from blip3o_jax.convert.published import (
-    CONFIG_LIMIT,
     LM_HEAD,
     TA_TOK,
     Match,
@@ -33,10 +31,11 @@ from blip3o_jax.convert.published import (
     by_published_name,
     match,
     published_rules,
+    read_fields,
     resolve_lm_head,
 )
 from blip3o_jax.convert.rules import to_torch
-from blip3o_jax.convert.safetensors_io import Stored, open_tensors, read_json
+from blip3o_jax.convert.safetensors_io import Stored, open_tensors
 from blip3o_jax.convert.vocabulary import Made
 from blip3o_jax.errors import InputError
 from blip3o_jax.models.blip3o import Blip3o, parts_of
@@ -129,10 +128,7 @@ def _from_checkpoint(directory: Path, flags: dict[str, str | None]) -> Source:
 
     A flag fills a group that it lacks, and overrides nothing.
     """
-    file = directory / "config.json"
-    fields = read_json(file, CONFIG_LIMIT)
-    with about(file):
-        check_family(fields)
+    file, fields = directory / "config.json", read_fields(directory)
     stored, parts, added = by_published_name(open_tensors(directory)), _open_parts(flags), {}
     for group, (flag, begins) in GROUPS.items():
         held = next((name for name in stored if name.startswith(begins)), None)

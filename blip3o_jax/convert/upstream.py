@@ -6,12 +6,12 @@ BLIP3o checkpoint (docs/model.md §3).
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip3o_jax.config import DcAeConfig, SanaConfig, SiglipConfig, TaTokConfig
+from blip3o_jax.config import SiglipConfig, TaTokConfig
 from blip3o_jax.convert.config_json import MAX_LAYERS, SUPPORTED, read_dc_ae, read_sana
 from blip3o_jax.convert.pth import open_ta_tok
 from blip3o_jax.convert.published import CONFIG_LIMIT, TA_TOK, about
@@ -45,55 +45,40 @@ def _within(path: str, inner: str, name: str) -> Path:
     raise InputError(f"{path} holds no config.json, nor does its folder {inner}: it is no {name}.")
 
 
-def _class_of(fields: Mapping[str, Any], expected: str) -> None:
-    if fields.get("_class_name") != expected:
-        raise InputError(f"it describes a {fields.get('_class_name')}, not a {expected}.")
-
-
 def open_sana(path: str) -> Upstream:
     """A SANA repository of diffusers, or its folder transformer/."""
     folder = _within(path, "transformer", "SANA")
-    fields = read_json(folder / "config.json", CONFIG_LIMIT)
-    with about(folder / "config.json"):
-        _class_of(fields, "SanaTransformer2DModel")
-        cfg: SanaConfig = read_sana(fields)
-    tensors = {
-        f"model.sana.{name}": stored for name, stored in open_tensors(folder, DIFFUSERS).items()
-    }
-    return Upstream(folder, cfg, tensors, (folder / "config.json",))
+    return _open_diffusers(folder, "SanaTransformer2DModel", read_sana, "model.sana.")
 
 
 def open_dc_ae(path: str) -> Upstream:
     """An AutoencoderDC of diffusers, or a repository with it in vae/."""
     folder = _within(path, "vae", "AutoencoderDC")
-    fields = read_json(folder / "config.json", CONFIG_LIMIT)
-    with about(folder / "config.json"):
-        _class_of(fields, "AutoencoderDC")
-        cfg: DcAeConfig = read_dc_ae(fields)
-    tensors = {
-        f"model.sana_vae.{name}": stored for name, stored in open_tensors(folder, DIFFUSERS).items()
-    }
-    return Upstream(folder, cfg, tensors, (folder / "config.json",))
+    return _open_diffusers(folder, "AutoencoderDC", read_dc_ae, "model.sana_vae.")
+
+
+def _open_diffusers(folder: Path, name: str, read: Callable, prefix: str) -> Upstream:
+    """A model of diffusers' class `name`, whose tensors have a prefix in a BLIP3o checkpoint."""
+    file = folder / "config.json"
+    fields = read_json(file, CONFIG_LIMIT)
+    with about(file):
+        if fields.get("_class_name") != name:
+            raise InputError(f"it describes a {fields.get('_class_name')}, not a {name}.")
+        cfg = read(fields)
+    tensors = open_tensors(folder, DIFFUSERS).items()
+    return Upstream(folder, cfg, {prefix + key: tensor for key, tensor in tensors}, (file,))
 
 
 def open_qwen3(path: str) -> Upstream:
     """A Qwen3ForCausalLM directory of transformers, plain or with BLIP3o's vocabulary."""
-    folder = Path(path)
-    fields = read_json(folder / "config.json", CONFIG_LIMIT)
-    if (
-        not str(fields.get("model_type")).startswith(("qwen3", "blip3o_qwen"))
-        or "vision_config" in fields
-    ):
-        raise InputError(
-            f"{folder / 'config.json'}: model_type {fields.get('model_type')!r} is another "
-            f"family; {SUPPORTED}."
-        )
+    file = Path(path) / "config.json"
+    fields = read_json(file, CONFIG_LIMIT)
+    kind = str(fields.get("model_type"))
+    if not kind.startswith(("qwen3", "blip3o_qwen")) or "vision_config" in fields:
+        raise InputError(f"{file}: model_type {kind!r} is another family; {SUPPORTED}.")
     if "num_experts" in fields:
-        raise InputError(
-            f"{folder / 'config.json'}: it is a Qwen3 with experts, not the dense Qwen3; "
-            f"{SUPPORTED}."
-        )
-    return Upstream(folder, fields, open_tensors(folder), (folder / "config.json",))
+        raise InputError(f"{file}: it is a Qwen3 with experts, not the dense Qwen3; {SUPPORTED}.")
+    return Upstream(file.parent, fields, open_tensors(file.parent), (file,))
 
 
 def open_tokenizer(path: str) -> Upstream:
@@ -104,14 +89,13 @@ def open_tokenizer(path: str) -> Upstream:
     args, tensors = open_ta_tok(file)
     with about(file):
         cfg = _ta_tok_config(args, {name: stored.shape for name, stored in tensors.items()})
-    return Upstream(
-        file.parent, cfg, {TA_TOK + name: stored for name, stored in tensors.items()}, ()
-    )
+    tensors = {TA_TOK + name: stored for name, stored in tensors.items()}
+    return Upstream(file.parent, cfg, tensors, ())
 
 
 def _layers(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
-    found = (re.match(pattern, name) for name in shapes)
-    count = max((int(match[1][:9]) + 1 for match in found if match), default=0)
+    matches = (re.match(pattern, name) for name in shapes)
+    count = max((int(match[1][:9]) + 1 for match in matches if match), default=0)
     if not 0 < count <= MAX_LAYERS:
         raise InputError(f"it holds {count} layers named {pattern!r}.")
     return count
@@ -124,11 +108,8 @@ def _ta_tok_config(args: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
         raise InputError(
             f"its encoder is {str(args['teacher'])[:60]!r}; supported is SigLIP2 {TEACHER}."
         )
-    decoder = (
-        "decoder.vision_model."
-        if any(name.startswith("decoder.vision_model.") for name in shapes)
-        else "decoder."
-    )
+    older = any(name.startswith("decoder.vision_model.") for name in shapes)
+    decoder = "decoder.vision_model." if older else "decoder."
 
     def size(name: str, axis: int, rank: int) -> int:
         if len(shapes.get(name, ())) != rank:

@@ -98,41 +98,41 @@ def extend_matrix(
     "projected-codebook" TA-Tok's codes times a fixed random matrix, as large as a text row is on
     average.
     """
-    tags, scales, images = (
-        vocab.image_start_tag_id,
-        vocab.scale_start_token_id,
-        vocab.image_start_token_id,
-    )
+    scales, images = vocab.scale_start_token_id, vocab.image_start_token_id
+    width = matrix.shape[1]
     if matrix.shape[0] < scales:
         raise InputError(
-            f"{matrix} has {matrix.shape[0]} rows, too few for the {tags} tokens of its "
-            "tokenizer and two more."
+            f"{matrix} has {matrix.shape[0]} rows, too few for the {vocab.image_start_tag_id} "
+            "tokens of its tokenizer and two more."
         )
 
     def make() -> np.ndarray:
-        made = np.empty((vocab.size, matrix.shape[1]), matrix.dtype)
-        total, squares = np.zeros(matrix.shape[1]), 0.0
+        # The old rows, and what they are on average.
+        values = np.empty((vocab.size, width), matrix.dtype)
+        total, squares = np.zeros(width), 0.0
         for rows, block in _rows(matrix, scales):
-            made[rows] = block  # back to the dtype it came from, so the same bits
+            values[rows] = block  # back to the dtype it came from, so the same bits
             total += block.sum(0, dtype=np.float64)
             squares += float(np.square(block, dtype=np.float64).sum())
         mean, rng = total / scales, np.random.default_rng(SEED)
-        # A sum of centred rows with random weights has their covariance, which need not be formed
-        # for that.
-        drawn = np.zeros((images - scales, matrix.shape[1]))
-        for _, block in _rows(matrix, scales):
-            drawn += rng.standard_normal((images - scales, len(block)), np.float32) @ (
-                block - mean.astype(np.float32)
-            )
-        drawn = mean + (SPREAD / scales) ** 0.5 * drawn
-        made[scales:images] = drawn
-        if mode == "mean":
-            made[images:] = (total + drawn.sum(0)) / images
-        else:
-            made[images:] = _projected(codes(), made[images:].shape, (squares / scales) ** 0.5)
-        return made
 
-    return Made(matrix.name, (vocab.size, matrix.shape[1]), matrix.dtype, make)
+        # The scale tokens. A sum of centred rows with random weights has their covariance, which
+        # need not be formed for that.
+        drawn = np.zeros((images - scales, width))
+        for _, block in _rows(matrix, scales):
+            weights = rng.standard_normal((images - scales, len(block)), np.float32)
+            drawn += weights @ (block - mean.astype(np.float32))
+        drawn = mean + (SPREAD / scales) ** 0.5 * drawn
+        values[scales:images] = drawn
+
+        # The image tokens.
+        if mode == "mean":
+            values[images:] = (total + drawn.sum(0)) / images
+        else:
+            values[images:] = _projected(codes(), values[images:].shape, (squares / scales) ** 0.5)
+        return values
+
+    return Made(matrix.name, (vocab.size, width), matrix.dtype, make)
 
 
 def _projected(
@@ -140,13 +140,11 @@ def _projected(
 ) -> np.ndarray:
     """Codes [n,c] -> rows of `shape` [n,d] in other directions but at roughly the same angles, each
     `length` long on average."""
-    rows, rng, matrix, squares = np.empty(shape, np.float32), np.random.default_rng(SEED), None, 0.0
+    rows, matrix, squares = np.empty(shape, np.float32), None, 0.0
     for at, block in codes:
-        matrix = (
-            rng.standard_normal((block.shape[1], shape[1]), np.float32)
-            if matrix is None
-            else matrix
-        )
+        if matrix is None:
+            rng = np.random.default_rng(SEED)
+            matrix = rng.standard_normal((block.shape[1], shape[1]), np.float32)
         rows[at] = block @ matrix
         squares += float(np.square(rows[at]).sum(dtype=np.float64))
     rows *= length / (squares / len(rows)) ** 0.5

@@ -149,7 +149,7 @@ WEIGHT = VALUES["weight"]
             "ta_tok/data/0 has 24 bytes, and 396 are needed",
         ),
         ({"t": place(Storage("7", WEIGHT), 0, (1,), (1,))}, "no entry ta_tok/data/7"),
-        ({"t": place(Storage("../0", WEIGHT), 0, (1,), (1,))}, "is no storage of this file"),
+        ({"t": place(Storage("../0", WEIGHT), 0, (1,), (1,))}, "is not a storage of this file"),
         ({"t": Call(name("torch", "FloatStorage"), 3)}, "its pickle is damaged"),
         ({"t": Call(name("torch", "Size"), 3)}, "its pickle is damaged"),
     ],
