@@ -69,24 +69,23 @@ def row_length(model: Blip3oConfig) -> int:
     return model.max_prompt_tokens + model.ta_tok.num_tokens + 3
 
 
-def left_pad(
-    rows: Sequence[Sequence[int]], length: int, pad_token_id: int
-) -> tuple[np.ndarray, np.ndarray]:
+TokenRows = Sequence[Sequence[int]]  # of different lengths
+
+
+def left_pad(rows: TokenRows, length: int, pad_token_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Token rows -> (ids [B,length] int32, valid [B,length] bool), aligned right so that all rows
     end in the same column."""
     sizes = _sizes(rows, length, "prompt")
     return _filled(rows, np.arange(length) >= length - sizes[:, None], pad_token_id)
 
 
-def right_pad(
-    rows: Sequence[Sequence[int]], length: int, pad_token_id: int
-) -> tuple[np.ndarray, np.ndarray]:
+def right_pad(rows: TokenRows, length: int, pad_token_id: int) -> tuple[np.ndarray, np.ndarray]:
     """As `left_pad`, aligned left: rows begin in the first column."""
     sizes = _sizes(rows, length, "training row")
     return _filled(rows, np.arange(length) < sizes[:, None], pad_token_id)
 
 
-def _sizes(rows: Sequence[Sequence[int]], length: int, what: str) -> np.ndarray:
+def _sizes(rows: TokenRows, length: int, what: str) -> np.ndarray:
     sizes = np.array([len(row) for row in rows], np.int32)
     if sizes.max(initial=0) > length:
         raise InputError(
@@ -175,7 +174,7 @@ class Text:
         return left_pad(prompts, length, self.vocab.pad_token_id)
 
     def training_rows(
-        self, prompts: Sequence[Sequence[int]], image_ids: np.ndarray, length: int
+        self, prompts: TokenRows, image_ids: np.ndarray, length: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Encoded prompts and the codes [B,n] of their images -> (tokens [B,length] int32, start
         [B] int32), right-padded (§4.3).

@@ -16,7 +16,7 @@ from blip3o_jax.data.cache import open_cached
 from blip3o_jax.data.config import DataConfig
 from blip3o_jax.data.mixture import HeldOut, HostRows, Mixture, whole_weights
 from blip3o_jax.data.sources import first_record, open_source
-from blip3o_jax.data.transform import Rows, Tally
+from blip3o_jax.data.transform import Rows, Tally, token_row
 from blip3o_jax.errors import InputError, disk_reason, multiples
 from blip3o_jax.scenes import builder
 from blip3o_jax.scenes.config import WorldConfig
@@ -61,6 +61,7 @@ def world_rows(
     return grain.MapDataset.source(source).map(row)
 
 
+@dataclasses.dataclass
 class Feed:
     """A run's batches as numpy arrays, opened once and read from any step.
 
@@ -77,41 +78,32 @@ class Feed:
     `bad_records`. InputError, while iterating too, when the data are not fit to train on.
     """
 
-    def __init__(
-        self,
-        data: DataConfig,
-        model: Blip3oConfig,
-        rows: str,
-        tokenizer: Text | None = None,
-        *,
-        batch_size: int,
-        seed: int = 0,
-        hosts: tuple[int, int] = (0, 1),
-        data_dir: str = "",
-        bad_records: pathlib.Path | None = None,
-    ):
-        if rows not in ROWS or (rows != "patches" and tokenizer is None):
-            raise ValueError(f"rows {rows!r} of {ROWS}, tokenizer {tokenizer}")
-        if batch_size % hosts[1]:
+    data: DataConfig
+    model: Blip3oConfig
+    rows: str
+    tokenizer: Text | None = None
+    batch_size: int = 16
+    seed: int = 0
+    hosts: tuple[int, int] = (0, 1)
+    data_dir: str = ""
+    bad_records: pathlib.Path | None = None
+
+    def __post_init__(self):
+        if self.rows not in ROWS or (self.rows != "patches" and self.tokenizer is None):
+            raise ValueError(f"rows {self.rows!r} of {ROWS}, tokenizer {self.tokenizer}")
+        if self.batch_size % self.hosts[1]:
             raise InputError(
-                f"batch_size {batch_size} is not divisible by {hosts[1]} hosts; "
-                f"{multiples(batch_size, hosts[1])}"
+                f"batch_size {self.batch_size} is not divisible by {self.hosts[1]} hosts; "
+                f"{multiples(self.batch_size, self.hosts[1])}"
             )
-        self.data = data
-        self.model = model
-        self.rows = rows
-        self.tokenizer = tokenizer
-        self.batch_size = batch_size
-        self.seed = seed
-        self.hosts = hosts
-        self.data_dir = data_dir
-        self.length = data.row_length or row_length(model)
-        self.tally = Tally(data.max_bad_fraction, bad_records)
-        self.sources = open_sources(data)
-        if self.sources and self.length < row_length(model):
+        longest = row_length(self.model)
+        self.length = self.data.row_length or longest
+        self.tally = Tally(self.data.max_bad_fraction, self.bad_records)
+        self.sources = open_sources(self.data)
+        if self.sources and self.length < longest:
             raise InputError(
                 f"data.row_length {self.length} does not hold a prompt of "
-                f"{model.max_prompt_tokens} tokens and its image; 0 finds the length."
+                f"{self.model.max_prompt_tokens} tokens and its image; 0 finds the length."
             )
 
     def train(self, step: int = 0) -> Iterator[dict[str, np.ndarray]]:
@@ -153,11 +145,9 @@ class Feed:
         return {"images": record["image"], "patches": record["patches"].astype(np.int32)}
 
     def _caption_row(self, record: dict) -> dict[str, np.ndarray]:
-        """The image and its token row; its codes are made on the device and written there."""
-        prompt = self.tokenizer.encode_prompt(record["prompt"].decode())
-        codes = np.zeros((1, self.model.ta_tok.num_tokens), np.int32)
-        tokens, start = self.tokenizer.training_rows([prompt], codes, self.length)
-        return {"images": record["image"], "tokens": tokens[0], "start": start[0]}
+        caption, num_tokens = record["prompt"].decode(), self.model.ta_tok.num_tokens
+        row = token_row(self.tokenizer, caption, num_tokens, self.length)
+        return {"images": record["image"], **row}
 
     def _exercises(self, seed: int) -> grain.MapDataset:
         """Rows made on demand, of scenes without written words; prompts may be as long as a row."""
@@ -167,9 +157,7 @@ class Feed:
         return grain.MapDataset.range(np.iinfo(np.int32).max).map(make)
 
     def _reader(self, source) -> Rows:
-        sizes = self.model.image_size, self.model.ta_tok.encoder.image_size
-        codes = self.model.ta_tok.num_tokens
-        return Rows(source, self.tokenizer, codes, self.length, sizes, self.data, self.tally)
+        return Rows(source, self.tokenizer, self.model, self.data, self.length, self.tally)
 
     def _mixture(self) -> Mixture:
         """Endless rows of all sources; of the first without its held-out records."""

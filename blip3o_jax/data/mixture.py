@@ -1,9 +1,11 @@
 """The order of records: which one is at position i is a pure function of (seed, i), for any number
 of hosts."""
 
+import dataclasses
 import functools
 import math
 import sys
+from collections.abc import Sequence
 from fractions import Fraction
 
 import grain
@@ -142,19 +144,20 @@ class Mixture:
         return self.readers[source](self.orders[source](position))
 
 
+@dataclasses.dataclass
 class HostRows:
     """This host's rows of every batch of an endless sequence of records: row r of the global batch
     is the same for any number of hosts."""
 
-    def __init__(self, records, batch_size: int, host: int, hosts: int):
-        self.records = records
-        self.batch_size = batch_size
-        self.rows = batch_size // hosts
-        self.first = host * self.rows
+    records: Sequence
+    batch_size: int
+    host: int
+    hosts: int
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, i: int):
-        batch, row = divmod(i, self.rows)
-        return self.records[batch * self.batch_size + self.first + row]
+        rows = self.batch_size // self.hosts
+        batch, row = divmod(i, rows)
+        return self.records[batch * self.batch_size + self.host * rows + row]

@@ -2,8 +2,10 @@
 
 import bisect
 import glob
+import itertools
 import os
 import posixpath
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from blip3o_jax.errors import InputError
@@ -24,6 +26,33 @@ class Record:
     caption: str
     image: bytes
     inputs: tuple[bytes, ...] = ()
+
+
+class FileSource:
+    """Records of several files, file after file; a subclass says which fields make one."""
+
+    blocks = None  # where runs start that are read at once
+
+    def __init__(self, paths: list[str], counts: Iterable[int]):
+        self.paths = paths
+        self.ends = list(itertools.accumulate(counts))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def place(self, i: int) -> tuple[int, int]:
+        """(number of the file, record in it)"""
+        return locate(self.ends, i)
+
+    def key(self, i: int) -> str:
+        """The file's name and the record's in it."""
+        file, row = self.place(i)
+        name = posixpath.basename(self.paths[file].replace(os.sep, "/"))
+        return f"{name}:{self.name(file, row)}"
+
+    def name(self, file: int, row: int) -> str:
+        """The record's name in its file."""
+        return str(row)
 
 
 def locate(ends: list[int], i: int) -> tuple[int, int]:
@@ -80,8 +109,3 @@ def read_bytes(path: str) -> bytes:
             return file.read()
     except OSError as error:
         raise RecordError(f"{path} cannot be read ({error.strerror or error})") from error
-
-
-def base_name(path: str) -> str:
-    """The last part of a path or address."""
-    return posixpath.basename(path.replace(os.sep, "/"))

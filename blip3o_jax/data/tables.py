@@ -10,16 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from blip3o_jax.data import records
 from blip3o_jax.data.config import SourceConfig
-from blip3o_jax.data.records import (
-    Record,
-    RecordError,
-    base_name,
-    expand,
-    locate,
-    open_binary,
-    read_bytes,
-)
+from blip3o_jax.data.records import FileSource, Record, RecordError, expand, open_binary
 from blip3o_jax.errors import InputError, nearest
 
 CAPTIONS = ("caption", "text", "txt", "prompt")  # the usual names; the first one present is read
@@ -48,7 +41,7 @@ def _columns(spec: SourceConfig, columns: Iterable[str], path: str) -> tuple[str
     return image, _column(spec.caption_field or usual, columns, path, "caption_field")
 
 
-class ParquetSource:
+class ParquetSource(FileSource):
     """Rows with an image (bytes, or a struct with `bytes`, as in Hugging Face's data sets) and a
     caption.
 
@@ -57,33 +50,26 @@ class ParquetSource:
     """
 
     def __init__(self, spec: SourceConfig):
-        self.paths = expand(spec.path)
+        paths = expand(spec.path)
         with ThreadPoolExecutor(8) as pool:
-            self.files = list(pool.map(_open_parquet, self.paths))
-        self.image, self.caption = _columns(spec, self.files[0].schema_arrow.names, self.paths[0])
-        for path, file in zip(self.paths, self.files, strict=True):
+            self.files = list(pool.map(_open_parquet, paths))
+        self.image, self.caption = _columns(spec, self.files[0].schema_arrow.names, paths[0])
+        for path, file in zip(paths, self.files, strict=True):
             for name in (self.image, self.caption):
                 _column(name, file.schema_arrow.names, path)
 
-        # Where row groups and files end, in records.
+        # Where files and row groups end, in records.
         metadata = [file.metadata for file in self.files]
+        super().__init__(paths, [m.num_rows for m in metadata])
         self.groups = [(f, g) for f, m in enumerate(metadata) for g in range(m.num_row_groups)]
         sizes = [metadata[f].row_group(g).num_rows for f, g in self.groups]
-        self.ends = list(itertools.accumulate(sizes))
-        self.blocks = np.array([0, *self.ends[:-1]])
-        self.file_ends = list(itertools.accumulate(m.num_rows for m in metadata))
+        self.group_ends = list(itertools.accumulate(sizes))
+        self.blocks = np.array([0, *self.group_ends[:-1]])
         self._tables = OrderedDict()  # by group, the newest last
         self._lock = threading.Lock()
 
-    def __len__(self) -> int:
-        return self.ends[-1] if self.ends else 0
-
-    def key(self, i: int) -> str:
-        file, row = locate(self.file_ends, i)
-        return f"{base_name(self.paths[file])}:{row}"
-
     def __getitem__(self, i: int) -> Record:
-        group, row = locate(self.ends, i)
+        group, row = records.locate(self.group_ends, i)
         table = self._table(group)
         image, caption = (table.column(name)[row].as_py() for name in (self.image, self.caption))
         image = image.get("bytes") if isinstance(image, dict) else image
@@ -121,28 +107,22 @@ def _open_parquet(path: str):
         raise InputError(f"{path} is truncated or not Parquet: {reason}") from error
 
 
-class JsonlSource:
+class JsonlSource(FileSource):
     """Lines with a caption and the path of an image; or edits, whose field names follow `EDITS`
     unless the source names them."""
 
-    blocks = None
-
     def __init__(self, spec: SourceConfig):
         self.spec = spec
-        self.paths = expand(spec.path)
-        self.offsets = [_line_starts(path) for path in self.paths]
-        self.ends = list(itertools.accumulate(len(offsets) - 1 for offsets in self.offsets))
+        paths = expand(spec.path)
+        self.offsets = [_line_starts(path) for path in paths]
+        super().__init__(paths, [len(offsets) - 1 for offsets in self.offsets])
 
-    def __len__(self) -> int:
-        return self.ends[-1]
-
-    def key(self, i: int) -> str:
-        file, line = locate(self.ends, i)
-        return f"{base_name(self.paths[file])}:{line + 1}"
+    def name(self, file: int, row: int) -> str:
+        return str(row + 1)
 
     def __getitem__(self, i: int) -> Record:
         # The line as JSON.
-        file, line = locate(self.ends, i)
+        file, line = self.place(i)
         start, end = (int(x) for x in self.offsets[file][line : line + 2])
         try:
             with open_binary(self.paths[file]) as stream:
@@ -165,7 +145,9 @@ class JsonlSource:
 
         # The images.
         root = self.spec.root or os.path.dirname(self.paths[file])
-        image, *inputs = (read_bytes(os.path.join(root, path)) for path in (fields[image], *paths))
+        image, *inputs = (
+            records.read_bytes(os.path.join(root, path)) for path in (fields[image], *paths)
+        )
         return Record(self.key(i), fields[caption].strip(), image, tuple(inputs))
 
     def _names(self, fields: dict) -> tuple[str, str, str]:

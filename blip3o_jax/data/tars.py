@@ -7,7 +7,6 @@ members are skipped.
 """
 
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from blip3o_jax.data.config import SourceConfig
-from blip3o_jax.data.records import Record, RecordError, base_name, expand, locate, open_binary
+from blip3o_jax.data.records import FileSource, Record, RecordError, expand, open_binary
 from blip3o_jax.errors import InputError
 
 VERSION = 1
@@ -30,31 +29,22 @@ INDEXERS = 8  # tars whose headers are read at once, as reading waits for the di
 log = logging.getLogger(__name__)
 
 
-class TarSource:
+class TarSource(FileSource):
     """Records of all tars of a pattern, in the order of their names."""
 
-    blocks = None  # reading one record costs as much as any other
-
     def __init__(self, spec: SourceConfig):
-        self.paths = expand(spec.path)
         self.caption_field = spec.caption_field
+        paths = expand(spec.path)
         with ThreadPoolExecutor(INDEXERS) as pool:
-            self.indexes = list(pool.map(open_index, self.paths))
-        self.ends = list(itertools.accumulate(len(index) for index in self.indexes))
+            self.indexes = list(pool.map(open_index, paths))
+        super().__init__(paths, map(len, self.indexes))
 
-    def __len__(self) -> int:
-        return self.ends[-1]
-
-    def _find(self, i: int) -> tuple[str, np.void]:
-        tar, row = locate(self.ends, i)
-        return self.paths[tar], self.indexes[tar][row]
-
-    def key(self, i: int) -> str:
-        path, row = self._find(i)
-        return f"{base_name(path)}:{row['key'].decode()}"
+    def name(self, file: int, row: int) -> str:
+        return self.indexes[file][row]["key"].decode()
 
     def __getitem__(self, i: int) -> Record:
-        path, row = self._find(i)
+        tar, number = self.place(i)
+        path, row = self.paths[tar], self.indexes[tar][number]
         caption = "json" if self.caption_field else "text"
         for part in ("image", caption):
             if row[part][1] < 0:

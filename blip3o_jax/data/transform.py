@@ -5,16 +5,20 @@ import json
 import logging
 import pathlib
 import threading
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data.config import DataConfig
 from blip3o_jax.data.records import Record, RecordError
 from blip3o_jax.errors import InputError
 from blip3o_jax.pixels import centre_crop, squash
 from blip3o_jax.text import Text, t2i_prompt
 
+ATTEMPTS = 100  # records in the place of one that cannot be used
 MIN_READ = 1000  # records before the share of bad ones means something
 
 log = logging.getLogger(__name__)
@@ -91,39 +95,31 @@ class Tally:
                 )
 
 
+def token_row(text: Text, caption: str, num_tokens: int, length: int) -> dict[str, np.ndarray]:
+    """`tokens` int32 [length] and `start` int32 of a caption and an image, whose codes are made on
+    the device and written there."""
+    prompt = text.encode_prompt(caption)
+    tokens, start = text.training_rows([prompt], np.zeros((1, num_tokens), np.int32), length)
+    return {"tokens": tokens[0], "start": start[0]}
+
+
+@dataclass
 class Rows:
     """Record number -> the arrays of a training row; of a bad record, those of the next good one.
 
-    `source` gives Records, or the cache's dicts with `codes` and `latents`. Rows hold `tokens`
-    int32 [length] with the image's codes open, `start` int32, and `images` uint8 [size,size,3]
-    (with crop "original" also `view`, the tokenizer's) or `codes` and `latents`.
+    `source` gives Records, or the cache's dicts with `codes` and `latents`. Rows hold what
+    `token_row` gives, and what `image_arrays` gives or `codes` and `latents`.
     """
 
-    ATTEMPTS = 100
-
-    def __init__(
-        self,
-        source,
-        tokenizer: Text,
-        num_tokens: int,
-        length: int,
-        sizes: tuple[int, int],
-        data: DataConfig,
-        tally: Tally,
-    ):
-        self.source = source
-        self.tokenizer = tokenizer
-        self.num_tokens = num_tokens
-        self.length = length
-        self.sizes = sizes
-        self.data = data
-        self.tally = tally
-
-    def __len__(self) -> int:
-        return len(self.source)
+    source: Any
+    tokenizer: Text
+    model: Blip3oConfig
+    data: DataConfig
+    length: int
+    tally: Tally
 
     def __call__(self, i: int) -> dict[str, np.ndarray]:
-        for attempt in range(self.ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             number = (i + attempt) % len(self.source)
             self.tally.add(read=1)
             try:
@@ -132,7 +128,7 @@ class Rows:
             except RecordError as error:
                 self.tally.bad(self.source.key(number), str(error))
         raise InputError(
-            f"None of {self.ATTEMPTS} records from {self.source.key(i)} on can be used; "
+            f"None of {ATTEMPTS} records from {self.source.key(i)} on can be used; "
             "see `blip3o-jax data check`."
         )
 
@@ -146,12 +142,9 @@ class Rows:
             self.tally.add(truncated=1)
             caption = fit_caption(self.tokenizer, caption)
         try:
-            prompt = self.tokenizer.encode_prompt(caption)
+            row = token_row(self.tokenizer, caption, self.model.ta_tok.num_tokens, self.length)
         except InputError as error:
             raise RecordError(str(error).rstrip(".")) from error
-        codes = np.zeros((1, self.num_tokens), np.int32)
-        tokens, start = self.tokenizer.training_rows([prompt], codes, self.length)
-        row = {"tokens": tokens[0], "start": start[0]}
 
         # The image: its encodings from a cache, or its pixels.
         if cached:
@@ -160,14 +153,13 @@ class Rows:
         if record.inputs:
             raise RecordError("it is an edit, which cannot be trained on yet")
         self.tally.add(bytes=len(record.image))
-        return row | image_arrays(record, self.sizes, self.data.crop)
+        return row | image_arrays(record, self.model, self.data.crop)
 
 
-def image_arrays(record: Record, sizes: tuple[int, int], crop: str) -> dict[str, np.ndarray]:
-    """`images` uint8 [size,size,3] and, with the original's crop, `view`; `sizes` are those of the
-    autoencoder and of the tokenizer."""
+def image_arrays(record: Record, model: Blip3oConfig, crop: str) -> dict[str, np.ndarray]:
+    """`images` uint8 [size,size,3] and, with the original's crop, `view`, the tokenizer's."""
     image = decode_image(record.image)
-    arrays = {"images": centre_crop(image, sizes[0])}
+    arrays = {"images": centre_crop(image, model.image_size)}
     if crop == "original":
-        arrays["view"] = squash(image, sizes[1])
+        arrays["view"] = squash(image, model.ta_tok.encoder.image_size)
     return arrays

@@ -32,36 +32,22 @@ log = logging.getLogger(__name__)
 
 def options(parser: argparse.ArgumentParser) -> None:
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
-    check = tasks.add_parser(
-        "check",
-        help="read a mixture: what cannot be used, sizes, shapes, duplicates, lengths of captions",
-    )
+    text = "read a mixture: what cannot be used, sizes, shapes, duplicates, lengths of captions"
+    check = tasks.add_parser("check", help=text)
     config_option(check)
-    check.add_argument(
-        "--limit",
-        type=int,
-        default=0,
-        metavar="N",
-        help="records of each source, evenly spread (default: all)",
-    )
-    check.add_argument(
-        "--out", required=True, help="folder for report.json, the list of problems and the plots"
-    )
+    text = "records of each source, evenly spread (default: all)"
+    check.add_argument("--limit", type=int, default=0, metavar="N", help=text)
+    text = "folder for report.json, the list of problems and the plots"
+    check.add_argument("--out", required=True, help=text)
     overwrite_option(check, "an earlier report")
     check.set_defaults(run=run_check)
 
     stats = tasks.add_parser("stats", help="how fast a mixture is read, by reader threads")
     config_option(stats)
-    stats.add_argument(
-        "--threads", default="1,2,4", help="numbers of threads to try (default: %(default)s)"
-    )
-    stats.add_argument(
-        "--batches",
-        type=int,
-        default=20,
-        metavar="N",
-        help="batches to read with each (default: %(default)s)",
-    )
+    text = "numbers of threads to try (default: %(default)s)"
+    stats.add_argument("--threads", default="1,2,4", help=text)
+    text = "batches to read with each (default: %(default)s)"
+    stats.add_argument("--batches", type=int, default=20, metavar="N", help=text)
     stats.set_defaults(run=run_stats)
     data_cache.options(tasks.add_parser("cache", help=data_cache.HELP))
 

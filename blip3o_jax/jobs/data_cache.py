@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import pathlib
@@ -26,21 +27,12 @@ log = logging.getLogger(__name__)
 def options(parser: argparse.ArgumentParser) -> None:
     config_option(parser)
     parser.add_argument("--out", required=True, help="folder of the cache, for data.cache")
-    parser.add_argument(
-        "--latents",
-        default="float32",
-        choices=["float32", "bfloat16"],
-        help="how latents are stored (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--shard-records", type=int, default=4096, help="records of a file (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=32,
-        help="images encoded at once on a host (default: %(default)s)",
-    )
+    dtypes, text = ["float32", "bfloat16"], "how latents are stored (default: %(default)s)"
+    parser.add_argument("--latents", default="float32", choices=dtypes, help=text)
+    text = "records of a file (default: %(default)s)"
+    parser.add_argument("--shard-records", type=int, default=4096, help=text)
+    text = "images encoded at once on a host (default: %(default)s)"
+    parser.add_argument("--batch-size", type=int, default=32, help=text)
     parser.set_defaults(run=run)
 
 
@@ -118,12 +110,7 @@ def run(args) -> None:
     log.info("%d of %d shards to make on host %d of %d.", len(missing), len(shards), host, hosts)
     tally = Tally(cfg.data.max_bad_fraction, folder / f"bad_records.{host}.jsonl")
     dtype, start = jnp.dtype(args.latents), time.perf_counter()
-    model = cfg.blip3o()
-    sizes = model.image_size, model.ta_tok.encoder.image_size
-
-    def decode(record):
-        return image_arrays(record, sizes, cfg.data.crop)
-
+    decode = functools.partial(image_arrays, model=cfg.blip3o(), crop=cfg.data.crop)
     for done, shard in enumerate(missing, 1):
         source = sources[shard.source]
         records = cache.encoded_records(

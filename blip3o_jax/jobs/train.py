@@ -116,17 +116,9 @@ def open_feed(
 
     from blip3o_jax.data.feed import Feed
 
-    return Feed(
-        cfg.data,
-        cfg.blip3o(),
-        ROWS[cfg.stage],
-        tokenizer,
-        batch_size=cfg.batch_size,
-        seed=cfg.seed,
-        hosts=hosts,
-        data_dir=data_dir,
-        bad_records=workdir and workdir / f"bad_records.{jax.process_index()}.jsonl",
-    )
+    bad = workdir and workdir / f"bad_records.{jax.process_index()}.jsonl"
+    what = cfg.data, cfg.blip3o(), ROWS[cfg.stage], tokenizer
+    return Feed(*what, cfg.batch_size, cfg.seed, hosts, data_dir, bad)
 
 
 def open_workdir(cfg: TrainConfig, workdir: str) -> pathlib.Path:
