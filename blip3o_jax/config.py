@@ -7,9 +7,13 @@ diffusers' SanaTransformer2DModel and AutoencoderDC, TA-Tok's checkpoint argumen
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 
 from blip3o_jax.errors import InputError, nearest
+from blip3o_jax.moved import refuse
+
+__getattr__ = functools.partial(refuse, "config")
 
 
 def _need(condition: bool, message: str) -> None:
