@@ -257,6 +257,24 @@ def test_a_run_with_a_tokenizer_of_its_own_leaves_with_it(params, tmp_path):
         pass
 
 
+def test_reinforcement_uses_the_tokenizer_that_its_run_names(tmp_path, monkeypatch):
+    own, seen = tmp_path / "own.json", []
+    tokenizer = load_tokenizer(ASSETS / "emoji_64" / "tokenizer.json")
+    tokenizer.add_tokens(["<a token of its own>"])
+    tokenizer.save(str(own))
+
+    def run(cfg, workdir, prompts, heldout, text, *_):
+        seen.append((text.tokenizer.token_to_id("<a token of its own>"), workdir))
+        return {}
+
+    monkeypatch.setattr("blip3o_jax.rl.loop.run", run)
+    options = ["--config.init={}", f"--config.data.tokenizer={own}", "--config.mesh={}"]
+    workdir = tmp_path / "run"
+    assert main(["grpo", "--config", "emoji_grpo", "--workdir", str(workdir), *options]) == 0
+    assert seen == [(tokenizer.token_to_id("<a token of its own>"), workdir)]
+    assert (workdir / "tokenizer.json").read_bytes() == own.read_bytes()
+
+
 def test_a_run_of_one_part_gives_that_part_alone(params, tmp_path):
     run = TrainConfig(stage="autoencoder", model=SMALL)
     workdir = save_run(tmp_path / "run", {"dc_ae": params["dc_ae"]}, 1, run)
