@@ -168,8 +168,8 @@ def find(name: str | Path) -> tuple[Path, str]:
     folder = embedded().get(str(name), Path(name))
     if training_checkpoint.is_workdir(folder):  # whose config.json is the run's
         return folder, RUN
-    if (folder / "checkpoints").is_dir():
-        raise InputError(f"{name} is a training run without a whole checkpoint as yet.")
+    if (folder / "checkpoints").is_dir() and not any(folder.glob("*.safetensors*")):
+        raise InputError(f"{name} is a training run without a complete checkpoint as yet.")
     if (folder / "config.json").is_file():
         return folder, CONVERTED if converted.is_converted(folder) else PUBLISHED
     if folder.is_dir():

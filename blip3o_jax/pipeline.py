@@ -39,8 +39,8 @@ class Sample:
 class Pipeline:
     """A model on a mesh.
 
-    Prompts run through compiled programs of fixed shape, so that an image does not depend on its
-    company.
+    Prompts run through compiled programs of fixed shape, so that an image does not depend on the
+    others of its batch.
     """
 
     def __init__(self, model: Blip3o, params, text: Text, mesh, identity: str, batch_size: int):
@@ -61,8 +61,8 @@ class Pipeline:
         num_images: int = 1,
         settings: Settings | None = None,
     ) -> Iterator[Sample]:
-        """Images prompt by prompt, `num_images` of each, made as they are taken; InputError for a
-        bad prompt at once."""
+        """Images prompt by prompt, `num_images` of each, generated batch by batch as the iterator
+        advances; InputError for a bad prompt at once."""
         if num_images < 1:
             raise InputError(f"num_images is at least 1, not {num_images}.")
         if not prompts:
@@ -75,6 +75,7 @@ class Pipeline:
     ) -> Iterator[Sample]:
         work = [(p, i) for p in range(len(prompts)) for i in range(num_images)]
         for start in range(0, len(work), self.batch_size):
+            # A full batch: what is missing repeats the first prompt and is dropped.
             chunk = work[start : start + self.batch_size]
             rows = [p for p, _ in chunk] + [chunk[0][0]] * (self.batch_size - len(chunk))
             numbers = [generate.sample_key(seed, prompts[p], i) for p, i in chunk]
@@ -82,10 +83,10 @@ class Pipeline:
             inputs = jax.device_put(
                 (ids[rows], valid[rows], np.array(numbers, np.uint32)), self._place
             )
-            # by which the model knows the platform's kernels, and keeps the batch cut as it comes
+            # From the mesh the model knows the platform's kernels and how the batch is sharded.
             with jax.set_mesh(self.mesh):
-                made = jax.device_get(self._run(self.params, *inputs, **settings))
-            for (p, i), image, tokens in zip(chunk, made["images"], made["tokens"], strict=False):
+                batch = jax.device_get(self._run(self.params, *inputs, **settings))
+            for (p, i), image, tokens in zip(chunk, batch["images"], batch["tokens"], strict=False):
                 yield Sample(prompts[p], i, seed, image, tokens)
 
     def generate(
@@ -95,8 +96,8 @@ class Pipeline:
         from PIL import Image
 
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        made = self.samples(prompts, seed, num_images, Settings(**settings))
-        return [Image.fromarray(sample.image) for sample in made]
+        samples = self.samples(prompts, seed, num_images, Settings(**settings))
+        return [Image.fromarray(sample.image) for sample in samples]
 
 
 def load(

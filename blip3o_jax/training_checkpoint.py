@@ -36,33 +36,35 @@ OPTIMIZER = ("step", "opt_state", "guard")  # of the state, beside the weights
 # not twice
 PIECE = 64 << 20
 
+# what Orbax writes last for each item
+LAST_FILES = (
+    "_CHECKPOINT_METADATA",
+    "config/metadata",
+    *("model/_METADATA", "model/manifest.ocdbt"),
+    *("optimizer/_METADATA", "optimizer/manifest.ocdbt"),
+)
 UNFINISHED = "*.orbax-checkpoint-tmp*"  # folders of checkpoints that have no name yet
 CONFIG_LIMIT = 4 << 20  # bytes
 
 
-def open_manager(workdir, keep: int = 1):
-    """Orbax's manager of a workdir's checkpoints, those that are not whole out of the way.
-
-    InputError when it cannot be written.
-    """
+def open_manager(workdir: str | pathlib.Path, keep: int = 1):
+    """Orbax's manager of a workdir's checkpoints, after those that are incomplete are set aside;
+    InputError when it cannot be written."""
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").addFilter(_not_orbax)
     folder = pathlib.Path(workdir).absolute() / "checkpoints"
-    # in the background, before the checkpoint takes its name, and in process 0 only
+    # Runs in the background before a checkpoint takes its name, and in process 0 only.
     then = ocp.options.AsyncOptions(post_finalization_callback=lambda: _record_hashes(folder))
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, async_options=then)
     try:
         with process_zero_first("the checkpoints"):
-            for half in folder.glob(UNFINISHED):
-                log.warning("%s was not written to its end and is removed.", half)
-                shutil.rmtree(half, ignore_errors=True)
-            for broken in _numbered(folder) - whole(folder):
-                aside = next(
-                    path
-                    for n in itertools.count()
-                    if not (path := folder / f"{broken.name}.broken-{n}").exists()
-                )
+            for unfinished in folder.glob(UNFINISHED):
+                log.warning("%s was not written to its end and is removed.", unfinished)
+                shutil.rmtree(unfinished, ignore_errors=True)
+            for broken in _numbered(folder) - complete(folder):
+                names = (folder / f"{broken.name}.broken-{n}" for n in itertools.count())
+                aside = next(name for name in names if not name.exists())
                 log.warning("%s lacks some of its files and is now %s.", broken, aside.name)
                 broken.rename(aside)
         return ocp.CheckpointManager(folder, options=options)
@@ -74,8 +76,8 @@ def open_manager(workdir, keep: int = 1):
 
 def _record_hashes(folder: pathlib.Path) -> None:
     """Records the hashes of the weights of the checkpoint that is just being written."""
-    for half in folder.glob(UNFINISHED):
-        hashes.record(half, weight_files(half))
+    for unfinished in folder.glob(UNFINISHED):
+        hashes.record(unfinished, weight_files(unfinished))
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -84,32 +86,24 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-    """What goes wrong in Orbax's threads it logs with its traceback, and raises in ours, where it
-    becomes one sentence."""
+    """False for what Orbax logs, with a traceback, in its own threads: it is raised again in ours,
+    where it becomes one sentence."""
     return "orbax" not in record.pathname
 
 
 def _numbered(folder: pathlib.Path) -> set[pathlib.Path]:
-    return (
-        {child for child in folder.iterdir() if child.name.isdigit()} if folder.is_dir() else set()
-    )
+    return {child for child in folder.glob("*") if child.name.isdigit()}
 
 
-def whole(folder: pathlib.Path) -> set[pathlib.Path]:
+def complete(folder: pathlib.Path) -> set[pathlib.Path]:
     """The checkpoints below `folder` with all their items, each with the file that Orbax writes
     last."""
-    files = ["_CHECKPOINT_METADATA", "config/metadata"]
-    files += [
-        f"{item}/{file}"
-        for item in ("model", "optimizer")
-        for file in ("_METADATA", "manifest.ocdbt")
-    ]
-    return {child for child in _numbered(folder) if all((child / file).is_file() for file in files)}
+    return {child for child in _numbered(folder) if all((child / x).is_file() for x in LAST_FILES)}
 
 
-def is_workdir(directory) -> bool:
-    """Whether the directory is a training run's with at least one whole checkpoint."""
-    return bool(whole(pathlib.Path(directory) / "checkpoints"))
+def is_workdir(directory: str | pathlib.Path) -> bool:
+    """Whether the directory is a training run's with at least one complete checkpoint."""
+    return bool(complete(pathlib.Path(directory) / "checkpoints"))
 
 
 @contextlib.contextmanager
@@ -129,15 +123,12 @@ def _writing(manager):
 def save(manager, config, state, frozen, notes: dict) -> None:
     """Saves in the background under the state's step; `notes` come back from `restore`.
 
-    The arrays may be donated when this returns.
-
-    InputError when this checkpoint or the one before it cannot be written.
+    The arrays may be donated when this returns. InputError when this checkpoint or the one before
+    it cannot be written.
     """
     import orbax.checkpoint as ocp
 
-    model = {"params": state["params"], "frozen": frozen}
-    if "ema" in state:
-        model["ema"] = state["ema"]
+    model = _model_item(state, frozen)
     pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=PIECE), model)
     with _writing(manager):
         manager.save(
@@ -151,6 +142,12 @@ def save(manager, config, state, frozen, notes: dict) -> None:
             ),
             force=True,
         )
+
+
+def _model_item(state: dict, frozen: dict) -> dict:
+    """The weights, with their average where there is one."""
+    weights = {name: state[name] for name in ("params", "ema") if name in state}
+    return {**weights, "frozen": frozen}
 
 
 def finish(manager) -> None:
@@ -168,17 +165,15 @@ def restore(manager, state, frozen):
     import orbax.checkpoint as ocp
 
     def abstract(tree):
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
-        )
+        def describe(x):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
-    model = {"params": abstract(state["params"]), "frozen": abstract(frozen)}
-    if "ema" in state:
-        model["ema"] = abstract(state["ema"])
-    optimizer = abstract({name: state[name] for name in OPTIMIZER})
+        return ocp.args.StandardRestore(jax.tree.map(describe, tree))
+
+    optimizer = {name: state[name] for name in OPTIMIZER}
     args = ocp.args.Composite(
-        model=ocp.args.StandardRestore(model),
-        optimizer=ocp.args.StandardRestore(optimizer),
+        model=abstract(_model_item(state, frozen)),
+        optimizer=abstract(optimizer),
         notes=ocp.args.JsonRestore(),
     )
     step = manager.latest_step()
@@ -188,18 +183,18 @@ def restore(manager, state, frozen):
         raise InputError(
             f"The checkpoint {manager.directory / str(step)} cannot be read: "
             f"{str(error).strip().splitlines()[0][:300]} "
-            "Move it away, and the run goes on from the one before."
+            "Move it away, and the run resumes from the one before."
         ) from error
     model = dict(saved["model"])
     frozen = model.pop("frozen")
     return {**model, **saved["optimizer"]}, frozen, saved["notes"]
 
 
-def newest(workdir) -> pathlib.Path:
-    """The folder of a run's newest checkpoint; InputError when there is no whole one."""
-    folders = whole(pathlib.Path(workdir).absolute() / "checkpoints")
+def newest(workdir: str | pathlib.Path) -> pathlib.Path:
+    """The folder of a run's newest checkpoint; InputError when there is no complete one."""
+    folders = complete(pathlib.Path(workdir).absolute() / "checkpoints")
     if not folders:
-        raise InputError(f"{workdir} holds no whole training checkpoint.")
+        raise InputError(f"{workdir} holds no complete training checkpoint.")
     return max(folders, key=lambda folder: int(folder.name))
 
 

@@ -290,5 +290,5 @@ def test_a_run_of_one_part_gives_that_part_alone(params, tmp_path):
 def test_a_run_without_a_checkpoint_is_not_taken_for_a_model(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text('{"stage": "joint"}')
-    with pytest.raises(InputError, match="run is a training run without a whole checkpoint"):
+    with pytest.raises(InputError, match="run is a training run without a complete checkpoint"):
         checkpoints.open(tmp_path / "run")

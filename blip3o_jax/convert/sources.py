@@ -130,6 +130,7 @@ def _from_checkpoint(directory: Path, flags: dict[str, str | None]) -> Source:
     """
     file, fields = directory / "config.json", read_fields(directory)
     stored, parts, added = by_published_name(open_tensors(directory)), _open_parts(flags), {}
+    # Each group of tensors is either in the checkpoint or in the files that a flag names.
     for group, (flag, begins) in GROUPS.items():
         held = next((name for name in stored if name.startswith(begins)), None)
         if held and group in parts:
@@ -146,6 +147,8 @@ def _from_checkpoint(directory: Path, flags: dict[str, str | None]) -> Source:
             added[key] = json.loads(json.dumps(to_json(parts[group].config)))
     for part in parts.values():
         stored |= by_published_name(part.tensors)
+
+    # The config describes all of them.
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     with about(file):
         cfg = config_from_json({**fields, **added}, shapes, directory.resolve().name)
@@ -156,6 +159,8 @@ def _from_checkpoint(directory: Path, flags: dict[str, str | None]) -> Source:
             )
     tied, repeated = resolve_lm_head(cfg.qwen3.tie_word_embeddings, stored)
     cfg = replace(cfg, **{"qwen3.tie_word_embeddings": tied})
+
+    # config.json stays as it is where it says enough.
     source = _finish(directory, cfg, stored, repeated, {"checkpoint": directory, **_folders(parts)})
     source.files |= {file, *(path for part in parts.values() for path in part.files)}
     if any(default != getattr(cfg, group) for group, default in _defaults(cfg, added).items()):
@@ -190,7 +195,8 @@ def _from_parts(flags: dict[str, str | None], new_vocabulary: str | None, name: 
     if EMBEDDING not in stored:
         raise InputError(f"{ar.folder}: tensor {EMBEDDING!r} is missing.")
     tied, repeated = resolve_lm_head(bool(ar.config.get("tie_word_embeddings", True)), stored)
-    tokenizer, texts, made = ar.folder / "tokenizer.json", {}, {}
+    # A plain Qwen3 gets the image tokens: in its tokenizer, its embedding and its head.
+    tokenizer, texts, new = ar.folder / "tokenizer.json", {}, {}
     vocab = vocabulary.known_vocabulary(load_tokenizer(tokenizer), codes)
     if vocab and new_vocabulary:
         raise InputError(
@@ -210,28 +216,26 @@ def _from_parts(flags: dict[str, str | None], new_vocabulary: str | None, name: 
                 stored[key] = vocabulary.extend_matrix(
                     stored[key], vocab, new_vocabulary, lambda: vocabulary.codebook(*inputs)
                 )
-                made[key] = (
-                    f"rows from {vocab.image_start_tag_id + len(vocabulary.TAGS)} on are "
-                    f"new: {new_vocabulary}"
-                )
-                log.info("%s: %s (%d image tokens).", key, made[key], codes)
+                first = vocab.image_start_tag_id + len(vocabulary.TAGS)
+                new[key] = f"rows from {first} on are new: {new_vocabulary}"
+                log.info("%s: %s (%d image tokens).", key, new[key], codes)
+
+    # The four configs make one; the connector belongs to none of the parts.
+    shapes = {key: tensor.shape for key, tensor in stored.items()}
     with about(ar.folder / "config.json"):
-        qwen3 = read_qwen3(
-            {**ar.config, "tie_word_embeddings": tied},
-            {key: tensor.shape for key, tensor in stored.items()},
-        )
+        qwen3 = read_qwen3({**ar.config, "tie_word_embeddings": tied}, shapes)
         networks = {group: parts[group].config for group in NESTED}
         cfg = Blip3oConfig(name=name, qwen3=qwen3, vocab=vocab, **networks)
     if not any(key.startswith("model.diffusion_connector.") for key in stored):
         stored |= _fresh_connector(cfg)
-        made["model.diffusion_connector.*"] = "initialised at random, as training begins with it"
-        log.info("diffusion_connector: %s.", made["model.diffusion_connector.*"])
+        new["model.diffusion_connector.*"] = "initialised at random, as training begins with it"
+        log.info("diffusion_connector: %s.", new["model.diffusion_connector.*"])
+
     source = _finish(ar.folder, cfg, stored, repeated, _folders(parts))
     source.files |= {*(path for part in parts.values() for path in part.files), tokenizer}
-    source.texts, source.made = texts, made
-    source.texts["config.json"] = (
-        json.dumps(config_to_json(cfg, stored[EMBEDDING].dtype.name), indent=2) + "\n"
-    )
+    source.texts, source.made = texts, new
+    fields = config_to_json(cfg, stored[EMBEDDING].dtype.name)
+    source.texts["config.json"] = json.dumps(fields, indent=2) + "\n"
     stale = {"added_tokens.json", *texts} if "tokenizer.json" in texts else set()
     source.carried |= _beside(ar.folder, [file for file in TOKENIZER_FILES if file not in stale])
     return source

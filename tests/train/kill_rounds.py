@@ -111,9 +111,9 @@ def temporary(workdir: pathlib.Path) -> bool:
 
 def newest(workdir: pathlib.Path) -> int:
     """Step of the newest whole checkpoint, 0 without one."""
-    from blip3o_jax.training_checkpoint import whole
+    from blip3o_jax.training_checkpoint import complete
 
-    return max((int(folder.name) for folder in whole(workdir / "checkpoints")), default=0)
+    return max((int(folder.name) for folder in complete(workdir / "checkpoints")), default=0)
 
 
 def until_killed(workdir: pathlib.Path, count: int, rng: random.Random, span: float | None) -> str:
