@@ -1,24 +1,32 @@
 """Pixels: uint8 <-> [-1, 1], crops and resizing, contact sheets."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+if TYPE_CHECKING:
+    import jax
+
+Array = TypeVar("Array", np.ndarray, "jax.Array")
+
 # --- numpy or jax arrays -------------------------------------------------------------------------
 
 
-def to_unit(images):
+def to_unit(images: Array) -> Array:
     """uint8 [B,H,W,3] -> f32 in [-1, 1]."""
     return images.astype(np.float32) / 127.5 - 1.0
 
 
-def to_zero_one(images):
+def to_zero_one(images: Array) -> Array:
     """[-1, 1] -> f32 in [0, 1]; what lies beyond is clipped."""
     return (images.astype(np.float32) / 2 + 0.5).clip(0.0, 1.0)
 
 
-def to_uint8(images):
+def to_uint8(images: Array) -> Array:
     """[-1, 1] -> uint8, rounded to the nearest."""
     return (to_zero_one(images) * 255).round().astype(np.uint8)
 
@@ -26,7 +34,7 @@ def to_uint8(images):
 # --- jax arrays ----------------------------------------------------------------------------------
 
 
-def tokenizer_view(images, size: int):
+def tokenizer_view(images: jax.Array, size: int) -> jax.Array:
     """f32 [B,H,W,3] in [-1, 1] -> [B,size,size,3]: the same frame at the tokenizer's resolution
     (bicubic, antialiased; docs/model.md §6.4)."""
     import jax

@@ -8,16 +8,21 @@ to which a training row adds `t1 .. tn <im_end> <|im_end|> \\n`. `<im_start>` op
 `<|im_start|>`, with bars, opens a chat turn. Rows are numpy arrays on the host.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from blip3o_jax.config import Blip3oConfig, VocabConfig
 from blip3o_jax.errors import InputError
+
+if TYPE_CHECKING:
+    import jax
 
 CHAT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -50,15 +55,11 @@ def load_tokenizer(path: str | Path) -> Any:
     from tokenizers import Tokenizer
 
     if not Path(path).is_file():
-        raise InputError(
-            f"No tokenizer at {str(path)!r}; a checkpoint folder holds it as tokenizer.json."
-        )
+        raise InputError(f"No tokenizer at {str(path)!r}; checkpoints hold a tokenizer.json.")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
-        raise InputError(
-            f"{str(path)!r} is not a tokenizer.json that tokenizers can read ({error})."
-        ) from error
+        raise InputError(f"{str(path)!r} is not a tokenizer.json ({error}).") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -95,20 +96,20 @@ def _sizes(rows: TokenRows, length: int, what: str) -> np.ndarray:
     return sizes
 
 
-def _filled(rows, valid: np.ndarray, pad_token_id: int) -> tuple[np.ndarray, np.ndarray]:
+def _filled(rows: TokenRows, valid: np.ndarray, pad_token_id: int) -> tuple[np.ndarray, np.ndarray]:
     ids = np.full(valid.shape, pad_token_id, np.int32)
     ids[valid] = np.concatenate(rows) if rows else []
     return ids, valid
 
 
-def causal_positions(tokens):
+def causal_positions(tokens: jax.Array) -> jax.Array:
     """Positions [B,T] of the tokens [B,T] of rows that begin in the first column: 0, 1, 2, ..."""
     import jax.numpy as jnp
 
     return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
 
-def targets(tokens, start, vocab: VocabConfig):
+def targets(tokens: jax.Array, start: jax.Array, vocab: VocabConfig) -> jax.Array:
     """Which tokens [B,T] are targets of the cross-entropy, bool [B,T]: all but padding and the
     source images of an edit prompt (docs/model.md §6.5).
 
@@ -132,6 +133,7 @@ class Text:
     max_prompt_tokens: int
 
     def __post_init__(self):
+        # The ids that the config names, and the tokens that the templates need.
         v = self.vocab
         expected = {
             "<im_start>": v.image_start_tag_id,
@@ -146,13 +148,11 @@ class Text:
         for token, id_ in expected.items():
             if (actual := self.tokenizer.token_to_id(token)) != id_:
                 raise InputError(
-                    f"The tokenizer gives {token} the id {actual}, the config says {id_}."
+                    f"The tokenizer gives {token} the id {actual}, not the config's {id_}."
                 )
         for token in CHAT_TOKENS:
             if self.tokenizer.token_to_id(token) is None:
-                raise InputError(
-                    f"The tokenizer has no token {token}, which the prompt template needs."
-                )
+                raise InputError(f"The tokenizer has no token {token}, which prompts need.")
 
     def encode_prompt(self, caption: str) -> list[int]:
         """Ids of the templated caption, ending in `<im_start> <S0>`; InputError when it is empty,
@@ -195,19 +195,16 @@ class Text:
     def _encode(self, prompt: str, written: str, num_image_tokens: int) -> list[int]:
         """Ids of a template that holds the user's words `written`, after the checks."""
         # The user's words: some, in UTF-8, none of them a control token.
+        quoted = _beginning(written)
         if not written.strip():
             raise InputError("The prompt is empty; write what the image should show.")
         if not written.isascii() and any("\ud800" <= c <= "\udfff" for c in written):
-            raise InputError(
-                f"The prompt {_beginning(written)} holds bytes that are not UTF-8 text; "
-                "save it as UTF-8."
-            )
+            raise InputError(f"The prompt {quoted} is not UTF-8 text; save it as UTF-8.")
         for id_ in self.tokenizer.encode(written, add_special_tokens=False).ids:
             if id_ in self._controls:
                 token = self.tokenizer.id_to_token(id_)
                 raise InputError(
-                    f"The prompt {_beginning(written)} contains the control token {token}; "
-                    "write it without."
+                    f"The prompt {quoted} contains the control token {token}; remove it."
                 )
 
         # The template, which must fit.
@@ -215,8 +212,8 @@ class Text:
         size = len(ids) - num_image_tokens
         if size > self.max_prompt_tokens:
             raise InputError(
-                f"The prompt {_beginning(written)} has {size} tokens with its template, more "
-                f"than the {self.max_prompt_tokens} allowed; shorten it."
+                f"The prompt {quoted} has {size} tokens with its template, more than the "
+                f"{self.max_prompt_tokens} allowed; shorten it."
             )
         return ids
 

@@ -156,7 +156,7 @@ def test_published_ids_hold_on_a_vocabulary_laid_out_as_qwen3s():
     assert (vocab.image_start_token_id, vocab.image_end_token_id) == (151674, 217209)
     assert tokenizer.id_to_token(217209) == "<I65535>"
     assert Text(tokenizer, vocab, 512).encode_prompt("x")[-2:] == [151669, 151671]
-    with pytest.raises(InputError, match=r"<im_start> the id 151669, the config says 151670"):
+    with pytest.raises(InputError, match=r"<im_start> the id 151669, not the config's 151670"):
         Text(tokenizer, VocabConfig(image_start_tag_id=151670), 512)
 
 

@@ -1,6 +1,6 @@
 """The cache of a mixture: each record's codes and latents, so that training encodes no image.
 
-A folder holds `cache.json`, which says what the records were made with, and shards
+A folder holds `cache.json`, which says what the records depend on, and shards
 SSS-NNNNN-of-NNNNN.array_record of source SSS. Record i of a source stays record i, and one that
 cannot be used is stored with its reason, so a run reads the same order with and without the cache.
 """
@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict
 
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data.config import SourceConfig
-from blip3o_jax.data.records import RecordError
+from blip3o_jax.data.records import Record, RecordError, Source
 from blip3o_jax.data.transform import Tally
 from blip3o_jax.errors import InputError
 
@@ -53,7 +53,7 @@ def describe(model: Blip3oConfig, crop: str, params: dict) -> dict:
     return json.loads(json.dumps(description))
 
 
-def source_entry(spec: SourceConfig, source) -> dict:
+def source_entry(spec: SourceConfig, source: Source) -> dict:
     """A source in cache.json, with its blocks, which decide its order."""
     blocks = None if source.blocks is None else [int(start) for start in source.blocks]
     place = {name: getattr(spec, name) for name in PLACE}
@@ -83,6 +83,7 @@ def shards(sizes: list[int], shard_records: int) -> list[Shard]:
 def begin(folder: pathlib.Path, description: dict, process: int) -> None:
     """Makes the folder and writes its description; InputError when it holds another cache or
     something else."""
+    # A description, unless there is one.
     file = folder / "cache.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,16 +96,22 @@ def begin(folder: pathlib.Path, description: dict, process: int) -> None:
             temporary.replace(file)
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}.") from error
+
+    # Which is this one.
     there = read_description(str(folder))
     if there != description:
         differs = difference(there, description) or "other fields"
-        raise InputError(
-            f"{folder} holds a cache with other settings ({differs}); name another folder."
-        )
+        raise InputError(f"{folder} holds a cache with other settings ({differs}); name another.")
 
 
 def encoded_records(
-    source, numbers: range, decode: Callable, encode: Callable, tally: Tally, dtype, batch_size: int
+    source: Source,
+    numbers: range,
+    decode: Callable[[Record], dict],
+    encode: Callable[[list[dict]], tuple],
+    tally: Tally,
+    dtype: np.dtype,
+    batch_size: int,
 ) -> Iterator[dict]:
     """The cached records of some record numbers, in order: encoded, or with the reason why not.
 
@@ -120,6 +127,7 @@ def encoded_records(
             tally.bad(source.key(number), str(error))
             return {"key": source.key(number), "error": str(error)}
 
+    # Decoded by threads, encoded a batch at a time; records keep their order.
     with ThreadPoolExecutor(4) as pool:
         for start in range(0, len(numbers), batch_size):
             records = list(pool.map(load, numbers[start : start + batch_size]))
@@ -130,21 +138,19 @@ def encoded_records(
             yield from records
 
 
+def _unusable(what: str) -> InputError:
+    return InputError(f"data.cache: {what}; make it with `blip3o-jax data cache`.")
+
+
 def read_description(folder: str) -> dict:
     """The contents of cache.json; InputError when it is missing or unreadable."""
     file = pathlib.Path(folder) / "cache.json"
     try:
         description = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"data.cache: {folder} holds no cache ({file.name} cannot be read); make one "
-            "with `blip3o-jax data cache`."
-        ) from error
+        raise _unusable(f"{folder} holds no cache ({file.name} cannot be read)") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise InputError(
-            f"data.cache: {file} does not have format {FORMAT}; make the cache again with "
-            "`blip3o-jax data cache`."
-        )
+        raise _unusable(f"{file} does not have format {FORMAT}")
     return description
 
 
@@ -162,10 +168,7 @@ def difference(there: dict, here: dict) -> str | None:
 def check_cache(folder: str, description: dict) -> None:
     """InputError unless the cache was made with the settings and encoders of `description`."""
     if differs := difference(read_description(folder), description):
-        raise InputError(
-            f"data.cache: {folder} was made with other settings ({differs}); make "
-            "a new one with `blip3o-jax data cache`."
-        )
+        raise _unusable(f"{folder} was made with other settings ({differs})")
 
 
 def write_shard(file: pathlib.Path, records: Iterable[dict]) -> None:
@@ -191,9 +194,10 @@ class CachedSource:
         try:
             self.source = ArrayRecordDataSource([str(file) for file in files])
         except Exception as error:  # array_record's own errors are not public
+            reason = str(error).splitlines()[0]
+            where = files[0].parent
             raise InputError(
-                f"data.cache: a shard in {files[0].parent} is damaged "
-                f"({str(error).splitlines()[0]}); delete it."
+                f"data.cache: a shard in {where} is damaged ({reason}); delete it."
             ) from error
 
     def __len__(self) -> int:
@@ -214,28 +218,25 @@ class CachedSource:
 
 def open_cached(folder: str, spec: SourceConfig) -> CachedSource:
     """A source's records in a cache; InputError when it is missing or incomplete there."""
+    # Which of the cache's sources it is.
     description = read_description(folder)
     places = [{name: entry[name] for name in PLACE} for entry in description["sources"]]
     place = {name: getattr(spec, name) for name in PLACE}
     if place not in places:
-        raise InputError(
-            f"data.cache: {folder} holds no source {spec.path!r} of kind {spec.kind!r}; "
-            "make another cache with it."
-        )
+        raise _unusable(f"{folder} holds no source {spec.path!r} of kind {spec.kind!r}")
+
+    # Its shards, all of them and each complete.
     number = places.index(place)
     entry = description["sources"][number]
     sizes = [source["records"] for source in description["sources"]]
     own = [s for s in shards(sizes, description["shard_records"]) if s.source == number]
     files = [pathlib.Path(folder) / shard.name for shard in own]
     if missing := [file for file in files if not file.is_file()]:
-        raise InputError(
-            f"data.cache: {len(missing)} of {len(files)} shards of {spec.path!r} are "
-            f"missing in {folder}; run `blip3o-jax data cache` again until it is complete."
-        )
+        count = f"{len(missing)} of {len(files)} shards"
+        raise _unusable(f"{folder} lacks {count} of {spec.path!r}")
     source = CachedSource(files, entry["blocks"])
     if len(source) != entry["records"]:
-        raise InputError(
-            f"data.cache: {folder} holds {len(source)} records of {spec.path!r}, not "
-            f"{entry['records']}; make it again."
+        raise _unusable(
+            f"{folder} holds {len(source)} of {entry['records']} records of {spec.path!r}"
         )
     return source

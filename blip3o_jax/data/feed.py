@@ -15,6 +15,7 @@ from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data.cache import open_cached
 from blip3o_jax.data.config import DataConfig
 from blip3o_jax.data.mixture import HeldOut, HostRows, Mixture, whole_weights
+from blip3o_jax.data.records import Source
 from blip3o_jax.data.sources import first_record, open_source
 from blip3o_jax.data.transform import Rows, Tally, token_row
 from blip3o_jax.errors import InputError, disk_reason, multiples
@@ -27,7 +28,7 @@ ROWS = ("patches", "captions", "exercises")
 HELDOUT_SEED = 1 << 32  # of the exercises that a run is measured by; no run's own seed
 
 
-def open_sources(data: DataConfig) -> list:
+def open_sources(data: DataConfig) -> list[Source]:
     """The mixture's sources, from their cache where one is named.
 
     InputError for one that is missing, empty, too small or of edits.
@@ -91,11 +92,12 @@ class Feed:
     def __post_init__(self):
         if self.rows not in ROWS or (self.rows != "patches" and self.tokenizer is None):
             raise ValueError(f"rows {self.rows!r} of {ROWS}, tokenizer {self.tokenizer}")
-        if self.batch_size % self.hosts[1]:
-            raise InputError(
-                f"batch_size {self.batch_size} is not divisible by {self.hosts[1]} hosts; "
-                f"{multiples(self.batch_size, self.hosts[1])}"
-            )
+        size, hosts = self.batch_size, self.hosts[1]
+        if size % hosts:
+            near = multiples(size, hosts)
+            raise InputError(f"batch_size {size} is not divisible by {hosts} hosts; {near}")
+
+        # The sources, whose captions may be as long as the model allows.
         longest = row_length(self.model)
         self.length = self.data.row_length or longest
         self.tally = Tally(self.data.max_bad_fraction, self.bad_records)
@@ -156,7 +158,7 @@ class Feed:
         make = functools.partial(exercise, text, world, self.data.exercises, self.data.row_length)
         return grain.MapDataset.range(np.iinfo(np.int32).max).map(make)
 
-    def _reader(self, source) -> Rows:
+    def _reader(self, source: Source) -> Rows:
         return Rows(source, self.tokenizer, self.model, self.data, self.length, self.tally)
 
     def _mixture(self) -> Mixture:

@@ -11,12 +11,13 @@ from fractions import Fraction
 import grain
 import numpy as np
 
+from blip3o_jax.data.records import Source
 from blip3o_jax.errors import InputError
 
 WINDOW = 4  # blocks whose records are shuffled together
 
 
-def whole_weights(weights) -> tuple[int, ...]:
+def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
     """Weights in the same proportions as whole numbers without a common factor: 0.7 and 0.3 are 7
     and 3, exactly."""
     exact = [Fraction(str(w)) for w in weights]
@@ -55,11 +56,13 @@ def shuffled_blocks(starts: np.ndarray, size: int, seed: int):
     records among those of `WINDOW` blocks."""
     lengths = np.diff([*starts, size])
 
+    # The blocks of an epoch in their order, and where each ends.
     @functools.lru_cache(2)
     def epoch_order(epoch: int):
         order = np.random.default_rng([seed, epoch]).permutation(len(starts))
         return order, np.concatenate([[0], np.cumsum(lengths[order])])
 
+    # The records of a window in their order, and where it begins.
     @functools.lru_cache(4)
     def window_order(epoch: int, window: int):
         order, ends = epoch_order(epoch)
@@ -81,7 +84,7 @@ def shuffled_blocks(starts: np.ndarray, size: int, seed: int):
 class HeldOut:
     """`count` records of a source, evenly spread; with `rest`, all the others, renumbered."""
 
-    def __init__(self, source, count: int, rest: bool = False):
+    def __init__(self, source: Source, count: int, rest: bool = False):
         self.source = source
         self.count = count
         self.rest = rest

@@ -1,5 +1,7 @@
 """Histograms, drawn with Pillow."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -14,7 +16,12 @@ def _short(value: float) -> str:
 
 
 def histogram(
-    values, title: str, unit: str, mark: float | None = None, mark_name: str = "", log: bool = False
+    values: Sequence[float],
+    title: str,
+    unit: str,
+    mark: float | None = None,
+    mark_name: str = "",
+    log: bool = False,
 ) -> Image.Image:
     """Bars of counts over `values` [n], linear or in octaves; `mark` is a vertical line, e.g. a
     limit, named in the title's line."""

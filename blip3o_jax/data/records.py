@@ -7,6 +7,9 @@ import os
 import posixpath
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
 
 from blip3o_jax.errors import InputError
 
@@ -28,10 +31,20 @@ class Record:
     inputs: tuple[bytes, ...] = ()
 
 
+class Source(Protocol):
+    """What a mixture reads: records by number, or RecordError."""
+
+    blocks: np.ndarray | None  # where runs start that are read at once
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int) -> Any: ...
+    def key(self, i: int) -> str: ...
+
+
 class FileSource:
     """Records of several files, file after file; a subclass says which fields make one."""
 
-    blocks = None  # where runs start that are read at once
+    blocks = None
 
     def __init__(self, paths: list[str], counts: Iterable[int]):
         self.paths = paths

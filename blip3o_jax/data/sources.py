@@ -1,9 +1,8 @@
-"""Opens the sources of a mixture: each has `len(source)`, `source[i]` -> Record or RecordError,
-`source.key(i)` and `source.blocks`."""
+"""Opens the sources of a mixture."""
 
 from blip3o_jax.data import tables, tars
 from blip3o_jax.data.config import SourceConfig
-from blip3o_jax.data.records import Record, RecordError
+from blip3o_jax.data.records import Record, RecordError, Source
 from blip3o_jax.errors import InputError
 
 OPENERS = {
@@ -14,18 +13,15 @@ OPENERS = {
 }
 
 
-def open_source(spec: SourceConfig):
+def open_source(spec: SourceConfig) -> Source:
     """The source; InputError when files are missing, damaged or empty."""
     source = OPENERS[spec.kind](spec)
     if not len(source):
-        raise InputError(
-            f"data.sources: {spec.path!r} ({spec.kind}) holds no records; remove it or "
-            "name other files."
-        )
+        raise InputError(f"data.sources: {spec.path!r} ({spec.kind}) holds no records; remove it.")
     return source
 
 
-def first_record(source) -> Record:
+def first_record(source: Source) -> Record:
     """The first record that can be read; InputError when none of the first hundred can."""
     reasons = []
     for i in range(min(100, len(source))):

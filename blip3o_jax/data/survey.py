@@ -2,14 +2,14 @@
 of captions."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from blip3o_jax.data.records import Record, RecordError
+from blip3o_jax.data.records import Record, RecordError, Source
 from blip3o_jax.data.transform import decode_image, fit_caption, prompt_length
 from blip3o_jax.errors import InputError
 from blip3o_jax.text import Text, edit_prompt
@@ -46,7 +46,7 @@ def dhash(image: Image.Image) -> int:
     return int.from_bytes(np.packbits(grey[:, :-1] > grey[:, 1:]).tobytes(), "big")
 
 
-def look(source, i: int, tokenizer: Text) -> Seen:
+def look(source: Source, i: int, tokenizer: Text) -> Seen:
     """Record i, decoded and tokenised as training would."""
     key = source.key(i)
     try:
@@ -73,7 +73,7 @@ def _tokens(record: Record, tokenizer: Text) -> int:
     return len(tokenizer.tokenizer.encode(prompt, add_special_tokens=False).ids)
 
 
-def survey(source, tokenizer: Text, count: int, threads: int) -> Iterator[Seen]:
+def survey(source: Source, tokenizer: Text, count: int, threads: int) -> Iterator[Seen]:
     """Looks at `count` records, evenly spread."""
     numbers = [i * len(source) // count for i in range(count)]
     with ThreadPoolExecutor(threads) as pool:
@@ -125,7 +125,7 @@ def _groups(labels: np.ndarray) -> list[list[int]]:
     return sorted(part.tolist() for part in parts if len(part) > 1)
 
 
-def quantiles(values) -> dict[str, float]:
+def quantiles(values: Sequence[float]) -> dict[str, float]:
     """Minimum, 5 %, median, 95 % and maximum; nothing of no values."""
     if not len(values):
         return {}

@@ -14,6 +14,7 @@ import pathlib
 import tarfile
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO
 
 import numpy as np
 
@@ -67,7 +68,7 @@ class TarSource(FileSource):
             raise RecordError(reason) from error
 
 
-def _span(file, start: int, size: int) -> bytes:
+def _span(file: BinaryIO, start: int, size: int) -> bytes:
     file.seek(start)
     data = file.read(int(size))
     if len(data) < size:

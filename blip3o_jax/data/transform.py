@@ -6,14 +6,13 @@ import logging
 import pathlib
 import threading
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data.config import DataConfig
-from blip3o_jax.data.records import Record, RecordError
+from blip3o_jax.data.records import Record, RecordError, Source
 from blip3o_jax.errors import InputError
 from blip3o_jax.pixels import centre_crop, squash
 from blip3o_jax.text import Text, t2i_prompt
@@ -31,9 +30,8 @@ def decode_image(data: bytes) -> Image.Image:
     except UnidentifiedImageError as error:  # whose text names an address in memory
         raise RecordError("the image cannot be decoded (its format is unknown)") from error
     except Exception as error:  # decoders of images raise what they please
-        raise RecordError(
-            f"the image cannot be decoded ({str(error) or type(error).__name__})"
-        ) from error
+        reason = str(error) or type(error).__name__
+        raise RecordError(f"the image cannot be decoded ({reason})") from error
 
 
 def prompt_length(tokenizer: Text, caption: str) -> int:
@@ -86,11 +84,11 @@ class Tally:
                 if self.path:
                     with self.path.open("a") as file:
                         file.write(json.dumps({"key": key, "reason": reason}) + "\n")
-            if self.counts["bad"] > self.max_fraction * max(self.counts["read"], MIN_READ):
+            bad, read = self.counts["bad"], self.counts["read"]
+            if bad > self.max_fraction * max(read, MIN_READ):
                 where = f"; {self.path} names them" if self.path else ""
                 raise InputError(
-                    f"{self.counts['bad']} of {self.counts['read']} records cannot be "
-                    "used, more than data.max_bad_fraction "
+                    f"{bad} of {read} records cannot be used, more than data.max_bad_fraction "
                     f"{self.max_fraction} (the last: {key}: {reason}){where}."
                 )
 
@@ -111,7 +109,7 @@ class Rows:
     `token_row` gives, and what `image_arrays` gives or `codes` and `latents`.
     """
 
-    source: Any
+    source: Source
     tokenizer: Text
     model: Blip3oConfig
     data: DataConfig

@@ -49,9 +49,10 @@ def make_encoder(cfg: TrainConfig, params: dict, batch_size: int):
 
     mesh = make_mesh(devices=jax.local_devices())
     if batch_size % mesh.size:
-        raise InputError(
-            f"--batch-size {batch_size} is not divisible by the {mesh.size} devices of this host."
-        )
+        devices = f"the {mesh.size} devices of this host"
+        raise InputError(f"--batch-size {batch_size} is not divisible by {devices}.")
+
+    # The encoders on every device, images divided among them.
     model, place = build_model(cfg), jax.NamedSharding(mesh, BATCH)
     params = jax.device_put(params, jax.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 

@@ -105,6 +105,7 @@ def exercise(
     the prediction of each token counts. `shares` are those of `EXERCISES`. InputError when the row
     does not fit.
     """
+    # The kind, then the row's ids, positions and weights.
     rng = np.random.Generator(np.random.Philox(key=[world.seed, 0], counter=[0, 0, 0, index]))
     weights = np.array([shares.get(kind, 0.0) for kind in EXERCISES])
     kind = EXERCISES[rng.choice(len(EXERCISES), p=weights / weights.sum())]

@@ -28,7 +28,7 @@ class HeldOut:
     grounds: frozenset[Pair]
     words: frozenset[str]
 
-    def found(self, scene: Scene) -> list:
+    def combinations(self, scene: Scene) -> list:
         """Every held-out combination in the scene."""
         names = [thing.object for thing in scene.things]
         counts = {name: names.count(name) for name in names}

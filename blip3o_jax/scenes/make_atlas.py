@@ -55,6 +55,7 @@ def make_sprites(package: Path, out: Path) -> None:
         def read(name: str) -> bytes:
             return tar.extractfile(f"package/{name}").read()
 
+        # Each object's picture, in rows.
         version = json.loads(read("package.json"))["version"]
         emoji = {e["short_name"]: e for e in json.loads(read("emoji.json"))}
         rows = -(-len(objects()) // COLUMNS)

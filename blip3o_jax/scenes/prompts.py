@@ -72,7 +72,7 @@ def _make(
         ground = _pick(rng, list(GROUNDS))
         # Any layout will do here: what is held out does not depend on places.
         things = tuple(Thing(name, color, 0, 0) for name, color in nouns)
-        held = held_out().found(Scene(things, ground))
+        held = held_out().combinations(Scene(things, ground))
         if sorted(_kind(combination) for combination in held) == allowed:
             break
     relation = _pick(rng, list(RELATIONS)) if tag == "position" else None
@@ -83,7 +83,7 @@ def _make(
     return metadata, Scene(things, ground)
 
 
-def _kind(combination) -> str:
+def _kind(combination: frozenset | tuple | str) -> str:
     """Which of HeldOut's sets a combination belongs to."""
     if isinstance(combination, frozenset):
         return "pair"
@@ -183,12 +183,12 @@ def _layouts(number: int, relation: str | None) -> tuple[tuple[tuple[int, int], 
         pairs = product(cells, cells)
         return tuple((a, b) for a, b in pairs if holds[relation](a[0] - b[0], a[1] - b[1]))
 
-    def apart(layout) -> bool:
+    def apart(layout: tuple) -> bool:
         pairs = combinations(layout, 2)
         return all(max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= SPAN for a, b in pairs)
 
     return tuple(filter(apart, combinations(cells, number)))
 
 
-def _pick(rng: Rng, values: list, shares=None):
+def _pick(rng: Rng, values: list, shares: np.ndarray | None = None):
     return values[rng.choice(len(values), p=shares)]

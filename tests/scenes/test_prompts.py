@@ -72,7 +72,7 @@ def test_sample_is_a_function_of_seed_and_index():
 def test_training_never_composes_held_out():
     world = WorldConfig(text=0.1)
     samples = [sample(world, i) for i in range(5000)]
-    assert [held_out().found(scene) for _, scene in samples] == [[]] * 5000
+    assert [held_out().combinations(scene) for _, scene in samples] == [[]] * 5000
     kinds = Counter((m["tag"], m.get("extra", False)) for m, _ in samples)
     assert set(kinds) == {(tag, False) for tag in (*TAGS, "text")} | {(tag, True) for tag in EXTRA}
     assert kinds["color_attr", False] > kinds["single_object", False]
@@ -85,7 +85,7 @@ def test_held_out_prompts_ask_for_the_unseen(tag):
     world = WorldConfig(weights={tag: 1})
     for i in range(100):
         metadata, scene = sample(world, i, "heldout")
-        found = held.found(scene)
+        found = held.combinations(scene)
         nouns = {item["class"] for item in metadata["include"]}
         if tag in ("two_object", "position", "color_attr"):
             assert nouns in held.pairs
