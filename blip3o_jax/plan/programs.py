@@ -76,7 +76,7 @@ def _placed(tree, mesh):
 
 
 def abstract_batch(cfg: TrainConfig, mesh) -> dict:
-    """Shapes of a global batch as data.pipeline and data.cache make it, cut along the mesh."""
+    """Shapes of a global batch as data.feed makes it, sharded along the mesh."""
     model, place = cfg.blip3o(), jax.NamedSharding(mesh, BATCH)
 
     def rows(*shape, dtype=jnp.int32):

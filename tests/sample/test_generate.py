@@ -10,15 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import SMALL
 
 from blip3o_jax.config import replace
 from blip3o_jax.convert.random_weights import random_params
 from blip3o_jax.errors import InputError
-from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.models.blip3o import Blip3o, write_codes
 from blip3o_jax.parallel.mesh import BATCH, make_mesh
 from blip3o_jax.plan import collectives
 from blip3o_jax.presets import preset
 from blip3o_jax.sample import flow, generate
+from blip3o_jax.train import losses
 
 ROWS, STEPS = 8, 3
 
@@ -140,3 +142,25 @@ print(pipeline.mesh.size, len(prompts), len(runs))
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["2", "16", "1"]
+
+
+def test_true_tokens_are_read_from_pictures_at_the_tokenizers_resolution():
+    """As training reads them: by the codes of the resized picture, not of a corner of it."""
+    cfg = replace(preset("emoji_64"), **SMALL)
+    model, params = Blip3o(cfg), random_params(cfg)
+    rng = np.random.default_rng(1)
+    n, start = cfg.ta_tok.num_tokens, np.array([5, 3], np.int32)
+    images = rng.integers(0, 256, (2, *[2 * cfg.ta_tok.encoder.image_size] * 2, 3), np.uint8)
+    tokens = rng.integers(300, 330, (2, 6 + n), np.int32)
+
+    codes = losses.encode_codes(model, params, {"images": images})
+    assert len(np.unique(codes)) > 1
+    written = write_codes(tokens, start, codes, cfg.vocab.image_start_token_id)
+    positions = np.arange(6 + n)[None].repeat(2, axis=0)
+    hidden, _ = model.qwen3.apply(
+        {"params": params["qwen3"]}, written, positions, np.ones(written.shape, bool)
+    )
+    result = generate.read_tokens(model, params, images, tokens, start)
+    for row, begin in enumerate(start):
+        expected = hidden[row, begin : begin + n + 1]
+        np.testing.assert_allclose(result[row], expected, atol=1e-5)
