@@ -39,7 +39,7 @@ def weights_hash(params: dict) -> str:
 
 
 def describe(model: Blip3oConfig, crop: str, params: dict) -> dict:
-    """What a cache's codes and latents depend on besides the records, as it stands in cache.json;
+    """What a cache's codes and latents depend on besides the records, as cache.json stores it;
     params of `ta_tok` and `dc_ae`."""
     tokenizer = weights_hash(params["ta_tok"])
     autoencoder = weights_hash(params["dc_ae"]["encoder"])

@@ -59,7 +59,7 @@ class DataConfig:
     # share of the training prompts of kinds that GenEval does not have: scenes.prompts.EXTRA
     extra: float = 0.15
     named_ground: float = 0.5  # share of the training prompts that name the ground
-    # stage pretrain_ar: kind of scenes.exercises -> share of the rows
+    # for rows without pictures: kind of scenes.exercises -> share of the rows
     exercises: dict = field(default_factory=dict)
     # tokens of a training row; 0: the longest prompt that the model allows, and its image
     row_length: int = 0

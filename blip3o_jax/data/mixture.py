@@ -68,9 +68,8 @@ def shuffled_blocks(starts: np.ndarray, size: int, seed: int):
         order, ends = epoch_order(epoch)
         blocks = order[window * WINDOW : (window + 1) * WINDOW]
         records = np.concatenate([np.arange(starts[b], starts[b] + lengths[b]) for b in blocks])
-        return ends[window * WINDOW], np.random.default_rng([seed, epoch, window]).permutation(
-            records
-        )
+        rng = np.random.default_rng([seed, epoch, window])
+        return ends[window * WINDOW], rng.permutation(records)
 
     def record(position: int) -> int:
         epoch, position = divmod(position, size)
@@ -132,12 +131,10 @@ class Mixture:
         self.weights = weights
         self.orders = []
         for k, source in enumerate(sources):
-            size, starts = len(source), source.blocks
-            self.orders.append(
-                shuffled(size, seed + k)
-                if starts is None
-                else shuffled_blocks(starts, size, seed + k)
-            )
+            if source.blocks is None:
+                self.orders.append(shuffled(len(source), seed + k))
+            else:
+                self.orders.append(shuffled_blocks(source.blocks, len(source), seed + k))
 
     def __len__(self) -> int:
         return sys.maxsize

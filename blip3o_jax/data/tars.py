@@ -90,7 +90,7 @@ def open_index(tar: str) -> np.ndarray:
             _store(file, version, index)
             return _load(file, version)
         except OSError:
-            continue  # the next place; in memory at last
+            continue  # the next place; in memory where no file can be written
     log.warning("The index of %s cannot be stored; every run makes it again.", tar)
     return index
 
