@@ -1,1 +1,1 @@
-"""Plain formulas in the forms that a platform runs fast."""
+"""Plain formulas (products, convolutions, attention) and the forms that a platform runs fast."""

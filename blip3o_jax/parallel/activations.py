@@ -1,67 +1,88 @@
 """Where activations lie on the mesh: the constraints that models put on their arrays."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
+from jax import Array
 from jax.sharding import PartitionSpec as P
 
-ROWS = ("data", "fsdp")  # the mesh axes that a batch is cut along
+from blip3o_jax.parallel.mesh import ROWS
+
+Axes = tuple[str | tuple[str, ...] | None, ...]  # mesh axes of an array's leading axes
 
 
-def cut(x, *axes):
-    """x, laid out by the mesh axes named for its own: an axis without a name is whole on every
-    device. Without the mesh of `jax.set_mesh`, or one that lacks the batch's axes, x itself. An
-    axis whose size the mesh does not divide is left to the compiler."""
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Layout:
+    """Mesh axes of a transformer's activations; None leaves an array to the compiler."""
+
+    stream: Axes  # hidden states [B,T,D] between blocks
+    heads: Axes | None = None  # queries [B,T,N,H], keys and values [B,T,K,H]
+    inner: Axes | None = None  # [B,T,N,H] and [B,T,F], which the last projection of a branch reads
+    # Whether a loop around the call meets the same kernels each time, see `products.product`.
+    loop_invariant: bool = False
+
+
+# Whole rows of tokens. Weights that are sharded along "fsdp" are gathered.
+WHOLE = Layout(stream=(ROWS,))
+# One token a row, behind a cache: rows along "data" and the width along "fsdp", as the weights that
+# they meet. Every device reads its own part of the weights only, and sums of activations travel;
+# gathering every weight for every token would send many times as much.
+STEP = Layout(
+    stream=("data", None, "fsdp"), heads=(ROWS, None, "tensor"), inner=("data", None, "tensor")
+)
+
+
+def pin(x: Array, axes: Axes | None) -> Array:
+    """x, sharded by the mesh axes named for its leading axes, and replicated along the others.
+
+    x itself for None, and without a mesh of `jax.set_mesh` that has the batch's axes. An axis whose
+    size the mesh does not divide is left to the compiler.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if not set(ROWS) <= set(mesh.axis_names):
+    if axes is None or not set(ROWS) <= set(mesh.axis_names):
         return x
 
     def place(size, names):
-        names = tuple(
-            name
-            for name in (names if isinstance(names, tuple) else (names,))
-            if name in mesh.axis_names
-        )
-        return (
-            names if size % math.prod(mesh.shape[name] for name in names) == 0 else P.UNCONSTRAINED
-        )
+        names = names if isinstance(names, tuple) else (names,)
+        names = tuple(name for name in names if name in mesh.axis_names)
+        divides = size % math.prod(mesh.shape[name] for name in names) == 0
+        return names if divides else P.UNCONSTRAINED
 
     axes += (None,) * (x.ndim - len(axes))
     return jax.lax.with_sharding_constraint(x, P(*map(place, x.shape, axes)))
 
 
-def keep_rows(x, *axes):
-    """x [B,...] cut along the batch and by `axes` along the others.
+def pin_rows(x: Array, *axes: str | None) -> Array:
+    """x [B,...] sharded along the batch, and by `axes` along the others.
 
-    Said where activations begin and at each block's end: left to itself XLA lets them follow the
-    weights, cuts the model width instead and computes the whole batch on every device.
+    For where activations begin and for each block's end: by itself XLA lets them follow the
+    weights, shards the model width instead and computes the whole batch on every device.
     """
-    return cut(x, ROWS, *axes)
+    return pin(x, (ROWS, *axes))
 
 
-def keep_width(x):
-    """x [B,...,D] cut along "data" by its rows and along "fsdp" by its width, as the weights that
-    it meets are. For few tokens a row: what is sent then are sums of activations, and every device
-    reads its own part of the weights only."""
-    return cut(x, "data", *(None,) * (x.ndim - 2), "fsdp")
+def lookup(table: Array, ids: Array, dtype: jax.typing.DTypeLike, out: Axes) -> Array:
+    """table [V,D], ids [B,T] -> [B,T,D] in `dtype`, sharded as `out`.
+
+    A device looks up its part of the width for all rows of its fsdp group; then the results change
+    places, and no device gathers the whole table.
+    """
+    x = pin(table[pin(ids, ("data",))].astype(dtype), STEP.stream)
+    return x if out == STEP.stream else pin(x, out)
 
 
-def per_shard(function, x):
+def per_shard(function: Callable[[Array], Array], x: Array):
     """function(x) for x [B,...], a function whose results have a row for each of x and mix none.
 
-    Every device computes its own rows, also where XLA does not know how to cut an operation
-    (`top_k`, but on a TPU) and would gather all rows everywhere.
+    Every device computes its own rows, also where XLA cannot shard an operation (`top_k`, except on
+    a TPU) and would gather all rows everywhere.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not set(ROWS) <= set(mesh.axis_names) or x.shape[0] % math.prod(
-        mesh.shape[axis] for axis in ROWS
-    ):
+    if not set(ROWS) <= set(mesh.axis_names):
+        return function(x)
+    if x.shape[0] % math.prod(mesh.shape[axis] for axis in ROWS):
         return function(x)
     return jax.shard_map(function, in_specs=P(ROWS), out_specs=P(ROWS), axis_names=set(ROWS))(x)
-
-
-def lookup(table, ids, dtype):
-    """table [V,D], ids [B,T] -> [B,T,D] in `dtype`, cut as `keep_width` says: a device looks up its
-    part of the width for all rows of its fsdp group. Let the results change places (`keep_rows`),
-    and no device gathers the whole table."""
-    return keep_width(table[cut(ids, "data")].astype(dtype))

@@ -7,33 +7,28 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from blip3o_jax.errors import InputError, multiples
-from blip3o_jax.parallel.mesh import BATCH
+from blip3o_jax.parallel.mesh import BATCH, ROWS
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Number of parts that a batch is cut into."""
+    """Number of parts that a batch is divided into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
-    """InputError naming the nearest sizes when the mesh does not cut a batch, or its micro-batches,
-    into equal parts."""
+    """InputError naming the nearest sizes unless the mesh divides a batch, or its micro-batches."""
     shards = batch_shards(mesh)
     if batch_size % (shards * accumulate):
-        pieces = f"the mesh's {shards} batch shards" + (
-            f" x {accumulate} micro-batches" if accumulate > 1 else ""
-        )
+        micro = f" x {accumulate} micro-batches" if accumulate > 1 else ""
         raise InputError(
-            f"batch_size {batch_size} does not divide by {pieces}; "
+            f"batch_size {batch_size} does not divide by the mesh's {shards} batch shards{micro}; "
             f"{multiples(batch_size, shards * accumulate)}"
         )
 
 
 def batch_hosts(mesh: Mesh) -> tuple[int, int]:
-    """(i, n): this process feeds the i-th of n equal runs of the batch's rows.
-
-    Processes that share rows feed the same.
-    """
+    """(i, n): this process feeds the i-th of n equal runs of the batch's rows; processes that share
+    rows feed the same."""
     shards = batch_shards(mesh)
     places = NamedSharding(mesh, BATCH).addressable_devices_indices_map((shards,)).values()
     rows = sorted({place[0].indices(shards)[0] for place in places})
@@ -47,7 +42,7 @@ def batch_hosts(mesh: Mesh) -> tuple[int, int]:
 
 def put_batch(batch, mesh: Mesh):
     """This process's rows [b,...] of a batch, as `batch_hosts` counts them -> global arrays [B,...]
-    cut along the batch."""
+    sharded along the batch."""
     sharding, hosts = NamedSharding(mesh, BATCH), batch_hosts(mesh)[1]
 
     def put(x):
@@ -58,19 +53,14 @@ def put_batch(batch, mesh: Mesh):
 
 
 def put_replicated(batch, mesh: Mesh):
-    """Arrays [B,...] that every process holds whole -> global arrays, cut along the batch over as
-    many axes as divide B."""
-
-    cuts = (BATCH[0], *sorted((("data",), ("fsdp",)), key=lambda axes: -mesh.shape[axes[0]]))
+    """Arrays [B,...] of which every process holds all rows -> global arrays, sharded along the
+    batch over as many axes as divide B."""
+    single = sorted((("data",), ("fsdp",)), key=lambda axes: -mesh.shape[axes[0]])
 
     def put(x):
         x = np.asarray(x)
-        axes = next(
-            (axes for axes in cuts if len(x) % math.prod(mesh.shape[axis] for axis in axes) == 0),
-            None,
-        )
-        return jax.make_array_from_callback(
-            x.shape, NamedSharding(mesh, PartitionSpec(axes)), lambda index: x[index]
-        )
+        divide = (a for a in (ROWS, *single) if len(x) % math.prod(mesh.shape[n] for n in a) == 0)
+        sharding = NamedSharding(mesh, PartitionSpec(next(divide, None)))
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(put, batch)

@@ -1,4 +1,4 @@
-"""Devices: the mesh, moving host arrays onto it, and several processes that work as one."""
+"""The mesh: its axes and sizes, and the devices that it is made of."""
 
 import os
 
@@ -10,12 +10,12 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from blip3o_jax.errors import InputError, multiples
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = PartitionSpec(("data", "fsdp"))
+ROWS = ("data", "fsdp")  # the axes that a batch is sharded along
+BATCH = PartitionSpec(ROWS)
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """`"data=4,fsdp=2"` -> {"data": 4, "fsdp": 2}; raises InputError on an unknown axis or a size
-    that is not a number."""
+    """`"data=4,fsdp=2"` -> {"data": 4, "fsdp": 2}; InputError for another axis or no number."""
     sizes = {}
     for item in filter(None, text.split(",")):
         axis, _, size = item.partition("=")
@@ -37,13 +37,10 @@ def mesh_shape(sizes: dict[str, int] | None, count: int) -> tuple[int, int, int]
             raise InputError(
                 f"Mesh: there is no axis {axis!r}; known: data, fsdp, tensor, and dcn for slices."
             )
-        if (
-            isinstance(size, bool)
-            or not isinstance(size, int)
-            or (size < 1 and (size != -1 or axis == "dcn"))
-        ):
+        # True is an int too.
+        if type(size) is not int or (size < 1 and (size != -1 or axis == "dcn")):
             raise InputError(
-                f"Mesh: {axis}={size!r} is no size; sizes are positive, and one of data, "
+                f"Mesh: {axis}={size!r} is not a valid size; sizes are positive, and one of data, "
                 "fsdp, tensor may be -1."
             )
     open_axes = [axis for axis in AXES if sizes[axis] == -1]
@@ -51,6 +48,9 @@ def mesh_shape(sizes: dict[str, int] | None, count: int) -> tuple[int, int, int]
         raise InputError(
             f"Mesh: both {open_axes[0]} and {open_axes[1]} are -1; one of them takes what is left."
         )
+
+    # Fixed axes take their devices one after the other, data last; the last of them, unless an open
+    # one follows, takes all that are left.
     left = count
     fixed = sorted((axis for axis in AXES if sizes[axis] != -1), key=lambda axis: axis == "data")
     for axis in fixed:
@@ -59,62 +59,50 @@ def mesh_shape(sizes: dict[str, int] | None, count: int) -> tuple[int, int, int]
             fitting = [left] if last else [n for n in range(1, left + 1) if left % n == 0]
             below = [n for n in fitting if n <= sizes[axis]][-1:]
             above = [n for n in fitting if n > sizes[axis]][:1]
-            taken = "".join(
-                f" after {a}={sizes[a]}" for a in fixed[: fixed.index(axis)] if sizes[a] > 1
-            )
-            wanted = " or ".join(map(str, below + above))
+            before = [f"{a}={sizes[a]}" for a in fixed[: fixed.index(axis)] if sizes[a] > 1]
             raise InputError(
-                f"Mesh: {axis}={sizes[axis]} does not fit the {left} of {count} devices "
-                f"that are left{taken}; take {wanted}."
+                f"Mesh: {axis}={sizes[axis]} does not fit the {left} of {count} devices that are "
+                f"left{''.join(f' after {a}' for a in before)}; take "
+                f"{' or '.join(map(str, below + above))}."
             )
         left //= sizes[axis]
-    shape = tuple(left if sizes[axis] == -1 else sizes[axis] for axis in AXES)
-    if shape[0] % sizes["dcn"]:
+    data, fsdp, tensor = (left if sizes[axis] == -1 else sizes[axis] for axis in AXES)
+    if data % sizes["dcn"]:
         raise InputError(
-            f"Mesh: data={shape[0]} does not divide over dcn={sizes['dcn']} slices; "
-            f"{multiples(shape[0], sizes['dcn'])}"
+            f"Mesh: data={data} does not divide over dcn={sizes['dcn']} slices; "
+            f"{multiples(data, sizes['dcn'])}"
         )
-    return shape
+    return data, fsdp, tensor
 
 
-def make_mesh(sizes: dict[str, int] | None = None, devices=None) -> Mesh:
+def make_mesh(sizes: dict[str, int] | None = None, devices: list | None = None) -> Mesh:
     """Mesh (data, fsdp, tensor) over all devices, with sizes as `mesh_shape` takes them.
 
-    `dcn` is the number of slices, between which the network is slow: `data` is cut over the slices
-    first, so that each slice holds whole copies of the parameters and only gradients travel between
-    them. Where there are no such slices (CPU, one GPU host for two) devices are cut into equal
-    runs. Raises InputError when the sizes do not fit the devices, or the slices of a TPU.
+    `dcn` is the number of slices, between which the network is slow: `data` is divided among the
+    slices first, so that each slice holds whole copies of the parameters and only gradients travel
+    between them. Where there are no such slices (CPU, one GPU host for two) devices are divided
+    into equal runs. Raises InputError when the sizes do not fit the devices, or the slices of a
+    TPU.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = list(jax.devices() if devices is None else devices)
     shape, slices = mesh_shape(sizes, len(devices)), (sizes or {}).get("dcn", 1)
-    known = {getattr(device, "slice_index", None) for device in devices} - {None}
-    # a GPU's slice is its host
-    if len(known) > 1 and len(known) != slices and devices[0].platform == "tpu":
+    present = {getattr(device, "slice_index", None) for device in devices} - {None}
+    # A GPU's slice is its host.
+    if len(present) > 1 and len(present) != slices and devices[0].platform == "tpu":
         raise InputError(
-            f"Mesh: dcn={slices}, but the devices are of {len(known)} slices; take "
-            f"dcn={len(known)}."
-        )
-    axis_types = (AxisType.Auto,) * 3
-    if slices == 1:
-        # Split where need be: a pod of 16x16 chips may be tensor=2 too, which is not a side of it.
-        return Mesh(
-            mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True),
-            AXES,
-            axis_types=axis_types,
+            f"Mesh: dcn={slices}, but the devices are of {len(present)} slices; take "
+            f"dcn={len(present)}."
         )
     inner = (shape[0] // slices, *shape[1:])
-    if len(known) == slices:
-        return Mesh(
-            mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices),
-            AXES,
-            axis_types=axis_types,
-        )
-    runs = np.split(np.asarray(devices), slices)
-    return Mesh(
-        np.concatenate([mesh_utils.create_device_mesh(inner, list(run)) for run in runs]),
-        AXES,
-        axis_types=axis_types,
-    )
+    if slices == 1:
+        # Split where need be: a pod of 16x16 chips may be tensor=2 too, which is not a side of it.
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    elif len(present) == slices:
+        grid = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices)
+    else:
+        runs = np.split(np.asarray(devices), slices)
+        grid = np.concatenate([mesh_utils.create_device_mesh(inner, list(run)) for run in runs])
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def cores() -> int:
@@ -123,22 +111,18 @@ def cores() -> int:
 
 
 def split_cpu_into_devices(batch_size: int) -> bool:
-    """Lets JAX take a CPU's cores as devices, as many as `batch_size` divides by.
+    """Lets JAX take a CPU's cores as devices: the largest number of them that divides `batch_size`.
 
-    Call it before anything touches a device.
-
-    One device shares every operation out among the cores and waits for all; these work side by
-    side, each at its rows of the batch. False, and nothing done, where the environment counts the
-    devices, or the process has touched them.
+    Call it before anything touches a device. One device shares every operation out among the cores
+    and waits for all; these work side by side, each at its rows of the batch. False, and nothing
+    done, where the environment sets the number of devices, or the process has touched them.
     """
-    if "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get(
-        "XLA_FLAGS", ""
-    ):
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in flags:
         return False
+    count = max(n for n in range(1, cores() + 1) if batch_size % n == 0)
     try:
-        jax.config.update(
-            "jax_num_cpu_devices", max(n for n in range(1, cores() + 1) if batch_size % n == 0)
-        )
+        jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:
         return False
     return True

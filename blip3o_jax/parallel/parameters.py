@@ -5,6 +5,7 @@ Paths not listed are replicated (norms, biases, the small ends of the networks).
 
 import math
 import re
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -13,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from blip3o_jax.errors import InputError
 
 # Regex on the end of "part/.../leaf" -> axes of the leaf. Stacked layers have L first, which is
-# never cut.
+# never sharded.
 TABLE = (
     (r"qwen3/embed_tokens/embedding", P("tensor", "fsdp")),
     (r"qwen3/lm_head/kernel", P("fsdp", "tensor")),
@@ -38,29 +39,26 @@ TABLE = (
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The PartitionSpec of one leaf; InputError naming the axis when its size does not divide by
-    the mesh."""
-    for pattern, axes in TABLE:
-        if re.search(f"{pattern}$", path):
-            for size, axis in zip(shape, axes, strict=True):
-                if axis and size % mesh.shape[axis]:
-                    wrong, fits = f"{axis}={mesh.shape[axis]}", math.gcd(size, mesh.shape[axis])
-                    raise InputError(
-                        f"{path}: an axis of {size} does not divide by the mesh's {wrong}; "
-                        f"take {axis}={fits}, and more data."
-                    )
-            return axes
-    return P()
+    """The PartitionSpec of one leaf; InputError naming an axis that the mesh does not divide."""
+    axes = next((axes for pattern, axes in TABLE if re.search(f"{pattern}$", path)), None)
+    if axes is None:
+        return P()
+    for size, axis in zip(shape, axes, strict=True):
+        if axis and size % mesh.shape[axis]:
+            raise InputError(
+                f"{path}: an axis of {size} does not divide by the mesh's "
+                f"{axis}={mesh.shape[axis]}; take {axis}={math.gcd(size, mesh.shape[axis])}, and "
+                "more data."
+            )
+    return axes
 
 
-def shardings(tree, mesh: Mesh):
+def shardings(tree: Any, mesh: Mesh) -> Any:
     """NamedShardings for a tree of parameters, or of anything nested like them (EMA, Adam's
     moments): the path's end decides."""
 
     def named(path, leaf):
-        keys = "/".join(
-            str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path
-        )
+        keys = jax.tree_util.keystr(path, simple=True, separator="/")
         return NamedSharding(mesh, spec(keys, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(named, tree)

@@ -1,5 +1,6 @@
 """Several processes of one job: joining them, barriers, and what only the first one does."""
 
+import collections
 import contextlib
 import logging
 import os
@@ -14,42 +15,41 @@ from blip3o_jax.errors import InputError
 
 log = logging.getLogger(__name__)
 
-
 TIMEOUT = 300  # seconds that a process waits for the others
+NAMES = ("BLIP3O_COORDINATOR", "BLIP3O_NUM_PROCESSES", "BLIP3O_PROCESS_ID")
+
+
+def _state():
+    """JAX's record of the processes, which, unlike jax.process_count(), touches no device."""
+    from jax._src import distributed
+
+    return distributed.global_state
 
 
 def _cluster() -> dict | None:
-    """Arguments of `jax.distributed.initialize` for the cluster that the environment describes, or
-    None."""
-    names = ("BLIP3O_COORDINATOR", "BLIP3O_NUM_PROCESSES", "BLIP3O_PROCESS_ID")
-    given = [os.environ.get(name, "") for name in names]
-    if given[0] == "auto":
+    """Arguments of `jax.distributed.initialize` for the environment's cluster, if there is one."""
+    address, count, index = given = [os.environ.get(name, "") for name in NAMES]
+    if address == "auto":
         return {}
     if any(given):
-        if not (
-            ":" in given[0]
-            and given[1].isdigit()
-            and given[2].isdigit()
-            and int(given[2]) < int(given[1])
-        ):
+        numbers = count.isdigit() and index.isdigit() and int(index) < int(count)
+        if ":" not in address or not numbers:
             raise InputError(
-                f"Processes: {', '.join(names)} are HOST:PORT, N and a number below N (or "
+                f"Processes: {', '.join(NAMES)} are HOST:PORT, N and a number below N (or "
                 f"the first alone 'auto'), not {given}."
             )
         return {
-            "coordinator_address": given[0],
-            "num_processes": int(given[1]),
-            "process_id": int(given[2]),
+            "coordinator_address": address,
+            "num_processes": int(count),
+            "process_id": int(index),
         }
-    slurm = (
-        int(os.environ.get("SLURM_NTASKS", "1")) > 1
-        and "SLURM_PROCID" in os.environ
-        and "SLURM_STEP_NODELIST" in os.environ
-    )
-    pod = (
-        "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-        or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
-    )
+    # Clusters that JAX knows by their variables: a SLURM step, a TPU pod.
+    slurm = int(os.environ.get("SLURM_NTASKS", "1")) > 1 and {
+        "SLURM_PROCID",
+        "SLURM_STEP_NODELIST",
+    } <= set(os.environ)
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    pod = "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
     return {} if slurm or pod else None
 
 
@@ -57,54 +57,44 @@ def start_processes(timeout: int = TIMEOUT) -> None:
     """Joins the processes of this job, if there are others; call it before anything touches a
     device.
 
-    Told by BLIP3O_COORDINATOR=HOST:PORT, BLIP3O_NUM_PROCESSES and BLIP3O_PROCESS_ID; or found by
-    JAX in the variables of a SLURM step or of a TPU pod, or, with BLIP3O_COORDINATOR=auto, wherever
-    JAX looks. InputError when they cannot be joined. When they do not come within `timeout` seconds
-    the process says so and ends with 2: JAX would abort it, which no caller can catch.
+    They are named by BLIP3O_COORDINATOR=HOST:PORT, BLIP3O_NUM_PROCESSES and BLIP3O_PROCESS_ID, or
+    JAX finds them in the variables of a SLURM step or of a TPU pod, or, with
+    BLIP3O_COORDINATOR=auto, wherever JAX looks. InputError when they cannot be joined. When they do
+    not come within `timeout` seconds the process says so and ends with 2: JAX would abort it, which
+    no caller can catch.
     """
     arguments = _cluster()
     if arguments is None:
         return
-    from jax._src import distributed
-
-    host, where = (
-        socket.gethostname(),
-        arguments.get("coordinator_address", "the coordinator that JAX finds"),
-    )
-    which = (
-        f"{arguments['process_id']} of {arguments['num_processes']}"
-        if arguments
-        else os.environ.get("SLURM_PROCID", "?")
-    )
+    host = socket.gethostname()
+    where = arguments.get("coordinator_address", "the coordinator that JAX finds")
+    which = os.environ.get("SLURM_PROCID", "?")
+    if arguments:
+        which = f"{arguments['process_id']} of {arguments['num_processes']}"
+    # Wait for the others, no longer than the watchdog allows.
     log.info(
         "Process %s on %s: waiting up to %d s for the others at %s.", which, host, timeout, where
     )
-    watchdog = threading.Timer(
-        timeout,
-        _give_up,
-        [f"Process {which} on {host}: the others did not come to {where} within {timeout} s."],
-    )
+    late = f"Process {which} on {host}: the others did not come to {where} within {timeout} s."
+    watchdog = threading.Timer(timeout, _give_up, [late])
     watchdog.start()
     try:
         jax.distributed.initialize(
             **arguments, initialization_timeout=timeout + 60, shutdown_timeout_seconds=60
         )
     except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
         raise InputError(
-            f"Process {which} on {host} cannot join the others at {where}: "
-            f"{str(error).splitlines()[0]}"
+            f"Process {which} on {host} cannot join the others at {where}: {reason}"
         ) from error
     finally:
         watchdog.cancel()
-    state = distributed.global_state
-    log.info("Process %d of %d on %s joined.", state.process_id, state.num_processes, host)
+    # Everyone is connected; the barrier makes sure that everyone knows.
+    index, count = _state().process_id, _state().num_processes
+    log.info("Process %d of %d on %s joined.", index, count, host)
     barrier("start", timeout)
-    log.info(
-        "Process %d: %d of %d devices are local.",
-        state.process_id,
-        jax.local_device_count(),
-        jax.device_count(),
-    )
+    local, devices = jax.local_device_count(), jax.device_count()
+    log.info("Process %d: %d of %d devices are local.", index, local, devices)
 
 
 def _give_up(sentence: str) -> None:
@@ -112,28 +102,25 @@ def _give_up(sentence: str) -> None:
     os._exit(2)
 
 
+_passed: collections.Counter = collections.Counter()  # barriers, by name
+
+
 def barrier(what: str, timeout: int = TIMEOUT) -> None:
-    """Waits until every process is here; InputError after `timeout` seconds.
-
-    The name `what` is met at any number of times.
-    """
-    from jax._src import distributed
-
-    state = distributed.global_state  # which, unlike jax.process_count(), touches no device
+    """Waits until every process is here; InputError after `timeout` seconds. The name `what` may be
+    used any number of times."""
+    state = _state()
     if state.num_processes in (None, 1):
         return
-    _met[what] = _met.get(what, 0) + 1
+    _passed[what] += 1
+    name = f"blip3o/{what}/{_passed[what]}"
     try:
-        state.client.wait_at_barrier(f"blip3o/{what}/{_met[what]}", timeout_in_ms=1000 * timeout)
+        state.client.wait_at_barrier(name, timeout_in_ms=1000 * timeout)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise InputError(
             f"Process {state.process_id} waited {timeout} s for the others before {what}: {reason}"
         ) from error
     log.info("Process %d of %d: all are ready for %s.", state.process_id, state.num_processes, what)
-
-
-_met: dict[str, int] = {}
 
 
 @contextlib.contextmanager
@@ -149,6 +136,4 @@ def process_zero_first(what: str) -> Iterator[bool]:
 
 def is_process_zero() -> bool:
     """Whether this is process 0, which writes what is written once. Touches no device."""
-    from jax._src import distributed
-
-    return not distributed.global_state.process_id
+    return not _state().process_id

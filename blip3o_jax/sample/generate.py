@@ -1,18 +1,22 @@
 """Text to image as pure functions of (params, inputs, keys): tokens -> latents -> pixels
-(docs/model.md §1.1, paper section 2).
+(docs/model.md §1.1, paper section 2), and each step of it by itself. `programs` compiles them.
 
-`sampler` compiles them.
+n is the number of image tokens, P the length of a prompt. Hidden states [B,n+1,D] are Qwen3's at
+`<S0>` and at the image tokens; `params` are those of all parts of the model.
 """
 
+import functools
 import hashlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
-from blip3o_jax.models.blip3o import Blip3o, condition_slice, write_codes
+from blip3o_jax.models.blip3o import Blip3o, Params, condition_slice, write_codes
 from blip3o_jax.pixels import to_uint8, to_unit, to_zero_one, tokenizer_view
 from blip3o_jax.sample import decode, flow
-from blip3o_jax.text import causal_positions
+from blip3o_jax.sample.flow import Scalar
 
 
 def sample_key(seed: int, prompt: str, index: int) -> tuple[int, int, int]:
@@ -22,7 +26,7 @@ def sample_key(seed: int, prompt: str, index: int) -> tuple[int, int, int]:
     return seed & 0xFFFFFFFF, int.from_bytes(digest[:4], "little"), index
 
 
-def fold_keys(numbers):
+def fold_keys(numbers: Array) -> Array:
     """uint32 [B,3] from `sample_key` -> B PRNG keys."""
 
     def fold(row):
@@ -31,67 +35,17 @@ def fold_keys(numbers):
     return jax.vmap(fold)(numbers)
 
 
-def denoise(model: Blip3o, params, hidden, noise, num_inference_steps: int, guidance_scale, shift):
-    """Hidden states at `<S0>` and the image tokens [B,n+1,D], noise f32 [B,Y,X,C] -> latents f32
-    [B,Y,X,C].
-
-    Connector, caption projection and the keys and values of the cross-attentions are computed once.
-    The guidance's unconditional half is hidden states of zeros, before the connector (§5.2): equal
-    tokens, of which a cross-attention makes the same for every pixel unless they have positions. A
-    guidance_scale of None leaves that half out.
-    """
-
-    def connected(hidden):
-        return model.connector.apply({"params": params["diffusion_connector"]}, hidden)
-
-    def sana(*inputs, method):
-        return model.sana.apply({"params": params["sana"]}, *inputs, method=method)
-
-    without = None
-    if guidance_scale is not None and model.config.sana.condition_positions:
-        hidden = flow.pairs(jnp.zeros_like(hidden), hidden)
-    elif guidance_scale is not None:
-        without = sana(
-            connected(jnp.zeros_like(hidden, shape=(1, 1, hidden.shape[-1]))),
-            method="without_condition",
-        )
-    keys_values = sana(connected(hidden), method="keys_values")
-
-    def velocity(x, t):
-        return sana(x, t, keys_values, without, method="step")
-
-    return flow.euler_sample(
-        velocity, noise, flow.sigmas(num_inference_steps, shift), guidance_scale
-    )
-
-
-def pixels(model: Blip3o, params, latents):
-    """Latents [B,Y,X,C] -> f32 [B,H,W,3] in [0,1]."""
-    images = model.dc_ae.apply({"params": params["dc_ae"]}, latents, method="decode_scaled")
-    return to_zero_one(images)
-
-
-def pictures(model: Blip3o, params, latents):
-    """`pixels` as uint8 [B,H,W,3]."""
-    images = model.dc_ae.apply({"params": params["dc_ae"]}, latents, method="decode_scaled")
-    return to_uint8(images)
-
-
-def draw_latents(
-    model: Blip3o, params, hidden, key_numbers, *, num_inference_steps: int, guidance_scale, shift
-):
-    """`denoise` from the noise of each image's own key: hidden states [B,n+1,D], key_numbers uint32
-    [B,3] -> f32 [B,Y,X,C]."""
-    side, channels = model.config.sana.sample_size, model.config.sana.in_channels
-    noise = jax.vmap(
-        lambda key: jax.random.normal(jax.random.fold_in(key, 1), (side, side, channels))
-    )(fold_keys(key_numbers))
-    return denoise(model, params, hidden, noise, num_inference_steps, guidance_scale, shift)
-
-
 def write_tokens(
-    model: Blip3o, params, prompt, valid, key_numbers, *, top_k: int, top_p, temperature
-):
+    model: Blip3o,
+    params: Params,
+    prompt: Array,
+    valid: Array,
+    key_numbers: Array,
+    *,
+    top_k: int,
+    top_p: Scalar,
+    temperature: Scalar,
+) -> dict[str, Array]:
     """prompt int32 [B,P] left-padded, valid bool [B,P], key_numbers uint32 [B,3] -> {"hidden"
     [B,n+1,D], "tokens" int32 [B,n], "logprobs" f32 [B,n]}, see `decode.generate_tokens`, each image
     drawn with its own key."""
@@ -102,19 +56,130 @@ def write_tokens(
     )
 
 
-def read_tokens(model: Blip3o, params, images, tokens, start):
-    """`write_tokens` with true tokens: pictures uint8 [B,H,W,3] go through the tokenizer, and the
-    transformer only reads them.
+def encode_codes(model: Blip3o, params: Params, images: Array, key: Array | None = None) -> Array:
+    """Images uint8 [B,H,W,3], resized to the tokenizer's resolution -> their codes int32 [B,n],
+    sampled if there is a key."""
+    view = tokenizer_view(to_unit(images), model.config.ta_tok.encoder.image_size)
+    return model.apply(params, "ta_tok", view, key=key, method="encode")
 
-    tokens int32 [B,T] and start [B] are training rows with the codes open. -> hidden states
-    [B,n+1,D].
+
+def read_tokens(model: Blip3o, params: Params, images: Array, tokens: Array, start: Array) -> Array:
+    """`write_tokens` with true tokens: images uint8 [B,H,W,3] go through the tokenizer, and the
+    transformer only reads them -> hidden states [B,n+1,D].
+
+    tokens int32 [B,T] and start [B] are training rows with the codes open.
     """
-    config = model.config
-    view = tokenizer_view(to_unit(images), config.ta_tok.encoder.image_size)
-    codes = model.ta_tok.apply({"params": params["ta_tok"]}, view, method="encode")
-    tokens = write_codes(tokens, start, codes, config.vocab.image_start_token_id)
-    valid = tokens != config.vocab.pad_token_id
-    hidden, _ = model.qwen3.apply(
-        {"params": params["qwen3"]}, tokens, causal_positions(tokens), valid
+    codes = encode_codes(model, params, images)
+    tokens = write_codes(tokens, start, codes, model.config.vocab.image_start_token_id)
+    hidden = model.read_rows(params, tokens)
+    return condition_slice(hidden, start, model.config.num_condition_tokens)
+
+
+def condition(model: Blip3o, params: Params, hidden: Array) -> Array:
+    """Hidden states [B,n+1,D] -> the condition [B,n+1,caption] that SANA takes."""
+    return model.apply(params, "diffusion_connector", hidden)
+
+
+def velocity(model: Blip3o, params: Params, x: Array, t: Array, condition: Array) -> Array:
+    """SANA's velocity [B,Y,X,C] at latents x [B,Y,X,C], timesteps t [B] in (0, 1000] and a
+    condition [B,n+1,caption]; without guidance."""
+    return model.apply(params, "sana", x, t, condition)
+
+
+def velocity_function(
+    model: Blip3o, params: Params, hidden: Array, guidance_scale: Scalar | None
+) -> Callable[[Array, Array], Array]:
+    """(x, t) -> velocity, as `flow.euler_sample` takes it with this guidance_scale.
+
+    Connector, caption projection and the keys and values of the cross-attentions are computed here,
+    once. The guidance's unconditional half is hidden states of zeros, before the connector
+    (docs/model.md §5.2): equal tokens, from which a cross-attention makes the same for every pixel
+    unless they have positions. A guidance_scale of None leaves that half out.
+    """
+    sana = functools.partial(model.apply, params, "sana")
+    # The unconditional half: rows of their own, or one result for all pixels.
+    without = None
+    if guidance_scale is not None and model.config.sana.condition_positions:
+        hidden = flow.pairs(jnp.zeros_like(hidden), hidden)
+    elif guidance_scale is not None:
+        zeros = jnp.zeros_like(hidden, shape=(1, 1, hidden.shape[-1]))
+        without = sana(condition(model, params, zeros), method="without_condition")
+    # The conditional half; the result of a step needs no more of the condition.
+    keys_values = sana(condition(model, params, hidden), method="keys_values")
+    return lambda x, t: sana(x, t, keys_values, without, method="step")
+
+
+def denoise(
+    model: Blip3o,
+    params: Params,
+    hidden: Array,
+    noise: Array,
+    num_inference_steps: int,
+    guidance_scale: Scalar | None,
+    shift: Scalar,
+) -> Array:
+    """Hidden states [B,n+1,D], noise f32 [B,Y,X,C] -> latents f32 [B,Y,X,C]."""
+    function = velocity_function(model, params, hidden, guidance_scale)
+    schedule = flow.sigmas(num_inference_steps, shift)
+    return flow.euler_sample(function, noise, schedule, guidance_scale)
+
+
+def trajectory(
+    model: Blip3o,
+    params: Params,
+    hidden: Array,
+    noise: Array,
+    num_inference_steps: int,
+    guidance_scale: Scalar | None,
+    shift: Scalar,
+) -> dict[str, Array]:
+    """`denoise`, every step of it, all f32: "sigmas" [steps+1], "latents" [steps+1,B,Y,X,C] from
+    the noise to `denoise`'s result, the guided "velocities" [steps,B,Y,X,C] between them, and
+    "estimates" [steps,B,Y,X,C] of the final latents, see `flow.clean_estimate`. `frames` shows the
+    latents and the estimates."""
+    function = velocity_function(model, params, hidden, guidance_scale)
+    schedule = flow.sigmas(num_inference_steps, shift)
+    last, (latents, velocities) = flow.euler_sample(
+        function, noise, schedule, guidance_scale, trajectory=True
     )
-    return condition_slice(hidden, start, config.num_condition_tokens)
+    estimates = flow.clean_estimate(latents, velocities, schedule[:-1, None, None, None, None])
+    latents = jnp.concatenate([latents, last[None]])
+    steps = {"latents": latents, "velocities": velocities, "estimates": estimates}
+    return {"sigmas": schedule, **steps}
+
+
+def draw_latents(
+    model: Blip3o,
+    params: Params,
+    hidden: Array,
+    key_numbers: Array,
+    *,
+    num_inference_steps: int,
+    guidance_scale: Scalar | None,
+    shift: Scalar,
+) -> Array:
+    """`denoise` from the noise of each image's own key: hidden states [B,n+1,D], key_numbers uint32
+    [B,3] -> f32 [B,Y,X,C]."""
+    side, channels = model.config.sana.sample_size, model.config.sana.in_channels
+
+    def draw(key):
+        return jax.random.normal(jax.random.fold_in(key, 1), (side, side, channels))
+
+    noise = jax.vmap(draw)(fold_keys(key_numbers))
+    return denoise(model, params, hidden, noise, num_inference_steps, guidance_scale, shift)
+
+
+def pixels(model: Blip3o, params: Params, latents: Array) -> Array:
+    """Latents [B,Y,X,C], final or of any step -> f32 [B,H,W,3] in [0,1]."""
+    return to_zero_one(model.apply(params, "dc_ae", latents, method="decode_scaled"))
+
+
+def pictures(model: Blip3o, params: Params, latents: Array) -> Array:
+    """`pixels` as uint8 [B,H,W,3]."""
+    return to_uint8(model.apply(params, "dc_ae", latents, method="decode_scaled"))
+
+
+def frames(model: Blip3o, params: Params, latents: Array) -> Array:
+    """`pictures` of latents [steps,B,Y,X,C], as in a `trajectory`, one step at a time -> uint8
+    [steps,B,H,W,3]."""
+    return jax.lax.map(functools.partial(pictures, model, params), latents)

@@ -1,11 +1,11 @@
-"""How images are sampled."""
+"""How images are sampled. Imports nothing heavy, so that the command line reads its defaults."""
 
 from dataclasses import dataclass, field
 
 from blip3o_jax.errors import InputError
 
 
-def _option(default: float, text: str):
+def _option(default: float, text: str) -> float:
     return field(default=default, metadata={"help": text})
 
 
@@ -14,6 +14,7 @@ class Settings:
     """How images are sampled; the defaults are the published ones (docs/model.md §1.1, §4.3).
 
     The command line takes its options, their defaults and their help from these fields.
+    InputError for a value out of range.
     """
 
     num_inference_steps: int = _option(30, "Euler steps of the diffusion transformer")
@@ -24,17 +25,14 @@ class Settings:
     shift: float = _option(1.0, "of the flow's schedule")
 
     def __post_init__(self):
-        checks = (
-            (
-                self.num_inference_steps >= 1,
-                f"num_inference_steps is at least 1, not {self.num_inference_steps}.",
-            ),
-            (self.top_k >= 1, f"top_k is at least 1, not {self.top_k}."),
-            (0 < self.top_p <= 1, f"top_p is in (0, 1], not {self.top_p}."),
-            (self.temperature >= 0, f"temperature is at least 0, not {self.temperature}."),
-            (self.guidance_scale >= 0, f"guidance_scale is at least 0, not {self.guidance_scale}."),
-            (self.shift > 0, f"shift is above 0, not {self.shift}."),
-        )
-        for holds, message in checks:
+        ranges = {
+            "num_inference_steps": ("at least 1", self.num_inference_steps >= 1),
+            "top_k": ("at least 1", self.top_k >= 1),
+            "top_p": ("in (0, 1]", 0 < self.top_p <= 1),
+            "temperature": ("at least 0", self.temperature >= 0),
+            "guidance_scale": ("at least 0", self.guidance_scale >= 0),
+            "shift": ("above 0", self.shift > 0),
+        }
+        for name, (limits, holds) in ranges.items():
             if not holds:
-                raise InputError(message)
+                raise InputError(f"{name} is {limits}, not {getattr(self, name)}.")

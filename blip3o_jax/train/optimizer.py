@@ -9,26 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from blip3o_jax.kernels.platform import on_cpu
+from blip3o_jax.kernels.products import sum_of_squares
 from blip3o_jax.train.config import OptimizerConfig
 
 
 def norm(tree):
-    """Root of the sum of all squares, f32.
-
-    On CPU the layers of a stack are added first, where squaring and adding are one pass: XLA cuts a
-    sum of more than 32 numbers into windows, and writes the squares before it.
-    """
-
-    def squares(x):
-        found = jnp.square(x.astype(jnp.float32))
-        return (
-            jax.lax.optimization_barrier(jnp.sum(found, axis=0))
-            if on_cpu() and x.ndim > 1
-            else found
-        )
-
-    return jnp.sqrt(sum(jnp.sum(squares(x)) for x in jax.tree.leaves(tree)))
+    """Root of the sum of all squares, f32."""
+    return jnp.sqrt(sum(sum_of_squares(x) for x in jax.tree.leaves(tree)))
 
 
 def schedule(cfg: OptimizerConfig, num_steps: int):

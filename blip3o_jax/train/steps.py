@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from blip3o_jax.kernels.cpu import in_memory
 from blip3o_jax.kernels.platform import jit
+from blip3o_jax.kernels.products import materialized
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.train import guard, losses, optimizer
 from blip3o_jax.train.config import TrainConfig
@@ -79,7 +79,7 @@ def advance(cfg: TrainConfig, state, grads, metrics):
     taken = state["opt_state"].count
     # Moments and parameters are in memory before what reads them, which would else be computed from
     # what they replace, and that copied.
-    after = in_memory(
+    after = materialized(
         guard.keep(
             good,
             optimizer.moments(cfg.optimizer, grads, whole, state["opt_state"]),
@@ -89,7 +89,7 @@ def advance(cfg: TrainConfig, state, grads, metrics):
     params = optax.apply_updates(
         state["params"], optimizer.updates(cfg.optimizer, cfg.num_steps, after, state["params"])
     )
-    params = in_memory(guard.keep(good, params, state["params"]))
+    params = materialized(guard.keep(good, params, state["params"]))
     new = {"step": state["step"] + 1, "params": params, "opt_state": after, "guard": counters}
     if "ema" in state:
         new["ema"] = guard.keep(

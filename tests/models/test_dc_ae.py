@@ -168,7 +168,7 @@ def test_published_size():
 
 def test_an_image_that_does_not_divide_is_refused():
     cfg = CONFIGS["published"]
-    with pytest.raises(InputError, match="10x8 pixels"):
+    with pytest.raises(ValueError, match="10x8 pixels"):
         jax.eval_shape(DcAe(cfg).init, jax.random.key(0), jnp.zeros((1, 10, 8, 3)))
 
 

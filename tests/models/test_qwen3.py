@@ -12,7 +12,7 @@ from tiny import TRANSFORMER
 
 from blip3o_jax.convert.qwen3 import qwen3_rules
 from blip3o_jax.convert.rules import to_jax, to_torch
-from blip3o_jax.errors import InputError
+from blip3o_jax.models.layers import RMSNorm
 from blip3o_jax.models.qwen3 import Qwen3, head_logits, init_cache, positions_of
 from blip3o_jax.presets import preset
 
@@ -97,7 +97,7 @@ def test_logits_of_a_range(params, cfg):
     np.testing.assert_allclose(
         head_logits("bd,dv->bv", hidden, head), logits(hidden, 35, 32), atol=1e-6
     )
-    with pytest.raises(InputError, match="ids 60 to 80 are not in a vocabulary of 72"):
+    with pytest.raises(ValueError, match="ids 60 to 80 are not in a vocabulary of 72"):
         logits(hidden, 60, 20)
 
 
@@ -120,6 +120,27 @@ def test_cached_calls_equal_the_whole(params):
     np.testing.assert_array_equal(cache["valid"], np.pad(valid, ((0, 0), (0, 3))))
     expected = hidden_states(params[TIED], tokens, valid)
     assert relative_error(np.concatenate(pieces, 1)[valid], expected[valid]) < 1e-5
+
+
+def test_hidden_states_of_every_layer(params):
+    """Embeddings first, `__call__`'s result last; between them what a shallower model norms."""
+    tokens, valid = ARRAYS["left/tokens"], jnp.asarray(ARRAYS["left/valid"])
+    inputs = (tokens, positions_of(valid), valid)
+    states = jax.jit(partial(Qwen3(TIED).apply, method="hidden_states"))(
+        {"params": params[TIED]}, *inputs
+    )
+    assert states.shape == (TIED.num_hidden_layers + 1, *tokens.shape, TIED.hidden_size)
+    np.testing.assert_array_equal(states[0], params[TIED]["embed_tokens"]["embedding"][tokens])
+    np.testing.assert_allclose(states[-1], hidden_states(params[TIED], tokens, valid), atol=1e-6)
+    norm = RMSNorm(TIED.rms_norm_eps)
+    for depth in (1, 2):
+        shallow = params[TIED] | {
+            "layers": jax.tree.map(lambda x: x[:depth], params[TIED]["layers"])  # noqa: B023
+        }
+        model = Qwen3(dataclasses.replace(TIED, num_hidden_layers=depth))
+        expected, _ = model.apply({"params": shallow}, *inputs)
+        found = norm.apply({"params": params[TIED]["norm"]}, states[depth])
+        assert relative_error(found[valid], np.asarray(expected[valid])) < 1e-5
 
 
 def test_bf16_keeps_logits_in_f32(params):
@@ -155,7 +176,7 @@ def test_remat_changes_memory_not_gradients(params):
 
 
 def test_unknown_remat_is_named():
-    with pytest.raises(InputError, match=r"'half'.*none, full, dots"):
+    with pytest.raises(ValueError, match=r"'half'.*none, full, dots"):
         jax.eval_shape(
             Qwen3(TIED, remat="half").init, jax.random.key(0), *[jnp.zeros((1, 1), jnp.int32)] * 3
         )

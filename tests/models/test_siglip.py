@@ -11,7 +11,6 @@ import pytest
 from blip3o_jax.config import SiglipConfig
 from blip3o_jax.convert.rules import Rule, to_jax
 from blip3o_jax.convert.ta_tok import ta_tok_rules
-from blip3o_jax.errors import InputError
 from blip3o_jax.models.siglip import SiglipEncoder, blocks
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/ta_tok.npz"
@@ -101,7 +100,7 @@ def test_layers_start_different():
 
 
 def test_another_image_size_is_refused():
-    with pytest.raises(InputError, match="37x37x3, not 40x37x3"):
+    with pytest.raises(ValueError, match="37x37x3, not 40x37x3"):
         jax.eval_shape(SiglipEncoder(TINY, 2).init, jax.random.key(0), jnp.zeros((1, 40, 37, 3)))
 
 

@@ -13,7 +13,6 @@ import pytest
 from blip3o_jax.config import SiglipConfig, TaTokConfig
 from blip3o_jax.convert.rules import to_jax, to_torch
 from blip3o_jax.convert.ta_tok import ignored, published_name, ta_tok_rules
-from blip3o_jax.errors import InputError
 from blip3o_jax.models import ta_tok
 from blip3o_jax.models.ta_tok import TaTok, choose, resize_positions, unit
 from blip3o_jax.tree import flatten
@@ -222,7 +221,7 @@ def test_equal_size_leaves_positions_alone():
 
 
 def test_decoding_a_number_of_tokens_that_is_no_square(params):
-    with pytest.raises(InputError, match="12 is not a square"):
+    with pytest.raises(ValueError, match="a square of tokens, which 12 is not"):
         run(params, "decode", jnp.zeros((1, 12), jnp.int32))
 
 

@@ -50,9 +50,9 @@ def test_one_axis_takes_what_is_left():
         ),
         ({"fsdp": 16}, "fsdp=16 does not fit the 8 of 8 devices that are left; take 8"),
         ({"data": -1, "fsdp": -1}, "both data and fsdp are -1"),
-        ({"fsdp": 0}, "fsdp=0 is no size"),
-        ({"dcn": -1}, "dcn=-1 is no size"),
-        ({"fsdp": 2.0}, "fsdp=2.0 is no size"),
+        ({"fsdp": 0}, "fsdp=0 is not a valid size"),
+        ({"dcn": -1}, "dcn=-1 is not a valid size"),
+        ({"fsdp": 2.0}, "fsdp=2.0 is not a valid size"),
         ({"model": 2}, "no axis 'model'"),
         (
             {"fsdp": 4, "dcn": 4},

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from blip3o_jax.data.config import DataConfig, SourceConfig
-from blip3o_jax.parallel.activations import cut, keep_rows, lookup
+from blip3o_jax.parallel.activations import ROWS, WHOLE, lookup, pin, pin_rows
 from blip3o_jax.parallel.mesh import BATCH, make_mesh
 from blip3o_jax.plan.collectives import sizes
 from blip3o_jax.plan.programs import lower_step
@@ -21,21 +21,19 @@ MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 
 
 def test_the_pin_is_nothing_without_a_mesh_or_with_another():
     x = jnp.ones((8, 4))
-    assert keep_rows(x) is x
+    assert pin_rows(x) is x
     with jax.set_mesh(jax.make_mesh((8,), ("all",), axis_types=(jax.sharding.AxisType.Auto,))):
-        assert jax.jit(keep_rows)(x).shape == x.shape
+        assert jax.jit(pin_rows)(x).shape == x.shape
 
 
 def test_an_axis_that_does_not_divide_is_left_to_the_compiler():
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     with jax.set_mesh(mesh):
-        place = jax.jit(lambda x: cut(x, ("data", "fsdp"), None, "tensor"))(
-            jnp.ones((8, 3, 6))
-        ).sharding
+        place = jax.jit(lambda x: pin(x, (ROWS, None, "tensor")))(jnp.ones((8, 3, 6))).sharding
         assert place.is_equivalent_to(
             jax.NamedSharding(mesh, jax.P(("data", "fsdp"), None, "tensor")), 3
         )
-        odd = jax.jit(lambda x: cut(x, ("data", "fsdp"), None, "tensor"))(jnp.ones((3, 3, 5)))
+        odd = jax.jit(lambda x: pin(x, (ROWS, None, "tensor")))(jnp.ones((3, 3, 5)))
         np.testing.assert_array_equal(odd, 1)
 
 
@@ -49,7 +47,7 @@ def test_lookup_and_its_gradient_on_any_mesh(sizes):
     ids = rng.integers(0, 26, (8, 6))
 
     def loss(table, ids):
-        rows = lookup(table, ids, jnp.float32)
+        rows = lookup(table, ids, jnp.float32, WHOLE.stream)
         return jnp.sum(rows * probe), rows
 
     expected = np.zeros_like(table)

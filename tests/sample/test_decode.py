@@ -12,7 +12,6 @@ from tiny import TRANSFORMER
 from blip3o_jax.config import VocabConfig, replace
 from blip3o_jax.convert.qwen3 import qwen3_rules
 from blip3o_jax.convert.rules import to_jax
-from blip3o_jax.errors import InputError
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.models.qwen3 import Qwen3, positions_of
 from blip3o_jax.parallel.mesh import BATCH, make_mesh
@@ -262,7 +261,7 @@ def test_other_prompts_and_settings_need_no_other_program(arrays, params, drawn)
 
 def test_shapes_that_do_not_fit(params):
     prompt = jnp.ones((2, 4), jnp.int32)
-    with pytest.raises(InputError, match=r"keys \(3,\)"):
+    with pytest.raises(ValueError, match=r"keys \(3,\)"):
         generate_tokens(
             MODEL,
             params,

@@ -14,7 +14,6 @@ from tiny import SMALL
 
 from blip3o_jax.config import replace
 from blip3o_jax.convert.random_weights import random_params
-from blip3o_jax.errors import InputError
 from blip3o_jax.models.blip3o import Blip3o, write_codes
 from blip3o_jax.parallel.mesh import BATCH, make_mesh
 from blip3o_jax.plan import collectives
@@ -66,6 +65,52 @@ def test_guidance_is_against_hidden_states_of_zeros(case):
     assert np.abs(unguided - expected).max() > 0.05 * np.abs(expected).max()
 
 
+def test_every_step_can_be_seen(case):
+    """A trajectory ends where denoising ends; each step is Euler's, with the guided velocity of two
+    plain calls; any of its latents can be shown."""
+    model, params, hidden, noise = case
+    hidden, noise = hidden[:2], noise[:2]
+    settings = {"num_inference_steps": STEPS, "guidance_scale": 2.5, "shift": 1.5}
+    steps = jax.jit(functools.partial(generate.trajectory, model, **settings))(
+        params, hidden, noise
+    )
+    latents, velocities, sigmas = steps["latents"], steps["velocities"], steps["sigmas"]
+    assert latents.shape == (STEPS + 1, *noise.shape)
+    np.testing.assert_array_equal(latents[0], noise)
+    end = jax.jit(functools.partial(generate.denoise, model, **settings))(params, hidden, noise)
+    np.testing.assert_allclose(latents[-1], end, atol=1e-6)
+    np.testing.assert_array_equal(sigmas, flow.sigmas(STEPS, 1.5))
+
+    @jax.jit
+    def velocity(x, sigma, hidden):
+        condition = generate.condition(model, params, hidden)
+        t = jnp.full(len(x), 1000 * sigma)
+        return generate.velocity(model, params, x, t, condition)
+
+    for i in range(STEPS):
+        without, given = (velocity(latents[i], sigmas[i], h) for h in (0 * hidden, hidden))
+        expected = without + 2.5 * (given - without)
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(velocities[i], expected, atol=2e-5 * scale)
+        after = latents[i] + (sigmas[i + 1] - sigmas[i]) * velocities[i]
+        np.testing.assert_allclose(latents[i + 1], after, atol=1e-5 * scale)
+        estimate = latents[i] - sigmas[i] * velocities[i]
+        np.testing.assert_allclose(steps["estimates"][i], estimate, atol=1e-5 * scale)
+    np.testing.assert_array_equal(steps["estimates"][-1], latents[-1])
+
+
+def test_frames_are_the_pictures_of_each_step(case):
+    model, params, _, noise = case
+    latents = jnp.stack([noise[:1], noise[1:2]])
+    frames = jax.jit(functools.partial(generate.frames, model))(params, latents)
+    pictures = jax.jit(functools.partial(generate.pictures, model))(params, noise[:2])
+    assert frames.shape == (2, 1, *pictures.shape[1:])
+    assert frames.dtype == jnp.uint8
+    difference = np.abs(np.asarray(frames[:, 0], int) - np.asarray(pictures, int))
+    assert difference.max() <= 1  # rounding
+    assert (frames[0] != frames[1]).any()
+
+
 def check(function, rows, *inputs):
     """Shapes of what a function makes, cut by rows; no device has sent anything for it."""
     program = jax.jit(function).lower(*inputs).compile()
@@ -112,7 +157,7 @@ def test_tokens_with_positions_are_not_taken_for_equal(case):
         return model.sana.apply({"params": params["sana"]}, token, method="without_condition")
 
     if model.config.sana.condition_positions:
-        with pytest.raises(InputError, match="positions are not all equal"):
+        with pytest.raises(ValueError, match="positions are not all equal"):
             constant()
     else:
         assert constant().shape == (2, 1, 1, model.config.sana.hidden_size)

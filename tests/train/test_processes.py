@@ -114,7 +114,7 @@ def test_a_process_whose_others_never_come_says_so(monkeypatch):
         "BLIP3O_NUM_PROCESSES": "2",
         "BLIP3O_PROCESS_ID": "1",
     }
-    code = "from blip3o_jax.mesh import start_processes; start_processes(3)"
+    code = "from blip3o_jax.parallel.processes import start_processes; start_processes(3)"
     found = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | environment,

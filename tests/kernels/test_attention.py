@@ -8,9 +8,15 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from blip3o_jax.errors import InputError
+from blip3o_jax.kernels.attention import (
+    attention,
+    best_implementation,
+    linear_attention,
+    softmax_attention,
+)
+from blip3o_jax.kernels.cpu import one_query_attention
+from blip3o_jax.kernels.masks import Causal
 from blip3o_jax.kernels.platform import on_cpu, platform
-from blip3o_jax.models.attention import Causal, attention, best_implementation, linear_attention
 
 
 def normal(seed, *shape):
@@ -37,6 +43,21 @@ def test_grouped_heads_and_masks(mask_heads, queries):
     np.testing.assert_allclose(
         attention(q, k, v, mask, 0.3), by_hand(q, k, v, mask, 0.3), atol=2e-6
     )
+
+
+@pytest.mark.parametrize("mask_heads", [None, 1, 6])
+def test_one_query_on_a_cpu_is_the_plain_formula(mask_heads):
+    q, k, v = normal(0, 2, 1, 6, 4), normal(1, 2, 7, 3, 4), normal(2, 2, 7, 3, 4)
+    mask = None if mask_heads is None else normal(3, 2, mask_heads, 1, 7) > -0.5
+    probe = normal(4, *q.shape)
+
+    def with_gradients(function):
+        result, backward = jax.vjp(lambda *inputs: function(*inputs, mask, 0.3), q, k, v)
+        return result, *backward(probe)
+
+    pairs = zip(with_gradients(one_query_attention), with_gradients(softmax_attention), strict=True)
+    for sums, products in pairs:
+        np.testing.assert_allclose(sums, products, atol=2e-6)
 
 
 def test_causal_sees_valid_tokens_up_to_itself():
@@ -115,11 +136,11 @@ def test_splash_values_and_gradients(interpreted, length, shards):
 def test_errors_name_what_is_wrong():
     q = jnp.zeros((1, 100, 2, 128))
     valid = jnp.ones((1, 100), bool)
-    with pytest.raises(InputError, match=r"'flash'.*auto, xla, cudnn, splash"):
+    with pytest.raises(ValueError, match=r"'flash'.*auto, xla, cudnn, splash"):
         attention(q, q, q, None, 1.0, "flash")
-    with pytest.raises(InputError, match="causal"):
+    with pytest.raises(ValueError, match="Causal"):
         attention(q, q, q, None, 1.0, "splash")
-    with pytest.raises(InputError, match="multiples of 128, not 100 and 128"):
+    with pytest.raises(ValueError, match="multiples of 128, not 100 and 128"):
         attention(q, q, q, Causal(valid), 1.0, "splash")
 
 
