@@ -19,6 +19,16 @@ MODULES = {
     "workload": "bench.stages",
 }
 NAMES = {
+    "convert.converted": {"load_converted": "checkpoints.open"},
+    "convert.published": {"load_published": "checkpoints.open"},
+    "pipeline": {
+        "config_of": "checkpoints.config_of",
+        "embedded_checkpoints": "checkpoints.embedded",
+        "find_checkpoint": "checkpoints.find",
+        "identity": "checkpoints.open",
+        "tokenizer_of": "resources.find_tokenizer",
+    },
+    "training_checkpoint": {"load_run": "checkpoints.open", "open_run": "checkpoints.open"},
     "config": {
         "ConfigError": "errors.InputError",
         "multiples": "errors.multiples",

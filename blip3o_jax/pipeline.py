@@ -1,6 +1,7 @@
 """A loaded model that makes images from prompts: what `blip3o_jax.load` returns and `blip3o-jax
 generate` runs."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -12,12 +13,15 @@ from blip3o_jax import checkpoints
 from blip3o_jax.errors import InputError
 from blip3o_jax.kernels.platform import dtype_for, enable_compilation_cache
 from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.moved import refuse
 from blip3o_jax.parallel.batches import batch_shards
 from blip3o_jax.parallel.mesh import BATCH, make_mesh
 from blip3o_jax.parallel.parameters import shardings
 from blip3o_jax.sample import generate, programs
 from blip3o_jax.sample.settings import Settings
 from blip3o_jax.text import Text, load_tokenizer
+
+__getattr__ = functools.partial(refuse, "pipeline")
 
 CPU_BATCH = 4  # images made at once
 

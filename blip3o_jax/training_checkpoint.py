@@ -11,6 +11,7 @@ One that lost files later is set aside under another name.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import pathlib
@@ -25,8 +26,11 @@ from blip3o_jax.convert.orbax_io import Leaf, open_leaves
 from blip3o_jax.convert.published import about
 from blip3o_jax.convert.safetensors_io import read_json
 from blip3o_jax.errors import InputError, disk_reason
+from blip3o_jax.moved import refuse
 from blip3o_jax.parallel.processes import process_zero_first
 from blip3o_jax.presets import preset
+
+__getattr__ = functools.partial(refuse, "training_checkpoint")
 
 log = logging.getLogger(__name__)
 

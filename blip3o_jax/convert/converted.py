@@ -1,6 +1,7 @@
 """A directory of `convert to-jax`: params/ (Orbax), config.json and the tokenizer as in the
 published layout, hashes.json, convert.json (its origin)."""
 
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,8 +20,11 @@ from blip3o_jax.convert.safetensors_io import Entry
 from blip3o_jax.convert.sources import Source
 from blip3o_jax.errors import InputError
 from blip3o_jax.models.blip3o import parts_of
+from blip3o_jax.moved import refuse
 from blip3o_jax.parallel.mesh import AXES
 from blip3o_jax.parallel.parameters import spec
+
+__getattr__ = functools.partial(refuse, "convert.converted")
 
 PARAMS = "params"
 

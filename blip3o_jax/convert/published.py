@@ -7,6 +7,7 @@ beside the result.
 
 import contextlib
 import fnmatch
+import functools
 import json
 import logging
 import os
@@ -47,6 +48,7 @@ from blip3o_jax.convert.safetensors_io import (
 from blip3o_jax.convert.sana import connector_rules, sana_rules
 from blip3o_jax.errors import InputError
 from blip3o_jax.models.blip3o import Blip3o, parts_of
+from blip3o_jax.moved import refuse
 from blip3o_jax.tree import flatten
 
 CONFIG_LIMIT = 1 << 20  # bytes
@@ -57,6 +59,8 @@ NEVER_CALLED = {
     "model.und_image_vae_as_noise_connector.*": "the PyTorch code of the editing models "
     "makes it and never calls it"
 }
+
+__getattr__ = functools.partial(refuse, "convert.published")
 
 log = logging.getLogger(__name__)
 
