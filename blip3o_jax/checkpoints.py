@@ -23,7 +23,7 @@ from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.convert import converted, hashes, published
 from blip3o_jax.convert.config_json import config_from_json, config_to_json
 from blip3o_jax.convert.orbax_io import Leaf
-from blip3o_jax.convert.padding import VOCAB_AXIS, padded
+from blip3o_jax.convert.padding import VOCAB_AXIS, padded, with_rows
 from blip3o_jax.convert.published import PublishedLeaf, about, float_dtype
 from blip3o_jax.errors import InputError, nearest
 from blip3o_jax.models.blip3o import parts_of
@@ -87,19 +87,16 @@ class Checkpoint:
         """
         dtype, parts = float_dtype(dtype), parts or parts_of(self.config)
         leaves = self.select(parts)
-        shapes = {path: list(leaf.shape) for path, leaf in leaves.items()}
-        for path in shapes.keys() & VOCAB_AXIS.keys():
-            shapes[path][VOCAB_AXIS[path]] = self.config.qwen3.vocab_rows
-        abstract = {
-            path: jax.ShapeDtypeStruct(tuple(shape), dtype) for path, shape in shapes.items()
-        }
+        rows = self.config.qwen3.vocab_rows
+        shapes = {path: with_rows(path, leaf.shape, rows) for path, leaf in leaves.items()}
+        abstract = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()}
         abstract = unflatten(abstract)
         placed = flatten(shardings(abstract) if callable(shardings) else shardings or {})
 
         arrays = {}
         title = f"Reading {self.folder.name}"
         for path, leaf in tqdm(leaves.items(), title, unit="leaf", delay=3, disable=None):
-            shape = tuple(shapes[path])
+            shape = shapes[path]
             piece = _reader(leaf, shape, dtype)
             if placed:
                 arrays[path] = jax.make_array_from_callback(shape, placed[path], piece)
@@ -218,9 +215,9 @@ def _open_run(folder: Path) -> Checkpoint:
     config = training_checkpoint.model_config(root)
     leaves = training_checkpoint.open_weights(root)
     for path in VOCAB_AXIS.keys() & leaves.keys():  # without the padding of the run's mesh
-        shape = list(leaves[path].shape)
-        shape[VOCAB_AXIS[path]] = min(shape[VOCAB_AXIS[path]], config.qwen3.vocab_size)
-        leaves[path] = dataclasses.replace(leaves[path], shape=tuple(shape))
+        shape = leaves[path].shape
+        rows = min(shape[VOCAB_AXIS[path]], config.qwen3.vocab_size)
+        leaves[path] = dataclasses.replace(leaves[path], shape=with_rows(path, shape, rows))
     held = tuple(dict.fromkeys(path.split("/")[0] for path in leaves))
 
     def select(parts: tuple[str, ...]) -> Leaves:

@@ -146,10 +146,8 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
             return value
     if kind in (str, bool) and type(value) is kind:
         return value
-    raise InputError(
-        f"{name} is {reprlib.repr(value)}, which makes no sense as "
-        f"{getattr(kind, '__name__', kind)}."
-    )
+    kind = getattr(kind, "__name__", kind)
+    raise InputError(f"{name} is {reprlib.repr(value)}, which makes no sense as {kind}.")
 
 
 def _read(cls, fields: Any, section: str, **given) -> Any:
@@ -181,11 +179,8 @@ def _agree(fields: Mapping[str, Any], expected: Mapping[str, Any], section: str)
 
 
 def _read_ta_tok(fields: Any) -> TaTokConfig:
-    encoder = _read(
-        SiglipConfig,
-        fields.get("encoder") if isinstance(fields, Mapping) else None,
-        "vision_tower.encoder",
-    )
+    inner = fields.get("encoder") if isinstance(fields, Mapping) else None
+    encoder = _read(SiglipConfig, inner, "vision_tower.encoder")
     cfg = _read(TaTokConfig, fields, "vision_tower", encoder=encoder)
     _agree(fields["encoder"], _siglip_json(encoder), "vision_tower.encoder")
     _agree(fields, {**ta_tok_json(cfg), "encoder": fields["encoder"]}, "vision_tower")

@@ -13,18 +13,13 @@ def _res_block() -> list[Rule]:
 
 
 def _efficient_vit_block(scales: int) -> list[Rule]:
-    rules = [
-        rule
-        for name in ("to_q", "to_k", "to_v", "to_out")
-        for rule in linear(f"attn.{name}", f"attn/{name}", LINEAR, bias=None)
-    ]
+    rules = []
+    for name in ("to_q", "to_k", "to_v", "to_out"):
+        rules += linear(f"attn.{name}", f"attn/{name}", LINEAR, bias=None)
     for i in range(scales):
-        rules += linear(
-            f"attn.to_qkv_multiscale.{i}.proj_in", f"attn/multiscale{i}_in", CONV, bias=None
-        )
-        rules += linear(
-            f"attn.to_qkv_multiscale.{i}.proj_out", f"attn/multiscale{i}_out", CONV, bias=None
-        )
+        for way in ("in", "out"):
+            source = f"attn.to_qkv_multiscale.{i}.proj_{way}"
+            rules += linear(source, f"attn/multiscale{i}_{way}", CONV, bias=None)
     return [
         *rules,
         *norm("attn.norm_out", "attn/norm_out", bias=True),
@@ -50,9 +45,9 @@ def _blocks(cfg: DcAeConfig, stage: int, count: int, source: str, first: int) ->
 def _resampled(name: str, layers: tuple[int, ...]) -> list[Rule]:
     """The outermost convolution, which lies inside a resampling layer when the first stage has no
     layers."""
-    return (
-        linear(name, name, CONV) if layers[0] > 0 else linear(f"{name}.conv", f"{name}/conv", CONV)
-    )
+    if layers[0] > 0:
+        return linear(name, name, CONV)
+    return linear(f"{name}.conv", f"{name}/conv", CONV)
 
 
 def dc_ae_rules(cfg: DcAeConfig) -> list[Rule]:

@@ -95,7 +95,8 @@ def measure(folder: Path, files: Iterable[Path]) -> dict[str, str]:
 def remembered(folder: Path, files: Iterable[Path]) -> dict[str, str]:
     """As `measure`, but kept in the cache folder by path, size and time of change, so that only the
     first load of a large checkpoint without a record waits for it."""
-    cache = cache_folder() / "hashes" / f"{_hex(str(folder.resolve()))[:32]}.json"
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
+    cache = cache_folder() / "hashes" / f"{name}.json"
     try:
         cached = json.loads(cache.read_text())
     except (OSError, ValueError):
@@ -125,7 +126,3 @@ def _keep(file: Path, rows: dict) -> None:
         temporary.replace(file)
     except OSError:
         temporary.unlink(missing_ok=True)
-
-
-def _hex(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -16,6 +16,12 @@ def padded(cfg: Blip3oConfig, multiple: int) -> Blip3oConfig:
     return replace(cfg, **{"qwen3.vocab_padding": -cfg.qwen3.vocab_size % multiple})
 
 
+def with_rows(path: str, shape: tuple[int, ...], rows: int) -> tuple[int, ...]:
+    """The shape of the leaf at `path` with `rows` rows of the vocabulary."""
+    axis = VOCAB_AXIS.get(path)
+    return tuple(rows if i == axis else size for i, size in enumerate(shape))
+
+
 def fit_vocabulary(path: str, leaf: np.ndarray, rows: int) -> np.ndarray:
     """The leaf at `path` with the vocabulary's axis padded by zeros, or cut, to `rows`; any other
     leaf as it is."""

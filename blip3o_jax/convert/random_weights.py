@@ -10,21 +10,15 @@ from blip3o_jax.convert.published import published_rules, save_published
 from blip3o_jax.convert.rules import to_jax, torch_shapes
 from blip3o_jax.models.blip3o import Blip3o
 
+TABLES = ("scale_shift_table", "position_embedding", "embed_tokens", "regularizer.embedding.")
+
 
 def random_tensors(cfg: Blip3oConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """Tensors by published name."""
     rng, tensors = np.random.default_rng(seed), {}
     for name, shape in torch_shapes(published_rules(cfg), Blip3o(cfg).abstract()).items():
         values = rng.standard_normal(shape, np.float32)
-        if any(
-            table in name
-            for table in (
-                "scale_shift_table",
-                "position_embedding",
-                "embed_tokens",
-                "regularizer.embedding.",
-            )
-        ):
+        if any(table in name for table in TABLES):
             values *= 0.5
         elif len(shape) > 1:
             values *= np.float32(np.prod(shape[1:]) ** -0.5)

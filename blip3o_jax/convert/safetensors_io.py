@@ -154,9 +154,8 @@ def _open(file: Path) -> dict[str, Stored]:
             pass  # the library has checked the header against the file's length
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(
-                stream.read(min(length, HEADER_LIMIT)), object_pairs_hook=unique_keys
-            )
+            text = stream.read(min(length, HEADER_LIMIT))
+            header = json.loads(text, object_pairs_hook=unique_keys)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{file} is damaged or cut short: {error}.") from error
     header.pop("__metadata__", None)
@@ -249,11 +248,8 @@ def _header(names: list[str], entries: Mapping[str, Entry]) -> bytes:
     end = 0
     for name in names:
         entry = entries[name]
-        fields[name] = {
-            "dtype": codes[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [end, end + entry.size],
-        }
+        offsets = [end, end + entry.size]
+        fields[name] = {"dtype": codes[entry.dtype], "shape": entry.shape, "data_offsets": offsets}
         end += entry.size
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned

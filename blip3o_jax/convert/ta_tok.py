@@ -52,22 +52,17 @@ def published_name(name: str) -> str:
     """transformers 5 writes `decoder.X` where the published files (transformers 4) have
     `decoder.vision_model.X`; both name one tensor."""
     inner = name.removeprefix("decoder.")
-    return (
-        name
-        if inner == name or inner.startswith("vision_model.")
-        else f"decoder.vision_model.{inner}"
-    )
+    current = inner == name or inner.startswith("vision_model.")
+    return name if current else f"decoder.vision_model.{inner}"
 
 
 def ignored(cfg: TaTokConfig) -> dict[str, str]:
     """Published tensors that this model does not have, as shell patterns (fnmatch) of published
     names -> the reason."""
     unused = "TA-Tok takes the encoder's hidden state before it"
+    layers = range(cfg.num_encoder_layers, cfg.encoder.num_hidden_layers)
     return {
-        **{
-            f"encoder.encoder.layers.{i}.*": unused
-            for i in range(cfg.num_encoder_layers, cfg.encoder.num_hidden_layers)
-        },
+        **{f"encoder.encoder.layers.{i}.*": unused for i in layers},
         "encoder.post_layernorm.*": unused,
         "encoder.head.*": "pools the encoder's output, and TA-Tok does not pool",
         "decoder.vision_model.head.*": "pools the decoder's output, and TA-Tok does not pool",
