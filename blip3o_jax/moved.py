@@ -11,6 +11,7 @@ MODULES = {
     "generate": "sample.generate",
     "mesh": "parallel.mesh",
     "metrics": "train.metrics",
+    "models.attention": "kernels.attention",
     "sampler": "sample.programs",
     "sharding": "parallel.parameters",
     "shipped": "resources",

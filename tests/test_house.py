@@ -24,7 +24,7 @@ MAX_LINES = {"blip3o_jax": 460, "configs": 400, "tests": 435}  # of a file
 # circle. Make them stricter with what you change; never looser.
 MAX_PACKAGE_LINES = 16_000
 MIN_COMMENTS = 0.01  # of the package's lines
-MIN_ANNOTATED = {"models": 0.22, "sample": 0.20, "train": 0.43}  # of the parameters in a room
+MIN_ANNOTATED = {"models": 0.85, "sample": 0.85, "train": 0.43}  # of the parameters in a room
 # Imports that run up today, as "importer imports room".
 UPWARD = {"pipeline imports train"}
 # Circles between files today, the first one or none.
