@@ -195,6 +195,13 @@ def test_files_that_are_not_what_was_recorded_are_named(kinds, capsys):
         }
 
 
+def test_a_recorded_file_that_is_gone_is_named(kinds):
+    file = kinds[1] / "params" / "qwen3.norm.scale" / "0"
+    file.unlink()
+    with pytest.raises(InputError, match=f"{file} is missing, which .*hashes.json recorded"):
+        checkpoints.open(kinds[1]).verify()
+
+
 def test_without_a_record_every_byte_is_hashed_once(kinds, cache, monkeypatch):
     before = checkpoints.open(kinds[0]).identity
     assert not cache.exists()

@@ -83,6 +83,8 @@ def compare(folder: Path, files: Iterable[Path], whole: bool = False) -> dict[st
                 f"damaged or was changed; restore it, or remove {folder / RECORD} to accept it."
             )
         hashes[name] = str(expected.get("sha256"))
+    if missing := sorted(recorded.keys() - hashes.keys()):
+        raise InputError(f"{folder / missing[0]} is missing, which {folder / RECORD} recorded.")
     return hashes
 
 
