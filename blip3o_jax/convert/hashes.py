@@ -83,7 +83,7 @@ def compare(folder: Path, files: Iterable[Path], whole: bool = False) -> dict[st
                 f"damaged or was changed; restore it, or remove {folder / RECORD} to accept it."
             )
         hashes[name] = str(expected.get("sha256"))
-    if missing := sorted(recorded.keys() - hashes.keys()):
+    if missing := sorted(name for name in recorded if not (folder / name).is_file()):
         raise InputError(f"{folder / missing[0]} is missing, which {folder / RECORD} recorded.")
     return hashes
 
