@@ -1,7 +1,12 @@
-"""Eight simulated CPU devices for every test (set before jax is imported), and what tests share."""
+"""What all tests share: eight simulated CPU devices (set before jax is imported), one folder of
+compiled programs for the whole run, the files that take longest first."""
 
 import functools
+import gc
 import os
+import resource
+import signal
+import tempfile
 
 import pytest
 
@@ -9,6 +14,61 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 )
+
+# Files that take longest, longest first: workers (launch/test.sh) then end at about the same time.
+SLOWEST = (
+    "plan/test_plan_tpu.py",
+    "train/test_processes.py",
+    "train/test_losses.py",
+    "train/test_loop.py",
+    "plan/test_plan.py",
+    "parity/test_chain.py",
+    "bench/test_bench.py",
+    "data/test_cache.py",
+    "test_pipeline.py",
+    "sample/test_generate.py",
+    "verify/test_verify.py",
+    "parallel/test_parameters.py",
+    "rl/test_grpo.py",
+    "models/test_blip3o.py",
+    "models/test_layers.py",
+)
+LARGE = 1 << 30  # bytes of a process that gives its compiled programs back between two files
+
+
+def pytest_configure(config):
+    """Programs are compiled once for all processes of a run, and kept for no other run, also when
+    it is told to end."""
+    if hasattr(config, "workerinput"):
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="blip3o-jax-tests-")
+        config.add_cleanup(folder.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+
+def pytest_collection_modifyitems(items):
+    def place(item) -> int:
+        name = item.path.relative_to(os.path.dirname(__file__)).as_posix()
+        return SLOWEST.index(name) if name in SLOWEST else len(SLOWEST)
+
+    items.sort(key=place)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_is_given_back():
+    """A process that has grown large forgets its compiled programs after each file; those that are
+    needed again come from the run's folder."""
+    yield
+    with open("/proc/self/statm") as file:
+        resident = int(file.read().split()[1]) * resource.getpagesize()
+    if resident > LARGE:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session", autouse=True)
