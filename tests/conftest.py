@@ -31,7 +31,7 @@ SLOWEST = (
     "parallel/test_parameters.py",
     "rl/test_grpo.py",
     "models/test_blip3o.py",
-    "models/test_layers.py",
+    "kernels/test_cpu.py",
 )
 LARGE = 1 << 30  # bytes of a process that gives its compiled programs back between two files
 
