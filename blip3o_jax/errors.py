@@ -31,3 +31,9 @@ def disk_reason(error: Exception) -> str | None:
     reasons = "No space left on device|Disk quota exceeded|Read-only file system|Permission denied"
     match = re.search(reasons, str(error))
     return match[0] if match else getattr(error, "strerror", None)
+
+
+def require(holds: bool, message: str) -> None:
+    """InputError with this sentence unless the condition holds."""
+    if not holds:
+        raise InputError(message)

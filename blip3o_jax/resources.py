@@ -11,6 +11,12 @@ from blip3o_jax.errors import InputError, nearest
 
 ASSETS = Path(__file__).parent / "assets"
 CONFIGS = Path(__file__).parent / "configs"
+NO_CONFIGS = ("__init__", "common")
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configs that travel with the package, by name; common.py is what some of them share."""
+    return {file.stem: file for file in sorted(CONFIGS.glob("*.py")) if file.stem not in NO_CONFIGS}
 
 
 def find_config(name_or_path: str) -> Path:
@@ -22,12 +28,9 @@ def find_config(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    shipped = {file.stem: file for file in CONFIGS.glob("*.py") if file.stem != "__init__"}
-    if (
-        path.parent in (Path(), Path("configs"))
-        and path.suffix in ("", ".py")
-        and path.stem in shipped
-    ):
+    shipped = shipped_configs()
+    is_name = path.parent in (Path(), Path("configs")) and path.suffix in ("", ".py")
+    if is_name and path.stem in shipped:
         return shipped[path.stem]
     raise InputError(
         f"No config {name_or_path!r}, neither a file nor a shipped name; "

@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
                 "b2": 0.99,
                 "ema_decay": 0.995,
             },
-            "loss": {"latent_noise": 0.1},
+            "autoencoder": {"latent_noise": 0.1},
             "eval_every": 1000,
             "checkpoint_every": 1000,
         }

@@ -17,10 +17,8 @@ def get_config() -> ConfigDict:
             "batch_size": 32,
             "seed": 2,  # another order of the scenes than the stages before saw
             "num_steps": 2000,
-            "trainable_sana": "all",
-            "init": dict.fromkeys(
-                ("qwen3", "diffusion_connector", "sana", "ta_tok", "dc_ae"), "emoji_64"
-            ),
+            "joint": {"trainable_sana": "all"},
+            "init": "emoji_64",
             "data": {"num_train": 60000, "row_length": 112},
             "optimizer": {
                 "learning_rate": 1e-3,

@@ -18,9 +18,7 @@ def get_config() -> ConfigDict:
             "preset": "emoji_64",
             "batch_size": 64,
             "num_steps": 180,
-            "init": dict.fromkeys(
-                ("qwen3", "diffusion_connector", "sana", "ta_tok", "dc_ae"), "runs/joint"
-            ),
+            "init": "runs/joint",
             "data": {
                 "seed": 5,
                 "row_length": 116,

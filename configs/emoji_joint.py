@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
             "batch_size": 32,
             "seed": 2,  # another order of the scenes than the stages before saw
             "num_steps": 1500,
-            "trainable_sana": "all",  # there is no pretrained one
+            "joint": {"trainable_sana": "all"},  # there is no pretrained one
             "init": {
                 "dc_ae": "runs/autoencoder",
                 "ta_tok": "runs/tokenizer",

@@ -13,12 +13,12 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     return ConfigDict(
         {
-            "stage": "practice",
+            "stage": "pretrain_ar",
             "preset": "emoji_64",
             "batch_size": 64,
             "seed": 0,
             "num_steps": 250,
-            "named_tokens": True,
+            "pretrain_ar": {"named_tokens": True},
             "data": {"exercises": {"recital": 1.0}, "row_length": 34},
             "optimizer": {
                 "learning_rate": 2e-3,

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     return ConfigDict(
         {
-            "stage": "practice",
+            "stage": "pretrain_ar",
             "preset": "emoji_64",
             "batch_size": 64,
             "seed": 2,

@@ -13,51 +13,9 @@ encoded once, into a cache. Planned at 40 % of the peak, which is arithmetic (`b
 v5p:2x2x4 14, v6e:4x4 7; tpu7x:2x2x1 12 days, 1,103 chip-hours.
 """
 
+from common import pretrain
 from ml_collections import ConfigDict
-
-# What the pods that the run was planned for need; on others it takes what the plan of them finds
-# (`blip3o-jax plan --search`).
-PODS = {
-    "v5e:16x16": {"mesh": {"fsdp": 16}, "remat": "dots"},
-    "v5p:4x4x8": {"mesh": {"fsdp": 32}, "remat": "dots"},
-    "v6e:16x16": {"mesh": {"fsdp": 16}, "remat": "dots"},
-    "v5e:4x4": {"accumulate": 8},
-    "v5p:2x2x4": {"accumulate": 4, "remat": "dots"},
-    "v6e:4x4": {"accumulate": 8, "remat": "dots"},
-    "tpu7x:2x2x1": {"accumulate": 8, "remat": "dots"},
-}
 
 
 def get_config(topology: str = "v5e:16x16") -> ConfigDict:
-    data = "data/BLIP3o-Pretrain"
-    return ConfigDict(
-        {
-            "stage": "joint",
-            "preset": "blip3o_next_3b",
-            "topology": topology,
-            "mesh": {"fsdp": -1, "data": 1},
-            "remat": "full",
-            "batch_size": 512,
-            "num_steps": 336_000,
-            "init": dict.fromkeys(
-                ("qwen3", "diffusion_connector", "sana", "ta_tok", "dc_ae"), "jax-3b"
-            ),
-            "data": {
-                "sources": [
-                    {"kind": "webdataset", "path": f"{data}-Long-Caption/*.tar"},
-                    {"kind": "webdataset", "path": f"{data}-Short-Caption/*.tar"},
-                ],
-                "tokenizer": "jax-3b/tokenizer.json",
-                "cache": "cache/pretrain",
-                # of a prompt of 512 tokens, 729 of the image and its end: a multiple of 128, for
-                # the TPU's kernel
-                "row_length": 1280,
-                "reader_threads": 16,
-            },
-            "optimizer": {"learning_rate": 1e-4, "final_learning_rate": 1e-5, "warmup_steps": 3360},
-            "log_every": 50,
-            "eval_every": 2000,
-            "checkpoint_every": 1000,
-            **PODS.get(topology, {}),
-        }
-    )
+    return pretrain(topology, "blip3o_next_3b", checkpoint="jax-3b", cache="cache/pretrain")

@@ -11,6 +11,7 @@ sft_3b:TOPOLOGY`): v5e:16x16 0.14 s a step, 67 chip-hours; v5p:4x4x8 0.12 s, 29;
 14; v5e:4x4 2.2 s, 4.2 h; v5p:2x2x4 0.93 s, 1.8 h; v6e:4x4 0.46 s, 0.9 h; tpu7x:2x2x1 0.74 s, 1.4 h.
 """
 
+from common import published_run
 from ml_collections import ConfigDict
 
 # What the pods that the run was planned for need; on others it takes what the plan of them finds
@@ -27,34 +28,20 @@ PODS = {
 
 
 def get_config(topology: str = "v5e:16x16") -> ConfigDict:
-    return ConfigDict(
-        {
-            "stage": "joint",
-            "preset": "blip3o_next_3b",
-            "topology": topology,
-            "mesh": {"fsdp": -1, "data": 1},
-            "remat": "full",
-            "batch_size": 128,
-            "num_steps": 7_000,
-            "init": dict.fromkeys(
-                ("qwen3", "diffusion_connector", "sana", "ta_tok", "dc_ae"), "runs/pretrain_3b"
-            ),
-            "data": {
-                "sources": [
-                    {"kind": "webdataset", "path": "data/BLIP3o-60k/*.tar"},
-                    {"kind": "jsonl", "path": "data/ShareGPT-4o-Image/text_to_image.jsonl"},
-                ],
-                "tokenizer": "jax-3b/tokenizer.json",
-                "cache": "cache/sft",
-                # of a prompt of 512 tokens, 729 of the image and its end: a multiple of 128, for
-                # the TPU's kernel
-                "row_length": 1280,
-                "reader_threads": 16,
-            },
-            "optimizer": {"learning_rate": 5e-5, "final_learning_rate": 1e-5, "warmup_steps": 70},
-            "log_every": 50,
-            "eval_every": 500,
-            "checkpoint_every": 500,
-            **PODS.get(topology, {}),
-        }
+    sources = [
+        {"kind": "webdataset", "path": "data/BLIP3o-60k/*.tar"},
+        {"kind": "jsonl", "path": "data/ShareGPT-4o-Image/text_to_image.jsonl"},
+    ]
+    tokenizer = "jax-3b/tokenizer.json"
+    return published_run(
+        topology,
+        PODS,
+        preset="blip3o_next_3b",
+        init="runs/pretrain_3b",
+        data={"sources": sources, "tokenizer": tokenizer, "cache": "cache/sft"},
+        batch_size=128,
+        num_steps=7_000,
+        optimizer={"learning_rate": 5e-5, "final_learning_rate": 1e-5, "warmup_steps": 70},
+        eval_every=500,
+        checkpoint_every=500,
     )

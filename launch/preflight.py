@@ -93,7 +93,7 @@ def data(args) -> str:
     if not args.config:
         return "no --config, nothing to look for"
     from blip3o_jax.errors import InputError
-    from blip3o_jax.jobs.train import read_config
+    from blip3o_jax.train.read_config import read_config
 
     try:
         cfg = read_config(args.config, [])

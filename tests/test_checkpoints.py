@@ -17,11 +17,11 @@ from blip3o_jax.convert import hashes
 from blip3o_jax.convert.published import save_published
 from blip3o_jax.convert.random_weights import random_params
 from blip3o_jax.errors import InputError
-from blip3o_jax.jobs.train import own_workdir
 from blip3o_jax.models.blip3o import parts_of
 from blip3o_jax.resources import ASSETS
 from blip3o_jax.text import load_tokenizer
 from blip3o_jax.train.config import TrainConfig
+from blip3o_jax.train.workdir import own_workdir
 from blip3o_jax.tree import flatten, split, unflatten
 
 RUN = TrainConfig(stage="joint", model=SMALL)

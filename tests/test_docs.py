@@ -17,8 +17,8 @@ import pytest
 
 from blip3o_jax.cli import build_parser
 from blip3o_jax.errors import InputError
-from blip3o_jax.jobs.train import read_config
 from blip3o_jax.train.config import TrainConfig
+from blip3o_jax.train.read_config import read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -178,6 +178,7 @@ def unknown_keys(text: str) -> list[str]:
                     unknown.append(key)
                     break
                 cls = typing.get_type_hints(cls)[name]
+                cls = next(iter(typing.get_args(cls)), cls)  # of an optional section
     return unknown
 
 

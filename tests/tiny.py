@@ -21,7 +21,7 @@ from blip3o_jax.config import (
 from blip3o_jax.presets import preset
 from blip3o_jax.resources import ASSETS
 from blip3o_jax.text import Text, load_tokenizer
-from blip3o_jax.train.config import DataConfig, OptimizerConfig, TrainConfig
+from blip3o_jax.train.config import DataConfig, JointConfig, OptimizerConfig, TrainConfig
 
 TRANSFORMER = Qwen3Config(
     vocab_size=72,
@@ -132,7 +132,7 @@ def config(**changes) -> TrainConfig:
             "model": SMALL,
             "batch_size": 8,
             "num_steps": 6,
-            "trainable_sana": "all",
+            "joint": JointConfig(trainable_sana="all"),
             "log_every": 1,
             "eval_every": 6,
             "checkpoint_every": 3,
@@ -156,11 +156,11 @@ def batch_at(step: int, rows: int = 8) -> dict[str, np.ndarray]:
 def practice(**changes) -> TrainConfig:
     """A run of the transformer alone, which compiles in no time."""
     data = DataConfig(exercises={"recital": 1.0}, row_length=16)
-    return config(**{"stage": "practice", "trainable_sana": "captions", "data": data, **changes})
+    return config(**{"stage": "pretrain_ar", "joint": None, "data": data, **changes})
 
 
 def rows_at(step: int, rows: int = 8) -> dict[str, np.ndarray]:
-    """Of the practice stage; row i counts i + 1 times, and at least half of its tokens do not
+    """Of the pretrain_ar stage; row i counts i + 1 times, and at least half of its tokens do not
     count."""
     positions = np.tile(np.arange(16, dtype=np.int32), (rows, 1))
     weights = (positions > 8).astype(np.float32) * np.arange(1, rows + 1, dtype=np.float32)[:, None]

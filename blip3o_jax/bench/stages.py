@@ -17,7 +17,7 @@ from blip3o_jax.parallel.mesh import BATCH
 from blip3o_jax.parallel.parameters import shardings
 from blip3o_jax.sample import decode, flow, generate
 from blip3o_jax.train import losses, steps
-from blip3o_jax.train.config import LossConfig, OptimizerConfig, TrainConfig
+from blip3o_jax.train.config import JointConfig, OptimizerConfig, TrainConfig
 
 GUIDANCE, LEARNING_RATE, WEIGHT_DECAY = 2.0, 1e-5, 0.1
 
@@ -87,12 +87,8 @@ def train_config() -> TrainConfig:
     optimizer = OptimizerConfig(
         learning_rate=LEARNING_RATE, final_learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY
     )
-    return TrainConfig(
-        stage="joint",
-        trainable_sana="all",
-        loss=LossConfig(condition_dropout=0.0),
-        optimizer=optimizer,
-    )
+    joint = JointConfig(trainable_sana="all", condition_dropout=0.0)
+    return TrainConfig(stage="joint", joint=joint, optimizer=optimizer)
 
 
 def ours(work: Workload, params, mesh) -> dict[str, Callable[[], dict]]:

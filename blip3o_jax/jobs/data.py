@@ -15,11 +15,11 @@ from blip3o_jax.errors import InputError
 from blip3o_jax.jobs import data_cache
 from blip3o_jax.jobs.options import config_option, overwrite_option
 from blip3o_jax.jobs.output import new_folder
-from blip3o_jax.jobs.train import open_feed, open_tokenizer, read_config
-from blip3o_jax.train.config import TrainConfig
+from blip3o_jax.jobs.train import open_feed, open_tokenizer
 
 if TYPE_CHECKING:
     from blip3o_jax.data.feed import Feed
+    from blip3o_jax.train.config import TrainConfig
 
 HELP = "look at a mixture of training data, time it, cache it; prints one JSON line last"
 
@@ -53,6 +53,8 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def _mixture(args) -> TrainConfig:
+    from blip3o_jax.train.read_config import read_config
+
     cfg = read_config(args.config, args.overrides)
     if not cfg.data.sources:
         raise InputError(f"{args.config} names no data.sources, so there is no mixture to read.")

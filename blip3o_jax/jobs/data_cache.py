@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from blip3o_jax.errors import InputError
 from blip3o_jax.jobs.options import config_option
-from blip3o_jax.train.config import TrainConfig
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from blip3o_jax.train.config import TrainConfig
 
 HELP = (
     "codes and latents of a mixture, for training without image encoders; resumes where it stopped"
@@ -45,7 +46,7 @@ def make_encoder(cfg: TrainConfig, params: dict, batch_size: int):
     from blip3o_jax.kernels.platform import jit
     from blip3o_jax.parallel.mesh import BATCH, make_mesh
     from blip3o_jax.train import losses
-    from blip3o_jax.train.loop import build_model
+    from blip3o_jax.train.start import build_model
 
     mesh = make_mesh(devices=jax.local_devices())
     if batch_size % mesh.size:
@@ -79,9 +80,9 @@ def run(args) -> None:
     from blip3o_jax.data import cache
     from blip3o_jax.data.feed import open_sources
     from blip3o_jax.data.transform import Tally, image_arrays
-    from blip3o_jax.jobs.train import read_config
     from blip3o_jax.kernels.platform import enable_compilation_cache
     from blip3o_jax.parallel.processes import barrier, start_processes
+    from blip3o_jax.train.read_config import read_config
     from blip3o_jax.train.start import encoder_params
 
     cfg = read_config(args.config, [*args.overrides, "--config.data.cache="])

@@ -5,9 +5,9 @@ import argparse
 import dataclasses
 import json
 
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import require
 from blip3o_jax.jobs.options import config_option
-from blip3o_jax.jobs.train import open_tokenizer, own_workdir, read_config
+from blip3o_jax.jobs.train import open_run, open_tokenizer
 
 HELP = "reinforce the transformer by rewards; resumes if the workdir holds a checkpoint"
 
@@ -26,37 +26,32 @@ def run(args: argparse.Namespace) -> None:
 
     from blip3o_jax import checkpoints
     from blip3o_jax.kernels.platform import enable_compilation_cache
-    from blip3o_jax.parallel.batches import check_batch
-    from blip3o_jax.parallel.mesh import make_mesh
-    from blip3o_jax.parallel.processes import start_processes
-    from blip3o_jax.rl import loop
     from blip3o_jax.rl.rewards import scene_rewards
+    from blip3o_jax.rl.rollout import reinforced
     from blip3o_jax.scenes import prompts
     from blip3o_jax.scenes.config import TAGS, WorldConfig
+    from blip3o_jax.train import loop
+    from blip3o_jax.train.workdir import own_workdir
 
-    cfg = read_config(args.config, args.overrides)
-    if cfg.stage != "grpo":
-        raise InputError(f"{args.config} is of stage {cfg.stage!r}; `blip3o-jax train` runs that.")
-    for directory in cfg.init.values():
-        checkpoints.find(directory)  # before anything is made
-    start_processes()
-    if jax.process_count() > 1:
-        raise InputError("GRPO runs in one process; rewards are not yet gathered from several.")
-    check_batch(cfg.batch_size, make_mesh(cfg.mesh))
+    cfg = open_run(args.config, args.overrides, "grpo")
+    one_process = jax.process_count() == 1
+    require(one_process, "GRPO runs in one process; rewards are not yet gathered from several.")
     text = open_tokenizer(cfg)
+
+    # Prompts of the embedded world: step after step, and those of the evaluation.
     count = cfg.batch_size // cfg.grpo.num_generations
     world = dataclasses.replace(cfg.data.world, text=0.0)
     unseen = WorldConfig(seed=HELDOUT_SEED, weights=dict.fromkeys(TAGS, 1.0))
-
-    def asked(step: int) -> list[dict]:
-        return [prompts.sample(world, step * count + i)[0] for i in range(count)]
-
     heldout = [prompts.sample(unseen, i, "heldout")[0] for i in range(min(64, cfg.batch_size))]
 
-    def reward(images, metadata):
+    def prompts_at(step: int) -> list[dict]:
+        return [prompts.sample(world, step * count + i)[0] for i in range(count)]
+
+    def reward(images, metadata: list[dict]):
         return scene_rewards(images, metadata, cfg.grpo.strict)
 
     with own_workdir(cfg, args.workdir) as folder:
         enable_compilation_cache()
-        result = loop.run(cfg, folder, asked, heldout, text, reward, checkpoints.load_part)
+        run = reinforced(cfg, prompts_at, heldout, text, reward, checkpoints.load_part)
+        result = loop.run(cfg, folder, run)
     print(json.dumps(result))

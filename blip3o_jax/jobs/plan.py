@@ -1,14 +1,18 @@
 """`blip3o-jax plan`: what a config needs on a TPU topology, and how long it takes, from the TPU's
 own compiler. Needs no TPU."""
 
+from __future__ import annotations
+
 import argparse
 import json
+from typing import TYPE_CHECKING
 
 from blip3o_jax.errors import InputError
 from blip3o_jax.jobs.options import config_option
-from blip3o_jax.jobs.train import read_config
 from blip3o_jax.sample.settings import Settings
-from blip3o_jax.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from blip3o_jax.train.config import TrainConfig
 
 HELP = (
     "compile a config's step for a TPU topology that is not here: memory, time, cost; one JSON "
@@ -60,6 +64,8 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def read_run(args: argparse.Namespace) -> TrainConfig:
     """The config that is planned, with the command line checked."""
+    from blip3o_jax.train.read_config import read_config
+
     if not 0 < args.mfu <= 1:
         raise InputError(f"--mfu is in (0, 1], not {args.mfu}.")
     if args.price is not None and args.price < 0:
@@ -115,7 +121,9 @@ def run(args: argparse.Namespace) -> int:
             program = programs.lower_step(cfg, mesh)
             result = estimate.estimate(program, devices, chip, args.mfu, cfg.num_steps, args.price)
         names = ("batch_size", "accumulate", "remat")
-        ways = {name: getattr(cfg, name) for name in names} | {"ce_chunk": cfg.loss.ce_chunk}
+        ways = {name: getattr(cfg, name) for name in names} | {
+            "ce_chunk": getattr(cfg.section, "ce_chunk", 0)
+        }
 
     print(f"{args.config} on {topology}, mesh {dict(mesh.shape)}, {ways}")
     print(estimate.table(result, chip))

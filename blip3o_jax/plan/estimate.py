@@ -137,7 +137,7 @@ def search(
             return best
     raise InputError(
         "Nothing fits, not even one row a device with remat full; take a larger fsdp, "
-        "loss.ce_chunk or more chips."
+        "joint.ce_chunk or more chips."
     )
 
 

@@ -20,10 +20,8 @@ from blip3o_jax.parallel.mesh import BATCH
 from blip3o_jax.parallel.parameters import shardings
 from blip3o_jax.sample import generate
 from blip3o_jax.sample.settings import Settings
-from blip3o_jax.text import row_length
 from blip3o_jax.train import steps
-from blip3o_jax.train.config import PARTS, TrainConfig
-from blip3o_jax.train.meter import step_flops
+from blip3o_jax.train.config import TrainConfig
 
 
 def open_topology(name: str) -> tuple[list[jax.Device], Chip]:
@@ -76,37 +74,17 @@ def _placed(tree, mesh):
 
 
 def abstract_batch(cfg: TrainConfig, mesh) -> dict:
-    """Shapes of a global batch as data.feed makes it, sharded along the mesh."""
-    model, place = cfg.blip3o(), jax.NamedSharding(mesh, BATCH)
-
-    def rows(*shape, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct((cfg.batch_size, *shape), dtype, sharding=place)
-
-    tokens, grid = model.ta_tok.num_tokens, model.ta_tok.grid
-    length = cfg.data.row_length or row_length(model)
-    images = {"images": rows(model.image_size, model.image_size, 3, dtype=jnp.uint8)}
-    if cfg.stage == "autoencoder":
-        return images
-    if cfg.stage == "tokenizer":
-        return images | {"patches": rows(grid, grid)}
-    if cfg.stage == "practice":
-        return {
-            "tokens": rows(length),
-            "positions": rows(length),
-            "weights": rows(length, dtype=jnp.float32),
-        }
-    if cfg.stage != "joint":
+    """Shapes of a global batch of the run's stage, sharded along the mesh."""
+    if cfg.record.batch is None:
         raise InputError(
             f"plan compiles the step of supervised stages, not of {cfg.stage!r}; see how "
             "it generates with --generate."
         )
-    if cfg.data.cache:
-        latents = (model.sana.sample_size, model.sana.sample_size, model.sana.in_channels)
-        images = {"codes": rows(tokens), "latents": rows(*latents, dtype=jnp.float32)}
-    elif cfg.data.crop == "original":
-        side = model.ta_tok.encoder.image_size
-        images["view"] = rows(side, side, 3, dtype=jnp.uint8)
-    return images | {"tokens": rows(length), "start": rows()}
+    place = jax.NamedSharding(mesh, BATCH)
+    arrays = cfg.record.batch(cfg.blip3o(), cfg.data, cfg.batch_size)
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in arrays.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -131,7 +109,7 @@ def lower_step(cfg: TrainConfig, mesh) -> Program:
     with jax.set_mesh(mesh):
         model = Blip3o(cfg.blip3o(), jnp.dtype(cfg.dtype), cfg.remat)
         state, frozen = jax.eval_shape(
-            lambda: steps.init_state(cfg, model.init(jax.random.key(0), PARTS[cfg.stage]))
+            lambda: steps.init_state(cfg, model.init(jax.random.key(0), cfg.record.parts))
         )
         state, frozen = _placed(state, mesh), _placed(frozen, mesh)
         lowered = steps.compile_step(model, cfg, jax.tree.map(lambda x: x.sharding, state)).lower(
@@ -143,7 +121,8 @@ def lower_step(cfg: TrainConfig, mesh) -> Program:
         "batch": batch,
     }
     kinds["counters"] = {name: tree for name, tree in state.items() if name not in names}
-    return Program(lowered, (state, frozen, batch), kinds, step_flops(cfg, batch), cfg.batch_size)
+    count = cfg.record.flops(cfg.blip3o(), cfg.section, batch)
+    return Program(lowered, (state, frozen, batch), kinds, count, cfg.batch_size)
 
 
 def lower_generation(cfg: TrainConfig, mesh, rows: int, num_inference_steps: int) -> Program:

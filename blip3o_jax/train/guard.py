@@ -1,18 +1,19 @@
-"""Steps that would do harm: which they are is decided on the device, from counters that live in the
-training state."""
+"""Which steps are skipped: decided on the device, from counters in the training state."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from blip3o_jax.train.config import GuardConfig
+from blip3o_jax.train.sections import GuardConfig
 
 MEMORY = 0.98  # of the running average of the gradient's norm
 SETTLED = 50  # steps before that average says what is usual
 
 
 def init() -> dict:
-    """Counters of a run: `skipped` steps so far, those `in_a_row` until now, and the gradient
-    norm's running average over the others."""
+    """Counters of a run: `skipped` steps so far, those `in_a_row` now, and the gradient norm's
+    running average over the others."""
     return {
         "skipped": jnp.zeros((), jnp.int32),
         "in_a_row": jnp.zeros((), jnp.int32),
@@ -20,7 +21,9 @@ def init() -> dict:
     }
 
 
-def judge(cfg: GuardConfig, counters: dict, step, loss, norm):
+def judge(
+    cfg: GuardConfig, counters: dict, step: jax.Array, loss: jax.Array, norm: jax.Array
+) -> tuple[jax.Array, dict]:
     """(whether the step counts, the counters after it): it does not when loss or gradient norm is
     not finite, or the norm a spike.
 
@@ -39,6 +42,6 @@ def judge(cfg: GuardConfig, counters: dict, step, loss, norm):
     }
 
 
-def keep(good, new, old):
+def keep(good: jax.Array, new: Any, old: Any) -> Any:
     """`new` where the step counts, else `old`: two trees of the same structure."""
     return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)

@@ -1,90 +1,91 @@
-"""The loop around the step, from top to bottom: mesh, state, compiled step, then batches, numbers,
-pictures and checkpoints."""
+"""The loop around the step, from top to bottom, and the supervised run that it is given.
+
+The order of initialisation: the job connects the processes; the run has the mesh and the model's
+modules; then comes the state, from the newest checkpoint or from initial parameters, then the first
+batch after it, and the compiled step last, since it needs the shardings of both.
+"""
 
 import json
 import logging
-import pathlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from blip3o_jax import training_checkpoint
+from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.parallel.batches import check_batch, put_batch
 from blip3o_jax.parallel.mesh import make_mesh
 from blip3o_jax.parallel.processes import barrier
-from blip3o_jax.train import evaluation, start, steps, stop
+from blip3o_jax.train import start, steps, stop
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.meter import Meter
-from blip3o_jax.train.start import build_model
+from blip3o_jax.tree import join
 
 log = logging.getLogger(__name__)
 
 
-def run(
-    cfg: TrainConfig,
-    workdir,
-    batches: Callable[[int], Iterator[dict]],
-    heldout: dict,
-    load_parts: Callable[[str, str], dict],
-    words: np.ndarray | None = None,
-) -> dict[str, float]:
+@dataclass(frozen=True)
+class Run:
+    """What one kind of training brings to the loop; its functions are called on the mesh."""
+
+    model: Blip3o
+    mesh: Mesh
+    params: Callable[[], dict]  # initial parameters of the stage's parts
+    # the last step -> a function for the steps after it, one by one:
+    # (step, present parameters) -> (batch on the mesh, numbers to log)
+    batches: Callable[[int], Callable[[int, dict], tuple[dict, dict]]]
+    # (state, frozen, batch, shardings of the state) -> (state, frozen, batch) -> (state, metrics)
+    compile: Callable[[dict, dict, dict, dict], Callable]
+    # parameters -> (held-out numbers, an image)
+    evaluate: Callable[[dict], tuple[dict[str, float], np.ndarray | None]]
+
+
+def run(cfg: TrainConfig, workdir: str | Path, run: Run) -> dict[str, float]:
     """Trains to `cfg.num_steps` and returns the last evaluation; resumes when the workdir holds a
     checkpoint.
 
-    `batches(step)` iterates over this process's rows of the batches from that step on; `heldout` is
-    one host batch, the same in every process; `load_parts(directory, part)` gives a part's params;
-    `words` as in `start.initial_params`. Raises InputError before compilation for anything the
-    config gets wrong, and when too many steps are skipped or the workdir cannot be written;
-    `stop.Preempted` after a SIGTERM.
+    Raises InputError before compilation for anything the config gets wrong, and when too many
+    steps are skipped or the workdir cannot be written; `stop.Preempted` after a SIGTERM.
     """
-    began, workdir, mesh = time.time(), pathlib.Path(workdir), make_mesh(cfg.mesh)
-    check_batch(cfg.batch_size, mesh, cfg.accumulate)
-    model, manager = (
-        build_model(cfg),
-        training_checkpoint.open_manager(workdir, cfg.keep_checkpoints),
-    )
+    began = time.time()
+    check_batch(cfg.batch_size, run.mesh, cfg.accumulate)
+    manager = training_checkpoint.open_manager(workdir, cfg.keep_checkpoints)
 
-    def make_params():
-        return start.initial_params(cfg, model, load_parts, mesh, words)
-
-    with jax.set_mesh(mesh), stop.watch() as stopping:
-        state, frozen, shardings, notes = start.begin(cfg, model, mesh, manager, make_params)
-
+    with jax.set_mesh(run.mesh), stop.watch() as stopping:
+        # The newest whole checkpoint, or a new run.
+        state, frozen, shardings, notes = start.begin(cfg, run.model, run.mesh, manager, run.params)
         done = int(state["step"])
-        iterator, evaluate = batches(done), evaluation.make_evaluate(model, cfg, mesh)
-        step = steps.compile_step(model, cfg, shardings)
-        meter = Meter(cfg, workdir, done, {"began": began, **notes})
-        announce(cfg, meter, mesh, state, frozen)
-        result = {}
+        meter = Meter(cfg, Path(workdir), done, {"began": began, **notes})
+        announce(cfg, meter, run.mesh, state, frozen)
 
-        def held_out():
-            return evaluate(steps.weights(state, frozen), heldout)
-
+        batch_of = run.batches(done)
+        step, result = None, {}
         for now in range(done + 1, cfg.num_steps + 1):
             with meter.phase("data"):
-                batch = put_batch(next(iterator), mesh)
-            if now == done + 1:
+                batch, numbers = batch_of(now, join(frozen, state["params"]))
+            if step is None:
+                # A process that compiles slower is waited for here, not in a collective with a
+                # time limit of its own.
                 with meter.phase("other"):
-                    step = step.lower(state, frozen, batch).compile()
-                    barrier(
-                        "the first step"
-                        # whoever compiles slower is waited for here, not in a collective with a
-                        # time limit of its own
-                    )
+                    step = run.compile(state, frozen, batch, shardings)
+                    barrier("the first step")
             with meter.step(now):
-                state, values = step(state, frozen, batch)
-            meter.add(now, batch, values)
+                state, metrics = step(state, frozen, batch)
+            meter.add(now, batch, metrics | numbers)
             result = (
-                after_step(cfg, meter, manager, now, state, frozen, held_out, stopping(now))
-                or result
+                after_step(cfg, meter, manager, state, frozen, run, now, stopping(now)) or result
             )
         training_checkpoint.finish(manager)
     return result
 
 
-def announce(cfg: TrainConfig, meter: Meter, mesh, state, frozen) -> None:
+def announce(cfg: TrainConfig, meter: Meter, mesh: Mesh, state: dict, frozen: dict) -> None:
     """Logs what is trained, part by part, and writes every parameter with its shape and sharding to
     WORKDIR/parameters.txt."""
     log.info("Stage %s on mesh %s.\n%s", cfg.stage, dict(mesh.shape), start.overview(state, frozen))
@@ -94,15 +95,15 @@ def announce(cfg: TrainConfig, meter: Meter, mesh, state, frozen) -> None:
 def after_step(
     cfg: TrainConfig,
     meter: Meter,
-    manager,
+    manager: Any,
+    state: dict,
+    frozen: dict,
+    run: Run,
     now: int,
-    state,
-    frozen,
-    evaluate: Callable,
     leave: bool,
 ) -> dict[str, float]:
-    """What follows step `now` where it is due: log, `evaluate()` -> (numbers, picture or None),
-    checkpoint. Gives the numbers, if any.
+    """What follows step `now` where it is due: log, evaluation, checkpoint. Returns the held-out
+    numbers, if any.
 
     Raises `stop.Preempted` with everything saved when the run is to `leave` before its end.
     """
@@ -111,16 +112,48 @@ def after_step(
         meter.log(now, state)
     if now % cfg.eval_every == 0 or last:
         with meter.phase("other"):
-            result, picture = evaluate()
+            result, image = run.evaluate(steps.weights(state, frozen))
             meter.writer.write(now, result)
-            if picture is not None:
-                meter.writer.write_image(now, "sheet", picture)
+            if image is not None:
+                meter.writer.write_image(now, "sheet", image)
         log.info("held out at step %d: %s", now, json.dumps(result))
     if now % cfg.checkpoint_every == 0 or last or leave:
         with meter.phase("other"):
             training_checkpoint.save(manager, cfg, state, frozen, meter.clock())
     if leave and not last:
         training_checkpoint.finish(manager)
-        log.info("Saved step %d; the same command goes on from it.", now)
+        log.info("Saved step %d; the same command resumes from it.", now)
         raise stop.Preempted(now)
     return result
+
+
+def supervised(
+    cfg: TrainConfig,
+    batches: Callable[[int], Iterator[dict]],
+    heldout: dict,
+    load_part: start.LoadPart,
+    words: np.ndarray | None = None,
+) -> Run:
+    """The run of a stage with a loss of its own.
+
+    `batches(step)` iterates over this process's rows of the batches after that step; `heldout` is
+    one host batch, the same in every process; `load_part` and `words` as in `start.initial_params`.
+    """
+    mesh, model = make_mesh(cfg.mesh), start.build_model(cfg)
+    evaluate = cfg.record.evaluate(model, cfg.section, mesh)
+
+    def batches_after(step: int) -> Callable[[int, dict], tuple[dict, dict]]:
+        iterator = batches(step)
+        return lambda now, params: (put_batch(next(iterator), mesh), {})
+
+    def compiled(state: dict, frozen: dict, batch: dict, shardings: dict) -> Callable:
+        return steps.compile_step(model, cfg, shardings).lower(state, frozen, batch).compile()
+
+    return Run(
+        model=model,
+        mesh=mesh,
+        params=lambda: start.initial_params(cfg, model, load_part, mesh, words=words),
+        batches=batches_after,
+        compile=compiled,
+        evaluate=lambda params: evaluate(params, heldout),
+    )

@@ -1,17 +1,16 @@
-"""The losses of the stages, pure functions (model, run config, params, batch, key) -> (loss,
-metrics). All sums are f32.
+"""The losses of the stages: pure functions (model, section of the config, params, batch, key) ->
+(loss, metrics). All sums are f32.
 
-A batch holds `images` uint8 [B,H,W,3]; the tokenizer's also `patches` int [B,h,w], the class of the
-word that names each patch; the joint stage's `tokens` int32 [B,T], templated prompt and image
-right-padded, with the image's codes still open, and `start` [B], where `<S0>` stands. For the joint
-stage, `view` uint8 [B,h,w,3] may be what the tokenizer sees instead of `images`, and from a cache
-`codes` int32 [B,n] and `latents` [B,Y,X,C] take the place of both, so that no image is encoded. The
-practice stage's rows have no image: `tokens` and `positions` int32 [B,T] and `weights` f32 [B,T].
+A batch holds `images` uint8 [B,H,W,3], and for the tokenizer `patches` int [B,h,w], the class of
+the word that names each patch; for joint `tokens` int32 [B,T], the templated prompt and image,
+padded on the right, with the codes open, and `start` [B], the position of `<S0>`. `view` uint8
+[B,h,w,3] may be what the tokenizer sees instead of `images`; from a cache, `codes` int32 [B,n] and
+`latents` [B,Y,X,C] replace both, and no image is encoded. For pretrain_ar there are no images, but
+`tokens` and `positions` int32 [B,T] and `weights` f32 [B,T].
 
-What a loss draws, and what it divides by, is a matter of the whole batch: `whole_batch` puts both
-beside the rows, so that micro-batches of them together give the same gradient. Two things are a
-micro-batch's own: the deviation that `loss.latent_noise` is measured in, and the draws of
-`loss.stochastic_codes`.
+`*_draws` gives what a loss draws and divides by, row by row. It belongs to the whole batch, so that
+micro-batches give the same gradient; what a batch brings itself is kept. A micro-batch has its own
+deviation that `latent_noise` is measured in, and its own draws of `stochastic_codes`.
 """
 
 import jax
@@ -24,206 +23,231 @@ from blip3o_jax.parallel.mesh import BATCH
 from blip3o_jax.pixels import to_unit, tokenizer_view
 from blip3o_jax.sample import flow
 from blip3o_jax.text import causal_positions, targets
-from blip3o_jax.train.config import TrainConfig
+from blip3o_jax.train import sections
+
+Batch = dict[str, jax.Array]
+LossAndMetrics = tuple[jax.Array, dict[str, jax.Array]]
 
 
-def whole_batch(model: Blip3o, cfg: TrainConfig, batch, key):
-    """The batch with what its stage draws for each row, and how many targets a row has on average,
-    [B] each of text and image tokens."""
-    rows = len(jax.tree.leaves(batch)[0])
-    if cfg.stage == "practice":
-        return batch | {"targets": jnp.full(rows, jnp.sum(batch["weights"][:, 1:]) / rows)}
-    if cfg.stage == "tokenizer":
-        return batch
-    if "latents" in batch:
-        latents = batch["latents"].shape
-    else:
-        side = batch["images"].shape[1] // model.config.dc_ae.factor
-        latents = rows, side, side, model.config.dc_ae.latent_channels
-    if cfg.stage == "autoencoder":
-        return batch | {"noise": jax.random.normal(key, latents)}
-    _, drop_key, time_key, noise_key = jax.random.split(key, 4)
-    counts = jnp.sum(_targets(model, batch), axis=(1, 2)) / rows
-    return batch | {
-        "dropped": jax.random.bernoulli(drop_key, cfg.loss.condition_dropout, (rows,)),
-        "sigma": flow.sample_timesteps(time_key, rows)[1],
-        "noise": jax.random.normal(noise_key, latents),
-        "targets": jnp.broadcast_to(counts, (rows, 2)),
-    }
+def autoencoder_draws(
+    model: Blip3o, cfg: sections.AutoencoderConfig, batch: Batch, key: jax.Array
+) -> Batch:
+    """`noise` on the latents."""
+    return {"noise": jax.random.normal(key, _latents_shape(model, batch))}
 
 
-def _targets(model: Blip3o, batch):
-    """Weights of the next tokens in the cross-entropy, f32 [2,B,T-1]: of text, and of the image
-    behind `<S0>`."""
-    tokens, start, n = batch["tokens"], batch["start"][:, None], model.config.ta_tok.num_tokens
-    columns = jnp.arange(1, tokens.shape[1])
-    image = (columns > start) & (columns <= start + n)
-    text = targets(tokens, batch["start"], model.config.vocab)[:, 1:] & ~image
-    return jnp.stack([text, image]).astype(jnp.float32)
-
-
-def autoencoder_loss(model: Blip3o, cfg: TrainConfig, params, batch, key):
-    """Mean absolute + squared error of the reconstruction, with noise on the latents so that small
-    errors of the sampler do not show."""
-    batch = whole_batch(model, cfg, batch, key) | batch
+def autoencoder_loss(
+    model: Blip3o, cfg: sections.AutoencoderConfig, params: dict, batch: Batch, key: jax.Array
+) -> LossAndMetrics:
+    """Mean absolute and squared error of the reconstruction. Noise on the latents hides small
+    errors of the sampler."""
+    batch = autoencoder_draws(model, cfg, batch, key) | batch
+    params = {"params": params["dc_ae"]}
     images = to_unit(batch["images"])
-    latents = model.dc_ae.apply({"params": params["dc_ae"]}, images, method="encode")
+    latents = model.dc_ae.apply(params, images, method="encode")
     std = jax.lax.stop_gradient(jnp.std(latents))
-    noisy = latents + cfg.loss.latent_noise * std * batch["noise"]
-    error = (
-        model.dc_ae.apply({"params": params["dc_ae"]}, noisy, method="decode").astype(jnp.float32)
-        - images
-    )
+    noisy = latents + cfg.latent_noise * std * batch["noise"]
+    decoded = model.dc_ae.apply(params, noisy, method="decode").astype(jnp.float32)
+    error = decoded - images
     l2 = jnp.mean(jnp.square(error))
     loss = jnp.mean(jnp.abs(error)) + l2
     return loss, {"loss": loss, "psnr": -10.0 * jnp.log10(l2 / 4.0), "latent_std": std}
 
 
-def tokenizer_loss(model: Blip3o, cfg: TrainConfig, params, batch, key):
-    """Code k is taught to be word k: cross-entropy of softmax(cosine / temperature) against the
-    word that names each patch, SimVQ's commitment, and the decoder's features against the words'
-    vectors. So tokens of things, colours and grounds stay apart, and a pair of thing and colour
-    that was never seen is still a sequence of known tokens."""
+def tokenizer_loss(
+    model: Blip3o, cfg: sections.TokenizerConfig, params: dict, batch: Batch, key: jax.Array | None
+) -> LossAndMetrics:
+    """Teaches code k to be word k: cross-entropy of softmax(cosine / temperature) against the word
+    that names each patch, SimVQ's commitment, and the distance of the decoder's features from the
+    words' vectors.
+
+    Tokens of things, colours and grounds stay apart, and a pair of thing and colour that was never
+    seen is still a sequence of known tokens.
+    """
     words = batch["patches"].reshape(batch["patches"].shape[0], -1)
     teacher = word_vectors(model)
     view = tokenizer_view(to_unit(batch["images"]), model.config.ta_tok.encoder.image_size)
     _, decoded, quantized = model.ta_tok.apply({"params": params["ta_tok"]}, view)
+
+    # The three terms of the loss.
     logits = quantized.cosines / model.config.ta_tok.stochastic_temperature
-    naming = jnp.mean(
-        jax.nn.logsumexp(logits, axis=-1)
-        - jnp.take_along_axis(logits, words[..., None], axis=-1)[..., 0]
-    )
-    commitment = jnp.mean(
-        jnp.sum(jnp.square(quantized.z - jax.lax.stop_gradient(quantized.codes)), axis=-1)
-    )
+    right = jnp.take_along_axis(logits, words[..., None], axis=-1)[..., 0]
+    naming = jnp.mean(jax.nn.logsumexp(logits, axis=-1) - right)
+    distance = jnp.square(quantized.z - jax.lax.stop_gradient(quantized.codes))
+    commitment = jnp.mean(jnp.sum(distance, axis=-1))
     features = jnp.mean(jnp.square(decoded.astype(jnp.float32) - teacher[words]))
-    loss = naming + 0.25 * commitment + features
+    loss = naming + cfg.commitment * commitment + features
+
+    # Right words by code, and by what the decoder makes of it.
     read = jnp.argmax(jnp.einsum("btd,wd->btw", decoded, teacher), axis=-1)
-    accuracy, read_accuracy = jnp.mean(quantized.ids == words), jnp.mean(read == words)
     return loss, {
         "loss": loss,
         "naming": naming,
         "features": features,
-        "accuracy": accuracy,
-        "decoded_accuracy": read_accuracy,
+        "accuracy": jnp.mean(quantized.ids == words),
+        "decoded_accuracy": jnp.mean(read == words),
     }
 
 
-def word_vectors(model: Blip3o):
+def word_vectors(model: Blip3o) -> jax.Array:
     """The features that the tokenizer's decoder aims at, [codes, D] of unit variance: fixed, as
     TA-Tok's teacher is."""
     shape = model.config.ta_tok.codebook_size, model.config.ta_tok.encoder.hidden_size
     return jax.random.normal(jax.random.key(0), shape)
 
 
-def cross_entropy(model: Blip3o, params, hidden, labels, chunk: int):
-    """Next-token losses and right answers, f32 [B,T] each; hidden [B,T,D], labels [B,T].
-
-    Logits exist for at most `chunk` rows at a time (0: all) and are computed again for the
-    gradient: at a vocabulary of 217,210 they are the largest array of the step.
-    """
-
-    def rows(hidden, labels):
-        logits = model.qwen3.apply({"params": params["qwen3"]}, hidden, method="logits")
-        picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - picked, (
-            jnp.argmax(logits, axis=-1) == labels
-        ).astype(jnp.float32)
-
-    count = next(
-        n
-        for n in range(1, len(hidden) + 1)
-        if len(hidden) % n == 0 and (not chunk or len(hidden) // n <= chunk)
-    )
-    if count == 1:
-        return rows(hidden, labels)
-    parts = jax.lax.map(
-        jax.checkpoint(lambda part: rows(*part)), interleaved((hidden, labels), count)
-    )
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(labels.shape), parts)
+def pretrain_ar_draws(
+    model: Blip3o, cfg: sections.PretrainArConfig, batch: Batch, key: jax.Array | None
+) -> Batch:
+    """`targets` [B]: the sum of the weights per row, on average."""
+    rows = len(batch["tokens"])
+    return {"targets": jnp.full(rows, jnp.sum(batch["weights"][:, 1:]) / rows)}
 
 
-def interleaved(tree, count: int):
-    """Arrays [B,...] -> [count,B/count,...]: piece i has rows i, i + count, ..., so that every
-    device of a batch that is cut in runs has rows of each piece."""
-    mesh = jax.sharding.get_abstract_mesh()
-
-    def pieces(x):
-        x = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
-        return (
-            x
-            if mesh.empty or x.shape[1] % batch_shards(mesh)
-            else jax.lax.with_sharding_constraint(x, PartitionSpec(None, *BATCH))
-        )
-
-    return jax.tree.map(pieces, tree)
-
-
-def practice_loss(model: Blip3o, cfg: TrainConfig, params, batch, key):
-    """Weighted cross-entropy of the transformer over given rows; `accuracy` counts by the same
+def pretrain_ar_loss(
+    model: Blip3o, cfg: sections.PretrainArConfig, params: dict, batch: Batch, key: jax.Array | None
+) -> LossAndMetrics:
+    """Weighted cross-entropy of the transformer over given rows; `accuracy` has the same
     weights."""
-    batch = whole_batch(model, cfg, batch, key) | batch
+    batch = pretrain_ar_draws(model, cfg, batch, key) | batch
     tokens = batch["tokens"]
     valid = tokens != model.config.vocab.pad_token_id
     hidden, _ = model.qwen3.apply({"params": params["qwen3"]}, tokens, batch["positions"], valid)
+    losses, hits = cross_entropy(model, params, hidden[:, :-1], tokens[:, 1:], cfg.ce_chunk)
     weights = batch["weights"][:, 1:]
-    losses, hits = cross_entropy(model, params, hidden[:, :-1], tokens[:, 1:], cfg.loss.ce_chunk)
     loss, accuracy = (jnp.sum(x * weights) / jnp.sum(batch["targets"]) for x in (losses, hits))
     return loss, {"loss": loss, "accuracy": accuracy}
 
 
-def encode_codes(model: Blip3o, params, batch, key=None):
-    """Codes int32 [B,n] of a batch's `view`, or of its `images` at the tokenizer's resolution;
-    sampled if there is a key."""
-    view = tokenizer_view(
-        to_unit(batch.get("view", batch["images"])), model.config.ta_tok.encoder.image_size
-    )
-    return model.ta_tok.apply({"params": params["ta_tok"]}, view, key=key, method="encode")
+def joint_draws(model: Blip3o, cfg: sections.JointConfig, batch: Batch, key: jax.Array) -> Batch:
+    """`dropped` [B], the rows without a condition; `sigma` [B] and `noise` of the diffusion part;
+    `targets` [B,2], the text and image targets per row, on average."""
+    rows = len(batch["tokens"])
+    _, drop_key, time_key, noise_key = jax.random.split(key, 4)
+    counts = jnp.sum(_targets(model, batch), axis=(1, 2)) / rows
+    return {
+        "dropped": jax.random.bernoulli(drop_key, cfg.condition_dropout, (rows,)),
+        "sigma": flow.sample_timesteps(time_key, rows)[1],
+        "noise": jax.random.normal(noise_key, _latents_shape(model, batch)),
+        "targets": jnp.broadcast_to(counts, (rows, 2)),
+    }
 
 
-def encode_latents(model: Blip3o, params, images):
-    """uint8 [B,H,W,3] -> latents f32 [B,Y,X,C], scaled as SANA takes them."""
-    return model.dc_ae.apply(
-        {"params": params["dc_ae"]}, to_unit(images), method="encode_scaled"
-    ).astype(jnp.float32)
-
-
-def joint_loss(model: Blip3o, cfg: TrainConfig, params, batch, key):
+def joint_loss(
+    model: Blip3o, cfg: sections.JointConfig, params: dict, batch: Batch, key: jax.Array
+) -> LossAndMetrics:
     """Cross-entropy over all text and image tokens + velocity error of the diffusion part, 1:1
-    (§1.3, §5, §6)."""
-    batch = whole_batch(model, cfg, batch, key) | batch
+    (docs/model.md §1.3, §5, §6)."""
+    batch = joint_draws(model, cfg, batch, key) | batch
     config, vocab = model.config, model.config.vocab
     frozen = jax.lax.stop_gradient(params)
+
+    # The codes of the image are written into the rows behind <S0>.
     if "codes" in batch:
         codes = batch["codes"]
     else:
-        codes = encode_codes(
-            model, frozen, batch, jax.random.split(key, 4)[0] if cfg.loss.stochastic_codes else None
-        )
-
+        codes_key = jax.random.split(key, 4)[0] if cfg.stochastic_codes else None
+        codes = encode_codes(model, frozen, batch, codes_key)
     tokens = write_codes(batch["tokens"], batch["start"], codes, vocab.image_start_token_id)
-    valid = tokens != vocab.pad_token_id
-    hidden, _ = model.qwen3.apply(
-        {"params": params["qwen3"]}, tokens, causal_positions(tokens), valid
-    )
-    losses, hits = cross_entropy(model, params, hidden[:, :-1], tokens[:, 1:], cfg.loss.ce_chunk)
-    weights, counts = _targets(model, batch), jnp.sum(batch["targets"], axis=0)
+
+    # The transformer predicts text and image tokens.
+    qwen3, valid = {"params": params["qwen3"]}, tokens != vocab.pad_token_id
+    hidden, _ = model.qwen3.apply(qwen3, tokens, causal_positions(tokens), valid)
+    losses, hits = cross_entropy(model, params, hidden[:, :-1], tokens[:, 1:], cfg.ce_chunk)
+    weights = _targets(model, batch)
+    counts = jnp.sum(batch["targets"], axis=0)
     ce = jnp.sum(losses * weights) / jnp.sum(counts)
     text, image = jnp.sum(hits * weights, axis=(1, 2)) / counts
 
+    # Its hidden states condition the diffusion part, which predicts the velocity.
     condition = condition_slice(
-        hidden, batch["start"], config.num_condition_tokens, last=cfg.loss.last_slice
+        hidden, batch["start"], config.num_condition_tokens, last=cfg.last_slice
     )
     condition = flow.drop_condition(condition, batch["dropped"])
     condition = model.connector.apply({"params": params["diffusion_connector"]}, condition)
-    latents = (
-        batch["latents"] if "latents" in batch else encode_latents(model, frozen, batch["images"])
-    )
+    cached = batch.get("latents")
+    latents = encode_latents(model, frozen, batch["images"]) if cached is None else cached
     x0 = latents.astype(jnp.float32)  # a cache may hold bfloat16
     sigma, noise = batch["sigma"], batch["noise"]
     noisy, t = flow.add_noise(x0, noise, sigma), flow.NUM_TRAIN_TIMESTEPS * sigma
     velocity = model.sana.apply({"params": params["sana"]}, noisy, t, condition)
     mse = jnp.mean(flow.flow_loss(velocity, x0, noise))
-    loss = ce + cfg.loss.flow_weight * mse
+
+    loss = ce + cfg.flow_weight * mse
     accuracies = {"accuracy_text": text, "accuracy_image": image}
     return loss, {"loss": loss, "ce": ce, **accuracies, "flow": mse, "latent_std": jnp.std(x0)}
+
+
+def cross_entropy(
+    model: Blip3o, params: dict, hidden: jax.Array, labels: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Next-token losses and right answers, f32 [B,T] each; hidden [B,T,D], labels [B,T].
+
+    Logits exist for at most `chunk` rows at a time (0: all) and are recomputed for the gradient:
+    with a vocabulary of 217,210 they are the largest array of the step.
+    """
+
+    def of_rows(hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = model.qwen3.apply({"params": params["qwen3"]}, hidden, method="logits")
+        picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+        hits = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+        return jax.nn.logsumexp(logits, axis=-1) - picked, hits
+
+    # The fewest equal pieces of at most `chunk` rows.
+    rows = len(hidden)
+    pieces = (n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= (chunk or rows))
+    count = next(pieces)
+    if count == 1:
+        return of_rows(hidden, labels)
+    recomputed = jax.checkpoint(lambda piece: of_rows(*piece))
+    results = jax.lax.map(recomputed, interleaved((hidden, labels), count))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(labels.shape), results)
+
+
+def interleaved(tree: Batch | tuple, count: int) -> Batch | tuple:
+    """Arrays [B,...] -> [count,B/count,...]: piece i has rows i, i + count, ..., so that each
+    device, which holds consecutive rows, has rows of every piece."""
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def pieces(x: jax.Array) -> jax.Array:
+        x = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+        if mesh.empty or x.shape[1] % batch_shards(mesh):
+            return x
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(None, *BATCH))
+
+    return jax.tree.map(pieces, tree)
+
+
+def encode_codes(
+    model: Blip3o, params: dict, batch: Batch, key: jax.Array | None = None
+) -> jax.Array:
+    """Codes int32 [B,n] of a batch's `view`, or of its `images` at the tokenizer's resolution;
+    sampled if there is a key."""
+    images = to_unit(batch.get("view", batch["images"]))
+    view = tokenizer_view(images, model.config.ta_tok.encoder.image_size)
+    return model.ta_tok.apply({"params": params["ta_tok"]}, view, key=key, method="encode")
+
+
+def encode_latents(model: Blip3o, params: dict, images: jax.Array) -> jax.Array:
+    """uint8 [B,H,W,3] -> latents f32 [B,Y,X,C], scaled as SANA takes them."""
+    params = {"params": params["dc_ae"]}
+    latents = model.dc_ae.apply(params, to_unit(images), method="encode_scaled")
+    return latents.astype(jnp.float32)
+
+
+def _latents_shape(model: Blip3o, batch: Batch) -> tuple[int, ...]:
+    if "latents" in batch:
+        return batch["latents"].shape
+    rows, height = batch["images"].shape[:2]
+    side = height // model.config.dc_ae.factor
+    return rows, side, side, model.config.dc_ae.latent_channels
+
+
+def _targets(model: Blip3o, batch: Batch) -> jax.Array:
+    """Weights of the next tokens in the cross-entropy, f32 [2,B,T-1]: of text, and of the image
+    behind `<S0>`."""
+    tokens, start = batch["tokens"], batch["start"][:, None]
+    columns = jnp.arange(1, tokens.shape[1])
+    image = (columns > start) & (columns <= start + model.config.ta_tok.num_tokens)
+    text = targets(tokens, batch["start"], model.config.vocab)[:, 1:] & ~image
+    return jnp.stack([text, image]).astype(jnp.float32)

@@ -1,15 +1,15 @@
-"""Where numbers go: a JSONL file always, TensorBoard's event files too where `tensorboard` is
+"""Where numbers go: always a JSONL file, also TensorBoard's event files where `tensorboard` is
 installed (extra [tensorboard]).
 
-TensorBoard's own writer is used because clu's SummaryWriter is TensorFlow's.
+TensorBoard's own writer is used because clu's SummaryWriter needs TensorFlow.
 """
 
 import contextlib
 import io
 import json
-import pathlib
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -18,21 +18,20 @@ from blip3o_jax.parallel.processes import is_process_zero
 
 
 @contextlib.contextmanager
-def _writing(path: pathlib.Path) -> Iterator[None]:
+def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be written: {error.strerror}; make room and start again."
-        ) from error
+        reason = f"{path} cannot be written: {error.strerror}"
+        raise InputError(f"{reason}; make room and start again.") from error
 
 
 class MetricWriter:
-    """Appends one JSON line per `write`, on process 0 of a run that goes on from `step`: lines of
-    later steps, which are done again, go. InputError when the workdir cannot be written."""
+    """Appends one JSON line per `write`, on process 0 of a run that resumes from `step`; lines of
+    later steps, which are repeated, are removed. InputError when the workdir cannot be written."""
 
-    def __init__(self, workdir, step: int = 0):
-        self.path = pathlib.Path(workdir) / "metrics.jsonl"
+    def __init__(self, workdir: str | Path, step: int = 0):
+        self.path = Path(workdir) / "metrics.jsonl"
         self.silent = not is_process_zero()
         self.board = None
         if self.silent:
@@ -45,59 +44,48 @@ class MetricWriter:
             self.board = EventFileWriter(str(self.path.parent / "tensorboard"))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Scalars of one step; values are rounded to 8 significant digits in the file, where null
-        is what is not finite."""
+        """Writes the scalars of a step, rounded to 8 significant digits; in the file, null is what
+        is not finite."""
         if self.silent:
             return
         values = {name: float(f"{float(value):.8g}") for name, value in scalars.items()}
-        line = json.dumps(
-            {
-                "step": step,
-                **{name: value if np.isfinite(value) else None for name, value in values.items()},
-            }
-        )
+        finite = {name: x if np.isfinite(x) else None for name, x in values.items()}
         with _writing(self.path), self.path.open("a") as file:
-            file.write(line + "\n")
-            self._show(
-                step, [{"tag": name, "simple_value": value} for name, value in values.items()]
-            )
+            file.write(json.dumps({"step": step, **finite}) + "\n")
+            self._show(step, [{"tag": name, "simple_value": x} for name, x in values.items()])
 
     def write_text(self, name: str, text: str) -> None:
-        """A file of the workdir, anew."""
+        """Writes or replaces a file of the workdir."""
         if self.silent:
             return
         path = self.path.with_name(name)
         with _writing(path):
             path.write_text(text + "\n")
 
-    def _forget(self, step: int) -> None:
-        lines = self.path.read_text().splitlines(keepends=True)
-        if lines and not lines[-1].endswith("\n"):
-            lines.pop()  # its writer was killed
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        new = self.path.with_suffix(".new")
-        with _writing(new):
-            new.write_text("".join(kept))
-            new.replace(self.path)
-
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """A uint8 [H,W,3] picture as `name-STEP.png`, and on the board."""
+        """Writes a uint8 [H,W,3] image as `name-STEP.png`, and to the board."""
         if self.silent:
             return
         from PIL import Image
 
-        file, (height, width, _) = io.BytesIO(), image.shape
+        file = io.BytesIO()
         Image.fromarray(image).save(file, "png")
-        picture = self.path.with_name(f"{name}-{step:06d}.png")
-        with _writing(picture):
-            picture.write_bytes(file.getvalue())
-            image = {
-                "height": height,
-                "width": width,
-                "colorspace": 3,
-                "encoded_image_string": file.getvalue(),
-            }
-            self._show(step, [{"tag": name, "image": image}])
+        path = self.path.with_name(f"{name}-{step:06d}.png")
+        height, width, _ = image.shape
+        with _writing(path):
+            path.write_bytes(file.getvalue())
+            shape = {"height": height, "width": width, "colorspace": 3}
+            shown = shape | {"encoded_image_string": file.getvalue()}
+            self._show(step, [{"tag": name, "image": shown}])
+
+    def _forget(self, step: int) -> None:
+        lines = self.path.read_text().splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()  # its writer was killed
+        new_file = self.path.with_suffix(".new")
+        with _writing(new_file):
+            new_file.write_text("".join(x for x in lines if json.loads(x)["step"] <= step))
+            new_file.replace(self.path)
 
     def _show(self, step: int, values: list[dict]) -> None:
         if self.board is None:
@@ -105,11 +93,6 @@ class MetricWriter:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        self.board.add_event(
-            Event(
-                step=step,
-                wall_time=time.time(),
-                summary=Summary(value=[Summary.Value(**v) for v in values]),
-            )
-        )
+        summary = Summary(value=[Summary.Value(**value) for value in values])
+        self.board.add_event(Event(step=step, wall_time=time.time(), summary=summary))
         self.board.flush()

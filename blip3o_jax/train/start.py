@@ -3,25 +3,29 @@ state -> newest checkpoint, if any."""
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from blip3o_jax import training_checkpoint
 from blip3o_jax.convert.padding import fit_vocabulary
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import require
 from blip3o_jax.kernels.platform import dtype_for
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.parallel.parameters import shardings
 from blip3o_jax.train import steps
-from blip3o_jax.train.config import PARTS, TrainConfig
+from blip3o_jax.train.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
 NAMED = 0.9  # share of the word in the row of an image token that it names
+
+LoadPart = Callable[[str, str], dict]  # (checkpoint, part) -> its parameters
 
 
 def build_model(cfg: TrainConfig) -> Blip3o:
@@ -30,96 +34,92 @@ def build_model(cfg: TrainConfig) -> Blip3o:
     return Blip3o(cfg.blip3o(), jnp.dtype(dtype_for(cfg.dtype)), cfg.remat)
 
 
-def name_tokens(embedding, image_start: int, words):
+def name_tokens(embedding: jax.Array, image_start: int, words: jax.Array) -> jax.Array:
     """embedding [V,D] whose image rows are mostly the rows of the words that name them, and a
-    little of their own: words [codes] holds ids, -1 for a code without one. A text-aligned
-    tokenizer's codes mean words; a transformer that knows so need not find it out."""
+    little of their own; words [codes] holds ids, -1 for a code without one.
+
+    A text-aligned tokenizer's codes mean words, so the transformer need not find that out.
+    """
     rows = jax.lax.dynamic_slice_in_dim(embedding, image_start, len(words))
-    named = jnp.where(
-        (words < 0)[:, None],
-        rows,
-        NAMED * embedding[jnp.maximum(words, 0)] + (1 - NAMED**2) ** 0.5 * rows,
-    )
+    mixed = NAMED * embedding[jnp.maximum(words, 0)] + (1 - NAMED**2) ** 0.5 * rows
+    named = jnp.where((words < 0)[:, None], rows, mixed)
     return jax.lax.dynamic_update_slice_in_dim(embedding, named, image_start, axis=0)
 
 
-def check_init(cfg: TrainConfig) -> None:
-    """InputError when `cfg.init` names a part that the stage does not have."""
-    if unknown := sorted(set(cfg.init) - set(PARTS[cfg.stage])):
-        raise InputError(
-            f"init names {unknown[0]!r}, which stage {cfg.stage!r} does not use; its "
-            f"parts: {', '.join(PARTS[cfg.stage])}."
-        )
-
-
-def encoder_params(cfg: TrainConfig, load_parts: Callable[[str, str], dict]) -> dict:
+def encoder_params(cfg: TrainConfig, load_part: LoadPart) -> dict:
     """The run's `ta_tok` and `dc_ae` as it starts with them, float32 on the host: from `init`, or
     at random from the seed."""
     params = {}
     for part in ("ta_tok", "dc_ae"):
         if part in cfg.init:
-            tree = load_parts(cfg.init[part], part)
+            tree = load_part(cfg.init[part], part)
         else:
             tree = Blip3o(cfg.blip3o()).init(jax.random.key(cfg.seed), (part,))[part]
         params[part] = jax.tree.map(lambda x: np.asarray(x, np.float32), tree)
     return params
 
 
-def initial_params(cfg: TrainConfig, model: Blip3o, load_parts: Callable, mesh, words=None):
-    """Params of the stage's parts on the mesh: those named in `cfg.init` from there, the others at
-    random from the seed.
+def initial_params(
+    cfg: TrainConfig,
+    model: Blip3o,
+    load_part: LoadPart | None,
+    mesh: Mesh,
+    parts: tuple[str, ...] | None = None,
+    words: np.ndarray | None = None,
+) -> dict:
+    """Parameters of `parts`, or of all of the stage, on the mesh: those in `cfg.init` from there,
+    the others at random from the seed.
 
-    `words` [codes] are given with `cfg.named_tokens`, for `name_tokens`.
+    `words` [codes]: what image tokens start as (`name_tokens`).
     """
-    check_init(cfg)
-    fresh = tuple(part for part in PARTS[cfg.stage] if part not in cfg.init)
+    parts = parts or cfg.record.parts
+    fresh = tuple(part for part in parts if part not in cfg.init)
 
-    def make(key):
+    def make(key: jax.Array) -> dict:
         params = model.init(key, fresh)
-        if cfg.named_tokens and "qwen3" in fresh:
+        if words is not None and "qwen3" in fresh:
             table = params["qwen3"]["embed_tokens"]
-            table["embedding"] = name_tokens(
-                table["embedding"], model.config.vocab.image_start_token_id, jnp.asarray(words)
-            )
+            start = model.config.vocab.image_start_token_id
+            table["embedding"] = name_tokens(table["embedding"], start, jnp.asarray(words))
         return params
 
     key = jax.random.key(cfg.seed)
     params = jax.jit(make, out_shardings=shardings(jax.eval_shape(make, key), mesh))(key)
-    expected = model.abstract(tuple(cfg.init))
-    for part, directory in cfg.init.items():
-        loaded = flatten_dict(load_parts(directory, part), sep="/")
+
+    # The other parts, leaf by leaf, with the rows that the mesh adds to the vocabulary.
+    loaded_parts = tuple(part for part in parts if part in cfg.init)
+    expected = model.abstract(loaded_parts)
+    for part in loaded_parts:
+        directory = cfg.init[part]
+        leaves = flatten_dict(load_part(directory, part), sep="/")
         rows = model.config.qwen3.vocab_rows
-        loaded = unflatten_dict(
-            {path: fit_vocabulary(f"{part}/{path}", leaf, rows) for path, leaf in loaded.items()},
-            sep="/",
+        leaves = {path: fit_vocabulary(f"{part}/{path}", x, rows) for path, x in leaves.items()}
+        shapes = {path: x.shape for path, x in flatten_dict(expected[part], sep="/").items()}
+        require(
+            shapes == {path: x.shape for path, x in leaves.items()},
+            f"init.{part}: the weights in {directory} have other shapes than this run's model.",
         )
-        want, got = (
-            jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (expected[part], loaded)
-        )
-        if want != got:
-            raise InputError(
-                f"init.{part}: the weights in {directory} have other shapes than this run's model."
-            )
-        placed = shardings({part: loaded}, mesh)[part]
+        tree = unflatten_dict(leaves, sep="/")
         params[part] = jax.tree.map(
-            lambda x, s: jax.device_put(np.asarray(x, np.float32), s), loaded, placed
+            lambda x, place: jax.device_put(np.asarray(x, np.float32), place),
+            tree,
+            shardings({part: tree}, mesh)[part],
         )
     return params
 
 
-def begin(cfg: TrainConfig, model: Blip3o, mesh, manager, make_params: Callable):
-    """(state, frozen, shardings of the state, what the checkpoint notes): of the newest whole
-    checkpoint, if there is one, else of the params of all parts that `make_params()` gives, at step
-    0 with nothing noted."""
-    check_init(cfg)
+def begin(
+    cfg: TrainConfig, model: Blip3o, mesh: Mesh, manager: Any, make_params: Callable[[], dict]
+) -> tuple[dict, dict, dict, dict]:
+    """(state, frozen, shardings of the state, notes) of the newest whole checkpoint, if there is
+    one, else of the parameters that `make_params()` gives, at step 0 without notes."""
     abstract = jax.eval_shape(
-        lambda: steps.init_state(cfg, model.init(jax.random.key(0), PARTS[cfg.stage]))
+        lambda: steps.init_state(cfg, model.init(jax.random.key(0), cfg.record.parts))
     )
     placed = shardings(abstract, mesh)
     if manager.latest_step() is None:
-        state, frozen = jax.jit(lambda params: steps.init_state(cfg, params), out_shardings=placed)(
-            make_params()
-        )
+        new_state = jax.jit(lambda params: steps.init_state(cfg, params), out_shardings=placed)
+        state, frozen = new_state(make_params())
         return state, frozen, placed[0], {}
     target = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed
@@ -129,8 +129,8 @@ def begin(cfg: TrainConfig, model: Blip3o, mesh, manager, make_params: Callable)
     return state, frozen, placed[0], notes
 
 
-def overview(state, frozen) -> str:
-    """A line a part: parameters and bytes, trained and frozen."""
+def overview(state: dict, frozen: dict) -> str:
+    """A line for each part: parameters and bytes, trained and frozen."""
     lines = [f"{'part':24}{'trained':>16}{'frozen':>16}{'MB':>12}"]
     for part in sorted({*state["params"], *frozen}):
         trees = [jax.tree.leaves(tree.get(part, {})) for tree in (state["params"], frozen)]
@@ -140,12 +140,10 @@ def overview(state, frozen) -> str:
     return "\n".join(lines)
 
 
-def parameters(state, frozen) -> str:
-    """One line per parameter: name, shape, dtype, size, sharding; trained first, then frozen."""
-    tables = (
-        parameter_overview.get_parameter_overview(tree, include_stats="sharding")
-        for tree in (state["params"], frozen)
-    )
-    return "\n".join(
-        f"{title}\n{table}" for title, table in zip(("Trained", "Frozen"), tables, strict=True)
-    )
+def parameters(state: dict, frozen: dict) -> str:
+    """A line for each parameter: name, shape, dtype, size, sharding; trained first, then frozen."""
+    tables = []
+    for title, tree in (("Trained", state["params"]), ("Frozen", frozen)):
+        table = parameter_overview.get_parameter_overview(tree, include_stats="sharding")
+        tables.append(f"{title}\n{table}")
+    return "\n".join(tables)

@@ -1,6 +1,7 @@
 """The training state and one step of it; pure."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +15,9 @@ from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.optimizer import norm
 from blip3o_jax.tree import join, split
 
-LOSSES = {
-    "autoencoder": losses.autoencoder_loss,
-    "tokenizer": losses.tokenizer_loss,
-    "practice": losses.practice_loss,
-    "joint": losses.joint_loss,
-}
 
-
-def init_state(cfg: TrainConfig, params):
-    """Params of all parts of the stage -> (state, frozen).
+def init_state(cfg: TrainConfig, params: dict) -> tuple[dict, dict]:
+    """Parameters of all parts of the stage -> (state, frozen).
 
     The state holds the trained leaves, their average, Adam's moments, the guard's counters and the
     number of steps.
@@ -33,90 +27,102 @@ def init_state(cfg: TrainConfig, params):
         "step": jnp.zeros((), jnp.int32),
         "params": params,
         "opt_state": optimizer.init(params),
+        "guard": guard.init(),
     }
-    state["guard"] = guard.init()
     if cfg.optimizer.ema_decay:
         state["ema"] = jax.tree.map(jnp.copy, params)
     return state, frozen
 
 
-def weights(state, frozen):
-    """The params to use and to keep: the average where there is one, and the frozen rest."""
+def weights(state: dict, frozen: dict) -> dict:
+    """The parameters to use and to keep: the average where there is one, and the frozen rest."""
     return join(frozen, state.get("ema", state["params"]))
 
 
-def gradients(model: Blip3o, cfg: TrainConfig, params, frozen, batch, key, shardings=None):
-    """(gradients of `params`, metrics) of the stage's loss over the batch; in `cfg.accumulate`
-    micro-batches, whose mean is that of the whole. `shardings` of params keep the sum of gradients
-    where the parameters are."""
+def gradients(
+    model: Blip3o,
+    cfg: TrainConfig,
+    params: dict,
+    frozen: dict,
+    batch: losses.Batch,
+    key: jax.Array,
+    shardings: dict | None = None,
+) -> tuple[dict, dict]:
+    """(gradients of `params`, metrics) of the stage's loss over the batch.
 
-    def loss(params, batch, key):
-        return LOSSES[cfg.stage](model, cfg, join(frozen, params), batch, key)
+    With `cfg.accumulate` micro-batches their mean is that of the whole batch; `shardings` of the
+    parameters keep the sum of gradients where the parameters are.
+    """
+
+    def loss(params: dict, batch: losses.Batch, key: jax.Array) -> losses.LossAndMetrics:
+        return cfg.record.loss(model, cfg.section, join(frozen, params), batch, key)
 
     gradient = jax.grad(loss, has_aux=True)
     if cfg.accumulate == 1:
         return gradient(params, batch, key)
 
-    def pinned(tree):
+    def pinned(tree: dict) -> dict:
         return tree if shardings is None else jax.lax.with_sharding_constraint(tree, shardings)
 
-    def micro_step(total, micro):
+    def micro_step(total: dict, micro: tuple) -> tuple[dict, dict]:
         grads, metrics = gradient(params, *micro)
         return pinned(jax.tree.map(jnp.add, total, grads)), metrics
 
-    micro = losses.interleaved(losses.whole_batch(model, cfg, batch, key), cfg.accumulate)
+    # Drawn for the whole batch, so that it does not depend on the micro-batches; what the batch
+    # brings itself is kept.
+    whole = cfg.record.draws(model, cfg.section, batch, key) | batch
+    micro = losses.interleaved(whole, cfg.accumulate)
     zeros = pinned(jax.tree.map(jnp.zeros_like, params))
     total, metrics = jax.lax.scan(micro_step, zeros, (micro, jax.random.split(key, cfg.accumulate)))
     return jax.tree.map(lambda x: x / cfg.accumulate, total), jax.tree.map(jnp.mean, metrics)
 
 
-def advance(cfg: TrainConfig, state, grads, metrics):
+def advance(cfg: TrainConfig, state: dict, grads: dict, metrics: dict) -> tuple[dict, dict]:
     """(state, gradients, metrics of the loss) -> (state, metrics): clipped AdamW update and
     average, unless the guard forbids them."""
+    before, num_steps = state["opt_state"], cfg.num_steps
     norms = {part: norm(tree) for part, tree in grads.items()}
-    whole = norm(norms)
-    good, counters = guard.judge(cfg.guard, state["guard"], state["step"], metrics["loss"], whole)
-    taken = state["opt_state"].count
-    # Moments and parameters are in memory before what reads them, which would else be computed from
-    # what they replace, and that copied.
-    after = materialized(
-        guard.keep(
-            good,
-            optimizer.moments(cfg.optimizer, grads, whole, state["opt_state"]),
-            state["opt_state"],
-        )
-    )
-    params = optax.apply_updates(
-        state["params"], optimizer.updates(cfg.optimizer, cfg.num_steps, after, state["params"])
-    )
+    total = norm(norms)
+    good, counters = guard.judge(cfg.guard, state["guard"], state["step"], metrics["loss"], total)
+
+    # Moments and parameters are materialized before they are read: else they would be computed
+    # from what they replace, and that copied.
+    moments = optimizer.moments(cfg.optimizer, grads, total, before)
+    after = materialized(guard.keep(good, moments, before))
+    updates = optimizer.updates(cfg.optimizer, num_steps, after, state["params"])
+    params = optax.apply_updates(state["params"], updates)
     params = materialized(guard.keep(good, params, state["params"]))
+
     new = {"step": state["step"] + 1, "params": params, "opt_state": after, "guard": counters}
     if "ema" in state:
-        new["ema"] = guard.keep(
-            good,
-            optimizer.update_ema(state["ema"], params, taken, cfg.optimizer.ema_decay),
-            state["ema"],
-        )
-    metrics = metrics | {
-        "learning_rate": optimizer.schedule(cfg.optimizer, cfg.num_steps)(taken),
+        ema = optimizer.update_ema(state["ema"], params, before.count, cfg.optimizer.ema_decay)
+        new["ema"] = guard.keep(good, ema, state["ema"])
+    return new, metrics | {
+        "learning_rate": optimizer.schedule(cfg.optimizer, num_steps)(before.count),
         "skipped": counters["skipped"],
         "skipped_in_a_row": counters["in_a_row"],
         **{f"grad_norm/{part}": value for part, value in norms.items()},
     }
-    return new, metrics
 
 
-def update_ratios(cfg: TrainConfig, state) -> dict[str, jax.Array]:
-    """Of each trained part |last update| / |parameters|, the decay's share being that of the
-    weights after the step."""
-    made = optimizer.updates(cfg.optimizer, cfg.num_steps, state["opt_state"], state["params"])
+def update_ratios(cfg: TrainConfig, state: dict) -> dict[str, jax.Array]:
+    """|last update| / |parameters| of each trained part, the share of weight decay being that of
+    the weights after the step."""
+    updates = optimizer.updates(cfg.optimizer, cfg.num_steps, state["opt_state"], state["params"])
     return {
         f"update_ratio/{part}": norm(tree) / norm(state["params"][part])
-        for part, tree in made.items()
+        for part, tree in updates.items()
     }
 
 
-def train_step(model: Blip3o, cfg: TrainConfig, state, frozen, batch, shardings=None):
+def train_step(
+    model: Blip3o,
+    cfg: TrainConfig,
+    state: dict,
+    frozen: dict,
+    batch: losses.Batch,
+    shardings: dict | None = None,
+) -> tuple[dict, dict]:
     """(state, batch) -> (state, metrics).
 
     Randomness is a function of (seed, step); `shardings` are the state's, as in `compile_step`.
@@ -126,7 +132,7 @@ def train_step(model: Blip3o, cfg: TrainConfig, state, frozen, batch, shardings=
     return advance(cfg, state, *gradients(model, cfg, state["params"], frozen, batch, key, placed))
 
 
-def compile_step(model: Blip3o, cfg: TrainConfig, state_shardings):
+def compile_step(model: Blip3o, cfg: TrainConfig, state_shardings: dict | None) -> Callable:
     """The jitted step: the state is donated and comes back where it was."""
     step = functools.partial(train_step, model, cfg, shardings=state_shardings)
     return jit(step, donate_argnums=0, out_shardings=(state_shardings, None))

@@ -6,6 +6,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 
@@ -37,7 +38,7 @@ def watch() -> Iterator[Callable[[int], bool]]:
         return
     asked = threading.Event()
 
-    def note(number, frame):
+    def note(number: int, frame: Any) -> None:
         log.info("%s: the run ends after this step.", signal.Signals(number).name)
         asked.set()
 

@@ -9,10 +9,11 @@ from tiny import SMALL
 from blip3o_jax.checkpoints import load_part
 from blip3o_jax.cli import main
 from blip3o_jax.data import cache, feed
-from blip3o_jax.jobs.train import open_feed, read_config
-from blip3o_jax.train import loop, losses
-from blip3o_jax.train.config import PARTS
-from blip3o_jax.train.start import encoder_params
+from blip3o_jax.jobs.train import open_feed
+from blip3o_jax.train import losses
+from blip3o_jax.train.read_config import read_config
+from blip3o_jax.train.stages import WHOLE
+from blip3o_jax.train.start import build_model, encoder_params
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def folder(tmp_path_factory, made):
         "model": SMALL,
         "batch_size": 8,
         "num_steps": 2,
-        "trainable_sana": "all",
+        "joint": {"trainable_sana": "all"},
         "mesh": {"data": 8},
         "data": data,
     }
@@ -98,9 +99,9 @@ def test_the_folder_holds_every_record_in_its_place(folder):
 
 def test_a_step_from_the_cache_is_the_step_from_the_images(folder, tokenizer):
     plain, cached = config(folder), config(folder, f"data.cache={folder / 'cache'}")
-    model = loop.build_model(plain)
-    params = jax.jit(lambda key: model.init(key, PARTS["joint"]))(jax.random.key(plain.seed))
-    loss = jax.jit(functools.partial(losses.joint_loss, model, plain))
+    model = build_model(plain)
+    params = jax.jit(lambda key: model.init(key, WHOLE))(jax.random.key(plain.seed))
+    loss = jax.jit(functools.partial(losses.joint_loss, model, plain.joint))
     sheets = []
     for step, (a, b) in enumerate(
         zip(batches(plain, tokenizer, 5), batches(cached, tokenizer, 5), strict=True)
@@ -119,10 +120,10 @@ def test_a_step_from_the_cache_is_the_step_from_the_images(folder, tokenizer):
 
 def test_a_step_from_the_cache_has_no_image_encoder(folder, tokenizer):
     cfg = config(folder, f"data.cache={folder / 'cache'}")
-    model = loop.build_model(cfg)
-    abstract = model.abstract(PARTS["joint"])
+    model = build_model(cfg)
+    abstract = model.abstract(WHOLE)
     batch = batches(cfg, tokenizer, 1)[0]
-    lowered = jax.jit(functools.partial(losses.joint_loss, model, cfg)).lower(
+    lowered = jax.jit(functools.partial(losses.joint_loss, model, cfg.joint)).lower(
         abstract, batch, jax.random.key(0)
     )
     kept = lowered._lowering.compile_args["kept_var_idx"]
@@ -266,7 +267,8 @@ def test_what_the_job_refuses(folder, tmp_path, capsys):
     assert "--batch-size 3 is not divisible by the 8 devices" in sentence(
         capsys, [*argv, new, "--batch-size", "3"]
     )
-    assert "names no data.sources" in sentence(capsys, [*argv, new, "--config.data.sources=[]"])
+    none = ("--config.data.sources=[]", "--config.data.heldout=64")
+    assert "names no data.sources" in sentence(capsys, [*argv, new, *none])
     assert not (tmp_path / "x").exists()
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "thesis.txt").write_text("years of work")

@@ -217,10 +217,16 @@ PLAIN, WEIGHTED = '{"kind": "jsonl", "path": "a"}', '{"kind": "jsonl", "path": "
         (["check", "--out", "x", "--config.data.crop=random"], "'shared' or 'original'"),
         (
             ["check", "--out", "x", "--config.stage=autoencoder"],
-            "which stage 'autoencoder' does not read",
+            "data.sources has no effect in stage 'autoencoder'",
         ),
         (
-            ["check", "--out", "x", "--config.loss.stochastic_codes=true", "--config.data.cache=c"],
+            [
+                "check",
+                "--out",
+                "x",
+                "--config.joint.stochastic_codes=true",
+                "--config.data.cache=c",
+            ],
             "stochastic_codes must be false",
         ),
         (

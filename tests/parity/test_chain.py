@@ -17,7 +17,7 @@ from blip3o_jax.presets import preset
 from blip3o_jax.resources import ASSETS
 from blip3o_jax.sample import decode, flow, generate
 from blip3o_jax.train import losses, optimizer
-from blip3o_jax.train.config import LossConfig, OptimizerConfig, TrainConfig
+from blip3o_jax.train.config import JointConfig, OptimizerConfig
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
@@ -176,7 +176,7 @@ def training(sides):
 
     model, params, ref = sides
     cfg, vocab, n = model.config, model.config.vocab, model.config.ta_tok.num_tokens
-    run = TrainConfig(stage="joint", trainable_sana="all", loss=LossConfig(condition_dropout=0.0))
+    joint = JointConfig(trainable_sana="all", condition_dropout=0.0)
     rng, length = np.random.default_rng(3), 12 + n + 3
     tokens = np.full((2, length), vocab.pad_token_id, np.int32)
     start = np.array([11, 7], np.int32)
@@ -194,7 +194,7 @@ def training(sides):
     trained = {part: params[part] for part in ("qwen3", "diffusion_connector", "sana")}
 
     def loss(trained):
-        return losses.joint_loss(model, run, {**params, **trained}, batch, key)
+        return losses.joint_loss(model, joint, {**params, **trained}, batch, key)
 
     (value, metrics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(trained)
 

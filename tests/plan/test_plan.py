@@ -12,7 +12,6 @@ from blip3o_jax import flops
 from blip3o_jax.chips import Chip, parse_topology
 from blip3o_jax.cli import build_parser, main
 from blip3o_jax.errors import InputError
-from blip3o_jax.jobs.train import read_config
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.parallel.batches import check_batch
 from blip3o_jax.parallel.mesh import AXES, make_mesh, mesh_shape
@@ -21,6 +20,7 @@ from blip3o_jax.plan import estimate, programs
 from blip3o_jax.presets import preset
 from blip3o_jax.resources import CONFIGS
 from blip3o_jax.train.config import TrainConfig
+from blip3o_jax.train.read_config import read_config
 
 SMALL = {"qwen3.num_hidden_layers": 1, "sana.num_layers": 1, "ta_tok.encoder.num_hidden_layers": 1}
 CHIP = Chip("", 0, 16)

@@ -51,7 +51,7 @@ def train(workdir: pathlib.Path) -> None:
             for name, x in rows_at(step).items()
         }
 
-    loop.run(cfg, workdir, from_step(mine), rows_at(10**6), load_parts=None)
+    loop.run(cfg, workdir, loop.supervised(cfg, from_step(mine), rows_at(10**6), None))
 
 
 def process(workdir: pathlib.Path, index: int, count: int, port: int) -> None:
@@ -166,7 +166,7 @@ def resumed(workdir: pathlib.Path) -> int | None:
     log = (workdir / "log.0").read_text() if (workdir / "log.0").exists() else ""
     if found := re.search(r"Resumed at step (\d+)", log):
         return int(found[1])
-    return 0 if "Stage practice" in log else None
+    return 0 if "Stage pretrain_ar" in log else None
 
 
 def compare(*workdirs: pathlib.Path) -> None:

@@ -1,13 +1,20 @@
+import dataclasses
+import json
+import re
+
 import pytest
 
 from blip3o_jax.cli import main
 from blip3o_jax.errors import InputError
-from blip3o_jax.jobs.train import REFERENCE_QUIRKS, open_workdir, read_config
-from blip3o_jax.resources import CONFIGS
-from blip3o_jax.train.config import TrainConfig, from_dict
+from blip3o_jax.jobs.train import REFERENCE_QUIRKS
+from blip3o_jax.resources import shipped_configs
+from blip3o_jax.train.config import JointConfig, TrainConfig
+from blip3o_jax.train.read_config import RENAMED_KEYS, from_dict, read_config, saved_config
+from blip3o_jax.train.stages import STAGES
+from blip3o_jax.train.workdir import open_workdir
 
 
-@pytest.mark.parametrize("name", sorted(file.stem for file in CONFIGS.glob("*.py")))
+@pytest.mark.parametrize("name", list(shipped_configs()))
 def test_every_shipped_config_is_valid(name):
     cfg = read_config(name, [])
     assert cfg.blip3o().name == cfg.preset
@@ -72,13 +79,14 @@ def test_missing_key_and_integer_for_float():
     ],
 )
 def test_what_each_stage_trains(stage, sana, path, trained):
-    assert TrainConfig(stage=stage, trainable_sana=sana).trainable(path) is trained
+    joint = JointConfig(trainable_sana=sana) if stage == "joint" else None
+    assert TrainConfig(stage=stage, joint=joint).trainable(path) is trained
 
 
 def test_reference_quirks_are_those_of_the_specification():
-    loss = read_config("emoji_joint", REFERENCE_QUIRKS).loss
+    loss = read_config("emoji_joint", REFERENCE_QUIRKS).joint
     assert (loss.last_slice, loss.stochastic_codes) == (True, True)
-    plain = read_config("emoji_joint", []).loss
+    plain = read_config("emoji_joint", []).joint
     assert (plain.last_slice, plain.stochastic_codes) == (False, False)
 
 
@@ -111,3 +119,72 @@ def test_a_topology_chooses_among_pods_and_is_refused_where_there_are_none():
         InputError, match="emoji_joint is the same on all topologies; leave ':v5e:4x4' out"
     ):
         read_config("emoji_joint:v5e:4x4", [])
+
+
+OLD_NAMES = [
+    ("trainable_sana", "all", "joint", "trainable_sana"),
+    ("loss.condition_dropout", 0.2, "joint", "condition_dropout"),
+    ("loss.flow_weight", 2.0, "joint", "flow_weight"),
+    ("loss.last_slice", True, "joint", "last_slice"),
+    ("loss.stochastic_codes", True, "joint", "stochastic_codes"),
+    ("loss.ce_chunk", 2, "joint", "ce_chunk"),
+    ("loss.latent_noise", 0.5, "autoencoder", "latent_noise"),
+    ("named_tokens", True, "pretrain_ar", "named_tokens"),
+]
+
+
+@pytest.mark.parametrize(("old", "value", "stage", "new"), OLD_NAMES, ids=lambda x: str(x))
+def test_keys_of_version_0_1_work_and_say_their_new_names(old, value, stage, new, caplog):
+    names = {"joint": "emoji_joint", "autoencoder": "emoji_autoencoder"}
+    cfg = read_config(names.get(stage, "emoji_sketch"), [f"--config.{old}={json.dumps(value)}"])
+    assert getattr(cfg.section, new) == value
+    assert f"Config: {old} is now called {stage}.{new}." in caplog.messages
+
+
+def test_every_old_key_is_tried():
+    assert {old for old, *_ in OLD_NAMES} == set(RENAMED_KEYS)
+
+
+def test_the_stage_of_version_0_1_works_and_says_its_new_name(caplog):
+    cfg = read_config("emoji_recital", ["--config.stage=practice"])
+    assert (cfg.stage, cfg.record.rows) == ("pretrain_ar", "exercises")
+    assert "Config: stage 'practice' is now called 'pretrain_ar'." in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("config", "override", "sentence"),
+    [
+        ("emoji_joint", "grpo.beta=0.1", "grpo.beta has no effect in stage 'joint'"),
+        ("emoji_joint", "autoencoder.latent_noise=1", "autoencoder.latent_noise has no effect"),
+        ("emoji_joint", "joint.latent_noise=1", "Unknown config key 'joint.latent_noise'"),
+        ("emoji_joint", 'data.exercises={"recital": 1}', "data.exercises has no effect in stage"),
+        ("emoji_joint", "data.max_bad_fraction=0.5", "has no effect without data.sources"),
+        ("emoji_autoencoder", "data.row_length=8", "data.row_length has no effect in stage"),
+        ("emoji_autoencoder", "remat=full", "remat has no effect in stage 'autoencoder'"),
+        ("emoji_grpo", "accumulate=2", "accumulate has no effect in stage 'grpo'"),
+        ("pretrain_3b", "data.num_train=5", "data.num_train has no effect beside data.sources"),
+    ],
+)
+def test_a_key_without_effect_is_refused(config, override, sentence):
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        read_config(config, [f"--config.{override}"])
+
+
+def test_one_checkpoint_may_start_all_parts():
+    cfg = read_config("pretrain_3b", [])
+    assert cfg.init == dict.fromkeys(STAGES["joint"].parts, "jax-3b")
+    other = read_config("pretrain_3b", ["--config.init.sana=sana"])
+    assert other.init == {**cfg.init, "sana": "sana"}
+
+
+def test_a_workdir_of_version_0_1_is_that_of_the_same_run():
+    """Its config.json has the keys of all stages, also those without an effect."""
+    cfg = read_config("emoji_recital", [])
+    saved = dataclasses.asdict(cfg)
+    section = saved.pop("pretrain_ar")
+    for stage in STAGES:
+        saved.pop(stage, None)
+    saved |= {"stage": "practice", "named_tokens": section["named_tokens"]}
+    saved |= {"trainable_sana": "captions", "grpo": {"beta": 0.001, "num_generations": 16}}
+    saved["loss"] = {"condition_dropout": 0.1, "ce_chunk": 0, "latent_noise": 0.0}
+    assert saved_config(saved) == cfg

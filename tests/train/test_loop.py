@@ -42,16 +42,15 @@ def train(cfg, workdir, batch_of=None):
     """(losses of all steps, weights) of a run of the tiny model."""
     batch_of = batch_of or (batch_at if cfg.stage == "joint" else rows_at)
     workdir.mkdir(exist_ok=True)
-    loop.run(
-        cfg,
-        workdir,
-        from_step(batch_of),
-        batch_at(10**6) if cfg.stage == "joint" else rows_at(10**6),
+    heldout = batch_at(10**6) if cfg.stage == "joint" else rows_at(10**6)
+
+    def load_part(name: str, part: str) -> dict:
         # `init` of all parts would compile for a minute, and `equal_meshes` has it
-        load_parts=lambda _, part: random_params(cfg.blip3o())[part],
-    )
+        return random_params(cfg.blip3o())[part]
+
+    loop.run(cfg, workdir, loop.supervised(cfg, from_step(batch_of), heldout, load_part))
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    weights = checkpoints.open(workdir).load(("qwen3",) if cfg.stage == "practice" else None)
+    weights = checkpoints.open(workdir).load(("qwen3",) if cfg.stage == "pretrain_ar" else None)
     return [row["loss"] for row in rows if "loss" in row], weights
 
 

@@ -9,8 +9,9 @@ from blip3o_jax.config import replace
 from blip3o_jax.convert.random_weights import random_params
 from blip3o_jax.models.blip3o import Blip3o, write_codes
 from blip3o_jax.presets import preset
-from blip3o_jax.train import losses
-from blip3o_jax.train.config import LossConfig, TrainConfig
+from blip3o_jax.train import losses, steps
+from blip3o_jax.train.config import JointConfig, TokenizerConfig, TrainConfig
+from blip3o_jax.tree import split
 
 N = 4  # codes of an image of 16 x 16
 
@@ -38,9 +39,7 @@ def joint():
 def compiled(joint, condition_dropout=0.0, **changes):
     """(params, batch) -> the joint loss under a config."""
     model = joint[0]
-    cfg = TrainConfig(
-        stage="joint", loss=LossConfig(condition_dropout=condition_dropout, **changes)
-    )
+    cfg = JointConfig(condition_dropout=condition_dropout, **changes)
     return jax.jit(
         lambda params, batch: losses.joint_loss(model, cfg, params, batch, jax.random.key(1))
     )
@@ -118,9 +117,40 @@ def test_dropping_every_condition_cuts_the_transformer_off(joint):
     assert norms["diffusion_connector"] > 0
 
 
+def test_draws_that_a_batch_brings_are_kept_also_by_micro_batches(joint):
+    """The gradient of the connector, which all three of them reach; keys differ, so that what is
+    drawn again would show."""
+    model, params, batch = joint
+    trained, frozen = split(params, lambda path: path.startswith("diffusion_connector/"))
+    draws = {
+        "sigma": jnp.array([0.2, 0.9, 0.5, 0.7]),
+        "noise": jax.random.normal(jax.random.key(5), (4, 2, 2, 16)),
+        "dropped": jnp.array([True, False, False, True]),
+    }
+
+    def gradient(accumulate, key, **changes):
+        section = JointConfig(condition_dropout=0.5)
+        cfg = TrainConfig(stage="joint", batch_size=4, accumulate=accumulate, joint=section)
+        grads, metrics = jax.jit(
+            lambda batch, key: steps.gradients(model, cfg, trained, frozen, batch, key)
+        )({**batch, **draws, **changes}, jax.random.key(key))
+        return np.asarray(grads["diffusion_connector"]["linear_1"]["kernel"]), metrics["flow"]
+
+    whole, flow = gradient(1, 1)
+    micro, flow_micro = gradient(2, 2)
+    scale = np.abs(whole).max()
+    np.testing.assert_allclose(micro, whole, atol=1e-5 * scale)
+    np.testing.assert_allclose(flow_micro, flow, rtol=1e-5)
+    # Each of the three is used.
+    for change in ({"sigma": draws["sigma"][::-1]}, {"noise": -draws["noise"]}):
+        assert np.abs(gradient(2, 2, **change)[0] - whole).max() > 0.01 * scale
+    none = gradient(2, 2, dropped=jnp.ones(4, bool))[0]
+    assert np.abs(none).max() == 0  # a condition of zeros has no kernel
+
+
 def test_tokenizer_loss_is_small_only_for_the_right_words(joint):
     model, params, batch = joint
-    images, cfg = batch["images"], TrainConfig(stage="tokenizer")
+    images, cfg = batch["images"], TokenizerConfig()
     encode = jax.jit(
         lambda images: model.ta_tok.apply(
             {"params": params["ta_tok"]}, losses.to_unit(images), method="encode"

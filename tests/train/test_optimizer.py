@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from blip3o_jax.train import optimizer, steps
-from blip3o_jax.train.config import OptimizerConfig, TrainConfig
+from blip3o_jax.train.config import JointConfig, OptimizerConfig, TrainConfig
 from blip3o_jax.train.optimizer import norm
 
 
@@ -82,7 +82,11 @@ def test_steps_are_those_of_optax(tree, clip_norm):
 def test_a_step_writes_the_state_where_it_lies():
     """Parameters, moments and average are donated; a copy of any of them would be as large as the
     kernel."""
-    cfg = TrainConfig(stage="joint", trainable_sana="all", optimizer=OptimizerConfig(ema_decay=0.9))
+    cfg = TrainConfig(
+        stage="joint",
+        joint=JointConfig(trainable_sana="all"),
+        optimizer=OptimizerConfig(ema_decay=0.9),
+    )
     params = {"sana": {"kernel": jnp.ones((4, 64, 128))}}
     state, _ = steps.init_state(cfg, params)
     step = (

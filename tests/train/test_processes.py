@@ -23,10 +23,10 @@ HERE = Path(__file__).parent
 
 @pytest.fixture
 def command(tmp_path):
-    """The command line of a practice run on the tiny model."""
+    """The command line of a run on the tiny model."""
     cfg = practice()
     values = {
-        "stage": "practice",
+        "stage": "pretrain_ar",
         "model": cfg.model,
         "batch_size": 8,
         "num_steps": 100,

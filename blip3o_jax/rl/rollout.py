@@ -1,0 +1,113 @@
+"""The run that GRPO gives to the training loop: a batch is a rollout, drawn by the present weights
+and rewarded on the host."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from blip3o_jax.parallel.batches import put_batch
+from blip3o_jax.parallel.mesh import make_mesh
+from blip3o_jax.pixels import contact_sheet
+from blip3o_jax.rl import grpo
+from blip3o_jax.sample import generate, programs
+from blip3o_jax.sample.settings import Settings
+from blip3o_jax.text import Text, row_length
+from blip3o_jax.train import start
+from blip3o_jax.train.config import TrainConfig
+from blip3o_jax.train.loop import Run
+
+# (images uint8 [B,H,W,3], what was asked for) -> (rewards [B], numbers to log)
+Reward = Callable[[np.ndarray, list[dict]], tuple[np.ndarray, dict[str, float]]]
+
+SEEDS = 1_000_003  # between those of two updates' rollouts
+
+
+def reinforced(
+    cfg: TrainConfig,
+    prompts: Callable[[int], list[dict]],
+    heldout: list[dict],
+    text: Text,
+    reward: Reward,
+    load_part: start.LoadPart,
+) -> Run:
+    """The run of stage `grpo`.
+
+    `prompts(step)` are the metadata (with their "prompt") of the update after that step,
+    batch_size / num_generations of them; `heldout` those that are drawn at every evaluation,
+    batch_size at most. The time of rollouts and rewards counts as waiting for data.
+    """
+    mesh, model = make_mesh(cfg.mesh), start.build_model(cfg)
+    group = cfg.grpo.num_generations
+    draw = programs.text_to_image(model)
+    show = asdict(Settings(num_inference_steps=20))
+    # Drawn from the whole distribution, as the loss sees it.
+    names = ("num_inference_steps", "temperature", "guidance_scale")
+    rollout = show | {name: getattr(cfg.grpo, name) for name in names} | {"top_k": 0, "top_p": 1.0}
+
+    def inputs(metadata: list[dict], seed: int) -> tuple:
+        """A full batch for as many metadata as there are; the first fills what is missing."""
+        missing = cfg.batch_size - len(metadata)
+        rows = [m["prompt"] for m in metadata + metadata[:1] * missing]
+        keys = [generate.sample_key(seed, prompt, i) for i, prompt in enumerate(rows)]
+        encoded = text.encode_prompts(rows, text.max_prompt_tokens)
+        return put_batch((*encoded, np.array(keys, np.uint32)), mesh)
+
+    def batch(now: int, params: dict) -> tuple[dict, dict[str, float]]:
+        # A prompt that comes again is drawn with other keys.
+        began = time.perf_counter()
+        metadata = [m for m in prompts(now - 1) for _ in range(group)]
+        asked = inputs(metadata, cfg.seed + SEEDS * now)
+        drawn = jax.device_get(draw(params, *asked, **rollout))
+        rollout_s = time.perf_counter() - began
+
+        began = time.perf_counter()
+        rewards, numbers = reward(drawn["images"], metadata)
+        reward_s = time.perf_counter() - began
+
+        ids = [text.encode_prompt(m["prompt"]) for m in metadata]
+        length = cfg.data.row_length or row_length(model.config)
+        tokens, starts = text.training_rows(ids, drawn["tokens"], length)
+        arrays = {
+            "tokens": tokens,
+            "start": starts,
+            "logprobs": drawn["logprobs"],
+            "advantages": np.asarray(grpo.advantages(rewards, group)),
+        }
+        spread = np.mean(np.std(rewards.reshape(-1, group), axis=1))
+        numbers = {"reward": float(rewards.mean()), "reward_std": float(spread), **numbers}
+        return put_batch(arrays, mesh), numbers | {"rollout_s": rollout_s, "reward_s": reward_s}
+
+    def compiled(state: dict, frozen: dict, batch: dict, shardings: dict) -> Callable:
+        # The policy at the run's start, which a later state no longer holds.
+        if int(state["step"]) == 0:
+            reference = jax.tree.map(jnp.copy, state["params"]["qwen3"])
+        else:
+            reference = start.initial_params(cfg, model, load_part, mesh, ("qwen3",))["qwen3"]
+        update = grpo.compile_update(model, cfg, shardings).lower(state, reference, batch).compile()
+
+        def step(state: dict, frozen: dict, batch: dict) -> tuple[dict, dict]:
+            began = time.perf_counter()
+            state, metrics = update(state, reference, batch)
+            jax.block_until_ready(metrics)
+            return state, metrics | {"update_s": time.perf_counter() - began}
+
+        return step
+
+    def evaluate(params: dict) -> tuple[dict[str, float], np.ndarray]:
+        images = np.asarray(draw(params, *inputs(heldout, cfg.seed), **show)["images"])
+        images = images[: len(heldout)]
+        numbers = reward(images, heldout)[1]
+        return {f"heldout/{name}": value for name, value in numbers.items()}, contact_sheet(images)
+
+    return Run(
+        model=model,
+        mesh=mesh,
+        params=lambda: start.initial_params(cfg, model, load_part, mesh),
+        batches=lambda step: batch,
+        compile=compiled,
+        evaluate=evaluate,
+    )

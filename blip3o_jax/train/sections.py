@@ -1,0 +1,117 @@
+"""Sections of a run's config: those of every run, and one for each stage.
+
+A run has the section of its own stage and no other, so that every key that is set has an effect.
+"""
+
+from dataclasses import dataclass, field
+
+from blip3o_jax.errors import require
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up, cosine decay, clipping and averaged weights (docs/model.md §6.2)."""
+
+    learning_rate: float = 5e-5
+    final_learning_rate: float = 1e-5
+    warmup_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0  # 0 turns clipping off
+    ema_decay: float = 0.0  # 0 turns the average off
+    # part -> factor of its learning rate, e.g. {"sana": 0.1}
+    part_learning_rates: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        decay = self.ema_decay
+        require(0 <= decay < 1, f"optimizer.ema_decay is in [0, 1), not {decay}.")
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """Steps that are skipped and counted: not finite, or a gradient spike (train.guard)."""
+
+    spike: float = 0.0  # gradient norm over its running average; 0 accepts every finite one
+    max_skipped: int = 10  # skipped steps in a row that stop the run
+
+    def __post_init__(self):
+        spike, longest = self.spike, self.max_skipped
+        require(spike == 0 or spike > 1, f"guard.spike is above 1, or 0 for none, not {spike}.")
+        require(longest >= 1, f"guard.max_skipped is at least 1, not {longest}.")
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """The steps that `jax.profiler` records to WORKDIR/profile: `steps` of them, from `start`."""
+
+    start: int = 10
+    steps: int = 0  # 0 turns it off
+
+    def __post_init__(self):
+        require(self.start >= 1, f"profile.start is at least 1, not {self.start}.")
+        require(self.steps >= 0, f"profile.steps is at least 0, not {self.steps}.")
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Reconstruction of images through the latents."""
+
+    latent_noise: float = 0.0  # noise on latents, in units of their standard deviation
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Codes that name what their patches show."""
+
+    commitment: float = 0.25  # weight of SimVQ's commitment loss
+
+
+@dataclass(frozen=True)
+class PretrainArConfig:
+    """The transformer alone, on rows of tokens (data.exercises)."""
+
+    # image tokens of a new transformer start as the words that name them (the embedded world's)
+    named_tokens: bool = False
+    ce_chunk: int = 0  # rows of logits in memory at once, 0 for all
+
+
+@dataclass(frozen=True)
+class JointConfig:
+    """Cross-entropy of the transformer and velocity loss of the diffusion part."""
+
+    # or "all": for a diffusion transformer without pretrained weights (docs/model.md §6.1)
+    trainable_sana: str = "captions"
+    condition_dropout: float = 0.1  # whole samples whose condition is zeroed before the connector
+    flow_weight: float = 1.0  # weight of the velocity loss; that of the cross-entropy is 1
+    # as the PyTorch code: condition on the row's last positions, sample the tokenizer's codes
+    # (docs/model.md §6.6 no. 1 and 2)
+    last_slice: bool = False
+    stochastic_codes: bool = False
+    ce_chunk: int = 0  # rows of logits in memory at once, 0 for all
+
+    def __post_init__(self):
+        sana, dropout = self.trainable_sana, self.condition_dropout
+        is_known = sana in ("captions", "all")
+        require(is_known, f"joint.trainable_sana is 'captions' or 'all', not {sana!r}.")
+        require(0 <= dropout < 1, f"joint.condition_dropout is in [0, 1), not {dropout}.")
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """Group-relative policy optimisation (docs/model.md §7): an update takes `batch_size` images,
+    `num_generations` of each prompt."""
+
+    num_generations: int = 16
+    temperature: float = 1.0
+    num_inference_steps: int = 30
+    guidance_scale: float | None = 2.0  # None: rendered without guidance, at half the cost
+    beta: float = 0.001  # weight of the divergence from the first policy; 0 saves a forward pass
+    epsilon: float = 0.2
+    strict: float = 0.0  # share of the strict verdict in the reward; the rest is the dense score
+
+    def __post_init__(self):
+        require(0 <= self.strict <= 1, f"grpo.strict is in [0, 1], not {self.strict}.")
+        require(self.beta >= 0, f"grpo.beta is at least 0, not {self.beta}.")
+        require(self.temperature > 0, f"grpo.temperature is above 0, not {self.temperature}.")

@@ -1,0 +1,156 @@
+"""The stages of training, a record of each: all that depends on the stage of a run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from blip3o_jax import flops
+from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.data.config import DataConfig
+from blip3o_jax.text import row_length
+from blip3o_jax.train import evaluation, losses, sections
+
+WHOLE = ("qwen3", "diffusion_connector", "sana", "ta_tok", "dc_ae")
+
+# Fields of DataConfig: of prompts, of the embedded world's scenes, and of the sources that replace
+# it.
+PROMPTS = ("weights", "extra", "named_ground")
+WORLD = ("data_dir", "num_train", "seed", "text_fraction", *PROMPTS)
+MIXTURE = ("sources", "heldout", "crop", "long_captions", "max_bad_fraction", "cache")
+TEXT = ("row_length", "tokenizer")
+
+Shapes = dict[str, jax.ShapeDtypeStruct]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage; in its functions `cfg` is the run's section of it and `model` the Blip3o, or its
+    config where nothing is computed.
+
+    A stage of another job than `train` brings its own loss and batches (rl.rollout).
+    """
+
+    parts: tuple[str, ...]  # that a run holds
+    trained: tuple[str, ...]  # of which something is trained
+    section: type  # its own keys of the config
+    data: tuple[str, ...]  # the fields of DataConfig that it reads
+    job: str = "train"  # the command that runs it
+    rows: str = ""  # what its batches hold (data.feed.ROWS)
+    # (model, cfg, params, batch, key) -> (loss, metrics)
+    loss: Callable[..., losses.LossAndMetrics] | None = None
+    # (model, cfg, batch, key) -> what the loss needs of the whole batch, row by row
+    draws: Callable[..., losses.Batch] = lambda model, cfg, batch, key: {}
+    # (model, cfg, mesh) -> a function of (params, held-out batch)
+    evaluate: Callable[..., evaluation.Evaluate] | None = None
+    # (model, data, rows) -> the arrays of a batch
+    batch: Callable[[Blip3oConfig, DataConfig, int], Shapes] | None = None
+    # (model, cfg, batch) -> FLOPs of a step; None where they are not counted
+    flops: Callable[[Blip3oConfig, Any, dict], int | None] = lambda model, cfg, batch: None
+    # (cfg, path in a trained part) -> whether the parameter is trained (docs/model.md §6.1)
+    trainable: Callable[[Any, str], bool] = lambda cfg, path: True
+
+
+def _rows(count: int, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((count, *shape), dtype)
+
+
+def _images(model: Blip3oConfig, data: DataConfig, rows: int) -> Shapes:
+    return {"images": _rows(rows, model.image_size, model.image_size, 3, dtype=jnp.uint8)}
+
+
+def _patches(model: Blip3oConfig, data: DataConfig, rows: int) -> Shapes:
+    grid = model.ta_tok.grid
+    return _images(model, data, rows) | {"patches": _rows(rows, grid, grid)}
+
+
+def _exercises(model: Blip3oConfig, data: DataConfig, rows: int) -> Shapes:
+    ids = _rows(rows, data.row_length)
+    weights = _rows(rows, data.row_length, dtype=jnp.float32)
+    return {"tokens": ids, "positions": ids, "weights": weights}
+
+
+def _captions(model: Blip3oConfig, data: DataConfig, rows: int) -> Shapes:
+    if data.cache:
+        side, channels = model.sana.sample_size, model.sana.in_channels
+        latents = _rows(rows, side, side, channels, dtype=jnp.float32)
+        arrays = {"codes": _rows(rows, model.ta_tok.num_tokens), "latents": latents}
+    else:
+        arrays = _images(model, data, rows)
+        if data.crop == "original":
+            side = model.ta_tok.encoder.image_size
+            arrays["view"] = _rows(rows, side, side, 3, dtype=jnp.uint8)
+    length = data.row_length or row_length(model)
+    return arrays | {"tokens": _rows(rows, length), "start": _rows(rows)}
+
+
+def _joint_flops(model: Blip3oConfig, cfg: sections.JointConfig, batch: dict) -> int:
+    """Counts the encoders, unless the batch comes from a cache."""
+    rows, length = batch["tokens"].shape
+    codes = flops.ta_tok_encode(model.ta_tok, rows)
+    latents = flops.dc_ae_encode(model.dc_ae, rows, model.sana.sample_size)
+    encoders = codes + latents if "latents" in batch else 0
+    return flops.joint_step(model, rows, length, cfg.trainable_sana == "all") - encoders
+
+
+def _joint_trainable(cfg: sections.JointConfig, path: str) -> bool:
+    return not path.startswith("sana/") or cfg.trainable_sana == "all" or "caption" in path
+
+
+STAGES = {
+    "autoencoder": Stage(
+        parts=("dc_ae",),
+        trained=("dc_ae",),
+        section=sections.AutoencoderConfig,
+        data=("reader_threads", *WORLD),
+        rows="patches",
+        loss=losses.autoencoder_loss,
+        draws=losses.autoencoder_draws,
+        evaluate=evaluation.autoencoder,
+        batch=_images,
+    ),
+    "tokenizer": Stage(
+        parts=("ta_tok",),
+        trained=("ta_tok",),
+        section=sections.TokenizerConfig,
+        data=("reader_threads", *WORLD),
+        rows="patches",
+        loss=losses.tokenizer_loss,
+        evaluate=evaluation.tokenizer,
+        batch=_patches,
+        trainable=lambda cfg, path: not path.endswith("regularizer/embedding"),
+    ),
+    "pretrain_ar": Stage(
+        parts=("qwen3",),
+        trained=("qwen3",),
+        section=sections.PretrainArConfig,
+        data=("exercises", "reader_threads", *TEXT, *PROMPTS),
+        rows="exercises",
+        loss=losses.pretrain_ar_loss,
+        draws=losses.pretrain_ar_draws,
+        evaluate=evaluation.pretrain_ar,
+        batch=_exercises,
+    ),
+    "joint": Stage(
+        parts=WHOLE,
+        trained=("qwen3", "diffusion_connector", "sana"),
+        section=sections.JointConfig,
+        data=("reader_threads", *TEXT, *WORLD, *MIXTURE),
+        rows="captions",
+        loss=losses.joint_loss,
+        draws=losses.joint_draws,
+        evaluate=evaluation.joint,
+        batch=_captions,
+        flops=_joint_flops,
+        trainable=_joint_trainable,
+    ),
+    "grpo": Stage(
+        parts=WHOLE,
+        trained=("qwen3",),
+        section=sections.GrpoConfig,
+        data=("seed", *TEXT, *PROMPTS),
+        job="grpo",
+    ),
+}
