@@ -19,16 +19,12 @@ PACKAGE = ROOT / "blip3o_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 MAX_WIDTH = 100
-MAX_LINES = {"blip3o_jax": 460, "configs": 400, "tests": 435}  # of a file
-# Not yet where they are to be: 13,000 lines, 3 % comments, 85 % annotated, nothing upward, no
-# circle. Make them stricter with what you change; never looser.
+MAX_LINES = {"blip3o_jax": 400, "configs": 400, "tests": 435}  # of a file
+# Not yet where they are to be: 13,000 lines, 3 % comments. Make them
+# stricter with what you change; never looser.
 MAX_PACKAGE_LINES = 16_300
-MIN_COMMENTS = 0.01  # of the package's lines
-MIN_ANNOTATED = {"models": 0.85, "sample": 0.85, "train": 0.43}  # of the parameters in a room
-# Imports that run up today, as "importer imports room".
-UPWARD = {"pipeline imports train"}
-# Circles between files today, the first one or none.
-CIRCLES = ([], ["jobs.convert", "jobs.verify"])
+MIN_COMMENTS = 0.0175  # of the package's lines
+MIN_ANNOTATED = {"models": 0.85, "sample": 0.85, "train": 0.85}  # of the parameters in a room
 
 
 class Import(NamedTuple):
@@ -164,8 +160,7 @@ def comment_lines(path: Path) -> Iterator[int]:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_module_keeps_its_contract(path):
-    wrong = offences(path.read_text(), package_of(path), room_of(path))
-    assert [o for o in wrong if o.split(": ")[1].split(",")[0] not in UPWARD] == []
+    assert offences(path.read_text(), package_of(path), room_of(path)) == []
 
 
 @pytest.mark.parametrize(
@@ -248,8 +243,7 @@ def test_importing_the_package_imports_nothing_heavy():
 def test_no_circle_between_files():
     graph = dependencies({module_of(path): path.read_text() for path in MODULES})
     assert len(graph["blip3o_jax.cli"]) > 1
-    result = sorted({module.removeprefix("blip3o_jax.") for module in circle(graph)})
-    assert result in CIRCLES
+    assert circle(graph) == []
 
 
 @pytest.mark.parametrize(
