@@ -218,6 +218,7 @@ def _open_run(folder: Path) -> Checkpoint:
         shape = leaves[path].shape
         rows = min(shape[VOCAB_AXIS[path]], config.qwen3.vocab_size)
         leaves[path] = dataclasses.replace(leaves[path], shape=with_rows(path, shape, rows))
+    # A run of one stage holds some of the parts only.
     held = tuple(dict.fromkeys(path.split("/")[0] for path in leaves))
 
     def select(parts: tuple[str, ...]) -> Leaves:

@@ -194,6 +194,7 @@ class DcAeConfig:
     scaling_factor: float = 0.41407
 
     def __post_init__(self):
+        # Every stage is described.
         stages = len(self.block_out_channels)
         _need(stages > 0, "DC-AE: block_out_channels must have an entry.")
         for name in (
@@ -206,6 +207,7 @@ class DcAeConfig:
                 len(getattr(self, name)) == stages,
                 f"DC-AE: {name} must have {stages} entries, as block_out_channels.",
             )
+        # Kinds that exist.
         unknown = set(self.block_types) - {"ResBlock", "EfficientViTBlock"}
         _need(
             not unknown,
@@ -223,6 +225,7 @@ class DcAeConfig:
             self.block_out_channels[-1] % self.latent_channels == 0,
             "DC-AE: the last width must divide by latent_channels.",
         )
+        # Widths that heads, and the channels of shortcuts, divide.
         widths = self.block_out_channels
         for width, kind in zip(widths, self.block_types, strict=True):
             fits = kind == "ResBlock" or width % self.attention_head_dim == 0

@@ -97,6 +97,7 @@ def _mid_128() -> Blip3oConfig:
     128 px, 16x16 tokens of 4096 codes, 16x16 latents; the text vocabulary is emoji_64's. There are
     no weights of it.
     """
+    # The text vocabulary of the embedded model, with more codes.
     vocab = dataclasses.replace(_emoji_64().vocab, num_image_tokens=4096)
     encoder = SiglipConfig(
         384, 1536, num_hidden_layers=12, num_attention_heads=6, image_size=128, patch_size=8

@@ -174,6 +174,7 @@ def restore(manager, state, frozen):
 
         return ocp.args.StandardRestore(jax.tree.map(describe, tree))
 
+    # What Orbax reads, and where it places it: the shardings saved with it are not trusted.
     optimizer = {name: state[name] for name in OPTIMIZER}
     args = ocp.args.Composite(
         model=abstract(_model_item(state, frozen)),

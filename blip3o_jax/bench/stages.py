@@ -101,6 +101,7 @@ def ours(work: Workload, params, mesh) -> dict[str, Callable[[], dict]]:
     model, cfg, place = Blip3o(work.config), work.config, jax.NamedSharding(mesh, BATCH)
     n, steps_ = cfg.ta_tok.num_tokens, work.num_inference_steps
 
+    # The three programs of `generate`, and what runs each on given arrays.
     def write(params, prompt, valid):
         keys = jax.random.split(jax.random.key(0), len(prompt))
         one, greedy = jnp.float32(1), jnp.float32(0)
@@ -126,6 +127,7 @@ def ours(work: Workload, params, mesh) -> dict[str, Callable[[], dict]]:
 
         return run
 
+    # From here on each program is compiled once, for all stages that need it.
     written, denoised, decoded = compiled(write), compiled(denoise), compiled(pixels)
 
     def whole(params, prompt, valid, noise):
@@ -155,11 +157,13 @@ def _training(model: Blip3o, params, work: Workload, mesh, cached: bool) -> Call
 
     def begin():
         """Here, so that the state takes memory only when this stage is measured."""
+        # A copy, since the step donates its state.
         state, kept["frozen"] = steps.init_state(cfg, params)
         placed = shardings(state, mesh)
         kept["state"] = jax.tree.map(lambda x, s: jax.device_put(jnp.copy(x), s), state, placed)
         kept["step"] = steps.compile_step(model, cfg, placed)
         if cached:
+            # What `data cache` would have made of the images.
             images = batch.pop("images")
             batch["codes"] = jit(functools.partial(losses.encode_codes, model))(
                 params, {"images": images}

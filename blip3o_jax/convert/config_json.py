@@ -255,17 +255,20 @@ def config_from_json(
     that this implementation does not support.
     """
     check_family(fields)
+    # The ids; their ends follow from them, and have to agree where they are given.
     defaults = {"pad_token_id": VocabConfig.pad_token_id, "eos_token_id": VocabConfig.eos_token_id}
     missing = {key: value for key, value in defaults.items() if fields.get(key) is None}
     vocab = _read(VocabConfig, {**fields, **missing}, "it")
     ends = [key for key in ("scale_end_token_id", "image_end_token_id") if key in fields]
     _agree({key: fields[key] for key in ends}, _vocab_json(vocab), "it")
+    # The other networks, where the file describes them.
     readers = (
         ("sana", "sana", read_sana),
         ("sana_vae", "dc_ae", read_dc_ae),
         ("vision_tower", "ta_tok", _read_ta_tok),
     )
     parts = {field: read(fields[key]) for key, field, read in readers if key in fields}
+    # What PyTorch has no name for, and the flags of editing checkpoints.
     ours = fields.get("blip3o_jax", {})
     if not isinstance(ours, Mapping) or set(ours) - set(OURS):
         raise InputError(

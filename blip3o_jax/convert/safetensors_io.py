@@ -198,6 +198,7 @@ def open_tensors(directory: Path, stem: str = "model") -> dict[str, Stored]:
         )
     if single.is_file():
         return _open(single)
+    # Every shard holds just what the index says.
     places, tensors = _read_index(index), {}
     for file in sorted(set(places.values())):
         for name, stored in _open(directory / file).items():

@@ -108,6 +108,7 @@ def _ta_tok_config(args: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
         raise InputError(
             f"its encoder is {str(args['teacher'])[:60]!r}; supported is SigLIP2 {TEACHER}."
         )
+    # transformers 4 and 5 name the decoder differently.
     older = any(name.startswith("decoder.vision_model.") for name in shapes)
     decoder = "decoder.vision_model." if older else "decoder."
 
@@ -122,6 +123,7 @@ def _ta_tok_config(args: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
             raise InputError(f"its argument {name} is {str(value)[:60]!r}.")
         return value
 
+    # Sizes from the shapes; only what shapes cannot tell comes from the arguments.
     width = size("encoder.embeddings.patch_embedding.weight", 0, 4)
     encoder = SiglipConfig(
         hidden_size=width,

@@ -164,6 +164,7 @@ def run_to_torch(args: argparse.Namespace) -> None:
     with new_folder(args.destination, REPORT, args.overwrite) as target:
         checkpoint = checkpoints.open(args.source)
         leaves = checkpoint.leaves
+        # Nothing is written unless all of it fits.
         size = sum(
             math.prod(leaf.shape) * (dtype or leaf.dtype).itemsize for leaf in leaves.values()
         )
@@ -172,6 +173,7 @@ def run_to_torch(args: argparse.Namespace) -> None:
         entries = write_published(
             target, checkpoint.config, leaves, dtype, args.max_shard_bytes, beside
         )
+        # Where the folder came from, in it and, shorter, as the last line.
         report = _origin("to-torch") | {
             "source": str(args.source),
             "dtype": args.dtype,

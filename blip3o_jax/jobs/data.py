@@ -149,6 +149,7 @@ def run_stats(args) -> None:
         raise InputError(f"--threads are numbers of at least 1, as in 1,2,4, not {args.threads!r}.")
     if args.batches < 1:
         raise InputError(f"--batches is at least 1, not {args.batches}.")
+    # The same batches with each number of threads.
     cfg = _mixture(args)
     tokenizer = open_tokenizer(cfg)
     rows = []

@@ -22,6 +22,7 @@ def new_folder(destination: str, marker: str, overwrite: bool = False) -> Iterat
     target = pathlib.Path(destination)
     if target.exists() and not target.is_dir():
         raise InputError(f"{destination} exists and is not a folder.")
+    # Only an earlier result of the same job is replaced.
     full = target.is_dir() and any(target.iterdir())
     if full and not overwrite:
         raise InputError(f"{destination} exists; name another folder or add --overwrite.")
@@ -30,6 +31,7 @@ def new_folder(destination: str, marker: str, overwrite: bool = False) -> Iterat
             f"{destination} holds other files (no {marker}), so it is not overwritten; "
             "name another folder."
         )
+    # Beside the destination, so that taking its name is one rename on one disk.
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))

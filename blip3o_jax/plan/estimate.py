@@ -115,6 +115,7 @@ def search(
     The batch keeps its size, divided into micro-batches; rows double until they do not fit.
     InputError when nothing fits.
     """
+    # Rows double until the compiler refuses; then more is computed again.
     shards, best = batch_shards(mesh), None
     check_batch(cfg.batch_size, mesh)
     for remat in REMAT:
@@ -144,6 +145,7 @@ def search(
 def table(result: dict, chip: Chip) -> str:
     """The numbers of `estimate` for people."""
     verdict = f"DOES NOT FIT: {result.get('reason', 'more than that')}"
+    # Memory and what is sent, then time and cost.
     rows = [(kind, f"{size / GIB:>10.3f} GiB") for kind, size in result["bytes"].items()]
     rows.append(
         (

@@ -132,6 +132,7 @@ def lower_generation(cfg: TrainConfig, mesh, rows: int, num_inference_steps: int
     config, place = cfg.blip3o(), jax.NamedSharding(mesh, BATCH)
     with jax.set_mesh(mesh):
         model = Blip3o(config, jnp.bfloat16)
+        # Abstract weights and inputs, where `generate` would put them.
         params = _placed(
             jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), model.abstract()),
             mesh,
@@ -160,6 +161,7 @@ def lower_generation(cfg: TrainConfig, mesh, rows: int, num_inference_steps: int
             latents = generate.draw_latents(model, params, made.pop("hidden"), numbers, **settings)
             return {"images": generate.pictures(model, params, latents), **made}
 
+        # One program, since the compiler counts memory by program.
         static = ("num_inference_steps", "top_k")
         lowered = jit(run, config, static_argnames=static, out_shardings=place).lower(
             params, *batch, **settings

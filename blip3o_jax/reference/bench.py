@@ -41,6 +41,7 @@ def _stages(work: Workload, ref: modules.Reference, well: bool) -> dict[str, Cal
     prompt, valid = torch.tensor(work.prompt).long(), torch.tensor(work.valid)
     states, noise = torch.tensor(work.states), torch.tensor(work.noise).movedim(-1, 1).contiguous()
 
+    # "Well": logits of image tokens only, states kept, the connector once.
     def write():
         codes, kept = pipeline.greedy_tokens(ref, prompt, valid, image_range_only=well)
         return codes, kept if well else pipeline.forward_states(ref, prompt, valid, codes)
@@ -92,6 +93,7 @@ def _training(work: Workload, ref: modules.Reference, well: bool) -> Callable[[]
             ref.vae,
             ref.ta_tok,
         )
+        # Weight decay spares vectors and modulation tables, as ours does.
         named = [
             item
             for part in (own.ar, own.connector, own.sana)

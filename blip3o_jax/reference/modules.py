@@ -44,6 +44,7 @@ class TaTok(nn.Module):
             "image_size",
             "patch_size",
         )
+        # The two vision transformers.
         self.encoder = SiglipVisionModel(
             SiglipVisionConfig(**{name: getattr(enc, name) for name in fields}, **act)
         )
@@ -59,6 +60,7 @@ class TaTok(nn.Module):
                 **act,
             )
         )
+        # What surrounds them, under the names of the checkpoint.
         self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh())
         self.decode_task_layer = nn.Sequential(
             nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width)
@@ -132,6 +134,7 @@ def build(cfg: Blip3oConfig) -> Reference:
         "num_attention_heads",
         "num_key_value_heads",
     )
+    # The transformer: every field set, since its class has the defaults of another model.
     ar = Qwen3Config(
         **{
             name: getattr(q, name)
@@ -147,6 +150,7 @@ def build(cfg: Blip3oConfig) -> Reference:
         bos_token_id=None,
         eos_token_id=None,
     )
+    # SANA, with our positions on the condition where the preset has them.
     known = {
         name: value for name, value in sana_json(cfg.sana).items() if name != "condition_positions"
     }
@@ -194,6 +198,7 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32) -> Reference
         "model.sana_vae.": reference.vae,
         TA_TOK: reference.ta_tok,
     }
+    # Every weight of a module is in the file, but for what its checkpoint never had.
     for prefix, module in parts.items():
         for name, target in module.state_dict().items():
             known = published_name(prefix + name.replace("encoder.vision_model.", "encoder.", 1))

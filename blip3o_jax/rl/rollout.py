@@ -65,9 +65,11 @@ def reinforced(
         rollout_s = time.perf_counter() - began
 
         began = time.perf_counter()
+        # Rewards on the host.
         rewards, numbers = reward(drawn["images"], metadata)
         reward_s = time.perf_counter() - began
 
+        # Rows with the drawn tokens, for the update.
         ids = [text.encode_prompt(m["prompt"]) for m in metadata]
         length = cfg.data.row_length or row_length(model.config)
         tokens, starts = text.training_rows(ids, drawn["tokens"], length)
