@@ -270,15 +270,19 @@ def test_reinforcement_uses_the_tokenizer_that_its_run_names(tmp_path, monkeypat
     tokenizer.add_tokens(["<a token of its own>"])
     tokenizer.save(str(own))
 
-    def run(cfg, workdir, prompts, heldout, text, *_):
-        seen.append((text.tokenizer.token_to_id("<a token of its own>"), workdir))
+    def reinforced(cfg, prompts, heldout, text, *_):
+        seen.append(text.tokenizer.token_to_id("<a token of its own>"))
+
+    def run(cfg, workdir, _):
+        seen.append(workdir)
         return {}
 
-    monkeypatch.setattr("blip3o_jax.rl.loop.run", run)
+    monkeypatch.setattr("blip3o_jax.rl.rollout.reinforced", reinforced)
+    monkeypatch.setattr("blip3o_jax.train.loop.run", run)
     options = ["--config.init={}", f"--config.data.tokenizer={own}", "--config.mesh={}"]
     workdir = tmp_path / "run"
     assert main(["grpo", "--config", "emoji_grpo", "--workdir", str(workdir), *options]) == 0
-    assert seen == [(tokenizer.token_to_id("<a token of its own>"), workdir)]
+    assert seen == [tokenizer.token_to_id("<a token of its own>"), workdir]
     assert (workdir / "tokenizer.json").read_bytes() == own.read_bytes()
 
 

@@ -73,7 +73,10 @@ def test_libtpu_knows_the_flags_for_tpus():
         ["bash", "-c", command], capture_output=True, text=True, check=True
     ).stdout
     assert len(flags.split()) == 4
-    code = "from blip3o_jax.plan import open_topology; print(len(open_topology('v5e:2x2')[0]))"
+    code = (
+        "from blip3o_jax.plan.programs import open_topology; "
+        "print(len(open_topology('v5e:2x2')[0]))"
+    )
     for given, works in ((flags, True), (f"{flags} --xla_tpu_enable_wonders=true", False)):
         environment = {**os.environ, "LIBTPU_INIT_ARGS": given}
         done = subprocess.run(

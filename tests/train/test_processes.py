@@ -99,8 +99,8 @@ def test_slurm_tasks_train_as_one_leave_together_and_one_process_goes_on(command
         # the result belongs to a run that has ended; Gloo says its own things
         assert "{" not in out
         assert f"Process {i} of 2 on" in error
-        assert f"Saved step {saved}; the same command goes on from it." in error
-    # one process goes on where two were
+        assert f"Saved step {saved}; the same command resumes from it." in error
+    # one process resumes where two were
     alone = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert alone.returncode == 0, alone.stderr
     assert f"Resumed at step {saved}." in alone.stderr
