@@ -18,13 +18,13 @@ from blip3o_jax.parallel.mesh import AXES, make_mesh, mesh_shape
 from blip3o_jax.parallel.parameters import spec
 from blip3o_jax.plan import estimate, programs
 from blip3o_jax.presets import preset
-from blip3o_jax.resources import CONFIGS
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.read_config import read_config
 
 SMALL = {"qwen3.num_hidden_layers": 1, "sana.num_layers": 1, "ta_tok.encoder.num_hidden_layers": 1}
 CHIP = Chip("", 0, 16)
 POD_CONFIGS = ("pretrain_3b", "sft_3b", "pretrain_0_6b")
+PODS = (*("v5e:16x16", "v5p:4x4x8", "v6e:16x16", "v5e:4x4", "v5p:2x2x4", "v6e:4x4"), "tpu7x:2x2x1")
 
 
 def small(**changes) -> TrainConfig:
@@ -189,21 +189,14 @@ def test_search_prefers_less_computed_again_and_then_more_rows(monkeypatch):
 @pytest.mark.parametrize("name", POD_CONFIGS)
 def test_pods_divide_the_batch_and_every_parameter(name):
     """On meshes as large as the pods, without their devices."""
-    namespace: dict = {}
-    exec((CONFIGS / f"{name}.py").read_text(), namespace)
-    assert {
-        "v5e:16x16",
-        "v5p:4x4x8",
-        "v6e:16x16",
-        "v5e:4x4",
-        "v5p:2x2x4",
-        "v6e:4x4",
-        "tpu7x:2x2x1",
-    } == set(namespace["PODS"])
     params = flatten_dict(Blip3o(preset(read_config(name, []).preset)).abstract(), sep="/")
-    for topology in namespace["PODS"]:
+    unplanned = read_config(f"{name}:v5e:8x8", [])
+    for topology in PODS:
         cfg = read_config(f"{name}:{topology}", [])
         assert cfg.topology == topology
+        # The config says something of each of these pods.
+        ways = [(run.mesh, run.remat, run.accumulate) for run in (cfg, unplanned)]
+        assert ways[0] != ways[1]
         _, count = parse_topology(topology)
         mesh = jax.sharding.AbstractMesh(mesh_shape(cfg.mesh, count), AXES)
         check_batch(cfg.batch_size, mesh, cfg.accumulate)
