@@ -21,7 +21,7 @@ from blip3o_jax.models.blip3o import Blip3o, condition_slice, write_codes
 from blip3o_jax.parallel.batches import batch_shards
 from blip3o_jax.parallel.mesh import BATCH
 from blip3o_jax.pixels import to_unit, tokenizer_view
-from blip3o_jax.sample import flow
+from blip3o_jax.sample import flow, generate
 from blip3o_jax.text import causal_positions, targets
 from blip3o_jax.train import sections
 
@@ -223,9 +223,7 @@ def encode_codes(
 ) -> jax.Array:
     """Codes int32 [B,n] of a batch's `view`, or of its `images` at the tokenizer's resolution;
     sampled if there is a key."""
-    images = to_unit(batch.get("view", batch["images"]))
-    view = tokenizer_view(images, model.config.ta_tok.encoder.image_size)
-    return model.ta_tok.apply({"params": params["ta_tok"]}, view, key=key, method="encode")
+    return generate.encode_codes(model, params, batch.get("view", batch["images"]), key)
 
 
 def encode_latents(model: Blip3o, params: dict, images: jax.Array) -> jax.Array:
