@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from blip3o_jax.config import Blip3oConfig, VocabConfig
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import InputError, require
 
 if TYPE_CHECKING:
     import jax
@@ -54,8 +54,8 @@ def load_tokenizer(path: str | Path) -> Any:
     file switched off."""
     from tokenizers import Tokenizer
 
-    if not Path(path).is_file():
-        raise InputError(f"No tokenizer at {str(path)!r}; checkpoints hold a tokenizer.json.")
+    missing = f"No tokenizer at {str(path)!r}; checkpoints hold a tokenizer.json."
+    require(Path(path).is_file(), missing)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
@@ -76,28 +76,24 @@ TokenRows = Sequence[Sequence[int]]  # of different lengths
 def left_pad(rows: TokenRows, length: int, pad_token_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Token rows -> (ids [B,length] int32, valid [B,length] bool), aligned right so that all rows
     end in the same column."""
-    sizes = _sizes(rows, length, "prompt")
-    return _filled(rows, np.arange(length) >= length - sizes[:, None], pad_token_id)
+    return _padded(rows, length, pad_token_id, "prompt")
 
 
 def right_pad(rows: TokenRows, length: int, pad_token_id: int) -> tuple[np.ndarray, np.ndarray]:
     """As `left_pad`, aligned left: rows begin in the first column."""
-    sizes = _sizes(rows, length, "training row")
-    return _filled(rows, np.arange(length) < sizes[:, None], pad_token_id)
+    return _padded(rows, length, pad_token_id, "training row")
 
 
-def _sizes(rows: TokenRows, length: int, what: str) -> np.ndarray:
-    sizes = np.array([len(row) for row in rows], np.int32)
-    if sizes.max(initial=0) > length:
-        raise InputError(
-            f"A {what} of {sizes.max()} tokens does not fit a row of {length}; make the "
-            "rows longer or the text shorter."
-        )
-    return sizes
+def _padded(rows: TokenRows, length: int, pad: int, what: str) -> tuple[np.ndarray, np.ndarray]:
+    sizes = np.array([len(row) for row in rows], np.int32)[:, None]
+    longest = sizes.max(initial=0)
+    shorter = f"a row of {length}; make the rows longer or the text shorter."
+    require(longest <= length, f"A {what} of {longest} tokens does not fit {shorter}")
 
-
-def _filled(rows: TokenRows, valid: np.ndarray, pad_token_id: int) -> tuple[np.ndarray, np.ndarray]:
-    ids = np.full(valid.shape, pad_token_id, np.int32)
+    # prompts end in the last column, training rows begin in the first
+    columns = np.arange(length)
+    valid = columns >= length - sizes if what == "prompt" else columns < sizes
+    ids = np.full(valid.shape, pad, np.int32)
     ids[valid] = np.concatenate(rows) if rows else []
     return ids, valid
 
@@ -146,13 +142,16 @@ class Text:
             "<|im_end|>": v.eos_token_id,
         }
         for token, id_ in expected.items():
-            if (actual := self.tokenizer.token_to_id(token)) != id_:
-                raise InputError(
-                    f"The tokenizer gives {token} the id {actual}, not the config's {id_}."
-                )
+            actual = self.tokenizer.token_to_id(token)
+            given = f"The tokenizer gives {token} the id {actual}, not the config's {id_}."
+            require(actual == id_, given)
         for token in CHAT_TOKENS:
-            if self.tokenizer.token_to_id(token) is None:
-                raise InputError(f"The tokenizer has no token {token}, which prompts need.")
+            missing = f"The tokenizer has no token {token}, which prompts need."
+            require(self.tokenizer.token_to_id(token) is not None, missing)
+
+    def ids(self, text: str) -> list[int]:
+        """Ids of a text as it stands, without template or checks."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_prompt(self, caption: str) -> list[int]:
         """Ids of the templated caption, ending in `<im_start> <S0>`; InputError when it is empty,
@@ -182,7 +181,7 @@ class Text:
         `start` is the column of `<S0>`: the image tokens are in start+1 .. start+n. Pass zeros for
         codes that the device makes and writes there.
         """
-        end = self.tokenizer.encode(IMAGE_END, add_special_tokens=False).ids
+        end = self.ids(IMAGE_END)
         codes = (image_ids + self.vocab.image_start_token_id).tolist()
         rows = [[*prompt, *image, *end] for prompt, image in zip(prompts, codes, strict=True)]
         tokens, _ = right_pad(rows, length, self.vocab.pad_token_id)
@@ -195,30 +194,18 @@ class Text:
     def _encode(self, prompt: str, written: str, num_image_tokens: int) -> list[int]:
         """Ids of a template that holds the user's words `written`, after the checks."""
         # The user's words: some, in UTF-8, none of them a control token.
-        quoted = _beginning(written)
-        if not written.strip():
-            raise InputError("The prompt is empty; write what the image should show.")
-        if not written.isascii() and any("\ud800" <= c <= "\udfff" for c in written):
-            raise InputError(f"The prompt {quoted} is not UTF-8 text; save it as UTF-8.")
-        for id_ in self.tokenizer.encode(written, add_special_tokens=False).ids:
-            if id_ in self._controls:
-                token = self.tokenizer.id_to_token(id_)
-                raise InputError(
-                    f"The prompt {quoted} contains the control token {token}; remove it."
-                )
+        words = written.split()
+        quoted = repr(" ".join(words[:6])[:60] + (" ..." if len(words) > 6 else ""))
+        require(bool(words), "The prompt is empty; write what the image should show.")
+        surrogates = not written.isascii() and any("\ud800" <= c <= "\udfff" for c in written)
+        require(not surrogates, f"The prompt {quoted} is not UTF-8 text; save it as UTF-8.")
+        if controls := [id_ for id_ in self.ids(written) if id_ in self._controls]:
+            token = self.tokenizer.id_to_token(controls[0])
+            raise InputError(f"The prompt {quoted} contains the control token {token}; remove it.")
 
         # The template, which must fit.
-        ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
-        size = len(ids) - num_image_tokens
-        if size > self.max_prompt_tokens:
-            raise InputError(
-                f"The prompt {quoted} has {size} tokens with its template, more than the "
-                f"{self.max_prompt_tokens} allowed; shorten it."
-            )
+        ids = self.ids(prompt)
+        size, limit = len(ids) - num_image_tokens, self.max_prompt_tokens
+        many = f"{size} tokens with its template, more than the {limit} allowed; shorten it."
+        require(size <= limit, f"The prompt {quoted} has {many}")
         return ids
-
-
-def _beginning(written: str) -> str:
-    """The first words, quoted, for an error message; one line, whatever the prompt holds."""
-    words = written.split()
-    return repr(" ".join(words[:6])[:60] + (" ..." if len(words) > 6 else ""))

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from blip3o_jax.errors import InputError, nearest
+from blip3o_jax.errors import nearest, require
 from blip3o_jax.scenes.config import EXERCISES, WEIGHTS, WorldConfig
 
 KINDS = ("webdataset", "parquet", "jsonl", "array_record")
@@ -30,17 +30,13 @@ class SourceConfig:
     inputs_field: str = ""  # jsonl: source images of an edit
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise InputError(
-                f"Unknown kind of source {self.kind!r} ({self.path}); {nearest(self.kind, KINDS)}"
-            )
-        if not self.path:
-            raise InputError(f"A source of kind {self.kind!r} has an empty path.")
-        if self.weight < 0 or self.repeat < 1:
-            raise InputError(
-                f"The source {self.path} has weight {self.weight} and repeat "
-                f"{self.repeat}; at least 0 and 1."
-            )
+        kind, path = self.kind, self.path
+        near = nearest(kind, KINDS)
+        require(kind in KINDS, f"Unknown kind of source {kind!r} ({path}); {near}")
+        require(bool(path), f"A source of kind {kind!r} has an empty path.")
+        given = f"weight {self.weight} and repeat {self.repeat}"
+        in_range = self.weight >= 0 and self.repeat >= 1
+        require(in_range, f"The source {path} has {given}; at least 0 and 1.")
 
 
 @dataclass(frozen=True)
@@ -81,33 +77,33 @@ class DataConfig:
     def __post_init__(self):
         # Ranges and choices.
         for name in ("extra", "named_ground", "max_bad_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"data.{name} is in [0, 1], not {getattr(self, name)}.")
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"data.{name} is in [0, 1], not {value}.")
         for name in ("reader_threads", "heldout"):
-            if getattr(self, name) < 1:
-                raise InputError(f"data.{name} is at least 1, not {getattr(self, name)}.")
+            value = getattr(self, name)
+            require(value >= 1, f"data.{name} is at least 1, not {value}.")
         for name, (one, other) in CHOICES.items():
-            if (value := getattr(self, name)) not in (one, other):
-                raise InputError(f"data.{name} is {one!r} or {other!r}, not {value!r}.")
+            value = getattr(self, name)
+            require(value in (one, other), f"data.{name} is {one!r} or {other!r}, not {value!r}.")
 
-        # What belongs together.
-        weighted = [source.weight > 0 for source in self.sources]
-        if any(weighted) and not all(weighted):
-            raise InputError("Either every source of data.sources has a weight above 0, or none.")
-        if any(weighted) and any(source.repeat != 1 for source in self.sources):
-            raise InputError("data.sources have weights or repeats, not both.")
-        if self.cache and not self.sources:
-            raise InputError(
-                "data.cache holds the records of data.sources, which is empty; name the sources."
-            )
-        if self.exercises and self.row_length < 1:
-            raise InputError("data.exercises need data.row_length, the tokens of a row.")
+        # The sources, with one way of weighing them.
+        weighted = {source.weight > 0 for source in self.sources}
+        repeated = any(source.repeat != 1 for source in self.sources)
+        each = "Either every source of data.sources has a weight above 0, or none."
+        require(len(weighted) < 2, each)
+        both = True in weighted and repeated
+        require(not both, "data.sources have weights or repeats, not both.")
+        unnamed = "data.cache holds the records of data.sources, which is empty; name the sources."
+        require(not self.cache or bool(self.sources), unnamed)
+
+        # The exercises, and the tags of the embedded world.
+        rows = not self.exercises or self.row_length >= 1
+        require(rows, "data.exercises need data.row_length, the tokens of a row.")
         for kind, share in self.exercises.items():
-            if kind not in EXERCISES:
-                raise InputError(f"Unknown exercise {kind!r}; {nearest(kind, EXERCISES)}")
+            require(kind in EXERCISES, f"Unknown exercise {kind!r}; {nearest(kind, EXERCISES)}")
             is_number = isinstance(share, int | float) and not isinstance(share, bool)
-            if not is_number or not 0 < share < math.inf:
-                raise InputError(f"data.exercises are shares above 0, not {share!r} ({kind}).")
+            above_0 = is_number and 0 < share < math.inf
+            require(above_0, f"data.exercises are shares above 0, not {share!r} ({kind}).")
         self.world  # noqa: B018, refuses unknown tags
 
     @property

@@ -1,12 +1,10 @@
-"""Batches of a run, from the embedded world or from a mixture of sources.
-
-What is in batch s is a pure function of (seed, s).
-"""
+"""Batches of a run, from the embedded world or a mixture of sources: batch s is a pure function of
+(seed, s)."""
 
 import dataclasses
-import functools
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 
 import grain
 import numpy as np
@@ -14,16 +12,16 @@ import numpy as np
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data.cache import open_cached
 from blip3o_jax.data.config import DataConfig
-from blip3o_jax.data.mixture import HeldOut, HostRows, Mixture, whole_weights
-from blip3o_jax.data.records import Source
+from blip3o_jax.data.mixture import HeldOut, host_rows, mixture, whole_weights
+from blip3o_jax.data.records import Record, RecordError, Source
 from blip3o_jax.data.sources import first_record, open_source
-from blip3o_jax.data.transform import Rows, Tally, token_row
-from blip3o_jax.errors import InputError, disk_reason, multiples
+from blip3o_jax.data.transform import Tally, fit_caption, image_arrays, prompt_length
+from blip3o_jax.errors import InputError, disk_reason, multiples, require
 from blip3o_jax.scenes import builder
-from blip3o_jax.scenes.config import WorldConfig
 from blip3o_jax.scenes.exercises import exercise
 from blip3o_jax.text import Text, row_length
 
+ATTEMPTS = 100  # records in the place of one that cannot be used
 ROWS = ("patches", "captions", "exercises")
 HELDOUT_SEED = 1 << 32  # of the exercises that a run is measured by; no run's own seed
 
@@ -33,40 +31,20 @@ def open_sources(data: DataConfig) -> list[Source]:
 
     InputError for one that is missing, empty, too small or of edits.
     """
-    opener = functools.partial(open_cached, data.cache) if data.cache else open_source
+    opener = partial(open_cached, data.cache) if data.cache else open_source
     sources = [opener(spec) for spec in data.sources]
+    edits = "holds edits, which can be checked but not yet trained on; leave it out."
     for spec, source in zip(data.sources, sources, strict=True):
-        if not data.cache and first_record(source).inputs:
-            raise InputError(
-                f"data.sources: {spec.path!r} holds edits, which can be checked but not "
-                "yet trained on; leave it out."
-            )
+        trainable = data.cache or not first_record(source).inputs
+        require(bool(trainable), f"data.sources: {spec.path!r} {edits}")
     if sources:
         HeldOut(sources[0], data.heldout)  # raises where the first is too small
     return sources
 
 
-def world_rows(
-    world: WorldConfig, data_dir: str, split: str, row: Callable[[dict], dict]
-) -> grain.MapDataset:
-    """`row(record)` of a split of the embedded world, in its order; drawn first where `data_dir`
-    does not hold it."""
-    try:
-        source = builder.open_source(data_dir, split, world)
-    except (OSError, RuntimeError) as error:
-        if not (reason := disk_reason(error)):
-            raise
-        raise InputError(
-            f"The scenes cannot be drawn into {data_dir}: {reason}; name another data.data_dir."
-        ) from error
-    return grain.MapDataset.source(source).map(row)
-
-
 @dataclasses.dataclass
 class Feed:
-    """A run's batches as numpy arrays, opened once and read from any step.
-
-    `rows` says what a batch holds:
+    """A run's batches as numpy arrays, opened once and read from any step. Their `rows`:
 
     - "patches": `images` uint8 [B,H,W,3] and `patches` int32 [B,h,w] of the embedded world;
     - "captions": `tokens` int32 [B,T] with the image's codes open, `start` int32 [B], and `images`
@@ -74,9 +52,9 @@ class Feed:
     - "exercises": `tokens` and `positions` int32 [B,T], `weights` f32 [B,T].
 
     `hosts` (i, n) are those of `parallel.batches.batch_hosts`: this one reads the i-th of n equal
-    runs of a batch's rows, which together are the batch of a single host. The embedded world is
-    written to `data_dir` when it is first read; bad records of sources are named in the file
-    `bad_records`. InputError, while iterating too, when the data are not fit to train on.
+    runs of a batch's rows. The embedded world is written to `data_dir` when it is first read; bad
+    records of sources are named in the file `bad_records`. InputError, while iterating too, when
+    the data are not fit to train on.
     """
 
     data: DataConfig
@@ -98,15 +76,13 @@ class Feed:
             raise InputError(f"batch_size {size} is not divisible by {hosts} hosts; {near}")
 
         # The sources, whose captions may be as long as the model allows.
-        longest = row_length(self.model)
+        longest, prompt = row_length(self.model), self.model.max_prompt_tokens
         self.length = self.data.row_length or longest
         self.tally = Tally(self.data.max_bad_fraction, self.bad_records)
         self.sources = open_sources(self.data)
-        if self.sources and self.length < longest:
-            raise InputError(
-                f"data.row_length {self.length} does not hold a prompt of "
-                f"{self.model.max_prompt_tokens} tokens and its image; 0 finds the length."
-            )
+        too_short = f"does not hold a prompt of {prompt} tokens and its image; 0 finds the length."
+        fits = not self.sources or self.length >= longest
+        require(fits, f"data.row_length {self.length} {too_short}")
 
     def train(self, step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """This host's rows of batch `step`, `step + 1`, ... without end, in a new order every
@@ -119,8 +95,7 @@ class Feed:
             records = self._world("train").seed(self.seed).shuffle().repeat()
 
         # This host's part of each batch, read ahead by threads.
-        host_rows = HostRows(records, self.batch_size, *self.hosts)
-        batches = grain.MapDataset.source(host_rows).batch(self.batch_size // self.hosts[1])
+        batches = host_rows(records, self.batch_size, *self.hosts)
         threads = self.data.reader_threads
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4)
         iterator = iter(batches.to_iter_dataset(options))
@@ -132,42 +107,90 @@ class Feed:
         most `data.heldout`."""
         if self.sources and self.rows == "captions":
             source = HeldOut(self.sources[0], self.data.heldout)
-            read = self._reader(source)
-            rows = [read(i) for i in range(min(count, len(source)))]
+            rows = [self._read(source, i) for i in range(min(count, len(source)))]
             return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         exercises = self.rows == "exercises"
         records = self._exercises(HELDOUT_SEED) if exercises else self._world("heldout")
         return next(iter(records[:count].batch(count)))
 
     def _world(self, split: str) -> grain.MapDataset:
-        row = self._patches_row if self.rows == "patches" else self._caption_row
-        return world_rows(self.data.world, self.data_dir, split, row)
+        """Rows of the embedded world in its order; drawn first where `data_dir` does not hold
+        it."""
+        try:
+            source = builder.open_source(self.data_dir, split, self.data.world)
+        except (OSError, RuntimeError) as error:
+            if not (reason := disk_reason(error)):
+                raise
+            full = f"cannot be drawn into {self.data_dir}: {reason}; name another data.data_dir."
+            raise InputError(f"The scenes {full}") from error
 
-    def _patches_row(self, record: dict) -> dict[str, np.ndarray]:
-        return {"images": record["image"], "patches": record["patches"].astype(np.int32)}
+        def row(record: dict) -> dict[str, np.ndarray]:
+            images = {"images": record["image"]}
+            if self.rows == "patches":
+                return images | {"patches": record["patches"].astype(np.int32)}
+            return images | self._tokens(record["prompt"].decode())
 
-    def _caption_row(self, record: dict) -> dict[str, np.ndarray]:
-        caption, num_tokens = record["prompt"].decode(), self.model.ta_tok.num_tokens
-        row = token_row(self.tokenizer, caption, num_tokens, self.length)
-        return {"images": record["image"], **row}
+        return grain.MapDataset.source(source).map(row)
 
     def _exercises(self, seed: int) -> grain.MapDataset:
         """Rows made on demand, of scenes without written words; prompts may be as long as a row."""
-        text = dataclasses.replace(self.tokenizer, max_prompt_tokens=self.data.row_length)
+        length = self.data.row_length
+        text = dataclasses.replace(self.tokenizer, max_prompt_tokens=length)
         world = dataclasses.replace(self.data.world, seed=seed, text=0.0)
-        make = functools.partial(exercise, text, world, self.data.exercises, self.data.row_length)
+        make = partial(exercise, text, world, self.data.exercises, length)
         return grain.MapDataset.range(np.iinfo(np.int32).max).map(make)
 
-    def _reader(self, source: Source) -> Rows:
-        return Rows(source, self.tokenizer, self.model, self.data, self.length, self.tally)
-
-    def _mixture(self) -> Mixture:
+    def _mixture(self) -> grain.MapDataset:
         """Endless rows of all sources; of the first without its held-out records."""
         first, *others = self.sources
         trained = [HeldOut(first, self.data.heldout, rest=True), *others]
-        weights = [spec.weight for spec in self.data.sources]
+        specs = self.data.sources
+        weights = [spec.weight for spec in specs]
         if not any(weights):
-            repeats = [spec.repeat for spec in self.data.sources]
-            weights = [n * len(source) for n, source in zip(repeats, trained, strict=True)]
-        readers = [self._reader(source) for source in trained]
-        return Mixture(readers, trained, whole_weights(weights), self.seed)
+            weights = [s.repeat * len(source) for s, source in zip(specs, trained, strict=True)]
+        readers = [partial(self._read, source) for source in trained]
+        return mixture(readers, trained, whole_weights(weights), self.seed)
+
+    def _read(self, source: Source, i: int) -> dict[str, np.ndarray]:
+        """The row of record i, or of the next that can be used."""
+        for attempt in range(ATTEMPTS):
+            number = (i + attempt) % len(source)
+            self.tally.add(read=1)
+            try:
+                if (row := self._row(source[number])) is not None:
+                    return row
+            except RecordError as error:
+                self.tally.bad(source.key(number), str(error))
+        none = f"None of {ATTEMPTS} records from {source.key(i)} on can be used"
+        raise InputError(f"{none}; see `blip3o-jax data check`.")
+
+    def _row(self, record: Record | dict) -> dict[str, np.ndarray] | None:
+        """A row of a Record or of a cache's dict; None when its caption is dropped."""
+        # The caption: shortened, or the record dropped, when its prompt is too long.
+        cached = isinstance(record, dict)
+        caption = record["caption"] if cached else record.caption
+        if prompt_length(self.tokenizer, caption) > self.tokenizer.max_prompt_tokens:
+            if self.data.long_captions == "drop":
+                return self.tally.add(dropped=1)
+            self.tally.add(truncated=1)
+            caption = fit_caption(self.tokenizer, caption)
+        try:
+            row = self._tokens(caption)
+        except InputError as error:
+            raise RecordError(str(error).rstrip(".")) from error
+
+        # The image: its encodings from a cache, or its pixels.
+        if cached:
+            self.tally.add(bytes=record["codes"].nbytes + record["latents"].nbytes)
+            return row | {"codes": record["codes"], "latents": record["latents"]}
+        if record.inputs:
+            raise RecordError("it is an edit, which cannot be trained on yet")
+        self.tally.add(bytes=len(record.image))
+        return row | image_arrays(record, self.model, self.data.crop)
+
+    def _tokens(self, caption: str) -> dict[str, np.ndarray]:
+        """`tokens` int32 [T] and `start` int32 of a caption and an image, whose codes are made on
+        the device and written there."""
+        prompt, codes = self.tokenizer.encode_prompt(caption), (1, self.model.ta_tok.num_tokens)
+        tokens, start = self.tokenizer.training_rows([prompt], np.zeros(codes, int), self.length)
+        return {"tokens": tokens[0], "start": start[0]}

@@ -1,18 +1,17 @@
 """The order of records: which one is at position i is a pure function of (seed, i), for any number
 of hosts."""
 
-import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import grain
 import numpy as np
 
 from blip3o_jax.data.records import Source
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import require
 
 WINDOW = 4  # blocks whose records are shuffled together
 
@@ -52,8 +51,8 @@ def shuffled(size: int, seed: int):
 
 
 def shuffled_blocks(starts: np.ndarray, size: int, seed: int):
-    """As `shuffled`, for records that are read a block at a time: blocks in random order, and
-    records among those of `WINDOW` blocks."""
+    """As `shuffled`, for records that are read a block at a time from `starts`: blocks in random
+    order, and records among those of `WINDOW` blocks."""
     lengths = np.diff([*starts, size])
 
     # The blocks of an epoch in their order, and where each ends.
@@ -88,11 +87,8 @@ class HeldOut:
         self.count = count
         self.rest = rest
         self.stride = len(source) // count
-        if self.stride < 2:
-            raise InputError(
-                f"data.heldout {count} leaves too few of the first source's {len(source)} "
-                "records; at most half."
-            )
+        few = f"too few of the first source's {len(source)} records; at most half."
+        require(self.stride >= 2, f"data.heldout {count} leaves {few}")
 
     def __len__(self) -> int:
         return len(self.source) - self.count if self.rest else self.count
@@ -119,45 +115,31 @@ class HeldOut:
         return self.source[self.index(i)]
 
 
-class Mixture:
-    """Endless: position -> `readers[source](i)` of the record i there.
+def mixture(
+    readers: list[Callable], sources: list[Source], weights: tuple[int, ...], seed: int
+) -> grain.MapDataset:
+    """Endless: position -> `readers[source](i)` of the record i there; `weights` as in `place`."""
+    orders = [
+        shuffled(len(source), seed + k)
+        if source.blocks is None
+        else shuffled_blocks(source.blocks, len(source), seed + k)
+        for k, source in enumerate(sources)
+    ]
 
-    `sources` have a length and `blocks`, where runs start that are read at once, or None; `weights`
-    are those of `place`.
-    """
+    def row(i: int):
+        source, position = place(i, weights)
+        return readers[source](orders[source](position))
 
-    def __init__(self, readers: list, sources: list, weights: tuple[int, ...], seed: int):
-        self.readers = readers
-        self.weights = weights
-        self.orders = []
-        for k, source in enumerate(sources):
-            if source.blocks is None:
-                self.orders.append(shuffled(len(source), seed + k))
-            else:
-                self.orders.append(shuffled_blocks(source.blocks, len(source), seed + k))
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, i: int):
-        source, position = place(i, self.weights)
-        return self.readers[source](self.orders[source](position))
+    return grain.MapDataset.range(sys.maxsize).map(row)
 
 
-@dataclasses.dataclass
-class HostRows:
-    """This host's rows of every batch of an endless sequence of records: row r of the global batch
-    is the same for any number of hosts."""
+def host_rows(records: Sequence, batch_size: int, host: int, hosts: int) -> grain.MapDataset:
+    """Batches of this host's rows of an endless sequence of records: row r of the global batch is
+    the same for any number of hosts."""
+    rows = batch_size // hosts
 
-    records: Sequence
-    batch_size: int
-    host: int
-    hosts: int
+    def row(i: int):
+        batch, own = divmod(i, rows)
+        return records[batch * batch_size + host * rows + own]
 
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, i: int):
-        rows = self.batch_size // self.hosts
-        batch, row = divmod(i, rows)
-        return self.records[batch * self.batch_size + self.host * rows + row]
+    return grain.MapDataset.range(sys.maxsize).map(row).batch(rows)

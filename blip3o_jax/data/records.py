@@ -11,9 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from blip3o_jax.errors import InputError
-
-MAGIC = "*?["
+from blip3o_jax.errors import InputError, require
 
 
 class RecordError(Exception):
@@ -53,13 +51,9 @@ class FileSource:
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
-    def place(self, i: int) -> tuple[int, int]:
-        """(number of the file, record in it)"""
-        return locate(self.ends, i)
-
     def key(self, i: int) -> str:
         """The file's name and the record's in it."""
-        file, row = self.place(i)
+        file, row = locate(self.ends, i)
         name = posixpath.basename(self.paths[file].replace(os.sep, "/"))
         return f"{name}:{self.name(file, row)}"
 
@@ -79,14 +73,12 @@ def expand(pattern: str) -> list[str]:
     """The files of a path or glob pattern, sorted; InputError when there are none."""
     if "://" in pattern:
         paths = _remote(pattern)
-    elif any(c in pattern for c in MAGIC) and not os.path.exists(pattern):
-        paths = sorted(glob.glob(pattern, recursive=True))
-    else:
+    elif os.path.exists(pattern):  # perhaps with a * in its own name
         paths = [pattern] if os.path.isfile(pattern) else []
-    if not paths:
-        raise InputError(
-            f"data.sources: no file at {pattern!r}; name a file or a pattern that matches some."
-        )
+    else:
+        paths = sorted(glob.glob(pattern, recursive=True))
+    no_file = f"no file at {pattern!r}; name a file or a pattern that matches some."
+    require(bool(paths), f"data.sources: {no_file}")
     return paths
 
 
@@ -94,16 +86,15 @@ def _remote(pattern: str) -> list[str]:
     from etils import epath
 
     parts = pattern.split("/")
-    magic = [i for i, part in enumerate(parts) if any(c in part for c in MAGIC)]
+    magic = [i for i, part in enumerate(parts) if set(part) & set("*?[")]
     try:
         if not magic:
             return [pattern] if epath.Path(pattern).exists() else []
         folder = epath.Path("/".join(parts[: magic[0]]))
         return sorted(str(path) for path in folder.glob("/".join(parts[magic[0] :])))
     except Exception as error:  # whatever the bucket's client raises
-        raise InputError(
-            f"data.sources: {pattern!r} cannot be listed: {type(error).__name__}: {error}."
-        ) from error
+        why = f"{type(error).__name__}: {error}"
+        raise InputError(f"data.sources: {pattern!r} cannot be listed: {why}.") from error
 
 
 def open_binary(path: str):
@@ -115,10 +106,20 @@ def open_binary(path: str):
     return epath.Path(path).open("rb")
 
 
-def read_bytes(path: str) -> bytes:
-    """The file's contents; RecordError when they cannot be read."""
+def read_bytes(path: str, *spans: tuple[int, int]) -> list[bytes]:
+    """The file's bytes at each (offset, size), size -1 to its end; RecordError when it cannot be
+    read."""
+    contents = []
     try:
         with open_binary(path) as file:
-            return file.read()
+            for start, size in spans:
+                file.seek(start)
+                contents.append(file.read(size))
     except OSError as error:
         raise RecordError(f"{path} cannot be read ({error.strerror or error})") from error
+    return contents
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what a library says."""
+    return str(error).splitlines()[0]

@@ -3,7 +3,7 @@
 from blip3o_jax.data import tables, tars
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.records import Record, RecordError, Source
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import InputError, require
 
 OPENERS = {
     "webdataset": tars.TarSource,
@@ -16,8 +16,8 @@ OPENERS = {
 def open_source(spec: SourceConfig) -> Source:
     """The source; InputError when files are missing, damaged or empty."""
     source = OPENERS[spec.kind](spec)
-    if not len(source):
-        raise InputError(f"data.sources: {spec.path!r} ({spec.kind}) holds no records; remove it.")
+    empty = f"{spec.path!r} ({spec.kind}) holds no records; remove it."
+    require(len(source) > 0, f"data.sources: {empty}")
     return source
 
 
@@ -29,6 +29,5 @@ def first_record(source: Source) -> Record:
             return source[i]
         except RecordError as error:
             reasons.append(f"{source.key(i)}: {error}")
-    raise InputError(
-        f"data.sources: none of the first {len(reasons)} records can be read; {reasons[0]}."
-    )
+    none = f"none of the first {len(reasons)} records can be read"
+    raise InputError(f"data.sources: {none}; {reasons[0]}.")

@@ -70,7 +70,7 @@ def _tokens(record: Record, tokenizer: Text) -> int:
     if not record.inputs:
         return prompt_length(tokenizer, record.caption)
     prompt = edit_prompt(record.caption, len(record.inputs), 0)
-    return len(tokenizer.tokenizer.encode(prompt, add_special_tokens=False).ids)
+    return len(tokenizer.ids(prompt))
 
 
 def survey(source: Source, tokenizer: Text, count: int, threads: int) -> Iterator[Seen]:

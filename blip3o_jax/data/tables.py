@@ -12,8 +12,8 @@ import numpy as np
 
 from blip3o_jax.data import records
 from blip3o_jax.data.config import SourceConfig
-from blip3o_jax.data.records import FileSource, Record, RecordError, expand, open_binary
-from blip3o_jax.errors import InputError, nearest
+from blip3o_jax.data.records import FileSource, Record, RecordError, first_line
+from blip3o_jax.errors import InputError, nearest, require
 
 CAPTIONS = ("caption", "text", "txt", "prompt")  # the usual names; the first one present is read
 # Editing sets' names of instruction, source images and result: X2I2 reflect, X2I2 and Nano-150k,
@@ -26,19 +26,20 @@ EDITS = (
 MAX_GROUPS = 8  # row groups of parquet in memory
 
 
-def _column(name: str, columns: Iterable[str], path: str, setting: str = "") -> str:
-    """The name, if it is one of the columns; InputError with the setting that changes it."""
-    if name not in columns:
-        how = f"set {setting} of the source, " if setting else ""
-        raise InputError(f"{path} has no column {name!r}; {how}{nearest(name, columns)}")
-    return name
-
-
 def _columns(spec: SourceConfig, columns: Iterable[str], path: str) -> tuple[str, str]:
-    """The columns of image and caption: those that the source names, or the usual ones."""
+    """The columns of image and caption: those that the source names, or the usual ones.
+
+    InputError, with the setting that changes it, for one that is not there.
+    """
     usual = next((name for name in CAPTIONS if name in columns), CAPTIONS[0])
-    image = _column(spec.image_field or "image", columns, path, "image_field")
-    return image, _column(spec.caption_field or usual, columns, path, "caption_field")
+    names = {
+        "image_field": spec.image_field or "image",
+        "caption_field": spec.caption_field or usual,
+    }
+    for setting, name in names.items():
+        how = f"set {setting} of the source, {nearest(name, columns)}"
+        require(name in columns, f"{path} has no column {name!r}; {how}")
+    return tuple(names.values())
 
 
 class ParquetSource(FileSource):
@@ -50,13 +51,14 @@ class ParquetSource(FileSource):
     """
 
     def __init__(self, spec: SourceConfig):
-        paths = expand(spec.path)
+        paths = records.expand(spec.path)
         with ThreadPoolExecutor(8) as pool:
             self.files = list(pool.map(_open_parquet, paths))
-        self.image, self.caption = _columns(spec, self.files[0].schema_arrow.names, paths[0])
-        for path, file in zip(paths, self.files, strict=True):
-            for name in (self.image, self.caption):
-                _column(name, file.schema_arrow.names, path)
+        names = [file.schema_arrow.names for file in self.files]
+        self.columns = _columns(spec, names[0], paths[0])
+        for path, there in zip(paths, names, strict=True):
+            for name in self.columns:
+                require(name in there, f"{path} has no column {name!r}; {nearest(name, there)}")
 
         # Where files and row groups end, in records.
         metadata = [file.metadata for file in self.files]
@@ -71,26 +73,24 @@ class ParquetSource(FileSource):
     def __getitem__(self, i: int) -> Record:
         group, row = records.locate(self.group_ends, i)
         table = self._table(group)
-        image, caption = (table.column(name)[row].as_py() for name in (self.image, self.caption))
+        image, caption = (table.column(name)[row].as_py() for name in self.columns)
         image = image.get("bytes") if isinstance(image, dict) else image
         if not isinstance(image, bytes):
-            raise RecordError(f"no bytes in the column {self.image!r}")
+            raise RecordError(f"no bytes in the column {self.columns[0]!r}")
         if not isinstance(caption, str):
-            raise RecordError(f"no text in the column {self.caption!r}")
+            raise RecordError(f"no text in the column {self.columns[1]!r}")
         return Record(self.key(i), caption.strip(), image)
 
     def _table(self, group: int):
         with self._lock:
             if group not in self._tables:
                 f, g = self.groups[group]
-                columns = [self.image, self.caption]
                 try:
-                    self._tables[group] = self.files[f].read_row_group(g, columns=columns)
+                    table = self.files[f].read_row_group(g, columns=list(self.columns))
                 except (OSError, ValueError) as error:
-                    reason = str(error).splitlines()[0]
-                    raise RecordError(
-                        f"row group {g} of {self.paths[f]} cannot be read ({reason})"
-                    ) from error
+                    where = f"row group {g} of {self.paths[f]}"
+                    raise RecordError(f"{where} cannot be read ({first_line(error)})") from error
+                self._tables[group] = table
                 if len(self._tables) > MAX_GROUPS:
                     self._tables.popitem(last=False)
             self._tables.move_to_end(group)
@@ -101,10 +101,9 @@ def _open_parquet(path: str):
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(open_binary(path) if "://" in path else path)
+        return pq.ParquetFile(records.open_binary(path) if "://" in path else path)
     except (OSError, ValueError) as error:  # pyarrow's errors are of these
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} is truncated or not Parquet: {reason}") from error
+        raise InputError(f"{path} is truncated or not Parquet: {first_line(error)}") from error
 
 
 class JsonlSource(FileSource):
@@ -113,7 +112,7 @@ class JsonlSource(FileSource):
 
     def __init__(self, spec: SourceConfig):
         self.spec = spec
-        paths = expand(spec.path)
+        paths = records.expand(spec.path)
         self.offsets = [_line_starts(path) for path in paths]
         super().__init__(paths, [len(offsets) - 1 for offsets in self.offsets])
 
@@ -122,13 +121,12 @@ class JsonlSource(FileSource):
 
     def __getitem__(self, i: int) -> Record:
         # The line as JSON.
-        file, line = self.place(i)
-        start, end = (int(x) for x in self.offsets[file][line : line + 2])
+        file, line = records.locate(self.ends, i)
+        start, end = map(int, self.offsets[file][line : line + 2])
+        (written,) = records.read_bytes(self.paths[file], (start, end - start))
         try:
-            with open_binary(self.paths[file]) as stream:
-                stream.seek(start)
-                fields = json.loads(stream.read(end - start))
-        except (OSError, ValueError) as error:
+            fields = json.loads(written)
+        except ValueError as error:
             raise RecordError(f"the line is not JSON ({error})") from error
         if not isinstance(fields, dict):
             raise RecordError("the line is not a JSON object")
@@ -145,10 +143,9 @@ class JsonlSource(FileSource):
 
         # The images.
         root = self.spec.root or os.path.dirname(self.paths[file])
-        image, *inputs = (
-            records.read_bytes(os.path.join(root, path)) for path in (fields[image], *paths)
-        )
-        return Record(self.key(i), fields[caption].strip(), image, tuple(inputs))
+        files = [os.path.join(root, path) for path in (fields[image], *paths)]
+        result, *before = (records.read_bytes(file, (0, -1))[0] for file in files)
+        return Record(self.key(i), fields[caption].strip(), result, tuple(before))
 
     def _names(self, fields: dict) -> tuple[str, str, str]:
         """Field names of (caption or instruction, source images or "", image) in a line."""
@@ -169,7 +166,7 @@ def _line_starts(path: str) -> np.ndarray:
     ignores it."""
     starts, end = [0], 0
     try:
-        with open_binary(path) as file:
+        with records.open_binary(path) as file:
             for line in file:
                 end += len(line)
                 if line.strip():
@@ -190,30 +187,28 @@ class TfdsSource:
     def __init__(self, spec: SourceConfig):
         import tensorflow_datasets as tfds
 
+        # TFDS raises what its file system and its parser raise
+        where, split = f"The data set {spec.path}", spec.split
         try:
             builder = tfds.builder_from_directory(spec.path)
-        except Exception as error:  # TFDS raises what its file system and its parser raise
-            reason = str(error).splitlines()[0]
+        except Exception as error:
+            reason = first_line(error)
             raise InputError(f"{spec.path} was not written by TFDS: {reason}") from error
-        where = f"The data set {spec.path}"
         self.image, self.caption = _columns(spec, builder.info.features, where)
-        if spec.split not in builder.info.splits:
-            raise InputError(
-                f"{where} has no split {spec.split!r}; {nearest(spec.split, builder.info.splits)}"
-            )
-        self.name, self.split = builder.info.full_name, spec.split
+        near = nearest(split, builder.info.splits)
+        require(split in builder.info.splits, f"{where} has no split {split!r}; {near}")
+        self.name = f"{builder.info.full_name}/{split}"
         encoded = {self.image: tfds.decode.SkipDecoding()}
         try:
-            self.source = builder.as_data_source(spec.split, decoders=encoded)
+            self.source = builder.as_data_source(split, decoders=encoded)
         except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{where} cannot be read at random: {reason}") from error
+            raise InputError(f"{where} cannot be read at random: {first_line(error)}") from error
 
     def __len__(self) -> int:
         return len(self.source)
 
     def key(self, i: int) -> str:
-        return f"{self.name}/{self.split}:{i}"
+        return f"{self.name}:{i}"
 
     def __getitem__(self, i: int) -> Record:
         fields = self.source[i]

@@ -14,13 +14,13 @@ import pathlib
 import tarfile
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from typing import BinaryIO
 
 import numpy as np
 
+from blip3o_jax.data import records
 from blip3o_jax.data.config import SourceConfig
-from blip3o_jax.data.records import FileSource, Record, RecordError, expand, open_binary
-from blip3o_jax.errors import InputError
+from blip3o_jax.data.records import FileSource, Record, RecordError, locate, read_bytes
+from blip3o_jax.errors import InputError, require
 
 VERSION = 1
 BLOCK = 512
@@ -35,7 +35,7 @@ class TarSource(FileSource):
 
     def __init__(self, spec: SourceConfig):
         self.caption_field = spec.caption_field
-        paths = expand(spec.path)
+        paths = records.expand(spec.path)
         with ThreadPoolExecutor(INDEXERS) as pool:
             self.indexes = list(pool.map(open_index, paths))
         super().__init__(paths, map(len, self.indexes))
@@ -44,53 +44,43 @@ class TarSource(FileSource):
         return self.indexes[file][row]["key"].decode()
 
     def __getitem__(self, i: int) -> Record:
-        tar, number = self.place(i)
-        path, row = self.paths[tar], self.indexes[tar][number]
-        caption = "json" if self.caption_field else "text"
-        for part in ("image", caption):
-            if row[part][1] < 0:
-                raise RecordError(f"no {'txt' if part == 'text' else part} in the tar")
-        try:
-            with open_binary(path) as file:
-                image, written = (_span(file, *row[part]) for part in ("image", caption))
-        except OSError as error:
-            raise RecordError(f"{path} cannot be read ({error.strerror or error})") from error
+        tar, number = locate(self.ends, i)
+        row = self.indexes[tar][number]
+        parts = ("image", "json" if self.caption_field else "text")
+        if missing := [part for part in parts if row[part][1] < 0]:
+            raise RecordError(f"no {missing[0].replace('text', 'txt')} in the tar")
+        spans = [tuple(map(int, row[part])) for part in parts]
+        contents = read_bytes(self.paths[tar], *spans)
+        if any(len(data) < size for data, (_, size) in zip(contents, spans, strict=True)):
+            raise RecordError("the tar has become shorter")
+        image, written = contents
         return Record(self.key(i), self._caption(written), image)
 
     def _caption(self, written: bytes) -> str:
+        field = self.caption_field
         try:
-            if not self.caption_field:
-                return written.decode().strip()
-            return str(json.loads(written)[self.caption_field]).strip()
+            return (str(json.loads(written)[field]) if field else written.decode()).strip()
         except (ValueError, KeyError, TypeError) as error:
-            field = self.caption_field
             reason = f"json without {field!r}" if field else "txt that is not UTF-8"
             raise RecordError(reason) from error
-
-
-def _span(file: BinaryIO, start: int, size: int) -> bytes:
-    file.seek(start)
-    data = file.read(int(size))
-    if len(data) < size:
-        raise RecordError("the tar has become shorter")
-    return data
 
 
 def open_index(tar: str) -> np.ndarray:
     """The offsets of a tar's records, from its index file, or from the tar if the index is not of
     this state of it. InputError for a damaged tar."""
-    version = _version(tar)
-    places = _index_files(tar)
+    version, places = _version(tar), _index_files(tar)
     for file in places:
         if (index := _load(file, version)) is not None:
             return index
+
+    # Stored in the first place that can be written, in memory where none can.
     index = read_headers(tar)
     for file in places:
         try:
             _store(file, version, index)
             return _load(file, version)
         except OSError:
-            continue  # the next place; in memory where no file can be written
+            continue
     log.warning("The index of %s cannot be stored; every run makes it again.", tar)
     return index
 
@@ -101,7 +91,7 @@ def read_headers(tar: str) -> np.ndarray:
     # The members, and what follows the last one.
     rows, end = [], 0
     try:
-        with open_binary(tar) as raw, tarfile.open(fileobj=raw, mode="r:") as members:
+        with records.open_binary(tar) as raw, tarfile.open(fileobj=raw, mode="r:") as members:
             for member in members:
                 members.members = []  # it would store them all
                 size = 0
@@ -112,23 +102,22 @@ def read_headers(tar: str) -> np.ndarray:
             raw.seek(end)
             beyond = raw.read(BLOCK)
     except (tarfile.TarError, EOFError) as error:
-        raise InputError(
-            f"{tar} is truncated or not an uncompressed tar ({error}); copy or decompress it."
-        ) from error
+        kind = f"truncated or not an uncompressed tar ({error})"
+        raise InputError(f"{tar} is {kind}; copy or decompress it.") from error
     except OSError as error:
         raise InputError(f"{tar} cannot be read: {error.strerror or error}.") from error
-    if beyond.strip(b"\0") or (end % BLOCK and rows):  # tarfile takes a damaged header for the end
-        raise InputError(
-            f"{tar} is damaged at byte {end}, after {len(rows)} records; copy it again."
-        )
+    # tarfile takes a damaged header for the end
+    damaged = beyond.strip(b"\0") or (end % BLOCK and rows)
+    where = f"at byte {end}, after {len(rows)} records"
+    require(not damaged, f"{tar} is damaged {where}; copy it again.")
 
     # One array of them.
     width = max((len(key) for key, _ in rows), default=1)
     parts = [(part, "<i8", 2) for part in ("image", "text", "json")]
     index = np.full(len(rows), -1, [("key", f"S{width}"), *parts])
-    for row, (key, parts) in zip(index, rows, strict=True):
+    for row, (key, spans) in zip(index, rows, strict=True):
         row["key"] = key
-        for part, span in parts.items():
+        for part, span in spans.items():
             row[part] = span
     return index
 
@@ -152,9 +141,10 @@ def _version(tar: str) -> dict:
         from etils import epath
 
         stat = epath.Path(tar).stat()
-        return {"version": VERSION, "size": stat.length, "mtime": int(stat.mtime)}
-    stat = os.stat(tar)
-    return {"version": VERSION, "size": stat.st_size, "mtime": stat.st_mtime_ns}
+        size, mtime = stat.length, int(stat.mtime)
+    else:
+        size, mtime = os.stat(tar).st_size, os.stat(tar).st_mtime_ns
+    return {"version": VERSION, "size": size, "mtime": mtime}
 
 
 def _index_files(tar: str) -> list[pathlib.Path]:
@@ -171,16 +161,14 @@ def _load(file: pathlib.Path, version: dict) -> np.ndarray | None:
     state of the tar."""
     try:
         with file.open("rb") as stream:
-            head = json.loads(stream.readline())
-            offset = stream.tell()
-        if head.pop("version_of") != version:
-            return None
+            head, offset = json.loads(stream.readline()), stream.tell()
+        count = head["records"]
         dtype = np.dtype([(name, kind, *map(tuple, shape)) for name, kind, *shape in head["dtype"]])
-        if file.stat().st_size != offset + head["records"] * dtype.itemsize:
+        whole = file.stat().st_size == offset + count * dtype.itemsize
+        if head["version_of"] != version or not whole:
             return None
-        if not head["records"]:
-            return np.zeros(0, dtype)
-        return np.memmap(file, dtype, "r", offset, (head["records"],))
+        # an empty file cannot be mapped
+        return np.memmap(file, dtype, "r", offset, (count,)) if count else np.zeros(0, dtype)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -192,8 +180,7 @@ def _store(file: pathlib.Path, version: dict, index: np.ndarray) -> None:
     handle, temporary = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(json.dumps(head).encode() + b"\n")
-            stream.write(index.tobytes())
+            stream.write(json.dumps(head).encode() + b"\n" + index.tobytes())
         os.chmod(temporary, 0o644)
         os.replace(temporary, file)
     finally:

@@ -45,10 +45,10 @@ def test_a_full_disk_is_one_sentence_and_a_defect_none(error, monkeypatch, data_
     with pytest.raises(
         InputError, match=f"cannot be drawn into {data_dir}: No space left on device; name another"
     ):
-        feed.world_rows(CFG.data.world, data_dir, "train", dict)
+        opened(data_dir)._world("train")
     error = RuntimeError("a defect")
     with pytest.raises(RuntimeError, match="a defect"):
-        feed.world_rows(CFG.data.world, data_dir, "train", dict)
+        opened(data_dir)._world("train")
 
 
 def test_records_are_the_scenes_of_seed_and_index(data_dir):
