@@ -8,17 +8,13 @@ diffusers' SanaTransformer2DModel and AutoencoderDC, TA-Tok's checkpoint argumen
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass, field
 
-from blip3o_jax.errors import InputError, nearest
+from blip3o_jax.errors import nearest, require
 from blip3o_jax.moved import refuse
 
 __getattr__ = functools.partial(refuse, "config")
-
-
-def _need(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
 
 
 @dataclass(frozen=True)
@@ -39,19 +35,12 @@ class Qwen3Config:
     vocab_padding: int = 0
 
     def __post_init__(self):
-        _need(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            f"Qwen3: {self.num_attention_heads} query heads do not divide by "
-            f"{self.num_key_value_heads} key-value heads.",
-        )
-        _need(
-            self.vocab_padding >= 0,
-            f"Qwen3: vocab_padding is at least 0, not {self.vocab_padding}.",
-        )
-        _need(
-            self.head_dim % 2 == 0,
-            f"Qwen3: head_dim {self.head_dim} must be even for rotary embedding.",
-        )
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        uneven = f"Qwen3: {heads} query heads do not divide by {groups} key-value heads."
+        require(heads % groups == 0, uneven)
+        padding, width = self.vocab_padding, self.head_dim
+        require(padding >= 0, f"Qwen3: vocab_padding is at least 0, not {padding}.")
+        require(width % 2 == 0, f"Qwen3: head_dim {width} must be even for rotary embedding.")
 
     @property
     def vocab_rows(self) -> int:
@@ -61,10 +50,7 @@ class Qwen3Config:
 
 @dataclass(frozen=True)
 class SiglipConfig:
-    """SiglipVisionModel (fixed resolution).
-
-    `num_hidden_layers` as published; TaTokConfig says how many are used.
-    """
+    """SiglipVisionModel (fixed resolution); TaTokConfig says how many of the layers are used."""
 
     hidden_size: int = 1152
     intermediate_size: int = 4304
@@ -75,11 +61,8 @@ class SiglipConfig:
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self):
-        _need(
-            self.hidden_size % self.num_attention_heads == 0,
-            f"SigLIP: width {self.hidden_size} does not divide by "
-            f"{self.num_attention_heads} heads.",
-        )
+        width, heads = self.hidden_size, self.num_attention_heads
+        require(width % heads == 0, f"SigLIP: width {width} does not divide by {heads} heads.")
 
     @property
     def grid(self) -> int:
@@ -105,21 +88,14 @@ class TaTokConfig:
     decoder_num_patches: int = 256  # learned positions of the decoder, resized to the token grid
 
     def __post_init__(self):
-        _need(
-            -self.encoder.num_hidden_layers <= self.select_layer_id <= -1,
-            f"TA-Tok: select_layer_id {self.select_layer_id} must lie in "
-            f"[-{self.encoder.num_hidden_layers}, -1].",
-        )
-        side = round(self.decoder_num_patches**0.5)
-        _need(
-            side * side == self.decoder_num_patches,
-            "TA-Tok: decoder_num_patches must be a square number.",
-        )
+        layer, layers = self.select_layer_id, self.encoder.num_hidden_layers
+        outside = f"TA-Tok: select_layer_id {layer} must lie in [-{layers}, -1]."
+        require(-layers <= layer <= -1, outside)
+        is_square = math.isqrt(self.decoder_num_patches) ** 2 == self.decoder_num_patches
+        require(is_square, "TA-Tok: decoder_num_patches must be a square number.")
         width, heads = self.encoder.hidden_size, self.decoder_num_attention_heads
-        _need(
-            width % heads == 0,
-            f"TA-Tok: width {width} does not divide by the decoder's {heads} heads.",
-        )
+        uneven = f"TA-Tok: width {width} does not divide by the decoder's {heads} heads."
+        require(width % heads == 0, uneven)
 
     @property
     def num_encoder_layers(self) -> int:
@@ -157,16 +133,13 @@ class SanaConfig:
     condition_positions: bool = False
 
     def __post_init__(self):
-        _need(
-            self.interpolation_scale is not None or not self.condition_positions,
-            "SANA: condition_positions are those of the latents, which need an "
-            "interpolation_scale.",
-        )
-        _need(
-            self.hidden_size == self.num_cross_attention_heads * self.cross_attention_head_dim,
-            f"SANA: width {self.hidden_size} is not {self.num_cross_attention_heads} cross "
-            f"heads x {self.cross_attention_head_dim}.",
-        )
+        unscaled = self.condition_positions and self.interpolation_scale is None
+        needs = "SANA: condition_positions are those of the latents, which need an"
+        require(not unscaled, f"{needs} interpolation_scale.")
+        # Cross-attention has heads of its own, which make up the same width.
+        heads, size = self.num_cross_attention_heads, self.cross_attention_head_dim
+        width = self.hidden_size
+        require(width == heads * size, f"SANA: width {width} is not {heads} cross heads x {size}.")
 
     @property
     def hidden_size(self) -> int:
@@ -176,6 +149,13 @@ class SanaConfig:
     def mlp_hidden(self) -> int:
         """Width of the gated half of the mix-FFN (GLUMBConv)."""
         return int(self.mlp_ratio * self.hidden_size)
+
+
+BLOCK_TYPES = ("ResBlock", "EfficientViTBlock")
+RESAMPLING = {
+    "downsample_block_type": ("Conv", "pixel_unshuffle"),
+    "upsample_block_type": ("interpolate", "pixel_shuffle"),
+}
 
 
 @dataclass(frozen=True)
@@ -189,61 +169,37 @@ class DcAeConfig:
     encoder_layers_per_block: tuple[int, ...] = (2, 2, 2, 3, 3, 3)
     decoder_layers_per_block: tuple[int, ...] = (3, 3, 3, 3, 3, 3)
     qkv_multiscales: tuple[tuple[int, ...], ...] = ((), (), (), (5,), (5,), (5,))
-    downsample_block_type: str = "Conv"  # or "pixel_unshuffle"
-    upsample_block_type: str = "interpolate"  # or "pixel_shuffle"
+    downsample_block_type: str = "Conv"
+    upsample_block_type: str = "interpolate"
     scaling_factor: float = 0.41407
 
     def __post_init__(self):
-        # Every stage is described.
-        stages = len(self.block_out_channels)
-        _need(stages > 0, "DC-AE: block_out_channels must have an entry.")
-        for name in (
-            "block_types",
-            "encoder_layers_per_block",
-            "decoder_layers_per_block",
-            "qkv_multiscales",
-        ):
-            _need(
-                len(getattr(self, name)) == stages,
-                f"DC-AE: {name} must have {stages} entries, as block_out_channels.",
-            )
-        # Kinds that exist.
-        unknown = set(self.block_types) - {"ResBlock", "EfficientViTBlock"}
-        _need(
-            not unknown,
-            f"DC-AE: unknown block types {sorted(unknown)}; known: ResBlock, EfficientViTBlock.",
-        )
-        _need(
-            self.downsample_block_type in ("Conv", "pixel_unshuffle"),
-            "DC-AE: downsample_block_type is Conv or pixel_unshuffle.",
-        )
-        _need(
-            self.upsample_block_type in ("interpolate", "pixel_shuffle"),
-            "DC-AE: upsample_block_type is interpolate or pixel_shuffle.",
-        )
-        _need(
-            self.block_out_channels[-1] % self.latent_channels == 0,
-            "DC-AE: the last width must divide by latent_channels.",
-        )
+        # Every stage is described, by kinds that exist.
+        widths, stages = self.block_out_channels, len(self.block_out_channels)
+        require(stages > 0, "DC-AE: block_out_channels must have an entry.")
+        layers = ("encoder_layers_per_block", "decoder_layers_per_block")
+        for name in ("block_types", *layers, "qkv_multiscales"):
+            entries = f"DC-AE: {name} must have {stages} entries, as block_out_channels."
+            require(len(getattr(self, name)) == stages, entries)
+        unknown = sorted(set(self.block_types) - set(BLOCK_TYPES))
+        kinds = f"DC-AE: unknown block types {unknown}; known: {', '.join(BLOCK_TYPES)}."
+        require(not unknown, kinds)
+        for name, known in RESAMPLING.items():
+            require(getattr(self, name) in known, f"DC-AE: {name} is {' or '.join(known)}.")
+
         # Widths that heads, and the channels of shortcuts, divide.
-        widths = self.block_out_channels
+        is_divisible = widths[-1] % self.latent_channels == 0
+        require(is_divisible, "DC-AE: the last width must divide by latent_channels.")
+        head = self.attention_head_dim
         for width, kind in zip(widths, self.block_types, strict=True):
-            fits = kind == "ResBlock" or width % self.attention_head_dim == 0
-            _need(
-                fits,
-                f"DC-AE: width {width} does not divide into heads of {self.attention_head_dim}.",
-            )
-        for layers in (self.encoder_layers_per_block, self.decoder_layers_per_block):
-            _need(
-                all(layers[1:-1]),
-                "DC-AE: only the first and the last stage may have no layers, the others "
-                "would not change the resolution.",
-            )
-            for fine, coarse, count in zip(widths, widths[1:], layers, strict=False):
-                _need(
-                    not count or 4 * fine % coarse == 0,
-                    f"DC-AE: four times width {fine} must divide by the next width, {coarse}.",
-                )
+            uneven = f"DC-AE: width {width} does not divide into heads of {head}."
+            require(kind == "ResBlock" or width % head == 0, uneven)
+        for counts in (getattr(self, name) for name in layers):
+            empty = "DC-AE: only the first and the last stage may have no layers, the others"
+            require(all(counts[1:-1]), f"{empty} would not change the resolution.")
+            for fine, coarse, count in zip(widths, widths[1:], counts, strict=False):
+                uneven = f"DC-AE: four times width {fine} must divide by the next width, {coarse}."
+                require(not count or 4 * fine % coarse == 0, uneven)
 
     @property
     def factor(self) -> int:
@@ -297,21 +253,16 @@ class Blip3oConfig:
     use_tar_siglip_features: bool = False
 
     def __post_init__(self):
-        _need(
-            self.qwen3.vocab_size >= self.vocab.size,
-            f"{self.name}: vocabulary of {self.qwen3.vocab_size} rows is smaller than the "
-            f"ids need ({self.vocab.size}).",
-        )
-        _need(
-            self.vocab.num_image_tokens == self.ta_tok.codebook_size,
-            f"{self.name}: {self.vocab.num_image_tokens} image tokens but a codebook of "
-            f"{self.ta_tok.codebook_size}.",
-        )
-        _need(
-            self.sana.in_channels == self.dc_ae.latent_channels,
-            f"{self.name}: SANA takes {self.sana.in_channels} channels, the autoencoder "
-            f"gives {self.dc_ae.latent_channels}.",
-        )
+        # Every id has a row, and every code an id.
+        rows, ids = self.qwen3.vocab_size, self.vocab.size
+        too_few = f"{self.name}: vocabulary of {rows} rows is smaller than the ids need ({ids})."
+        require(rows >= ids, too_few)
+        tokens, codes = self.vocab.num_image_tokens, self.ta_tok.codebook_size
+        require(tokens == codes, f"{self.name}: {tokens} image tokens but a codebook of {codes}.")
+        # SANA works on the autoencoder's latents.
+        takes, gives = self.sana.in_channels, self.dc_ae.latent_channels
+        channels = f"{self.name}: SANA takes {takes} channels, the autoencoder gives {gives}."
+        require(takes == gives, channels)
 
     @property
     def image_size(self) -> int:
@@ -329,21 +280,17 @@ def replace(config, **changes):
 
     All changes are made before any check.
     """
+    names = {field.name for field in dataclasses.fields(config)}
     own: dict = {}
+    nested: dict[str, dict] = {}
     for key, value in changes.items():
         head, _, rest = key.partition(".")
-        if head not in {f.name for f in dataclasses.fields(config)}:
-            raise InputError(
-                f"Unknown key {key!r}; "
-                f"{nearest(head, [f.name for f in dataclasses.fields(config)])}"
-            )
+        require(head in names, f"Unknown key {key!r}; {nearest(head, names)}")
         if rest:
-            own.setdefault(head, {})[rest] = value
+            nested.setdefault(head, {})[rest] = value
         else:
             own[head] = value
-    nested = {
-        head: replace(getattr(config, head), **value)
-        for head, value in own.items()
-        if isinstance(value, dict)
-    }
-    return dataclasses.replace(config, **{**own, **nested})
+    # Each part with all of its own changes at once.
+    for head, part in nested.items():
+        own[head] = replace(getattr(config, head), **part)
+    return dataclasses.replace(config, **own)

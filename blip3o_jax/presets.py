@@ -12,14 +12,24 @@ from blip3o_jax.config import (
     TaTokConfig,
     VocabConfig,
 )
-from blip3o_jax.errors import InputError, nearest
+from blip3o_jax.errors import nearest, require
+
+# hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads,
+# head_dim
+QWEN3 = {
+    "emoji_64": (192, 512, 6, 6, 2, 32),
+    "mid_128": (768, 2304, 14, 12, 4, 64),
+    "blip3o_next_0_6b": (1024, 3072, 28, 16, 8, 128),
+    "blip3o_next_3b": (2048, 6144, 28, 16, 8, 128),
+}
+# hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, image_size, patch_size
+SIGLIP = {"emoji_64": (128, 512, 3, 4, 64, 8), "mid_128": (384, 1536, 12, 6, 128, 8)}
 
 
 def _emoji_64() -> Blip3oConfig:
-    """A miniature of every part, trained and embedded: 64 px scenes, 8x8 tokens of 256 codes, 8x8
-    latents."""
-    # bytes and words of assets/emoji_64/tokenizer.json; then three vision tokens, the pad and two
-    # chat tokens
+    """A miniature of every part, trained and embedded: 64 px, 8x8 of 256 codes, 8x8 latents."""
+    # bytes and words of assets/emoji_64/tokenizer.json, and behind them three vision tokens, the
+    # pad and two chat tokens
     words = 559
     text_tokens = words + 6
     vocab = VocabConfig(
@@ -34,25 +44,9 @@ def _emoji_64() -> Blip3oConfig:
     return Blip3oConfig(
         name="emoji_64",
         vocab=vocab,
-        qwen3=Qwen3Config(
-            vocab_size=vocab.size,
-            hidden_size=192,
-            intermediate_size=512,
-            num_hidden_layers=6,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            head_dim=32,
-            rope_theta=1e4,
-        ),
+        qwen3=Qwen3Config(vocab.size, *QWEN3["emoji_64"], rope_theta=1e4),
         ta_tok=TaTokConfig(
-            encoder=SiglipConfig(
-                hidden_size=128,
-                intermediate_size=512,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                image_size=64,
-                patch_size=8,
-            ),
+            encoder=SiglipConfig(*SIGLIP["emoji_64"]),
             select_layer_id=-1,
             bottleneck_dim=32,
             codebook_size=256,
@@ -91,31 +85,17 @@ def _emoji_64() -> Blip3oConfig:
 
 
 def _mid_128() -> Blip3oConfig:
-    """Between the miniature and the published models, made as the latter are: about 100 M + 100 M
-    parameters, for measuring speed.
-
-    128 px, 16x16 tokens of 4096 codes, 16x16 latents; the text vocabulary is emoji_64's. There are
-    no weights of it.
+    """Between the miniature and the published models, made as the latter are, for measuring speed:
+    about 100 M + 100 M parameters, 128 px, 16x16 tokens of 4096 codes, 16x16 latents; no weights.
     """
     # The text vocabulary of the embedded model, with more codes.
     vocab = dataclasses.replace(_emoji_64().vocab, num_image_tokens=4096)
-    encoder = SiglipConfig(
-        384, 1536, num_hidden_layers=12, num_attention_heads=6, image_size=128, patch_size=8
-    )
     return Blip3oConfig(
         name="mid_128",
         vocab=vocab,
-        qwen3=Qwen3Config(
-            vocab.size,
-            768,
-            2304,
-            num_hidden_layers=14,
-            num_attention_heads=12,
-            num_key_value_heads=4,
-            head_dim=64,
-        ),
+        qwen3=Qwen3Config(vocab.size, *QWEN3["mid_128"]),
         ta_tok=TaTokConfig(
-            encoder=encoder,
+            encoder=SiglipConfig(*SIGLIP["mid_128"]),
             bottleneck_dim=512,
             codebook_size=4096,
             decoder_num_attention_heads=4,
@@ -139,30 +119,17 @@ def _mid_128() -> Blip3oConfig:
     )
 
 
-def _next(name: str, hidden: int, ffn: int) -> Blip3oConfig:
+def _next(name: str) -> Blip3oConfig:
     """BLIP3o-NEXT around a Qwen3 of 28 layers (0.6B: width 1024, 1.7B: width 2048)."""
-    return Blip3oConfig(
-        name=name,
-        qwen3=Qwen3Config(
-            vocab_size=217210,
-            hidden_size=hidden,
-            intermediate_size=ffn,
-            num_hidden_layers=28,
-            num_attention_heads=16,
-            num_key_value_heads=8,
-            head_dim=128,
-        ),
-    )
+    return Blip3oConfig(name, Qwen3Config(217210, *QWEN3[name]))
 
 
 PRESETS = {
     "emoji_64": _emoji_64,
     "mid_128": _mid_128,
-    "blip3o_next_0_6b": lambda: _next("blip3o_next_0_6b", 1024, 3072),
-    "blip3o_next_3b": lambda: _next("blip3o_next_3b", 2048, 6144),
+    "blip3o_next_0_6b": lambda: _next("blip3o_next_0_6b"),
+    "blip3o_next_3b": lambda: _next("blip3o_next_3b"),
 }
-
-
 SANA_PRESETS = {
     "sana_0_6b": lambda: SanaConfig(
         num_layers=28,
@@ -179,6 +146,5 @@ SANA_PRESETS = {
 
 def preset(name: str) -> Blip3oConfig:
     """The named preset; raises InputError naming the nearest one when there is none."""
-    if name not in PRESETS:
-        raise InputError(f"Unknown preset {name!r}; {nearest(name, PRESETS)}")
+    require(name in PRESETS, f"Unknown preset {name!r}; {nearest(name, PRESETS)}")
     return PRESETS[name]()
