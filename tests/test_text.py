@@ -7,12 +7,12 @@ import pickle
 
 import numpy as np
 import pytest
+from scenes.make_tokenizer import QWEN2_PATTERN, add_tokens, corpus, make, vocabulary
 
 from blip3o_jax.config import VocabConfig
 from blip3o_jax.errors import InputError
 from blip3o_jax.presets import preset
 from blip3o_jax.resources import ASSETS
-from blip3o_jax.scenes.make_tokenizer import QWEN2_PATTERN, add_tokens, corpus, make, vocabulary
 from blip3o_jax.text import Text, edit_prompt, left_pad, load_tokenizer, t2i_prompt, targets
 
 CONFIG = preset("emoji_64")

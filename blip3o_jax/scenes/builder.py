@@ -42,7 +42,6 @@ class EmojiScenes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     name = "emoji_scenes"
     VERSION = tfds.core.Version("1.2.0")  # to be raised when art, words or sampling change
     BUILDER_CONFIGS = [EmojiScenesConfig()]  # noqa: RUF012, TFDS's own convention
-
     # no checksums to look for; TFDS 4.9.10 would need importlib_resources, which it does not
     # declare
     code_path = None
@@ -54,37 +53,24 @@ class EmojiScenes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             "metadata": tfds.features.Text(),
             "patches": tfds.features.Tensor(shape=(PATCHES, PATCHES), dtype=np.uint8),
         }
+        features = tfds.features.FeaturesDict(features)
         return tfds.core.DatasetInfo(
-            builder=self,
-            description=DESCRIPTION,
-            features=tfds.features.FeaturesDict(features),
-            disable_shuffling=True,
+            builder=self, description=DESCRIPTION, features=features, disable_shuffling=True
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        world = self.builder_config.world
-        return {split: self._generate_examples(split, world) for split in ("train", "heldout")}
+        return {split: self._generate_examples(split) for split in ("train", "heldout")}
 
-    def _generate_examples(
-        self, split: str, world: WorldConfig
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        world = self.builder_config.world
         for index in range(getattr(world, split)):
             metadata, scene = sample(world, index, split)
-            record = {
-                "image": _png(compose(scene)),
-                "prompt": metadata["prompt"],
-                "metadata": json.dumps(metadata),
-                "patches": patch_words(scene),
-            }
-            yield index, record
-
-
-def _png(image: np.ndarray) -> io.BytesIO:
-    """Encoded by Pillow, as TFDS would need TensorFlow for it."""
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "png", compress_level=1)
-    file.seek(0)
-    return file
+            # encoded by Pillow, as TFDS would need TensorFlow for it
+            png = io.BytesIO()
+            Image.fromarray(compose(scene)).save(png, "png", compress_level=1)
+            png.seek(0)
+            words = {"prompt": metadata["prompt"], "metadata": json.dumps(metadata)}
+            yield index, {"image": png, **words, "patches": patch_words(scene)}
 
 
 def open_source(data_dir: str | Path, split: str = "train", world: WorldConfig | None = None):

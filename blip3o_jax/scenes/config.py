@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from blip3o_jax.errors import InputError, nearest
+from blip3o_jax.errors import nearest, require
 
 # GenEval's tags with their shares of the prompts; two colours at once are the hardest to learn.
 WEIGHTS = {
@@ -35,8 +35,7 @@ class WorldConfig:
 
     def __post_init__(self):
         for tag in self.weights:
-            if tag not in TAGS:
-                raise InputError(f"Unknown tag {tag!r}; {nearest(tag, TAGS)}")
+            require(tag in TAGS, f"Unknown tag {tag!r}; {nearest(tag, TAGS)}")
 
     @property
     def name(self) -> str:

@@ -6,6 +6,7 @@ is perfect, 1 as bad as nothing there.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -46,10 +47,8 @@ class Detection:
 
 @dataclass(frozen=True)
 class Sight:
-    """All that was seen.
-
-    `ground` None is none of the five; `unexplained`: px of foreground that no detection covers.
-    """
+    """All that was seen; `ground` None is none of the five, `unexplained` the px of foreground that
+    no detection covers."""
 
     detections: tuple[Detection, ...]
     ground: str | None
@@ -80,8 +79,12 @@ def detect(image: np.ndarray) -> list[Detection]:
     return list(look(image).detections)
 
 
-def _distance(shade: np.ndarray, name: str) -> np.ndarray:
-    return np.linalg.norm(shade - np.float32(GROUNDS[name]) / 255, axis=-1)
+def _shade(ground: str) -> np.ndarray:
+    return np.float32(GROUNDS[ground]) / 255
+
+
+def _distance(shade: np.ndarray, ground: str) -> np.ndarray:
+    return np.linalg.norm(shade - _shade(ground), axis=-1)
 
 
 def _find_ground(pixels: np.ndarray) -> tuple[str | None, np.ndarray]:
@@ -98,8 +101,7 @@ def _find_ground(pixels: np.ndarray) -> tuple[str | None, np.ndarray]:
     return list(GROUNDS)[votes.argmax()], np.median(blocks[near == votes.argmax()], axis=0)
 
 
-@dataclass(frozen=True)
-class _Templates:
+class _Templates(NamedTuple):
     """Per object and look, K in all: mask x difference from the ground [K, pixels], its energy [K];
     masks [objects, pixels]."""
 
@@ -111,24 +113,21 @@ class _Templates:
 @lru_cache
 def _templates(ground: str) -> _Templates:
     """What _errors compares with on a ground."""
-    shade = np.float32(GROUNDS[ground]) / 255
     inside = slice(CELL, CELL + SPRITE)
     weighted, energy, masks = [], [], []
     for name in OBJECTS:
-        mask = _grown(render(name)[..., 3] > 0.2, MARGIN)[::2, ::2, None]
+        # the sprite and what lies within MARGIN px of it, diagonals included
+        cover = np.pad(render(name)[..., 3] > 0.2, MARGIN)
+        grown = sliding_window_view(cover, (2 * MARGIN + 1,) * 2).max(axis=(2, 3))
+        mask = grown.astype(np.float32)[::2, ::2, None]
         masks.append(mask.ravel())
         for color in LOOKS:
             picture = compose(Scene((Thing(name, color, 1, 1),), ground))[inside, inside]
-            difference = _soften(picture.astype(np.float32) / 255 - shade)[::2, ::2]
+            difference = picture.astype(np.float32) / 255 - _shade(ground)
+            difference = _soften(difference)[::2, ::2]
             weighted.append((mask * difference).ravel())
             energy.append((mask * difference**2).sum())
     return _Templates(np.stack(weighted), np.float32(energy), np.stack(masks))
-
-
-def _grown(mask: np.ndarray, by: int) -> np.ndarray:
-    """A mask and what lies within `by` px of it, diagonals included, float32."""
-    views = sliding_window_view(np.pad(mask, by), (2 * by + 1, 2 * by + 1))
-    return views.max(axis=(2, 3)).astype(np.float32)
 
 
 def _soften(image: np.ndarray) -> np.ndarray:
@@ -159,6 +158,11 @@ def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (padded.reshape(-1, 3, a.shape[1]) @ b.T).reshape(len(padded), len(b))[: len(a)]
 
 
+def _least(errors: np.ndarray) -> tuple[int, ...]:
+    """Where the smallest error is."""
+    return tuple(int(i) for i in np.unravel_index(errors.argmin(), errors.shape))
+
+
 def _find_sprites(difference: np.ndarray, ground: str) -> list[Detection]:
     """Greedy search: the best of every second place is looked at closely, accepted or not, and
     closed; and so on."""
@@ -167,7 +171,7 @@ def _find_sprites(difference: np.ndarray, ground: str) -> list[Detection]:
     places = 2 * np.arange(len(coarse))
     detections = []
     while coarse.min() < COARSE_ERROR:
-        row, column = (2 * int(i) for i in np.unravel_index(coarse.argmin(), coarse.shape))
+        row, column = (2 * i for i in _least(coarse))
         detection = _look_closely(softened, templates, row, column)
         if detection:
             detections.append(detection)
@@ -183,14 +187,20 @@ def _look_closely(
 ) -> Detection | None:
     """The best sprite within REACH px of a place, or None if it is too unlike it or nothing speaks
     for it against others."""
+    # The best sprite, and the best of another object.
     top, left = max(row - REACH, 0), max(column - REACH, 0)
     bottom, right = (min(at + REACH, SIZE - SPRITE) + SPRITE for at in (row, column))
     errors = _errors(softened[top:bottom, left:right], templates)
-    i, j, which, look = (int(n) for n in np.unravel_index(errors.argmin(), errors.shape))
+    i, j, which, look = _least(errors)
     error = float(errors[i, j, which, look])
     rival = np.delete(errors, which, axis=2).min()
+
+    # A plain disc in its own mean colour, in the same unit.
+    window = softened[top + i :, left + j :][:SPRITE:2, :SPRITE:2]
+    inside = window[_disc(which)[::2, ::2]]
+    explained = len(inside) * np.square(inside.mean(axis=0)).sum()
     energy = templates.energy[which * len(LOOKS) + look]
-    disc = _disc_error(softened[top + i :, left + j :], which, energy)
+    disc = float((np.square(window).sum() - explained) / energy)
     if error > min(MOST_ERROR, MOST_OF_RIVAL * min(rival, disc)):
         return None
     return Detection(OBJECTS[which], LOOKS[look], top + i, left + j, max(error, 0.0))
@@ -205,18 +215,10 @@ def _disc(which: int) -> np.ndarray:
     return (y - (cover * y).sum() / area) ** 2 + (x - (cover * x).sum() / area) ** 2 < area / np.pi
 
 
-def _disc_error(softened: np.ndarray, which: int, energy: float) -> float:
-    """Error of a plain disc in its own mean colour, in the same unit."""
-    window, disc = softened[:SPRITE:2, :SPRITE:2], _disc(which)[::2, ::2]
-    inside = window[disc]
-    explained = len(inside) * np.square(inside.mean(axis=0)).sum()
-    return float((np.square(window).sum() - explained) / energy)
-
-
 def _find_letters(difference: np.ndarray, ground: str) -> list[Detection]:
     """Letters, greedily, then in reading order: lines from above, each from left to right."""
     # How much ink covers each pixel, and the error of each letter at each place.
-    ink = sprites.INK - np.float32(GROUNDS[ground]) / 255
+    ink = sprites.INK - _shade(ground)
     cover = _soften(np.clip(difference @ ink / (ink @ ink), 0, 1)[..., None])[..., 0]
     windows = sliding_window_view(cover, (LETTER_HEIGHT, LETTER_WIDTH))
     rows, columns = windows.shape[:2]
@@ -224,17 +226,15 @@ def _find_letters(difference: np.ndarray, ground: str) -> list[Detection]:
     shapes = np.stack([_soften(letter[..., None]).ravel() for letter in sprites.letters()])
     energy = np.square(shapes).sum(axis=1)
     errors = (np.square(flat).sum(axis=1)[:, None] - 2 * _product(flat, shapes) + energy) / energy
-    best = errors.min(axis=1).reshape(rows, columns)
-    which = errors.argmin(axis=1).reshape(rows, columns)
+    errors = errors.reshape(rows, columns, -1)
 
     # The best place of all, then its surroundings are closed; and so on.
     detections = []
-    while best.min() < MOST_LETTER_ERROR:
-        row, column = (int(i) for i in np.unravel_index(best.argmin(), best.shape))
-        letter = sprites.LETTERS[which[row, column]]
-        error = max(float(best[row, column]), 0.0)
-        detections.append(Detection(letter, None, row, column, error))
-        best[max(row - 11, 0) : row + 12, max(column - 5, 0) : column + 6] = np.inf
+    while errors.min() < MOST_LETTER_ERROR:
+        row, column, which = _least(errors)
+        error = max(float(errors[row, column, which]), 0.0)
+        detections.append(Detection(sprites.LETTERS[which], None, row, column, error))
+        errors[max(row - 11, 0) : row + 12, max(column - 5, 0) : column + 6] = np.inf
     return sorted(detections, key=lambda d: (round(d.row_px / LETTER_HEIGHT), d.column_px))
 
 

@@ -5,13 +5,11 @@
 - sketch: a scene's prompt, then each sprite's first three patches, at their places;
 - picture: a scene's prompt and all of its image.
 
-A pretrained Qwen3 can already copy words in either order. A transformer that starts at random
-learns it from recitals within a hundred steps, as there is nothing to memorise, and then applies it
-to sketches and pictures, whose things follow the order of the prompt (prompts._layouts). From
-pictures alone it hardly does: which colour belongs to which object is one bit in a hundred tokens.
-
-No scene holds a held-out combination, and no recital both words of one (of things, of thing and
-colour, of thing and ground).
+A transformer that starts at random learns to copy words from recitals within a hundred steps, as
+there is nothing to memorise, and then applies it to sketches and pictures, whose things follow the
+order of the prompt (prompts._layouts). From pictures alone it hardly does: which colour belongs to
+which object is one bit in a hundred tokens. No scene holds a held-out combination, and no recital
+both words of one.
 """
 
 from collections.abc import Mapping
@@ -19,7 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import require
 from blip3o_jax.scenes import prompts
 from blip3o_jax.scenes.config import EXERCISES, WorldConfig
 from blip3o_jax.scenes.heldout import held_out
@@ -67,9 +65,9 @@ def _words(text: Text) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _recital(rng: np.random.Generator, text: Text) -> Row:
+    # Distinct words, mostly of those that image tokens say, none of a held-out pair.
     said = _said(text)
     shown, others = _words(text)
-    # Distinct words, mostly of those that image tokens say, none of a held-out pair.
     words: dict[int, str] = {}
     while len(words) < RECITED:
         word = int(rng.choice(shown if rng.random() < 0.75 else others))
@@ -77,12 +75,12 @@ def _recital(rng: np.random.Generator, text: Text) -> Row:
         pairs = {frozenset((name, other)) for other in words.values()}
         if word not in words and not pairs & _forbidden():
             words[word] = name
-    # The same again, at random places of the image.
+
+    # A sign (a prompt ends with both), then the same again, at random places of the image.
     backwards = rng.random() < 0.5
-    # a prompt ends with both
     signs = [text.vocab.image_start_tag_id] + [text.vocab.scale_start_token_id] * backwards
     again = [said.get(word, word) for word in words]
-    ids = [*words, *signs, *(reversed(again) if backwards else again)]
+    ids = [*words, *signs, *(again[::-1] if backwards else again)]
     first = int(rng.integers(0, IMAGE))
     return ids, list(range(first, first + len(ids))), [0.0] * (len(ids) - RECITED) + [1.0] * RECITED
 
@@ -91,19 +89,21 @@ def _scene(text: Text, prompt: str, scene: Scene, sketch: bool) -> Row:
     ids, patches = text.encode_prompt(prompt), patch_words(scene).ravel()
     drawn = np.flatnonzero(SKETCH_WORDS[patches]) if sketch else np.arange(IMAGE)
     image = (text.vocab.image_start_token_id + patches[drawn].astype(int)).tolist()
-    end = [] if sketch else [text.vocab.image_end_tag_id]
-    places = [*range(len(ids)), *(len(ids) + drawn).tolist(), *(len(ids) + IMAGE for _ in end)]
-    return ids + image + end, places, [0.0] * len(ids) + [1.0] * (len(drawn) + len(end))
+    places = [*range(len(ids)), *(len(ids) + drawn).tolist()]
+    if not sketch:
+        image.append(text.vocab.image_end_tag_id)
+        places.append(len(ids) + IMAGE)
+    return ids + image, places, [0.0] * len(ids) + [1.0] * len(image)
 
 
 def exercise(
     text: Text, world: WorldConfig, shares: Mapping[str, float], length: int, index: int
 ) -> dict[str, np.ndarray]:
-    """Row `index`, a pure function of (world, shares, index).
+    """Row `index`, a pure function of (world, shares, index): `tokens` and `positions` int32
+    [length], padded on the right, and `weights` f32 [length], what the prediction of each token
+    counts.
 
-    `tokens` and `positions` int32 [length], padded on the right, and `weights` f32 [length], what
-    the prediction of each token counts. `shares` are those of `EXERCISES`. InputError when the row
-    does not fit.
+    `shares` are those of `EXERCISES`. InputError when the row does not fit.
     """
     # The kind, then the row's ids, positions and weights.
     rng = np.random.Generator(np.random.Philox(key=[world.seed, 0], counter=[0, 0, 0, index]))
@@ -114,10 +114,10 @@ def exercise(
     else:
         metadata, scene = prompts.sample(world, index)
         ids, places, counts = _scene(text, metadata["prompt"], scene, kind == "sketch")
-    if len(ids) > length:
-        raise InputError(f"A {kind} of {len(ids)} tokens does not fit data.row_length {length}.")
+    size = len(ids)
+    require(size <= length, f"A {kind} of {size} tokens does not fit data.row_length {length}.")
     return {
         "tokens": right_pad([ids], length, text.vocab.pad_token_id)[0][0],
         "positions": right_pad([places], length, 0)[0][0],
-        "weights": np.pad(np.array(counts, np.float32), (0, length - len(counts))),
+        "weights": np.pad(np.array(counts, np.float32), (0, length - size)),
     }

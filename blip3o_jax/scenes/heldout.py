@@ -47,29 +47,22 @@ Rule = Callable[[list, tuple], bool]  # whether a candidate may be chosen beside
 def _choose(rng: np.random.Generator, candidates: Iterable, number: int, allowed: Rule) -> list:
     """`number` candidates in random order, each `allowed` beside those chosen before; starts over
     if that gets stuck."""
-    candidates = list(candidates)
-    while True:
-        chosen: list = []
+    candidates, chosen = list(candidates), []
+    while len(chosen) < number:
+        chosen = []
         for i in rng.permutation(len(candidates)):
             if len(chosen) < number and allowed(chosen, candidates[i]):
                 chosen.append(candidates[i])
-        if len(chosen) == number:
-            return chosen
+    return chosen
 
 
 def _at_most(*limits: int) -> Rule:
     """The i-th member of a combination occurs at most limits[i] times at that place, so that
     nothing is held out lopsidedly."""
-
-    def allowed(chosen: list, candidate: tuple) -> bool:
-        counts = [sum(c[i] == part for c in chosen) for i, part in enumerate(candidate)]
-        return all(count < limit for count, limit in zip(counts, limits, strict=True))
-
-    return allowed
-
-
-def _three_partners(chosen: list, candidate: tuple) -> bool:
-    return all(sum(name in pair for pair in chosen) < 3 for name in candidate)
+    return lambda chosen, candidate: all(
+        sum(c[i] == part for c in chosen) < limit
+        for i, (part, limit) in enumerate(zip(candidate, limits, strict=True))
+    )
 
 
 @lru_cache
@@ -77,10 +70,14 @@ def held_out() -> HeldOut:
     """20 of 168 (object, colour), 42 of 378 object pairs, 8 of 84 (object, count), 21 of 140
     (object, ground), 30 words."""
     rng = np.random.Generator(np.random.Philox(SEED))
+
+    def three_partners(chosen: list, candidate: tuple) -> bool:
+        return all(sum(name in pair for pair in chosen) < 3 for name in candidate)
+
     # A natural apple is red, so a red one would not be unseen.
     tinted = [pair for pair in product(OBJECTS, COLORS) if PLAIN_COLOR.get(pair[0]) != pair[1]]
     colors = _choose(rng, tinted, 20, _at_most(1, 4))
-    pairs = _choose(rng, combinations(OBJECTS, 2), 42, _three_partners)
+    pairs = _choose(rng, combinations(OBJECTS, 2), 42, three_partners)
     return HeldOut(
         colors=frozenset(colors),
         pairs=frozenset(map(frozenset, pairs)),

@@ -1,6 +1,7 @@
 """Scores a picture against a prompt's metadata by GenEval's rules (djghosh13/geneval), with
 template matching for eyes."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -29,11 +30,9 @@ def judge(image: np.ndarray, metadata: Mapping) -> dict:
     # What is in the picture.
     text = metadata["tag"] == "text"
     sight = look(image, text)
-    letters = [d for d in sight.detections if d.object in LETTERS]
-    objects: dict[str, list[Detection]] = {}
-    for detection in sight.detections:
-        if detection.object not in LETTERS:
-            objects.setdefault(detection.object, []).append(detection)
+    letters = "".join(d.object for d in sight.detections if d.object in LETTERS)
+    things = [d for d in sight.detections if d.object not in LETTERS]
+    objects = {a.object: [b for b in things if b.object == a.object] for a in things}
 
     # GenEval's rules, or the word.
     if text:
@@ -43,24 +42,18 @@ def judge(image: np.ndarray, metadata: Mapping) -> dict:
     correct = not wrong
 
     # What strict asks besides.
-    asked: dict[str, int] = {}
+    asked = Counter()
     for item in metadata["include"]:
-        asked[item["class"]] = asked.get(item["class"], 0) + item["count"]
-    for name in sorted(asked.keys() | objects.keys()):
-        number = len(objects.get(name, []))
-        if number > asked.get(name, 0):
-            wrong.append(f"{number} {name} instead of {asked.get(name, 0)}")
+        asked[item["class"]] += item["count"]
+    for name in sorted(objects):
+        if (number := len(objects[name])) > asked[name]:
+            wrong.append(f"{number} {name} instead of {asked[name]}")
     if sight.unexplained > MOST_UNEXPLAINED:
         wrong.append(f"{sight.unexplained} px of something else")
     if metadata.get("ground", sight.ground) != sight.ground:
         wrong.append(f"ground {sight.ground} instead of {metadata['ground']}")
-    return {
-        "correct": correct,
-        "strict": not wrong,
-        "score": score,
-        "detections": list(sight.detections),
-        "reason": "; ".join(wrong),
-    }
+    verdict = {"correct": correct, "strict": not wrong, "score": score}
+    return verdict | {"detections": list(sight.detections), "reason": "; ".join(wrong)}
 
 
 def judge_batch(images: Iterable[np.ndarray], metadata: Iterable[Mapping]) -> list[dict]:
@@ -80,47 +73,40 @@ def _judge_objects(
         name, count = item["class"], item["count"]
         everything = objects.get(name, [])
         best = everything[:count]
-        scores.append(_nearness(len(everything), count))
-        matched = len(best) == count
-        if not matched:
+        scores.append(max(1 - abs(count - len(everything)) / count, 0.0))
+        matched = complete = len(best) == count
+        if not complete:
             wrong.append(f"{len(best)} {name} instead of {count}")
             scores += [0.0] * (("color" in item) + ("position" in item))
 
         # Colours.
-        if matched and "color" in item:
+        if complete and "color" in item:
             colors = [d.plain_color for d in best]
             right = colors.count(item["color"])
-            scores.append(_nearness(right, count))
-            if right < count:
-                matched = False
+            scores.append(1 - (count - right) / count)
+            matched = right == count
+            if not matched:
                 seen = ", ".join(color or "natural" for color in colors)
                 wrong.append(f"{name} is {seen} instead of {item['color']}")
 
         # Position, relative to an item that came before.
-        if matched and "position" in item:
+        if complete and "position" in item:
             relation, target = item["position"]
-            others = groups[target]
-            matched = others is not None and all(
-                relation in _relations(a, b) for a in best for b in others
-            )
-            if not matched:
+            others = groups[target] or []
+            holds = others and all(relation in _relations(a, b) for a in best for b in others)
+            if matched and not holds:
                 seen = "nothing to relate to"
-                if others is not None:
+                if others:
                     seen = " and ".join(sorted(_relations(best[0], others[0]))) or "too near"
                 wrong.append(f"{name}: {seen} instead of {relation}")
+            matched = matched and bool(holds)
             scores.append(float(matched))
-        elif "position" in item and len(best) == count:
-            scores.append(0.0)
         groups.append(best if matched else None)
     for item in metadata.get("exclude", []):
         name, count = item["class"], item["count"]
         if (number := len(objects.get(name, []))) >= count:
             wrong.append(f"{number} {name}, should be less than {count}")
     return wrong, sum(scores) / len(scores)
-
-
-def _nearness(number: int, count: int) -> float:
-    return max(1 - abs(count - number) / count, 0.0)
 
 
 def _relations(a: Detection, b: Detection) -> set[str]:
@@ -135,9 +121,8 @@ def _relations(a: Detection, b: Detection) -> set[str]:
     return {name for name, share in shares.items() if share > 0.5}
 
 
-def _judge_word(letters: list[Detection], word: str) -> tuple[list[str], float]:
+def _judge_word(written: str, word: str) -> tuple[list[str], float]:
     """Whether the letters spell the word; the score is 1 - edit distance / length."""
-    written = "".join(d.object for d in letters)
     distances = list(range(len(word) + 1))
     for i, letter in enumerate(written):
         row = [i + 1]

@@ -1,13 +1,13 @@
 """Prompts with GenEval's metadata (djghosh13/geneval) and a scene that satisfies each exactly, as a
 pure function of (seed, index)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import combinations, product
 
 import numpy as np
 
-from blip3o_jax.errors import InputError, nearest
+from blip3o_jax.errors import nearest, require
 from blip3o_jax.scenes.config import WorldConfig
 from blip3o_jax.scenes.heldout import COUNTS, WORDS, held_out
 from blip3o_jax.scenes.scene import POSITIONS, SPAN, Scene, Thing
@@ -33,18 +33,19 @@ def sample(world: WorldConfig, index: int, split: str = "train") -> tuple[dict, 
     include, exclude (counting), prompt; ground where the prompt names it; word for the tag "text";
     extra=True for the kinds of EXTRA. InputError for an unknown split.
     """
-    if split not in NUMBER_OF_SPLIT:
-        raise InputError(f"Unknown split {split!r}; {nearest(split, NUMBER_OF_SPLIT)}")
+    near = nearest(split, NUMBER_OF_SPLIT)
+    require(split in NUMBER_OF_SPLIT, f"Unknown split {split!r}; {near}")
     key = [world.seed, NUMBER_OF_SPLIT[split]]
     rng = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, index]))
     training = split == "train"
     if rng.random() < world.text:
         return _write(rng, training, world.named_ground)
     tag = _pick(rng, *_shares(world.weights))
-    if training and rng.random() < world.extra:
-        return _make(rng, _pick(rng, *_shares(EXTRA)), split, world.named_ground, extra=True)
-    photo = training and rng.random() < PHOTO
-    return _make(rng, tag, split, world.named_ground, photo=photo)
+    extra = training and rng.random() < world.extra
+    if extra:
+        tag = _pick(rng, *_shares(EXTRA))
+    photo = training and not extra and rng.random() < PHOTO
+    return _make(rng, tag, training, world.named_ground, extra, photo)
 
 
 def _shares(weights: Mapping[str, float]) -> tuple[list[str], np.ndarray]:
@@ -53,13 +54,12 @@ def _shares(weights: Mapping[str, float]) -> tuple[list[str], np.ndarray]:
 
 
 def _make(
-    rng: Rng, tag: str, split: str, named_ground: float, extra: bool = False, photo: bool = False
+    rng: Rng, tag: str, training: bool, named_ground: float, extra: bool, photo: bool
 ) -> tuple[dict, Scene]:
     """Draws nouns for the tag until the split allows them, then ground, places and words."""
-    training = split == "train"
+    # The kinds of held-out combinations that a prompt of the split has, no more and no less.
     named = rng.random() < named_ground or (not training and tag == "single_object")
     new_color = rng.random() < 0.5  # heldout color_attr: is a colour unseen too?
-    # The kinds of held-out combinations that a prompt of the split has, no more and no less.
     kinds = {
         "colors": ["color"],
         "counting": ["count"],
@@ -73,9 +73,11 @@ def _make(
         # Any layout will do here: what is held out does not depend on places.
         things = tuple(Thing(name, color, 0, 0) for name, color in nouns)
         held = held_out().combinations(Scene(things, ground))
-        if sorted(_kind(combination) for combination in held) == allowed:
+        if sorted(map(_kind, held)) == allowed:
             break
-    relation = _pick(rng, list(RELATIONS)) if tag == "position" else None
+
+    # Places that the relation allows.
+    relation = _pick(rng, RELATIONS) if tag == "position" else None
     layouts = _layouts(len(nouns), relation)
     cells = layouts[rng.integers(len(layouts))]
     things = tuple(Thing(*noun, *cell) for noun, cell in zip(nouns, cells, strict=True))
@@ -83,7 +85,7 @@ def _make(
     return metadata, Scene(things, ground)
 
 
-def _kind(combination: frozenset | tuple | str) -> str:
+def _kind(combination: frozenset | tuple) -> str:
     """Which of HeldOut's sets a combination belongs to."""
     if isinstance(combination, frozenset):
         return "pair"
@@ -94,8 +96,8 @@ def _kind(combination: frozenset | tuple | str) -> str:
 def _nouns(rng: Rng, tag: str, extra: bool) -> list[Noun]:
     """The things of one prompt, in the order in which it names them."""
     if tag == "counting":
-        name, color = _pick(rng, list(OBJECTS)), _pick(rng, list(COLORS)) if extra else None
-        return [(name, color)] * int(_pick(rng, list(COUNTS)))
+        name, color = _pick(rng, OBJECTS), _pick(rng, COLORS) if extra else None
+        return [(name, color)] * _pick(rng, COUNTS)
     number = 1 if tag in ("single_object", "colors") else 2
     if extra and tag != "position":
         number = int(rng.integers(3, 5))
@@ -111,10 +113,7 @@ def describe(nouns: list[Noun], relation: str | None = None, ground: str | None 
     names = [f"{color} {name}" if color else name for name, color in nouns]
     phrases = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names]
     *others, last = phrases
-    if relation:
-        phrase = f"{phrases[0]} {relation} {phrases[1]}"
-    else:
-        phrase = f"{', '.join(others)} and {last}" if others else last
+    phrase = f"{', '.join(others)} {relation or 'and'} {last}" if others else last
     return phrase + (f" on {ground}" if ground else "")
 
 
@@ -122,26 +121,22 @@ def _metadata(
     tag: str, nouns: list[Noun], relation: str | None, ground: str | None, extra: bool, photo: bool
 ) -> dict:
     """GenEval's dictionary and the prompt's words."""
-    include = [{"class": name, "count": 1, "color": color} for name, color in nouns]
-    include = [{k: v for k, v in item.items() if v is not None} for item in include]
+    include = [
+        {"class": name, "count": 1} | ({"color": color} if color else {}) for name, color in nouns
+    ]
     metadata = {"tag": tag, "include": include}
+    phrase = describe(nouns, relation, ground)
     if tag == "counting":
-        name, color = nouns[0]
-        metadata["include"] = [include[0] | {"count": len(nouns)}]
-        metadata["exclude"] = [{"class": name, "count": len(nouns) + 1}]
-        phrase = " ".join([NUMBERS[len(nouns)], *([color] if color else []), PLURALS[name]])
+        (name, color), count = nouns[0], len(nouns)
+        metadata["include"] = [include[0] | {"count": count}]
+        metadata["exclude"] = [{"class": name, "count": count + 1}]
+        words = [NUMBERS[count], color, PLURALS[name], f"on {ground}" if ground else None]
+        phrase = " ".join(filter(None, words))
     elif tag == "position":
         # as in GenEval's file: first the thing to relate to, then the one that has the position
         metadata["include"] = [include[1], include[0] | {"position": [relation, 0]}]
-        phrase = describe(nouns, relation)
-    else:
-        phrase = describe(nouns)
-    metadata["prompt"] = "a photo of " * photo + phrase + (f" on {ground}" if ground else "")
-    if ground:
-        metadata["ground"] = ground
-    if extra:
-        metadata["extra"] = True
-    return metadata
+    metadata["prompt"] = "a photo of " * photo + phrase
+    return metadata | ({"ground": ground} if ground else {}) | ({"extra": True} if extra else {})
 
 
 def _write(rng: Rng, training: bool, named_ground: float) -> tuple[dict, Scene]:
@@ -150,7 +145,7 @@ def _write(rng: Rng, training: bool, named_ground: float) -> tuple[dict, Scene]:
     unseen = held_out().words
     while True:
         if not training or rng.random() < 0.5:
-            word = _pick(rng, list(WORDS if training else sorted(unseen)))
+            word = _pick(rng, WORDS if training else sorted(unseen))
         else:
             word = "".join(LETTERS[i] for i in rng.integers(len(LETTERS), size=rng.integers(2, 7)))
         if not training or word not in unseen:
@@ -171,24 +166,22 @@ def _layouts(number: int, relation: str | None) -> tuple[tuple[tuple[int, int], 
     with a relation, first is `relation` second beyond doubt, and the left or upper one comes first.
     """
     cells = list(product(range(POSITIONS), repeat=2))
-    if relation is not None:
+
+    def holds(a: tuple[int, int], b: tuple[int, int]) -> bool:
         # GenEval's rule wants a direction within 60 degrees; here the other way is at most half as
         # far, as people draw it.
-        holds: dict[str, Callable[[int, int], bool]] = {
-            "left of": lambda down, right: right <= -SPAN and 0 <= 2 * -down <= -right,
-            "right of": lambda down, right: right >= SPAN and 0 <= 2 * down <= right,
-            "above": lambda down, right: down <= -SPAN and 2 * abs(right) <= -down,
-            "below": lambda down, right: down >= SPAN and 2 * abs(right) <= down,
-        }
-        pairs = product(cells, cells)
-        return tuple((a, b) for a, b in pairs if holds[relation](a[0] - b[0], a[1] - b[1]))
+        down, right = a[0] - b[0], a[1] - b[1]
+        return {
+            None: max(abs(down), abs(right)) >= SPAN,
+            "left of": right <= -SPAN and 0 <= 2 * -down <= -right,
+            "right of": right >= SPAN and 0 <= 2 * down <= right,
+            "above": down <= -SPAN and 2 * abs(right) <= -down,
+            "below": down >= SPAN and 2 * abs(right) <= down,
+        }[relation]
 
-    def apart(layout: tuple) -> bool:
-        pairs = combinations(layout, 2)
-        return all(max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= SPAN for a, b in pairs)
-
-    return tuple(filter(apart, combinations(cells, number)))
+    layouts = product(cells, cells) if relation else combinations(cells, number)
+    return tuple(x for x in layouts if all(holds(*pair) for pair in combinations(x, 2)))
 
 
-def _pick(rng: Rng, values: list, shares: np.ndarray | None = None):
+def _pick(rng: Rng, values: Sequence, shares: np.ndarray | None = None):
     return values[rng.choice(len(values), p=shares)]

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import require
 from blip3o_jax.scenes import sprites
 from blip3o_jax.scenes.sprites import COLORS, GROUNDS, LETTER_WIDTH, LETTERS, OBJECTS, SPRITE
 
@@ -62,53 +62,51 @@ def word_cell(word: str) -> tuple[int, int]:
 
 def _check(scene: Scene) -> None:
     """InputError for a scene that cannot be drawn."""
-    if scene.ground not in GROUNDS:
-        raise InputError(f"The ground {scene.ground!r} is not one of {', '.join(GROUNDS)}.")
-    boxes = []
+    # Its words are those of the art.
+    grounds = f"is not one of {', '.join(GROUNDS)}."
+    require(scene.ground in GROUNDS, f"The ground {scene.ground!r} {grounds}")
     for thing in scene.things:
-        if thing.object not in OBJECTS or thing.color not in LOOKS:
-            raise InputError(
-                f"There is no sprite for {thing.color or 'natural'} {thing.object!r}; see "
-                "scenes.sprites OBJECTS and COLORS."
-            )
-        boxes.append((thing.row, thing.column, SPAN, SPAN))
-    if scene.word is not None:
-        if not 0 < len(scene.word) <= LONGEST_WORD or set(scene.word) - set(LETTERS):
-            raise InputError(f"The word {scene.word!r} must be 1 to {LONGEST_WORD} letters A-Z.")
-        boxes.append((*word_cell(scene.word), LETTER_SPAN, len(scene.word)))
+        name = f"{thing.color or 'natural'} {thing.object!r}"
+        drawn = thing.object in OBJECTS and thing.color in LOOKS
+        see = "see scenes.sprites OBJECTS and COLORS."
+        require(drawn, f"There is no sprite for {name}; {see}")
+    boxes = [(thing.row, thing.column, SPAN, SPAN) for thing in scene.things]
+    if (word := scene.word) is not None:
+        spelled = 0 < len(word) <= LONGEST_WORD and set(word) <= set(LETTERS)
+        require(spelled, f"The word {word!r} must be 1 to {LONGEST_WORD} letters A-Z.")
+        boxes.append((*word_cell(word), LETTER_SPAN, len(word)))
 
     # Everything is inside the picture, and each cell belongs to one thing.
     covers = np.zeros((PATCHES, PATCHES), int)
     for row, column, height, width in boxes:
-        if min(row, column) < 0 or row + height > PATCHES or column + width > PATCHES:
-            raise InputError(f"The cell ({row}, {column}) puts a thing outside the picture.")
+        inside = min(row, column) >= 0 and max(row + height, column + width) <= PATCHES
+        require(inside, f"The cell ({row}, {column}) puts a thing outside the picture.")
         covers[row : row + height, column : column + width] += 1
-    if covers.max(initial=0) > 1:
-        raise InputError("Things of a scene must not overlap.")
+    require(covers.max() <= 1, "Things of a scene must not overlap.")
+
+
+def _mixed(color: np.ndarray, cover: np.ndarray, ground: str) -> np.ndarray:
+    """A colour (0..1) over a ground by its cover, uint8."""
+    return np.rint(color * cover * 255 + np.float32(GROUNDS[ground]) * (1 - cover)).astype(np.uint8)
 
 
 @lru_cache(maxsize=2048)
 def _on_ground(name: str, color: str | None, ground: str) -> np.ndarray:
     """A sprite composed over a ground, uint8 [24, 24, 3]."""
     rgba = sprites.render(name, color)
-    alpha = rgba[..., 3:]
-    mixed = rgba[..., :3] * alpha * 255 + np.float32(GROUNDS[ground]) * (1 - alpha)
-    return np.rint(mixed).astype(np.uint8)
+    return _mixed(rgba[..., :3], rgba[..., 3:], ground)
 
 
 @lru_cache(maxsize=256)
 def _letter_on_ground(letter: str, ground: str) -> np.ndarray:
     """A letter in ink over a ground, uint8 [16, 8, 3]."""
-    cover = sprites.letters()[LETTERS.index(letter)][..., None]
-    mixed = sprites.INK * 255 * cover + np.float32(GROUNDS[ground]) * (1 - cover)
-    return np.rint(mixed).astype(np.uint8)
+    return _mixed(sprites.INK, sprites.letters()[LETTERS.index(letter)][..., None], ground)
 
 
 def compose(scene: Scene) -> np.ndarray:
     """The scene's pixels, uint8 [64, 64, 3]; InputError for one that cannot be drawn."""
     _check(scene)
-    image = np.empty((SIZE, SIZE, 3), np.uint8)
-    image[:] = GROUNDS[scene.ground]
+    image = np.full((SIZE, SIZE, 3), GROUNDS[scene.ground], np.uint8)
     for thing in scene.things:
         y, x = thing.row * CELL, thing.column * CELL
         image[y : y + SPRITE, x : x + SPRITE] = _on_ground(thing.object, thing.color, scene.ground)
@@ -129,10 +127,11 @@ def patch_words(scene: Scene) -> np.ndarray:
     words = np.full((PATCHES, PATCHES), _FIRST_GROUND + list(GROUNDS).index(scene.ground), np.uint8)
     place = np.arange(SPAN * SPAN)
     for thing in scene.things:
-        of_object = 5 * OBJECTS.index(thing.object) + place // 2
-        of_look = _FIRST_LOOK + 4 * LOOKS.index(thing.color) + place // 2
-        names = np.where(place % 2, of_look, of_object).reshape(SPAN, SPAN)
-        words[thing.row : thing.row + SPAN, thing.column : thing.column + SPAN] = names
+        first_of_object = 5 * OBJECTS.index(thing.object)
+        first_of_look = _FIRST_LOOK + 4 * LOOKS.index(thing.color)
+        names = np.where(place % 2, first_of_look, first_of_object) + place // 2
+        rows, columns = slice(thing.row, thing.row + SPAN), slice(thing.column, thing.column + SPAN)
+        words[rows, columns] = names.reshape(SPAN, SPAN)
     if scene.word:
         row, column = word_cell(scene.word)
         for i, letter in enumerate(scene.word):

@@ -1,8 +1,8 @@
 """Builds the atlases in blip3o_jax/assets/ from their public sources; run once, the results are
 committed.
 
-    python -m blip3o_jax.scenes.make_atlas emoji-datasource-google-16.0.0.tgz
-    DejaVuSansMono-Bold.ttf OUT_DIR
+    python tests/scenes/make_atlas.py emoji-datasource-google-16.0.0.tgz DejaVuSansMono-Bold.ttf
+    OUT_DIR
 
 sprites.png   RGBA, 24x24 sprites in rows of seven, in the order of OBJECTS; sprites.json names them
 letters.png   greyscale coverage, A-Z in one row, 8x16 each

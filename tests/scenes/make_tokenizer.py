@@ -1,4 +1,4 @@
-"""Makes the tokenizer of preset emoji_64: `python -m blip3o_jax.scenes.make_tokenizer`.
+"""Makes the tokenizer of preset emoji_64: `python tests/scenes/make_tokenizer.py`.
 
 Byte-level BPE as Qwen2's (same pre-tokenisation, normaliser and decoder, so that any text can be
 encoded and transformers reads the file), trained until every word of the embedded world is one
