@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from tqdm import tqdm
 from blip3o_jax import resources, training_checkpoint
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.convert import converted, hashes, published
-from blip3o_jax.convert.config_json import config_from_json, config_to_json
+from blip3o_jax.convert.config_json import config_to_json
 from blip3o_jax.convert.orbax_io import Leaf
 from blip3o_jax.convert.padding import VOCAB_AXIS, padded, with_rows
-from blip3o_jax.convert.published import PublishedLeaf, about, float_dtype
-from blip3o_jax.errors import InputError, nearest
+from blip3o_jax.convert.published import PublishedLeaf, float_dtype
+from blip3o_jax.errors import InputError, nearest, require
 from blip3o_jax.models.blip3o import parts_of
 from blip3o_jax.tree import flatten, unflatten
 
@@ -68,8 +68,7 @@ class Checkpoint:
         return resources.find_tokenizer(self.config.name, run["data"].get("tokenizer", ""))
 
     def padded(self, multiple: int) -> "Checkpoint":
-        """The same with rows behind the vocabulary up to a multiple, so that a mesh can shard
-        it."""
+        """The same with rows behind the vocabulary up to a multiple, for a mesh to shard."""
         return dataclasses.replace(self, config=padded(self.config, multiple))
 
     def load(
@@ -85,19 +84,18 @@ class Checkpoint:
         the leaves are numpy arrays. Parts that are not asked for may be missing. Raises InputError,
         naming the file, for what is missing, damaged, not finite or contradictory.
         """
-        dtype, parts = float_dtype(dtype), parts or parts_of(self.config)
-        leaves = self.select(parts)
-        rows = self.config.qwen3.vocab_rows
+        dtype, rows = float_dtype(dtype), self.config.qwen3.vocab_rows
+        leaves = self.select(parts or parts_of(self.config))
         shapes = {path: with_rows(path, leaf.shape, rows) for path, leaf in leaves.items()}
-        abstract = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()}
-        abstract = unflatten(abstract)
-        placed = flatten(shardings(abstract) if callable(shardings) else shardings or {})
-
-        arrays = {}
+        # Where each array goes.
+        if callable(shardings):
+            abstract = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()}
+            shardings = shardings(unflatten(abstract))
+        placed, arrays = flatten(shardings or {}), {}
+        # One leaf in memory at a time, and of it a host's own shards.
         title = f"Reading {self.folder.name}"
         for path, leaf in tqdm(leaves.items(), title, unit="leaf", delay=3, disable=None):
-            shape = shapes[path]
-            piece = _reader(leaf, shape, dtype)
+            shape, piece = shapes[path], _reader(leaf, shapes[path], dtype)
             if placed:
                 arrays[path] = jax.make_array_from_callback(shape, placed[path], piece)
             else:
@@ -113,8 +111,8 @@ class Checkpoint:
         sizes and samples; without a record every byte is hashed, once for each state of the files.
         Raises InputError when the files are not what was recorded.
         """
-        recorded = hashes.compare(self.root, self.files)
-        return self._identity(recorded or hashes.remembered(self.root, self.files))
+        weights = self.root, self.files
+        return self._identity(hashes.compare(*weights) or hashes.remembered(*weights))
 
     def verify(self) -> tuple[str, bool]:
         """(identity from every byte that is there, whether a record confirms it); InputError naming
@@ -140,16 +138,16 @@ def _reader(
     read, pieces = leaf.reader(dtype), {}
 
     def piece(index: tuple[slice, ...]) -> np.ndarray:
-        bounds = [places.indices(size)[:2] for places, size in zip(index, shape, strict=True)]
-        if (key := tuple(bounds)) not in pieces:
-            ends = [min(stop, size) for (_, stop), size in zip(bounds, leaf.shape, strict=True)]
-            inside = tuple(slice(min(b[0], end), end) for b, end in zip(bounds, ends, strict=True))
-            values = read(inside)
-            missing = [b[1] - b[0] - size for b, size in zip(bounds, values.shape, strict=True)]
-            if any(missing):
-                values = np.pad(values, [(0, count) for count in missing])
-            pieces[key] = values
-        return pieces[key]
+        bounds = tuple(x.indices(size)[:2] for x, size in zip(index, shape, strict=True))
+        if bounds not in pieces:
+            # What is stored of it, and zeros for the rest.
+            limits = zip(bounds, leaf.shape, strict=True)
+            inside = [(min(start, size), min(stop, size)) for (start, stop), size in limits]
+            values = read(tuple(slice(*ends) for ends in inside))
+            missing = [b[1] - b[0] - n for b, n in zip(bounds, values.shape, strict=True)]
+            padding = [(0, count) for count in missing]
+            pieces[bounds] = np.pad(values, padding) if any(missing) else values
+        return pieces[bounds]
 
     return piece
 
@@ -165,19 +163,15 @@ def find(name: str | Path) -> tuple[Path, str]:
     folder = embedded().get(str(name), Path(name))
     if training_checkpoint.is_workdir(folder):  # whose config.json is the run's
         return folder, RUN
-    if (folder / "checkpoints").is_dir() and not any(folder.glob("*.safetensors*")):
-        raise InputError(f"{name} is a training run without a complete checkpoint as yet.")
+    has_weights = any(folder.glob("*.safetensors*"))
+    begun = f"{name} is a training run without a complete checkpoint as yet."
+    require(has_weights or not (folder / "checkpoints").is_dir(), begun)
     if (folder / "config.json").is_file():
         return folder, CONVERTED if converted.is_converted(folder) else PUBLISHED
-    if folder.is_dir():
-        raise InputError(
-            f"{name} holds neither config.json (a published or converted model) nor "
-            "checkpoints (a training run)."
-        )
-    raise InputError(
-        f"No checkpoint {str(name)!r}, neither a folder nor an embedded name; "
-        f"{nearest(str(name), embedded())}"
-    )
+    neither = "neither config.json (a published or converted model) nor checkpoints"
+    require(not folder.is_dir(), f"{name} holds {neither} (a training run).")
+    neither = "neither a folder nor an embedded name"
+    raise InputError(f"No checkpoint {str(name)!r}, {neither}; {nearest(str(name), embedded())}")
 
 
 def config_of(name: str | Path) -> Blip3oConfig:
@@ -185,63 +179,58 @@ def config_of(name: str | Path) -> Blip3oConfig:
     folder, kind = find(name)
     if kind == RUN:
         return training_checkpoint.model_config(training_checkpoint.newest(folder))
-    fields = published.read_fields(folder)
-    with about(folder / "config.json"):
-        return config_from_json(fields, None, folder.resolve().name)
+    return published.read_config(folder)
 
 
 def open(name: str | Path) -> Checkpoint:
     """The checkpoint of an embedded name, published or converted folder or training workdir;
     InputError for one that is not there, damaged or contradictory."""
     folder, kind = find(name)
+    step, root = None, folder
     if kind == RUN:
-        return _open_run(folder)
-    if kind == CONVERTED:
+        root = training_checkpoint.newest(folder)
+        step, config = int(root.name), training_checkpoint.model_config(root)
+        leaves = _unpadded(training_checkpoint.open_weights(root), config.qwen3.vocab_size)
+        files = training_checkpoint.weight_files(root)
+        select = functools.partial(_of_run, folder, config, leaves)
+    elif kind == CONVERTED:
         config, leaves = converted.open_converted(folder)
         files = (folder / converted.PARAMS).rglob("*")
-
-        def select(parts: tuple[str, ...]) -> Leaves:
-            return _of_parts(leaves, parts)
+        select = functools.partial(_of_parts, leaves)
     else:
         config, stored = published.open_published(folder)
         files = {tensor.file for tensor in stored.values()}
-        select = functools.partial(published.open_leaves, folder, config, stored)
-    return Checkpoint(folder, kind, config, None, folder, _only_files(files), select)
+
+        def select(parts: tuple[str, ...]) -> Leaves:
+            return published.open_leaves(folder, config, stored, parts)[0]
+
+    files = tuple(sorted(path for path in files if path.is_file()))
+    return Checkpoint(folder, kind, config, step, root, files, select)
 
 
-def _open_run(folder: Path) -> Checkpoint:
-    """The newest checkpoint of a run, of any stage."""
-    root = training_checkpoint.newest(folder)
-    config = training_checkpoint.model_config(root)
-    leaves = training_checkpoint.open_weights(root)
-    for path in VOCAB_AXIS.keys() & leaves.keys():  # without the padding of the run's mesh
+def _unpadded(leaves: dict[str, Leaf], size: int) -> dict[str, Leaf]:
+    """The leaves without the padding of the vocabulary that a run's mesh needed."""
+    for path in VOCAB_AXIS.keys() & leaves.keys():
         shape = leaves[path].shape
-        rows = min(shape[VOCAB_AXIS[path]], config.qwen3.vocab_size)
-        leaves[path] = dataclasses.replace(leaves[path], shape=with_rows(path, shape, rows))
-    # A run of one stage holds some of the parts only.
-    held = tuple(dict.fromkeys(path.split("/")[0] for path in leaves))
-
-    def select(parts: tuple[str, ...]) -> Leaves:
-        if missing := [part for part in parts if part not in held]:
-            stage = training_checkpoint.read_config(root).get("stage")
-            raise InputError(
-                f"{folder} holds no {missing[0]!r}, only {', '.join(held)}: it is a run of stage "
-                f"{stage!r}."
-            )
-        chosen = _of_parts(leaves, parts)
-        published.check_shapes(folder, config, chosen, parts)
-        return chosen
-
-    files = _only_files(training_checkpoint.weight_files(root))
-    return Checkpoint(folder, RUN, config, int(root.name), root, files, select)
+        shape = with_rows(path, shape, min(shape[VOCAB_AXIS[path]], size))
+        leaves[path] = dataclasses.replace(leaves[path], shape=shape)
+    return leaves
 
 
 def _of_parts(leaves: Leaves, parts: tuple[str, ...]) -> Leaves:
     return {path: leaf for path, leaf in leaves.items() if path.split("/")[0] in parts}
 
 
-def _only_files(paths: Iterable[Path]) -> tuple[Path, ...]:
-    return tuple(sorted(path for path in paths if path.is_file()))
+def _of_run(folder: Path, config: Blip3oConfig, leaves: Leaves, parts: tuple[str, ...]) -> Leaves:
+    """The same of a run, which may be of a stage that trains some parts only."""
+    held = tuple(dict.fromkeys(path.split("/")[0] for path in leaves))
+    if missing := [part for part in parts if part not in held]:
+        run = training_checkpoint.read_config(training_checkpoint.newest(folder))
+        stage = f"it is a run of stage {run.get('stage')!r}"
+        raise InputError(f"{folder} holds no {missing[0]!r}, only {', '.join(held)}: {stage}.")
+    chosen = _of_parts(leaves, parts)
+    published.check_shapes(folder, config, chosen, parts)
+    return chosen
 
 
 def keep_tokenizer(workdir: Path, file: Path) -> None:
@@ -250,11 +239,8 @@ def keep_tokenizer(workdir: Path, file: Path) -> None:
     copy = workdir / "tokenizer.json"
     if not copy.is_file():
         copy.write_bytes(file.read_bytes())
-    elif copy.read_bytes() != file.read_bytes():
-        raise InputError(
-            f"{copy}, with which the run began, is not {file}; take a new workdir, or name "
-            "the copy with data.tokenizer."
-        )
+    other = f"{copy}, with which the run began, is not {file}; take a new workdir, or name the copy"
+    require(copy.read_bytes() == file.read_bytes(), f"{other} with data.tokenizer.")
 
 
 def load_part(name: str | Path, part: str) -> dict:

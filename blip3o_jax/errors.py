@@ -1,7 +1,9 @@
 """The user's errors, and the hints that they end with."""
 
+import contextlib
 import difflib
 import re
+from collections.abc import Iterator
 
 
 class InputError(ValueError):
@@ -37,3 +39,21 @@ def require(holds: bool, message: str) -> None:
     """InputError with this sentence unless the condition holds."""
     if not holds:
         raise InputError(message)
+
+
+@contextlib.contextmanager
+def os_errors(what: str) -> Iterator[None]:
+    """Puts an InputError, `what` and the system's reason, in place of an OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{what}: {error.strerror}.") from error
+
+
+@contextlib.contextmanager
+def about(subject: object) -> Iterator[None]:
+    """Puts `SUBJECT: ` before the sentence of an InputError."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{subject}: {error}") from error

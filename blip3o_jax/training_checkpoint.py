@@ -14,8 +14,9 @@ import dataclasses
 import functools
 import itertools
 import logging
-import pathlib
 import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 
@@ -23,9 +24,8 @@ from blip3o_jax.config import Blip3oConfig, replace
 from blip3o_jax.convert import hashes
 from blip3o_jax.convert.config_json import config_from_json, config_to_json
 from blip3o_jax.convert.orbax_io import Leaf, open_leaves
-from blip3o_jax.convert.published import about
 from blip3o_jax.convert.safetensors_io import read_json
-from blip3o_jax.errors import InputError, disk_reason
+from blip3o_jax.errors import InputError, about, disk_reason, os_errors
 from blip3o_jax.moved import refuse
 from blip3o_jax.parallel.processes import process_zero_first
 from blip3o_jax.presets import preset
@@ -35,58 +35,31 @@ __getattr__ = functools.partial(refuse, "training_checkpoint")
 log = logging.getLogger(__name__)
 
 OPTIMIZER = ("step", "opt_state", "guard")  # of the state, beside the weights
-
 # bytes of an array that are one file's piece; whoever reads the array holds it once and a piece,
 # not twice
 PIECE = 64 << 20
-
 # what Orbax writes last for each item
-LAST_FILES = (
-    "_CHECKPOINT_METADATA",
-    "config/metadata",
-    *("model/_METADATA", "model/manifest.ocdbt"),
-    *("optimizer/_METADATA", "optimizer/manifest.ocdbt"),
-)
+LAST_FILES = ("_CHECKPOINT_METADATA", "config/metadata")
+LAST_FILES += ("model/_METADATA", "model/manifest.ocdbt")
+LAST_FILES += ("optimizer/_METADATA", "optimizer/manifest.ocdbt")
 UNFINISHED = "*.orbax-checkpoint-tmp*"  # folders of checkpoints that have no name yet
 CONFIG_LIMIT = 4 << 20  # bytes
 
 
-def open_manager(workdir: str | pathlib.Path, keep: int = 1):
+def open_manager(workdir: str | Path, keep: int = 1):
     """Orbax's manager of a workdir's checkpoints, after those that are incomplete are set aside;
     InputError when it cannot be written."""
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").addFilter(_not_orbax)
-    folder = pathlib.Path(workdir).absolute() / "checkpoints"
+    folder = Path(workdir).absolute() / "checkpoints"
     # Runs in the background before a checkpoint takes its name, and in process 0 only.
     then = ocp.options.AsyncOptions(post_finalization_callback=lambda: _record_hashes(folder))
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, async_options=then)
-    try:
+    with os_errors(f"The checkpoints {folder} cannot be written"):
         with process_zero_first("the checkpoints"):
-            for unfinished in folder.glob(UNFINISHED):
-                log.warning("%s was not written to its end and is removed.", unfinished)
-                shutil.rmtree(unfinished, ignore_errors=True)
-            for broken in _numbered(folder) - complete(folder):
-                names = (folder / f"{broken.name}.broken-{n}" for n in itertools.count())
-                aside = next(name for name in names if not name.exists())
-                log.warning("%s lacks some of its files and is now %s.", broken, aside.name)
-                broken.rename(aside)
+            _set_aside(folder)
         return ocp.CheckpointManager(folder, options=options)
-    except OSError as error:
-        raise InputError(
-            f"The checkpoints {folder} cannot be written: {error.strerror}."
-        ) from error
-
-
-def _record_hashes(folder: pathlib.Path) -> None:
-    """Records the hashes of the weights of the checkpoint that is just being written."""
-    for unfinished in folder.glob(UNFINISHED):
-        hashes.record(unfinished, weight_files(unfinished))
-
-
-def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The files with the weights in the checkpoint `folder`."""
-    return [file for file in (folder / "model").rglob("*") if file.is_file()]
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
@@ -95,33 +68,54 @@ def _not_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
 
 
-def _numbered(folder: pathlib.Path) -> set[pathlib.Path]:
+def _set_aside(folder: Path) -> None:
+    """Removes checkpoints that a killed run was writing; renames those that lost files later."""
+    for unfinished in folder.glob(UNFINISHED):
+        log.warning("%s was not written to its end and is removed.", unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    for broken in _numbered(folder) - complete(folder):
+        names = (folder / f"{broken.name}.broken-{n}" for n in itertools.count())
+        aside = next(name for name in names if not name.exists())
+        log.warning("%s lacks some of its files and is now %s.", broken, aside.name)
+        broken.rename(aside)
+
+
+def _record_hashes(folder: Path) -> None:
+    """Records the hashes of the weights of the checkpoint that is just being written."""
+    for unfinished in folder.glob(UNFINISHED):
+        hashes.record(unfinished, weight_files(unfinished))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with the weights in the checkpoint `folder`."""
+    return [file for file in (folder / "model").rglob("*") if file.is_file()]
+
+
+def _numbered(folder: Path) -> set[Path]:
     return {child for child in folder.glob("*") if child.name.isdigit()}
 
 
-def complete(folder: pathlib.Path) -> set[pathlib.Path]:
+def complete(folder: Path) -> set[Path]:
     """The checkpoints below `folder` with all their items, each with the file that Orbax writes
     last."""
     return {child for child in _numbered(folder) if all((child / x).is_file() for x in LAST_FILES)}
 
 
-def is_workdir(directory: str | pathlib.Path) -> bool:
+def is_workdir(directory: str | Path) -> bool:
     """Whether the directory is a training run's with at least one complete checkpoint."""
-    return bool(complete(pathlib.Path(directory) / "checkpoints"))
+    return bool(complete(Path(directory) / "checkpoints"))
 
 
 @contextlib.contextmanager
-def _writing(manager):
-    """Says in one sentence what went wrong while a checkpoint was written, which may have been the
-    one before."""
+def _writing(manager) -> Iterator[None]:
+    """Says in one sentence what went wrong while a checkpoint, this or the one before, was
+    written."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
         reason = disk_reason(error) or str(error).strip().splitlines()[0][:200]
-        raise InputError(
-            f"A checkpoint cannot be written to {manager.directory}: {reason}; those "
-            "before it are whole."
-        ) from error
+        what = f"A checkpoint cannot be written to {manager.directory}: {reason}"
+        raise InputError(f"{what}; those before it are whole.") from error
 
 
 def save(manager, config, state, frozen, notes: dict) -> None:
@@ -134,18 +128,15 @@ def save(manager, config, state, frozen, notes: dict) -> None:
 
     model = _model_item(state, frozen)
     pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=PIECE), model)
+    items = ocp.args.Composite(
+        model=ocp.args.StandardSave(model, save_args=pieces),
+        optimizer=ocp.args.StandardSave({name: state[name] for name in OPTIMIZER}),
+        config=ocp.args.JsonSave(dataclasses.asdict(config)),
+        model_config=ocp.args.JsonSave(config_to_json(config.blip3o())),
+        notes=ocp.args.JsonSave(notes),
+    )
     with _writing(manager):
-        manager.save(
-            int(state["step"]),
-            args=ocp.args.Composite(
-                model=ocp.args.StandardSave(model, save_args=pieces),
-                optimizer=ocp.args.StandardSave({name: state[name] for name in OPTIMIZER}),
-                config=ocp.args.JsonSave(dataclasses.asdict(config)),
-                model_config=ocp.args.JsonSave(config_to_json(config.blip3o())),
-                notes=ocp.args.JsonSave(notes),
-            ),
-            force=True,
-        )
+        manager.save(int(state["step"]), args=items, force=True)
 
 
 def _model_item(state: dict, frozen: dict) -> dict:
@@ -168,63 +159,55 @@ def restore(manager, state, frozen):
     """
     import orbax.checkpoint as ocp
 
-    def abstract(tree):
-        def describe(x):
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-        return ocp.args.StandardRestore(jax.tree.map(describe, tree))
+    def abstract(x) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
     # What Orbax reads, and where it places it: the shardings saved with it are not trusted.
     optimizer = {name: state[name] for name in OPTIMIZER}
-    args = ocp.args.Composite(
-        model=abstract(_model_item(state, frozen)),
-        optimizer=abstract(optimizer),
-        notes=ocp.args.JsonRestore(),
-    )
+    trees = {"model": _model_item(state, frozen), "optimizer": optimizer}
+    items = {x: ocp.args.StandardRestore(jax.tree.map(abstract, tree)) for x, tree in trees.items()}
     step = manager.latest_step()
     try:
-        saved = manager.restore(step, args=args)
+        saved = manager.restore(
+            step, args=ocp.args.Composite(**items, notes=ocp.args.JsonRestore())
+        )
     except (ValueError, KeyError, OSError) as error:
-        raise InputError(
-            f"The checkpoint {manager.directory / str(step)} cannot be read: "
-            f"{str(error).strip().splitlines()[0][:300]} "
-            "Move it away, and the run resumes from the one before."
-        ) from error
+        reason = str(error).strip().splitlines()[0][:300]
+        what = f"The checkpoint {manager.directory / str(step)} cannot be read: {reason}"
+        fix = "Move it away, and the run resumes from the one before."
+        raise InputError(f"{what} {fix}") from error
     model = dict(saved["model"])
     frozen = model.pop("frozen")
     return {**model, **saved["optimizer"]}, frozen, saved["notes"]
 
 
-def newest(workdir: str | pathlib.Path) -> pathlib.Path:
+def newest(workdir: str | Path) -> Path:
     """The folder of a run's newest checkpoint; InputError when there is no complete one."""
-    folders = complete(pathlib.Path(workdir).absolute() / "checkpoints")
+    folders = complete(Path(workdir).absolute() / "checkpoints")
     if not folders:
         raise InputError(f"{workdir} holds no complete training checkpoint.")
     return max(folders, key=lambda folder: int(folder.name))
 
 
-def read_config(folder: pathlib.Path) -> dict:
+def read_config(folder: Path) -> dict:
     """The run's config as nested dicts, as the checkpoint in `folder` has it."""
     return read_json(folder / "config" / "metadata", CONFIG_LIMIT)
 
 
-def model_config(folder: pathlib.Path) -> Blip3oConfig:
+def model_config(folder: Path) -> Blip3oConfig:
     """The config of the model in the checkpoint `folder`, without padding of the vocabulary."""
     file = folder / "model_config" / "metadata"
-    fields = read_json(file, CONFIG_LIMIT) if file.is_file() else _older_model(folder)
+    if file.is_file():
+        fields = read_json(file, CONFIG_LIMIT)
+    else:  # version 0.1 saved the run's config alone: a preset and changes to it
+        run = read_config(folder)
+        with about(folder / "config" / "metadata"):
+            fields = config_to_json(replace(preset(run["preset"]), **run["model"]))
     with about(file):
         return config_from_json(fields, None)
 
 
-def _older_model(folder: pathlib.Path) -> dict:
-    """The same fields for a checkpoint of version 0.1, which has the run's config alone: a preset
-    and changes to it."""
-    run = read_config(folder)
-    with about(folder / "config" / "metadata"):
-        return config_to_json(replace(preset(run["preset"]), **run["model"]))
-
-
-def open_weights(folder: pathlib.Path) -> dict[str, Leaf]:
+def open_weights(folder: Path) -> dict[str, Leaf]:
     """The weights in the checkpoint `folder` by "part/.../leaf", unread; their average where one
     was kept."""
     leaves = open_leaves(folder / "model")

@@ -16,16 +16,9 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from blip3o_jax.config import (
-    Blip3oConfig,
-    DcAeConfig,
-    Qwen3Config,
-    SanaConfig,
-    SiglipConfig,
-    TaTokConfig,
-    VocabConfig,
-)
-from blip3o_jax.errors import InputError, nearest
+from blip3o_jax import config
+from blip3o_jax.config import Blip3oConfig, DcAeConfig, Qwen3Config, SanaConfig, TaTokConfig
+from blip3o_jax.errors import InputError, nearest, require
 
 EMBEDDING = "model.embed_tokens.weight"
 SUPPORTED = "supported is BLIP3o-NEXT, which stands on Qwen3, SANA and TA-Tok"
@@ -72,17 +65,20 @@ EDIT_FLAGS = (
     "use_tar_siglip_features",
 )
 
+Shapes = Mapping[str, tuple[int, ...]]  # of tensors by published name
 
-def _siglip_json(cfg: SiglipConfig) -> dict[str, Any]:
+
+def _siglip_json(cfg: config.SiglipConfig) -> dict[str, Any]:
     return {**dataclasses.asdict(cfg), **SIGLIP_FACTS}
 
 
-def ta_tok_json(cfg: TaTokConfig) -> dict[str, Any]:
+def _ta_tok_json(cfg: TaTokConfig) -> dict[str, Any]:
     derived = {"input_size": cfg.encoder.image_size, "bottleneck_token_num": cfg.num_tokens}
     return {**dataclasses.asdict(cfg), **derived, "encoder": _siglip_json(cfg.encoder)}
 
 
 def sana_json(cfg: SanaConfig) -> dict[str, Any]:
+    """In the field names of diffusers' SanaTransformer2DModel."""
     fields = dataclasses.asdict(cfg)
     if not cfg.condition_positions:  # a key that diffusers does not know
         del fields["condition_positions"]
@@ -91,17 +87,16 @@ def sana_json(cfg: SanaConfig) -> dict[str, Any]:
 
 
 def dc_ae_json(cfg: DcAeConfig) -> dict[str, Any]:
+    """In the field names of diffusers' AutoencoderDC."""
     fields = dataclasses.asdict(cfg)
     for name in DC_AE_SHARED:
         fields[f"encoder_{name}"] = fields[f"decoder_{name}"] = fields.pop(name)
     return {**fields, **DC_AE_FACTS}
 
 
-def _vocab_json(cfg: VocabConfig) -> dict[str, Any]:
-    ends = {
-        "scale_end_token_id": cfg.scale_start_token_id + cfg.num_scale_tokens - 1,
-        "image_end_token_id": cfg.image_end_token_id,
-    }
+def _vocab_json(cfg: config.VocabConfig) -> dict[str, Any]:
+    last_scale = cfg.scale_start_token_id + cfg.num_scale_tokens - 1
+    ends = {"scale_end_token_id": last_scale, "image_end_token_id": cfg.image_end_token_id}
     return {**dataclasses.asdict(cfg), **ends}
 
 
@@ -119,9 +114,7 @@ def config_to_json(cfg: Blip3oConfig, dtype: str = "float32") -> dict[str, Any]:
         **QWEN3_FACTS,
         **_vocab_json(cfg.vocab),
         **{name: True for name in EDIT_FLAGS if getattr(cfg, name)},
-        "sana": sana_json(cfg.sana),
-        "sana_vae": dc_ae_json(cfg.dc_ae),
-        "vision_tower": ta_tok_json(cfg.ta_tok),
+        **{key: to_json(getattr(cfg, part)) for part, (key, to_json, _) in NETWORKS.items()},
         "blip3o_jax": {name: getattr(cfg, name) for name in OURS},
     }
     return json.loads(json.dumps(fields))  # tuples become lists
@@ -131,10 +124,8 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
     """`value` from JSON as a dataclass annotation has it; InputError when it is of another type or
     beyond all sense."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType and value is None:
-        return None
     if origin is types.UnionType:
-        return _typed(value, arguments[0], name)
+        return None if value is None else _typed(value, arguments[0], name)
     if origin is tuple and isinstance(value, list) and len(value) <= MAX_STAGES:
         return tuple(_typed(item, arguments[0], name) for item in value)
     if kind is float and type(value) in (int, float) and 0 < value < 1e9:
@@ -150,15 +141,20 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
     raise InputError(f"{name} is {reprlib.repr(value)}, which makes no sense as {kind}.")
 
 
-def _read(cls, fields: Any, section: str, **given) -> Any:
+def _object(fields: Any, section: str) -> Mapping[str, Any]:
+    """`fields` itself; InputError when it is not a JSON object."""
+    kind = type(fields).__name__
+    require(isinstance(fields, Mapping), f"{section} is a JSON {kind} and should be an object.")
+    return fields
+
+
+def _read(cls: type, fields: Any, section: str, **given) -> Any:
     """`cls` from the JSON object `fields`, whose keys are the class's field names but for those in
     `given`."""
-    if not isinstance(fields, Mapping):
-        raise InputError(f"{section} is a JSON {type(fields).__name__} and should be an object.")
+    fields = _object(fields, section)
     for field in dataclasses.fields(cls):
         if field.name not in given:
-            if field.name not in fields:
-                raise InputError(f"{section} has no {field.name}.")
+            require(field.name in fields, f"{section} has no {field.name}.")
             given[field.name] = _typed(fields[field.name], field.type, field.name)
     return cls(**given)
 
@@ -171,59 +167,57 @@ def _agree(fields: Mapping[str, Any], expected: Mapping[str, Any], section: str)
             continue
         if name not in expected:
             raise InputError(f"unknown key {name!r} in {section}; {nearest(name, expected)}")
-        if value != expected[name]:
-            raise InputError(
-                f"{section} has {name} = {reprlib.repr(value)}; this model has "
-                f"{reprlib.repr(expected[name])}."
-            )
+        theirs, ours = reprlib.repr(value), reprlib.repr(expected[name])
+        same = value == expected[name]
+        require(same, f"{section} has {name} = {theirs}; this model has {ours}.")
 
 
 def _read_ta_tok(fields: Any) -> TaTokConfig:
     inner = fields.get("encoder") if isinstance(fields, Mapping) else None
-    encoder = _read(SiglipConfig, inner, "vision_tower.encoder")
+    encoder = _read(config.SiglipConfig, inner, "vision_tower.encoder")
     cfg = _read(TaTokConfig, fields, "vision_tower", encoder=encoder)
-    _agree(fields["encoder"], _siglip_json(encoder), "vision_tower.encoder")
-    _agree(fields, {**ta_tok_json(cfg), "encoder": fields["encoder"]}, "vision_tower")
+    _agree(inner, _siglip_json(encoder), "vision_tower.encoder")
+    _agree(fields, {**_ta_tok_json(cfg), "encoder": inner}, "vision_tower")
     return cfg
 
 
 def read_sana(fields: Any) -> SanaConfig:
     """From diffusers' field names, as in SanaTransformer2DModel's own config.json."""
-    has_norm = isinstance(fields, Mapping) and fields.get("qk_norm") is not None
-    if isinstance(fields, Mapping):
-        fields = {"condition_positions": False, **fields}
-    cfg = _read(SanaConfig, fields, "sana", qk_norm=has_norm)
-    _agree(fields, {"condition_positions": False, **sana_json(cfg)}, "sana")
+    ours = {"condition_positions": False}
+    fields = ours | dict(_object(fields, "sana"))
+    cfg = _read(SanaConfig, fields, "sana", qk_norm=fields.get("qk_norm") is not None)
+    _agree(fields, ours | sana_json(cfg), "sana")
     return cfg
 
 
 def read_dc_ae(fields: Any) -> DcAeConfig:
     """From diffusers' field names, as in AutoencoderDC's own config.json."""
-    names = fields if isinstance(fields, Mapping) else {}
-    shared = {x: fields[f"encoder_{x}"] for x in DC_AE_SHARED if f"encoder_{x}" in names}
-    cfg = _read(DcAeConfig, {**fields, **shared} if names else fields, "sana_vae")
+    fields = _object(fields, "sana_vae")
+    shared = {x: fields[f"encoder_{x}"] for x in DC_AE_SHARED if f"encoder_{x}" in fields}
+    cfg = _read(DcAeConfig, {**fields, **shared}, "sana_vae")
     theirs = {name: value for name, value in fields.items() if name not in DC_AE_SHARED}
     _agree(theirs, dc_ae_json(cfg), "sana_vae")
     return cfg
 
 
-def read_qwen3(
-    fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None
-) -> Qwen3Config:
+# Part -> its object in config.json, written and read.
+NETWORKS = {
+    "sana": ("sana", sana_json, read_sana),
+    "dc_ae": ("sana_vae", dc_ae_json, read_dc_ae),
+    "ta_tok": ("vision_tower", _ta_tok_json, _read_ta_tok),
+}
+
+
+def read_qwen3(fields: Mapping[str, Any], shapes: Shapes | None) -> Qwen3Config:
     """transformers 5 keeps rope_theta inside rope_parameters; the vocabulary is as long as the
     embedding, where its shape is known."""
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    if (
-        not isinstance(rope, Mapping)
-        or rope.get("rope_type", rope.get("type", "default")) != "default"
-    ):
-        raise InputError(
-            f"the rotary embedding is scaled ({reprlib.repr(rope)}), which is not supported."
-        )
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else None
+    scaled = f"the rotary embedding is scaled ({reprlib.repr(rope)}), which is not supported."
+    require(kind == "default", scaled)
     fields = {"tie_word_embeddings": True, "rope_theta": rope.get("rope_theta"), **fields}
     if shapes is not None:
-        if len(shapes.get(EMBEDDING, ())) != 2:
-            raise InputError(f"the files hold no matrix {EMBEDDING}.")
+        require(len(shapes.get(EMBEDDING, ())) == 2, f"the files hold no matrix {EMBEDDING}.")
         fields["vocab_size"] = shapes[EMBEDDING][0]
     _agree({name: fields[name] for name in QWEN3_FACTS if name in fields}, QWEN3_FACTS, "it")
     return _read(Qwen3Config, fields, "it", vocab_padding=0)
@@ -231,21 +225,17 @@ def read_qwen3(
 
 def check_family(fields: Mapping[str, Any]) -> None:
     """InputError unless this is the config.json of a BLIP3o-NEXT."""
-    kind = fields.get("model_type")
-    qwen2_5 = {"vision_config", "gen_vision_tower", "n_query"} & fields.keys()
-    if qwen2_5 or str(kind).startswith("qwen2"):
-        raise InputError(f"model_type {kind!r} is a BLIP3o of 4B or 8B on Qwen2.5-VL; {SUPPORTED}.")
-    if not str(kind).startswith(FAMILIES):
-        raise InputError(f"model_type {kind!r} is another family; {SUPPORTED}.")
-    if "image_start_tag_id" not in fields:
-        raise InputError(
-            f"there is no image_start_tag_id, so model_type {kind!r} is not BLIP3o-NEXT "
-            f"here; {SUPPORTED}."
-        )
+    kind, name = f"model_type {fields.get('model_type')!r}", str(fields.get("model_type"))
+    others = {"vision_config", "gen_vision_tower", "n_query"} & fields.keys()
+    on_qwen2_5 = bool(others) or name.startswith("qwen2")
+    require(not on_qwen2_5, f"{kind} is a BLIP3o of 4B or 8B on Qwen2.5-VL; {SUPPORTED}.")
+    require(name.startswith(FAMILIES), f"{kind} is another family; {SUPPORTED}.")
+    plain = f"there is no image_start_tag_id, so {kind} is not BLIP3o-NEXT here; {SUPPORTED}."
+    require("image_start_tag_id" in fields, plain)
 
 
 def config_from_json(
-    fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None, name: str = "published"
+    fields: Mapping[str, Any], shapes: Shapes | None, name: str = "published"
 ) -> Blip3oConfig:
     """The configuration behind a config.json and the shapes of the tensors beside it (None: not
     looked at); `name` is for files that carry none.
@@ -256,26 +246,23 @@ def config_from_json(
     """
     check_family(fields)
     # The ids; their ends follow from them, and have to agree where they are given.
-    defaults = {"pad_token_id": VocabConfig.pad_token_id, "eos_token_id": VocabConfig.eos_token_id}
+    default = config.VocabConfig
+    defaults = {"pad_token_id": default.pad_token_id, "eos_token_id": default.eos_token_id}
     missing = {key: value for key, value in defaults.items() if fields.get(key) is None}
-    vocab = _read(VocabConfig, {**fields, **missing}, "it")
+    vocab = _read(config.VocabConfig, {**fields, **missing}, "it")
     ends = [key for key in ("scale_end_token_id", "image_end_token_id") if key in fields]
     _agree({key: fields[key] for key in ends}, _vocab_json(vocab), "it")
     # The other networks, where the file describes them.
-    readers = (
-        ("sana", "sana", read_sana),
-        ("sana_vae", "dc_ae", read_dc_ae),
-        ("vision_tower", "ta_tok", _read_ta_tok),
-    )
-    parts = {field: read(fields[key]) for key, field, read in readers if key in fields}
+    networks = [(part, key, read) for part, (key, _, read) in NETWORKS.items() if key in fields]
+    parts = {part: read(fields[key]) for part, key, read in networks}
     # What PyTorch has no name for, and the flags of editing checkpoints.
     ours = fields.get("blip3o_jax", {})
-    if not isinstance(ours, Mapping) or set(ours) - set(OURS):
-        raise InputError(
-            f"blip3o_jax is {reprlib.repr(ours)} and should be an object of {', '.join(OURS)}."
-        )
+    is_ours = isinstance(ours, Mapping) and set(ours) <= set(OURS)
+    should = f"should be an object of {', '.join(OURS)}"
+    require(is_ours, f"blip3o_jax is {reprlib.repr(ours)} and {should}.")
     kinds = {field.name: field.type for field in dataclasses.fields(Blip3oConfig)}
-    ours = {"name": name, **{key: _typed(value, kinds[key], key) for key, value in ours.items()}}
-    flags = [key for key in EDIT_FLAGS if fields.get(key) is not None]
-    flags = {key: _typed(fields[key], bool, key) for key in flags}
-    return Blip3oConfig(qwen3=read_qwen3(fields, shapes), vocab=vocab, **parts, **ours, **flags)
+    flags = {key: fields[key] for key in EDIT_FLAGS if fields.get(key) is not None}
+    plain = {key: _typed(value, kinds[key], key) for key, value in {**ours, **flags}.items()}
+    return Blip3oConfig(
+        qwen3=read_qwen3(fields, shapes), vocab=vocab, **parts, **{"name": name, **plain}
+    )

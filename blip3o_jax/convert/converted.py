@@ -3,6 +3,7 @@ published layout, hashes.json, convert.json (its origin)."""
 
 import functools
 import math
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,14 +13,11 @@ from tqdm import tqdm
 
 from blip3o_jax.config import Blip3oConfig, replace
 from blip3o_jax.convert import hashes, orbax_io
-from blip3o_jax.convert.config_json import EMBEDDING, config_from_json
-from blip3o_jax.convert.orbax_io import Leaf, open_leaves
-from blip3o_jax.convert.published import about, check_shapes, read_fields
+from blip3o_jax.convert.config_json import EMBEDDING
+from blip3o_jax.convert.published import PublishedLeaf, check_shapes, read_config
 from blip3o_jax.convert.rules import tensor_to_leaf
 from blip3o_jax.convert.safetensors_io import Entry
-from blip3o_jax.convert.sources import Source
-from blip3o_jax.errors import InputError
-from blip3o_jax.models.blip3o import parts_of
+from blip3o_jax.errors import require
 from blip3o_jax.moved import refuse
 from blip3o_jax.parallel.mesh import AXES
 from blip3o_jax.parallel.parameters import spec
@@ -34,67 +32,59 @@ def is_converted(directory: str | Path) -> bool:
     return (Path(directory) / PARAMS / "_METADATA").is_file()
 
 
-def open_converted(directory: Path) -> tuple[Blip3oConfig, dict[str, Leaf]]:
+def open_converted(directory: Path) -> tuple[Blip3oConfig, dict[str, orbax_io.Leaf]]:
     """(configuration, arrays by path), none read yet; InputError when config.json and the arrays
     contradict each other."""
-    fields, leaves = read_fields(directory), open_leaves(directory / PARAMS)
-    with about(directory / "config.json"):
-        embedding = leaves.get("qwen3/embed_tokens/embedding")
-        shapes = {EMBEDDING: embedding.shape} if embedding else {}
-        cfg = config_from_json(fields, shapes, directory.resolve().name)
+    leaves = orbax_io.open_leaves(directory / PARAMS)
+    embedding = leaves.get("qwen3/embed_tokens/embedding")
+    cfg = read_config(directory, {EMBEDDING: embedding.shape} if embedding else {})
+    # The source's config.json may call a model tied whose head differs.
     if "qwen3/lm_head/kernel" in leaves:
         cfg = replace(cfg, **{"qwen3.tie_word_embeddings": False})
     check_shapes(directory / PARAMS, cfg, leaves)
     return cfg, leaves
 
 
-def plan_arrays(source: Source, dtype: np.dtype | None) -> dict[str, Entry]:
+def plan_arrays(leaves: Mapping[str, PublishedLeaf], dtype: np.dtype | None) -> dict[str, Entry]:
     """Each parameter's shape and dtype by path: `dtype`, or that of its tensors; InputError when
     stacked layers differ or hold no floats."""
-    arrays = {}
-    for rule in source.match.rules:
-        shape = source.match.shapes[rule.path]
-        first, *others = (source.tensors[name] for name in rule.names(shape))
+    for leaf in leaves.values():
+        first, *others = leaf.tensors.values()
         for tensor in others:
-            if tensor.dtype != first.dtype and dtype is None:
-                raise InputError(
-                    f"{tensor} is {tensor.dtype} and {first.name!r} {first.dtype}, which are one "
-                    "parameter here; give --dtype."
-                )
-        arrays[rule.path] = Entry(shape, dtype or first.dtype)
-    return arrays
+            dtypes = f"{tensor} is {tensor.dtype} and {first.name!r} {first.dtype}"
+            same = dtype is not None or tensor.dtype == first.dtype
+            require(same, f"{dtypes}, which are one parameter here; give --dtype.")
+    return {path: Entry(leaf.shape, dtype or leaf.dtype) for path, leaf in leaves.items()}
 
 
 def write_params(
-    directory: Path, source: Source, arrays: Mapping[str, Entry], mesh: Mapping[str, int]
-) -> dict[str, dict]:
+    directory: Path,
+    leaves: Mapping[str, PublishedLeaf],
+    arrays: Mapping[str, Entry],
+    mesh: Mapping[str, int],
+) -> dict[str, dict[str, int]]:
     """Writes params/ and hashes.json, one layer in memory at a time, in files of one layer and one
     shard of the mesh each; returns {part: numbers}."""
     folder = directory / PARAMS
     axis_sizes = AbstractMesh(tuple(mesh[axis] for axis in AXES), AXES)
     orbax_io.save_tree(folder, {path: entry.dtype for path, entry in arrays.items()})
-    parts = {part: {"tensors": 0, "parameters": 0, "bytes": 0} for part in parts_of(source.config)}
-    total = sum(len(list(rule.names(arrays[rule.path].shape))) for rule in source.match.rules)
+    parts: dict[str, Counter] = defaultdict(Counter)
+    total = sum(len(leaf.tensors) for leaf in leaves.values())
     with tqdm(total=total, desc="Converting", unit="tensor", delay=3, disable=None) as progress:
-        for rule in source.match.rules:
+        for path, leaf in leaves.items():
             # An empty array in its chunks ...
-            shape, dtype = arrays[rule.path].shape, arrays[rule.path].dtype
-            axes = [*spec(rule.path, shape, axis_sizes), *[None] * len(shape)][: len(shape)]
+            shape, dtype, stacked = leaf.shape, arrays[path].dtype, leaf.rule.stacked
+            axes = [*spec(path, shape, axis_sizes), *[None] * len(shape)][: len(shape)]
             shards = tuple(mesh[axis] if axis else 1 for axis in axes)
-            chunks = orbax_io.chunk_shape(shape, dtype.itemsize, rule.stacked, shards)
-            store = orbax_io.create(folder, rule.path, shape, dtype, chunks)
-
+            chunks = orbax_io.chunk_shape(shape, dtype.itemsize, stacked, shards)
+            store = orbax_io.create(folder, path, shape, dtype, chunks)
             # ... filled tensor by tensor.
-            names = list(rule.names(shape))
-            for i, name in enumerate(names):
-                tensor = source.tensors[name]
-                values = tensor_to_leaf(tensor.raw(), shape, rule, name)
-                orbax_io.write(store[i] if rule.stacked else store, values, dtype, str(tensor))
+            for i, (name, tensor) in enumerate(leaf.tensors.items()):
+                values = tensor_to_leaf(tensor.raw(), shape, leaf.rule, name)
+                orbax_io.write(store[i] if stacked else store, values, dtype, str(tensor))
                 del values
                 progress.update()
-            part = parts[rule.path.split("/")[0]]
-            part["tensors"] += len(names)
-            part["parameters"] += math.prod(shape)
-            part["bytes"] += arrays[rule.path].size
+            numbers = {"parameters": math.prod(shape), "bytes": arrays[path].size}
+            parts[leaf.rule.part].update(tensors=len(leaf.tensors), **numbers)
     hashes.record(directory, [file for file in folder.rglob("*") if file.is_file()])
     return parts

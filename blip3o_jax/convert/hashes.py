@@ -8,14 +8,14 @@ A folder's record is `hashes.json`: {file: {"bytes", "sha256", "sample"}}, paths
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
 
 from blip3o_jax.convert.safetensors_io import read_json
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import os_errors, require
 from blip3o_jax.resources import cache_folder
 
 RECORD = "hashes.json"
@@ -26,28 +26,25 @@ WORKERS = 8
 
 def hash_file(file: Path) -> dict:
     """A file's size and SHA-256; InputError when it cannot be read."""
-    try:
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            return {"bytes": os.fstat(stream.fileno()).st_size, "sha256": digest}
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}.") from error
+    with os_errors(f"{file} cannot be read"), file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return {"bytes": os.fstat(stream.fileno()).st_size, "sha256": digest}
 
 
 def sample_file(file: Path) -> dict:
     """A file's size and the SHA-256 of PIECES pieces from its first to its last byte."""
-    try:
-        size, digest = file.stat().st_size, hashlib.sha256()
-        with file.open("rb") as stream:
-            for i in range(PIECES):
-                stream.seek(max(0, size - PIECE) * i // (PIECES - 1))
-                digest.update(stream.read(PIECE))
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}.") from error
+    digest = hashlib.sha256()
+    with os_errors(f"{file} cannot be read"), file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        for i in range(PIECES):
+            stream.seek(max(0, size - PIECE) * i // (PIECES - 1))
+            digest.update(stream.read(PIECE))
     return {"bytes": size, "sample": digest.hexdigest()}
 
 
-def over_files(function, files: Iterable[Path], title: str = "Hashing") -> dict[Path, dict]:
+def over_files(
+    function: Callable[[Path], dict], files: Iterable[Path], title: str = "Hashing"
+) -> dict[Path, dict]:
     """{file: function(file)}, several files at once, since hashing needs no interpreter lock."""
     files = sorted(files)
     with ThreadPoolExecutor(WORKERS) as pool:
@@ -56,11 +53,15 @@ def over_files(function, files: Iterable[Path], title: str = "Hashing") -> dict[
         return dict(zip(files, shown, strict=True))
 
 
+def _named(folder: Path, rows: dict[Path, dict]) -> dict[str, dict]:
+    """The same by the files' names below `folder`."""
+    return {file.relative_to(folder).as_posix(): row for file, row in sorted(rows.items())}
+
+
 def record(folder: Path, files: Iterable[Path]) -> None:
     """Writes FOLDER/hashes.json about `files` below it."""
-    hashes = over_files(lambda file: hash_file(file) | sample_file(file), files)
-    rows = {file.relative_to(folder).as_posix(): row for file, row in hashes.items()}
-    (folder / RECORD).write_text(json.dumps(rows, indent=1) + "\n")
+    rows = over_files(lambda file: hash_file(file) | sample_file(file), files)
+    (folder / RECORD).write_text(json.dumps(_named(folder, rows), indent=1) + "\n")
 
 
 def compare(folder: Path, files: Iterable[Path], whole: bool = False) -> dict[str, str] | None:
@@ -72,26 +73,24 @@ def compare(folder: Path, files: Iterable[Path], whole: bool = False) -> dict[st
     if not (folder / RECORD).is_file():
         return None
     recorded = read_json(folder / RECORD, RECORD_LIMIT)
-    measured = over_files(hash_file if whole else sample_file, files)
-    hashes = {}
-    for file, row in measured.items():
-        name = file.relative_to(folder).as_posix()
+    measured = _named(folder, over_files(hash_file if whole else sample_file, files))
+    for name, row in measured.items():
         expected = recorded.get(name)
-        if not isinstance(expected, dict) or any(expected.get(key) != row[key] for key in row):
-            raise InputError(
-                f"{file} is not what {RECORD} beside it recorded when it was written: it is "
-                f"damaged or was changed; restore it, or remove {folder / RECORD} to accept it."
-            )
-        hashes[name] = str(expected.get("sha256"))
-    if missing := sorted(name for name in recorded if not (folder / name).is_file()):
-        raise InputError(f"{folder / missing[0]} is missing, which {folder / RECORD} recorded.")
-    return hashes
+        require(
+            isinstance(expected, dict) and row.items() <= expected.items(),
+            f"{folder / name} is not what {RECORD} beside it recorded when it was written: it is "
+            f"damaged or was changed; restore it, or remove {folder / RECORD} to accept it.",
+        )
+    for name in sorted(recorded):
+        is_there = (folder / name).is_file()
+        require(is_there, f"{folder / name} is missing, which {folder / RECORD} recorded.")
+    return {name: str(recorded[name].get("sha256")) for name in measured}
 
 
 def measure(folder: Path, files: Iterable[Path]) -> dict[str, str]:
     """SHA-256 of `files` below `folder`, of every byte that is there."""
-    hashes = over_files(hash_file, files)
-    return {file.relative_to(folder).as_posix(): row["sha256"] for file, row in hashes.items()}
+    rows = _named(folder, over_files(hash_file, files))
+    return {name: row["sha256"] for name, row in rows.items()}
 
 
 def remembered(folder: Path, files: Iterable[Path]) -> dict[str, str]:
@@ -103,17 +102,16 @@ def remembered(folder: Path, files: Iterable[Path]) -> dict[str, str]:
         cached = json.loads(cache.read_text())
     except (OSError, ValueError):
         cached = {}
+    # Only files that changed are hashed.
     rows, stale = {}, []
     for file in files:
-        stat = file.stat()
-        row = cached.get(str(file.relative_to(folder)), {})
-        if (row.get("bytes"), row.get("changed")) == (stat.st_size, stat.st_mtime_ns):
-            rows[file] = row
-        else:
+        row, stat = cached.get(file.relative_to(folder).as_posix(), {}), file.stat()
+        rows[file] = row
+        if (row.get("bytes"), row.get("changed")) != (stat.st_size, stat.st_mtime_ns):
             stale.append(file)
     for file, row in over_files(hash_file, stale).items():
         rows[file] = row | {"changed": file.stat().st_mtime_ns}
-    named = {str(file.relative_to(folder)): row for file, row in sorted(rows.items())}
+    named = _named(folder, rows)
     if stale:
         _keep(cache, named)
     return {name: row["sha256"] for name, row in named.items()}

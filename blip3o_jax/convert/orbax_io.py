@@ -88,23 +88,17 @@ def save_tree(folder: Path, dtypes: Mapping[str, np.dtype]) -> None:
     import orbax.checkpoint as ocp
 
     assert not any("." in path for path in dtypes)  # Orbax's separator in folder names
-    tree = unflatten({path: np.zeros(1, dtype) for path, dtype in dtypes.items()})
-    with (
-        _disk_errors(f"{folder} cannot be written"),
-        ocp.Checkpointer(ocp.StandardCheckpointHandler(use_ocdbt=False)) as writer,
-    ):
+    tree = unflatten({path: np.zeros((), dtype) for path, dtype in dtypes.items()})
+    handler = ocp.StandardCheckpointHandler(use_ocdbt=False)
+    with _disk_errors(f"{folder} cannot be written"), ocp.Checkpointer(handler) as writer:
         writer.save(folder.absolute(), args=ocp.args.StandardSave(tree))
 
 
 def create(folder: Path, path: str, shape: Shape, dtype: np.dtype, chunks: Shape) -> Any:
     """Replaces the leaf `path` of a `save_tree` checkpoint by an empty array, which is returned, a
     TensorStore."""
-    metadata = {
-        "shape": shape,
-        "chunks": chunks,
-        "compressor": COMPRESSOR,
-        "dimension_separator": ".",
-    }
+    metadata = {"shape": shape, "chunks": chunks, "compressor": COMPRESSOR}
+    metadata["dimension_separator"] = "."
     place = _place(folder, path.replace("/", "."))
     spec = {"driver": "zarr", "kvstore": place, "metadata": metadata}
     return _open(spec, dtype=np.dtype(dtype), create=True, delete_existing=True)
@@ -142,9 +136,8 @@ def open_leaves(folder: Path) -> dict[str, Leaf]:
                 fields = json.loads(store[key])
                 shape, dtype = tuple(map(int, fields["shape"])), np.dtype(DTYPES[fields["dtype"]])
             except (ValueError, KeyError, TypeError) as error:
-                raise InputError(
-                    f"{folder / key.decode()} does not describe an array of floats."
-                ) from error
+                described = f"{folder / key.decode()} does not describe an array of floats."
+                raise InputError(described) from error
             leaves[name.replace(".", "/")] = Leaf(folder, name, shape, dtype)
     return dict(sorted(leaves.items()))
 
@@ -167,8 +160,8 @@ def _open(spec: dict[str, Any], **options) -> Any:
 
 
 @contextlib.contextmanager
-def _disk_errors(what: str, reading: bool = False):
-    """TensorStore's ValueError -> a InputError; while writing an OSError with the system's reason
+def _disk_errors(what: str, reading: bool = False) -> Iterator[None]:
+    """TensorStore's ValueError -> an InputError; while writing an OSError with the system's reason
     where there is one, as a full disk."""
     try:
         yield

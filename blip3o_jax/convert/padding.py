@@ -1,7 +1,5 @@
-"""Rows behind the vocabulary.
-
-A mesh cuts the embedding along it, and 217,210 divides by next to nothing (docs/model.md §4.1).
-"""
+"""Rows behind the vocabulary: a mesh cuts the embedding along it, and its 217,210 rows have almost
+no useful divisors (docs/model.md §4.1)."""
 
 import numpy as np
 
@@ -25,10 +23,8 @@ def with_rows(path: str, shape: tuple[int, ...], rows: int) -> tuple[int, ...]:
 def fit_vocabulary(path: str, leaf: np.ndarray, rows: int) -> np.ndarray:
     """The leaf at `path` with the vocabulary's axis padded by zeros, or cut, to `rows`; any other
     leaf as it is."""
-    axis = VOCAB_AXIS.get(path)
-    if axis is None or leaf.shape[axis] == rows:
+    shape = with_rows(path, leaf.shape, rows)
+    if shape == leaf.shape:
         return leaf
-    missing = rows - leaf.shape[axis]
-    if missing < 0:
-        return leaf[:rows] if axis == 0 else leaf[:, :rows]
-    return np.pad(leaf, [(0, missing if i == axis else 0) for i in range(leaf.ndim)])
+    cut = leaf[tuple(map(slice, shape))]
+    return np.pad(cut, [(0, size - old) for size, old in zip(shape, cut.shape, strict=True)])

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from blip3o_jax.convert.safetensors_io import Stored
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import InputError, require
 
 # bytes; names and places take less, and each may become a hundred bytes of objects
 PICKLE_LIMIT = 4 << 20
@@ -51,38 +51,31 @@ class Fields(dict):
     its arguments."""
 
 
+def _are_sizes(*numbers) -> bool:
+    return all(type(n) is int and n >= 0 for n in numbers)
+
+
 def _rebuild_tensor(storage, offset, shape, stride, *_unused) -> Place:
     """torch._utils._rebuild_tensor_v2, for a tensor whose values lie back to back."""
-    numbers = (offset, *shape, *stride)
-    if not isinstance(storage, Place) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise InputError("it places a tensor in no storage")
+    is_place = isinstance(storage, Place) and _are_sizes(offset, *shape, *stride)
+    require(is_place, "it places a tensor in no storage")
     shape, count = tuple(shape), math.prod(shape)
     row_major = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     steps = zip(shape, stride, row_major, strict=True)
-    if any(step != expected for size, step, expected in steps if size > 1):
-        raise InputError(f"it holds a tensor of shape {shape} that is not contiguous")
-    if offset + count > storage.count:
-        raise InputError(f"it places a tensor of shape {shape} beyond the end of its storage")
+    contiguous = all(step == expected for size, step, expected in steps if size > 1)
+    require(contiguous, f"it holds a tensor of shape {shape} that is not contiguous")
+    beyond = f"it places a tensor of shape {shape} beyond the end of its storage"
+    require(offset + count <= storage.count, beyond)
     first = storage.offset + offset * ITEM_BYTES[storage.code]
     return Place(storage.code, first, count, shape)
-
-
-def _rebuild_parameter(data, *_unused) -> Place:
-    """torch._utils._rebuild_parameter: the tensor in it."""
-    return data
-
-
-def _size(shape=()) -> tuple:
-    """torch.Size."""
-    return tuple(shape)
 
 
 ALLOWED = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("easydict", "EasyDict"): Fields,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch", "Size"): _size,
+    ("torch._utils", "_rebuild_parameter"): lambda data, *_unused: data,  # the tensor in it
+    ("torch", "Size"): lambda shape=(): tuple(shape),
     **{("torch", name): name for name in STORAGES},
 }
 
@@ -95,25 +88,21 @@ class _Unpickler(pickle.Unpickler):
         self._archive, self._root = archive, root
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in ALLOWED:
-            raise InputError(
-                f"it names {module}.{name}, which is not read: only tensors and plain values are"
-            )
+        refusal = f"it names {module}.{name}, which is not read: only tensors and plain values are"
+        require((module, name) in ALLOWED, refusal)
         return ALLOWED[module, name]
 
     def persistent_load(self, pid: Any) -> Place:
         kind, storage, key, _, count = pid
         is_storage = kind == "storage" and storage in STORAGES and type(count) is int
-        if not is_storage or not re.fullmatch(r"\w+", str(key)):
-            raise InputError(
-                f"it places values in {str(pid)[:100]}, which is not a storage of this file"
-            )
+        is_storage = is_storage and re.fullmatch(r"\w+", str(key))
+        stray = f"it places values in {str(pid)[:100]}, which is not a storage of this file"
+        require(is_storage, stray)
+        # The storage is as long as it says, and its bytes are in the file.
         code, item = STORAGES[storage]
         entry = _entry(self._archive, f"{self._root}/data/{key}")
-        if count * item > entry.file_size:
-            raise InputError(
-                f"{entry.filename} has {entry.file_size} bytes, and {count * item} are needed"
-            )
+        size, needed = entry.file_size, count * item
+        require(needed <= size, f"{entry.filename} has {size} bytes, and {needed} are needed")
         return Place(code, _data_offset(self._archive, entry), count)
 
 
@@ -124,10 +113,8 @@ def _entry(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
     except KeyError as error:
         raise InputError(f"it has no entry {name}") from error
     plain = entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & 1
-    if not plain or entry.compress_size != entry.file_size:
-        raise InputError(
-            f"its entry {name} is compressed or encrypted, which torch.save never does"
-        )
+    packed = f"its entry {name} is compressed or encrypted, which torch.save never does"
+    require(plain and entry.compress_size == entry.file_size, packed)
     return entry
 
 
@@ -136,31 +123,30 @@ def _data_offset(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> int:
     lengths of their own."""
     stream = archive.fp
     stream.seek(entry.header_offset)
-    header = stream.read(30)
-    if len(header) < 30 or header[:4] != b"PK\x03\x04":
-        raise InputError(f"its entry {entry.filename} is not where the archive's directory says")
+    header, name = stream.read(30), f"its entry {entry.filename}"
+    is_header = len(header) == 30 and header[:4] == b"PK\x03\x04"
+    require(is_header, f"{name} is not where the archive's directory says")
     offset = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
-    stream.seek(0, 2)
-    if offset + entry.file_size > stream.tell():
-        raise InputError(f"its entry {entry.filename} reaches beyond the end of the file")
+    end = stream.seek(0, 2)
+    require(offset + entry.file_size <= end, f"{name} reaches beyond the end of the file")
     return offset
 
 
 def _load(archive: zipfile.ZipFile) -> Any:
     """The saved object, with a Place for every tensor."""
+    # One folder with a pickle in it, in this machine's byte order.
     names = archive.namelist()
     roots = {name.partition("/")[0] for name in names if re.fullmatch(r"[^/]*/data\.pkl", name)}
-    if len(roots) != 1:
-        raise InputError("it is a zip archive, but not one of torch.save")
+    require(len(roots) == 1, "it is a zip archive, but not one of torch.save")
     (root,) = roots
-    if len(set(names)) < len(names):
-        raise InputError("two entries of its archive have one name")
+    require(len(set(names)) == len(names), "two entries of its archive have one name")
     order = f"{root}/byteorder"
-    if order in names and archive.read(_entry(archive, order)) != b"little":
-        raise InputError("its values are big-endian")
+    little = order not in names or archive.read(_entry(archive, order)) == b"little"
+    require(little, "its values are big-endian")
+    # The pickle, which may not fill the memory either.
     entry = _entry(archive, f"{root}/data.pkl")
-    if entry.file_size > PICKLE_LIMIT:
-        raise InputError(f"its pickle has {entry.file_size} bytes, more than names and places take")
+    large = f"its pickle has {entry.file_size} bytes, more than names and places take"
+    require(entry.file_size <= PICKLE_LIMIT, large)
     with archive.open(entry) as stream:
         return _Unpickler(stream, archive, root).load()
 
@@ -171,41 +157,33 @@ def load_pth(file: Path) -> Any:
     try:
         with zipfile.ZipFile(file) as archive:
             return _load(archive)
-    except InputError as error:
-        raise InputError(f"{file} is refused: {error}.") from error
-    except zipfile.BadZipFile as error:
-        raise InputError(
-            f"{file} is not a zip archive as torch.save writes since PyTorch 1.6, or is cut short."
-        ) from error
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}.") from error
+    except zipfile.BadZipFile as error:
+        older = "is not a zip archive as torch.save writes since PyTorch 1.6, or is cut short"
+        raise InputError(f"{file} {older}.") from error
+    except InputError as error:
+        raise InputError(f"{file} is refused: {error}.") from error
     except Exception as error:  # a pickle's program may fail in any way, and is not ours to trust
-        raise InputError(
-            f"{file} is refused: its pickle is damaged ({type(error).__name__})."
-        ) from error
+        damaged = f"its pickle is damaged ({type(error).__name__})"
+        raise InputError(f"{file} is refused: {damaged}.") from error
 
 
 def open_ta_tok(file: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     """(arguments, tensors by name) of `ta_tok.pth`: {"model": {"args", "sd"}}, or the inner two, or
-    a bare dict of tensors.
-
-    Nested arguments are brought to one level; those of a bare dict are empty.
-    """
+    a bare dict of tensors, whose arguments are empty. Nested arguments come at one level."""
     content = load_pth(file)
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]
-    if not isinstance(content, dict):
-        raise InputError(
-            f"{file} holds a {type(content).__name__} and should hold TA-Tok's arguments "
-            "and tensors."
-        )
+    holds = f"{file} holds a {type(content).__name__} and should hold TA-Tok's arguments and"
+    require(isinstance(content, dict), f"{holds} tensors.")
     args, state = (content.get("args", {}), content["sd"]) if "sd" in content else ({}, content)
-    if not isinstance(state, dict) or not isinstance(args, dict):
-        raise InputError(f"{file}: `sd` and `args` should be dictionaries.")
+    are_dicts = isinstance(state, dict) and isinstance(args, dict)
+    require(are_dicts, f"{file}: `sd` and `args` should be dictionaries.")
     size, tensors = file.stat().st_size, {}
     for name, place in state.items():
-        if not isinstance(name, str) or not _is_within(place, size):
-            raise InputError(f"{file}: {str(name)[:60]!r} is not a tensor in this file.")
+        is_tensor = isinstance(name, str) and _is_within(place, size)
+        require(is_tensor, f"{file}: {str(name)[:60]!r} is not a tensor in this file.")
         tensors[name] = Stored(file, name, place.shape, place.code, place.offset)
     return _flat(args), tensors
 
@@ -215,26 +193,21 @@ def _is_within(place: Any, size: int) -> bool:
     what it has made."""
     if not isinstance(place, Place) or not isinstance(place.shape, tuple):
         return False
-    numbers = (place.offset, *place.shape)
-    if place.code not in ITEM_BYTES or not all(type(n) is int and n >= 0 for n in numbers):
+    if place.code not in ITEM_BYTES or not _are_sizes(place.offset, *place.shape):
         return False
     return place.offset + math.prod(place.shape) * ITEM_BYTES[place.code] <= size
 
 
 def _flat(args: dict[str, Any]) -> dict[str, Any]:
-    """Nested dicts to one level, by the last key; the outermost wins.
-
-    Each dict is visited once, whatever holds it.
-    """
+    """Nested dicts to one level, by the last key; the outermost wins."""
     flat: dict[str, Any] = {}
     level, seen = [args], set()
     while level:
         fields = level.pop(0)
-        if id(fields) not in seen:
-            seen.add(id(fields))
-            level += [value for value in fields.values() if isinstance(value, dict)]
-            flat = {
-                **{key: value for key, value in fields.items() if not isinstance(value, dict)},
-                **flat,
-            }
+        if id(fields) in seen:  # a pickle can put a dict into itself
+            continue
+        seen.add(id(fields))
+        inner = {key: value for key, value in fields.items() if isinstance(value, dict)}
+        level += inner.values()
+        flat = {**{key: fields[key] for key in fields.keys() - inner.keys()}, **flat}
     return flat

@@ -4,21 +4,11 @@ from blip3o_jax.config import Qwen3Config
 from blip3o_jax.convert.rules import HEADS_IN, HEADS_OUT, Rule, linear, norm, under
 
 LAYER = [
-    *norm("input_layernorm", "input_layernorm"),
-    *norm("post_attention_layernorm", "post_attention_layernorm"),
-    *(
-        rule
-        for name in ("q_proj", "k_proj", "v_proj")
-        for rule in linear(f"self_attn.{name}", f"self_attn/{name}", HEADS_OUT, bias=None)
-    ),
-    *linear("self_attn.o_proj", "self_attn/o_proj", HEADS_IN, bias=None),
-    *norm("self_attn.q_norm", "self_attn/q_norm"),
-    *norm("self_attn.k_norm", "self_attn/k_norm"),
-    *(
-        rule
-        for name in ("gate_proj", "up_proj", "down_proj")
-        for rule in linear(f"mlp.{name}", f"mlp/{name}", bias=None)
-    ),
+    *norm("input_layernorm post_attention_layernorm"),
+    *linear("self_attn.q_proj self_attn.k_proj self_attn.v_proj", pattern=HEADS_OUT, bias=None),
+    *linear("self_attn.o_proj", pattern=HEADS_IN, bias=None),
+    *norm("self_attn.q_norm self_attn.k_norm"),
+    *linear("mlp.gate_proj mlp.up_proj mlp.down_proj", bias=None),
 ]
 
 
@@ -33,4 +23,4 @@ def qwen3_rules(cfg: Qwen3Config) -> list[Rule]:
         *under("model.layers.{}.", "layers/", LAYER),
         *norm("model.norm", "norm"),
     ]
-    return rules if cfg.tie_word_embeddings else [*rules, *linear("lm_head", "lm_head", bias=None)]
+    return rules if cfg.tie_word_embeddings else [*rules, *linear("lm_head", bias=None)]

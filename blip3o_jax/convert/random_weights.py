@@ -13,10 +13,11 @@ from blip3o_jax.models.blip3o import Blip3o
 TABLES = ("scale_shift_table", "position_embedding", "embed_tokens", "regularizer.embedding.")
 
 
-def random_tensors(cfg: Blip3oConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Tensors by published name."""
+def random_params(cfg: Blip3oConfig, seed: int = 0) -> dict:
+    """A model's parameters, drawn in the order of the published names."""
+    abstract, rules = Blip3o(cfg).abstract(), published_rules(cfg)
     rng, tensors = np.random.default_rng(seed), {}
-    for name, shape in torch_shapes(published_rules(cfg), Blip3o(cfg).abstract()).items():
+    for name, shape in torch_shapes(rules, abstract).items():
         values = rng.standard_normal(shape, np.float32)
         if any(table in name for table in TABLES):
             values *= 0.5
@@ -27,12 +28,7 @@ def random_tensors(cfg: Blip3oConfig, seed: int = 0) -> dict[str, np.ndarray]:
         else:
             values *= 0.3
         tensors[name] = values
-    return tensors
-
-
-def random_params(cfg: Blip3oConfig, seed: int = 0) -> dict:
-    """The same as a model's parameters."""
-    return to_jax(published_rules(cfg), random_tensors(cfg, seed), Blip3o(cfg).abstract())
+    return to_jax(rules, tensors, abstract)
 
 
 def random_checkpoint(folder: Path, cfg: Blip3oConfig, seed: int = 0) -> dict:

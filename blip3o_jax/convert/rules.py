@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import InputError, require
 from blip3o_jax.tree import flatten, unflatten
 
 LINEAR = "o i -> i o"
@@ -29,10 +29,8 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Rule:
-    """`source`: torch name, `{}` for a stacked layer's index.
-
-    `path`: ours, `/` between keys. `pattern`: einops, torch axes -> our axes.
-    """
+    """`source`: torch name, `{}` for a stacked layer's index. `path`: ours, `/` between keys.
+    `pattern`: einops, torch axes -> our axes."""
 
     source: str
     path: str
@@ -42,41 +40,54 @@ class Rule:
     def stacked(self) -> bool:
         return "{}" in self.source
 
-    def names(self, shape: Shape) -> Iterator[str]:
+    @property
+    def part(self) -> str:
+        """The model's part, the first key of the path."""
+        return self.path.partition("/")[0]
+
+    def names(self, shape: Shape) -> list[str]:
         """The torch names behind a leaf of `shape`, one for each layer."""
-        return (self.source.format(i) for i in range(shape[0] if self.stacked else 1))
+        return [self.source.format(i) for i in range(shape[0] if self.stacked else 1)]
+
+    def axes(self, shape: Shape) -> dict[str, int]:
+        """Sizes of the pattern's axes for a leaf of `shape`; InputError when their number
+        differs."""
+        shape = shape[1:] if self.stacked else shape
+        ours = self.pattern.partition("->")[2]
+        fits = len(ours.split()) == len(shape)
+        require(fits, f"The table gives {self.path} the axes{ours}, but its shape is {shape}.")
+        return dict(zip(ours.split(), shape, strict=True))
 
     def tensor_shape(self, shape: Shape) -> Shape:
         """The shape of the torch tensor (of each, where layers are stacked) behind a leaf of
         `shape`."""
-        shape = shape[1:] if self.stacked else shape
         if self.pattern is None:
-            return shape
-        theirs, ours = self.pattern.split("->")
-        if len(ours.split()) != len(shape):
-            raise InputError(
-                f"The table gives {self.path} the axes{ours}, but its shape is {shape}."
-            )
-        sizes = {"1": 1, **dict(zip(ours.split(), shape, strict=True))}
-        groups = re.findall(r"\([^)]*\)|\S+", theirs)
-        return tuple(
-            math.prod(sizes[axis] for axis in group.strip("()").split()) for group in groups
-        )
+            return shape[1:] if self.stacked else shape
+        sizes = {"1": 1, **self.axes(shape)}
+        groups = re.findall(r"\([^)]*\)|\S+", self.pattern.partition("->")[0])
+        return tuple(math.prod(sizes[axis] for axis in x.strip("()").split()) for x in groups)
 
 
 def linear(
-    source: str, path: str, pattern: str = LINEAR, bias: str | None = "o -> o"
+    names: str,
+    path: str | None = None,
+    pattern: str | None = LINEAR,
+    bias: str | None = "o -> o",
+    weight: str = "kernel",
 ) -> list[Rule]:
-    """The rules of a torch Linear or Conv2d: weight -> kernel and, unless `bias` is None, bias ->
-    bias."""
-    rules = [Rule(f"{source}.weight", f"{path}/kernel", pattern)]
-    return [*rules, Rule(f"{source}.bias", f"{path}/bias", bias)] if bias else rules
+    """The rules of torch Linears or Conv2ds, names between blanks: weight -> kernel and, unless
+    `bias` is None, bias -> bias. Without a `path` each has its own name's."""
+    rules = []
+    for name in names.split():
+        ours = path or name.replace(".", "/")
+        rules.append(Rule(f"{name}.weight", f"{ours}/{weight}", pattern))
+        rules += [Rule(f"{name}.bias", f"{ours}/bias", bias)] if bias else []
+    return rules
 
 
-def norm(source: str, path: str, bias: bool = False) -> list[Rule]:
-    """The rules of a torch norm: weight -> scale, bias -> bias."""
-    rules = [Rule(f"{source}.weight", f"{path}/scale")]
-    return [*rules, Rule(f"{source}.bias", f"{path}/bias")] if bias else rules
+def norm(names: str, path: str | None = None, bias: bool = False) -> list[Rule]:
+    """The rules of torch norms, as `linear`: weight -> scale, bias -> bias."""
+    return linear(names, path, None, "o -> o" if bias else None, "scale")
 
 
 def under(source: str, path: str, rules: list[Rule]) -> list[Rule]:
@@ -91,8 +102,8 @@ def leaf_shapes(rules: list[Rule], tree: Mapping[str, Any]) -> dict[str, Shape]:
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
     named = Counter(rule.path for rule in rules)
     for problem, paths in (
-        ("names parameters that this model does not have", set(named) - set(shapes)),
-        ("leaves parameters unfilled", set(shapes) - set(named)),
+        ("names parameters that this model does not have", named.keys() - shapes.keys()),
+        ("leaves parameters unfilled", shapes.keys() - named.keys()),
         ("names parameters twice", {path for path, count in named.items() if count > 1}),
     ):
         if paths:
@@ -103,28 +114,21 @@ def leaf_shapes(rules: list[Rule], tree: Mapping[str, Any]) -> dict[str, Shape]:
 def torch_shapes(rules: list[Rule], tree: Mapping[str, Any]) -> dict[str, Shape]:
     """The torch shapes by name that the rules imply for a tree whose leaves have `.shape`;
     allocates nothing."""
-    shapes = leaf_shapes(rules, tree)
-    return {
-        name: rule.tensor_shape(shapes[rule.path])
-        for rule in rules
-        for name in rule.names(shapes[rule.path])
-    }
+    leaves = leaf_shapes(rules, tree)
+    shapes: dict[str, Shape] = {}
+    for rule in rules:
+        leaf = leaves[rule.path]
+        shapes |= dict.fromkeys(rule.names(leaf), rule.tensor_shape(leaf))
+    return shapes
 
 
 def tensor_to_leaf(tensor: np.ndarray, shape: Shape, rule: Rule, name: str) -> np.ndarray:
     """One torch tensor as (one layer of) a leaf of `shape`, a view where possible; InputError when
     it does not fit."""
-    expected = rule.tensor_shape(shape)
-    if tensor.shape != expected:
-        raise InputError(
-            f"Tensor {name!r} has shape {tensor.shape}, but {rule.path} needs {expected}."
-        )
-    if rule.pattern is None:
-        return tensor
-    axes = rule.pattern.split("->")[1].split()
-    return rearrange(
-        tensor, rule.pattern, **dict(zip(axes, shape[1:] if rule.stacked else shape, strict=True))
-    )
+    expected, actual = rule.tensor_shape(shape), tensor.shape
+    fits = actual == expected
+    require(fits, f"Tensor {name!r} has shape {actual}, but {rule.path} needs {expected}.")
+    return rearrange(tensor, rule.pattern, **rule.axes(shape)) if rule.pattern else tensor
 
 
 def leaf_to_tensor(leaf: np.ndarray, rule: Rule) -> np.ndarray:
@@ -135,18 +139,16 @@ def leaf_to_tensor(leaf: np.ndarray, rule: Rule) -> np.ndarray:
     return rearrange(leaf, f"{ours} -> {theirs}")
 
 
-def gather(rule: Rule, shape: Shape, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The leaf of `rule`; of the tensors behind it, one at a time is held."""
+def gather(rule: Rule, shape: Shape, read: Callable[[str], np.ndarray]) -> np.ndarray:
+    """The leaf of `rule`, from tensors that are read by name and held one at a time."""
     leaf = None
     for i, name in enumerate(rule.names(shape)):
-        layer = tensor_to_leaf(tensors[name], shape, rule, name)
+        layer = tensor_to_leaf(read(name), shape, rule, name)
         if not rule.stacked:
             return np.ascontiguousarray(layer)
         leaf = np.empty(shape, layer.dtype) if leaf is None else leaf
-        if layer.dtype != leaf.dtype:
-            raise InputError(
-                f"Tensor {name!r} is {layer.dtype}, and the layers before it are {leaf.dtype}."
-            )
+        dtypes = f"{layer.dtype}, and the layers before it are {leaf.dtype}"
+        require(layer.dtype == leaf.dtype, f"Tensor {name!r} is {dtypes}.")
         leaf[i] = layer
     return leaf
 
@@ -166,17 +168,14 @@ def to_jax(
     names, or a parameter that no rule fills.
     """
     shapes = leaf_shapes(rules, abstract)
-    used = set()
-    for rule in rules:
-        for name in rule.names(shapes[rule.path]):
-            if name not in tensors:
-                raise InputError(f"Tensor {name!r} is missing.")
-            used.add(name)
-    if unused := sorted(set(tensors) - used):
+    needed = [name for rule in rules for name in rule.names(shapes[rule.path])]
+    for name in needed:
+        require(name in tensors, f"Tensor {name!r} is missing.")
+    if unused := sorted(set(tensors).difference(needed)):
         raise InputError(f"{len(unused)} tensors are not part of this model, first {unused[0]!r}.")
-    return unflatten(
-        {rule.path: place(rule.path, gather(rule, shapes[rule.path], tensors)) for rule in rules}
-    )
+    read = tensors.__getitem__
+    leaves = {x.path: place(x.path, gather(x, shapes[x.path], read)) for x in rules}
+    return unflatten(leaves)
 
 
 @dataclass(frozen=True)

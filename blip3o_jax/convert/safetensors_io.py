@@ -1,5 +1,4 @@
-"""Safetensors files: a directory's tensors as a lazy mapping, and writing them one at a time, in
-shards.
+"""Safetensors files: a directory's tensors, unread, and writing them one at a time, in shards.
 
 The format is 8 bytes (the header's length), a JSON header, then the tensors back to back. The
 safetensors library checks the headers; the values are read and written here, because the library
@@ -21,7 +20,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import InputError, os_errors, require
 
 HEADER_LIMIT, INDEX_LIMIT = 100 << 20, 16 << 20  # bytes; the first is the library's own
 BLOCK = 64 << 20  # bytes of a tensor that are checked, converted and written at once
@@ -34,10 +33,8 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file, unread, its values back to back from byte `offset` on.
-
-    `name` is the file's own, `code` stands for the dtype.
-    """
+    """A tensor in a file, unread: `name` as the file has it, `code` of its dtype, its values back
+    to back from byte `offset` on."""
 
     file: Path
     name: str
@@ -48,56 +45,31 @@ class Stored:
     @property
     def dtype(self) -> np.dtype:
         """InputError when the values are not floats that can be read."""
-        if self.code not in DTYPES:
-            raise InputError(f"{self} has dtype {self.code}; readable are {', '.join(DTYPES)}.")
+        readable = f"{self} has dtype {self.code}; readable are {', '.join(DTYPES)}."
+        require(self.code in DTYPES, readable)
         return DTYPES[self.code]
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """The values [start:stop] of the first axis as they are stored, finite or not."""
-        shape = (max(0, min(stop, self.shape[0]) - start), *self.shape[1:])
-        return self._values(shape, start * math.prod(self.shape[1:]))
-
-    def raw(self) -> np.ndarray:
-        """All values as they are stored, finite or not."""
-        return self._values(self.shape, 0)
+    def raw(self, rows: slice | None = None) -> np.ndarray:
+        """The values as they are stored, finite or not: all, or `rows` of the first axis."""
+        shape, offset = self.shape, self.offset
+        if rows is not None:
+            start, stop, _ = rows.indices(shape[0])
+            shape = (max(0, stop - start), *shape[1:])
+            offset += start * math.prod(shape[1:]) * self.dtype.itemsize
+        # readinto allocates nothing beside the result.
+        buffer = np.empty(math.prod(shape) * self.dtype.itemsize, np.uint8)
+        with os_errors(f"{self} cannot be read"), self.file.open("rb") as stream:
+            stream.seek(offset)
+            require(stream.readinto(buffer.data) == buffer.size, f"{self} is cut short.")
+        return buffer.view(self.dtype).reshape(shape)
 
     def read(self, dtype) -> np.ndarray:
         """The values as `dtype`; InputError when they are not floats or not finite (in `dtype`,
         where float16 ends at 65504)."""
         return finite(self.raw(), dtype, str(self))
 
-    def _values(self, shape: tuple[int, ...], first: int) -> np.ndarray:
-        buffer = np.empty(math.prod(shape) * self.dtype.itemsize, np.uint8)
-        try:
-            with self.file.open("rb") as stream:
-                stream.seek(self.offset + first * self.dtype.itemsize)
-                if stream.readinto(buffer.data) != buffer.size:
-                    raise InputError(f"{self} is cut short.")
-        except OSError as error:
-            raise InputError(f"{self} cannot be read: {error.strerror}.") from error
-        return buffer.view(self.dtype).reshape(shape)
-
     def __str__(self) -> str:
         return f"{self.file}: tensor {self.name!r}"
-
-
-class Tensors(Mapping):
-    """Stored tensors by name, read when asked for and not kept."""
-
-    def __init__(self, stored: Mapping[str, Stored], dtype):
-        self._stored, self._dtype = stored, dtype
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._stored[name].read(self._dtype)
-
-    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
-        return name in self._stored
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
-
-    def __len__(self) -> int:
-        return len(self._stored)
 
 
 def row_blocks(shape: tuple[int, ...], itemsize: int, limit: int = BLOCK) -> Iterator[slice]:
@@ -111,38 +83,35 @@ def finite(tensor: np.ndarray, dtype, where: str) -> np.ndarray:
     """`tensor` as `dtype`; InputError beginning with `where` when a value is not finite in it."""
     with np.errstate(over="ignore"):
         tensor = tensor.astype(dtype, copy=False)
-    if not np.isfinite(tensor).all():
-        raise InputError(f"{where} holds NaN or infinity as {tensor.dtype.name}.")
+    name = tensor.dtype.name
+    require(np.isfinite(tensor).all(), f"{where} holds NaN or infinity as {name}.")
     return tensor
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For json's `object_pairs_hook`: ValueError where plain JSON would keep the last of two equal
     keys."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-        raise ValueError(f"the key {twice!r} is there twice")
+    fields: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in fields:
+            raise ValueError(f"the key {key!r} is there twice")
+        fields[key] = value
     return fields
 
 
 def read_json(path: Path, limit: int) -> dict[str, Any]:
     """The JSON object in a file of at most `limit` bytes; InputError otherwise, and when a key is
     there twice."""
-    try:
-        with path.open("rb") as stream:
-            # Python allocates what it may read
-            text = stream.read(min(os.fstat(stream.fileno()).st_size, limit) + 1)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-    if len(text) > limit:
-        raise InputError(f"{path} is larger than {limit} bytes, which it never needs to be.")
+    with os_errors(f"{path} cannot be read"), path.open("rb") as stream:
+        # Python allocates what it may read, so no more than there is.
+        text = stream.read(min(os.fstat(stream.fileno()).st_size, limit) + 1)
+    require(len(text) <= limit, f"{path} is larger than {limit} bytes, which it never needs to be.")
     try:
         value = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds a JSON {type(value).__name__} and should hold an object.")
+    kind = type(value).__name__
+    require(isinstance(value, dict), f"{path} holds a JSON {kind} and should hold an object.")
     return value
 
 
@@ -170,16 +139,14 @@ def _read_index(path: Path) -> dict[str, str]:
     """{tensor name: file name} of an index; InputError for a file name that could lead out of the
     directory."""
     places = read_json(path, INDEX_LIMIT).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise InputError(f"{path} has no weight_map of tensor names to files.")
+    is_map = isinstance(places, dict) and len(places) > 0
+    require(is_map, f"{path} has no weight_map of tensor names to files.")
     for name, file in places.items():
-        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
-            raise InputError(
-                f"{path} places {name!r} in {file!r}, which is not the plain name of a "
-                ".safetensors file."
-            )
-        if not (path.parent / file).is_file():
-            raise InputError(f"{path} places {name!r} in {file}, which is missing.")
+        is_plain = isinstance(file, str) and re.fullmatch(r"[\w.-]+\.safetensors", file)
+        sentence = f"{path} places {name!r} in {file!r}, which is not the plain name of a"
+        require(is_plain, f"{sentence} .safetensors file.")
+        is_there = (path.parent / file).is_file()
+        require(is_there, f"{path} places {name!r} in {file}, which is missing.")
     return places
 
 
@@ -191,11 +158,9 @@ def open_tensors(directory: Path, stem: str = "model") -> dict[str, Stored]:
     missing or damaged, when a tensor is in two shards, or when the index and the shards disagree.
     """
     single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
-    if single.is_file() == index.is_file():
-        which = "both" if single.is_file() else "neither"
-        raise InputError(
-            f"{directory} needs either {single.name} or {index.name}, and has {which}."
-        )
+    which = "both" if single.is_file() else "neither"
+    choice = f"{directory} needs either {single.name} or {index.name}, and has {which}."
+    require(single.is_file() != index.is_file(), choice)
     if single.is_file():
         return _open(single)
     # Every shard holds just what the index says.
@@ -203,16 +168,14 @@ def open_tensors(directory: Path, stem: str = "model") -> dict[str, Stored]:
     for file in sorted(set(places.values())):
         for name, stored in _open(directory / file).items():
             if name in tensors:
-                raise InputError(
-                    f"{directory}: tensor {name!r} is in both {tensors[name].file.name} and {file}."
-                )
-            if places.get(name) != file:
-                raise InputError(f"{index} does not place {name!r} in {file}, which holds it.")
+                both = f"{tensors[name].file.name} and {file}"
+                raise InputError(f"{directory}: tensor {name!r} is in both {both}.")
+            is_placed = places.get(name) == file
+            require(is_placed, f"{index} does not place {name!r} in {file}, which holds it.")
             tensors[name] = stored
-    if absent := sorted(set(places) - set(tensors)):
-        raise InputError(
-            f"{index} places {absent[0]!r} in {places[absent[0]]}, which does not hold it."
-        )
+    name = min(places.keys() - tensors.keys(), default="")
+    holds = f"{index} places {name!r} in {places.get(name)}, which does not hold it."
+    require(places.keys() == tensors.keys(), holds)
     return tensors
 
 
@@ -244,14 +207,14 @@ def _plan(entries: Mapping[str, Entry], limit: float) -> list[list[str]]:
 
 
 def _header(names: list[str], entries: Mapping[str, Entry]) -> bytes:
+    """Length and JSON of the header of a file that holds the tensors `names`."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
-        entry = entries[name]
-        offsets = [end, end + entry.size]
-        fields[name] = {"dtype": codes[entry.dtype], "shape": entry.shape, "data_offsets": offsets}
-        end += entry.size
+        shape, code, start = entries[name].shape, codes[entries[name].dtype], end
+        end += entries[name].size
+        fields[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     return struct.pack("<Q", len(text)) + text
@@ -273,8 +236,8 @@ def write_tensors(
     max_shard_bytes: float,
 ) -> None:
     """Writes `tensors`, which come in the order of `entries`, into one file, or into shards with an
-    index when they exceed `max_shard_bytes`. Raises InputError for a value that is not finite in
-    its entry's dtype."""
+    index when they exceed `max_shard_bytes`; InputError for a value that is not finite in its
+    entry's dtype."""
     shards, tensors, places = _plan(entries, max_shard_bytes), iter(tensors), {}
     for i, names in enumerate(shards, 1):
         number = "" if len(shards) == 1 else f"-{i:05}-of-{len(shards):05}"
@@ -286,9 +249,9 @@ def write_tensors(
                 name, tensor = next(tensors)
                 assert (name, tensor.shape) == (expected, tuple(entries[expected].shape))
                 _write(stream, tensor, entries[expected].dtype, f"Tensor {name!r}")
+    # One file needs no index.
     if len(shards) > 1:
         total = sum(entry.size for entry in entries.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        (directory / "model.safetensors.index.json").write_text(
-            json.dumps(index, indent=2, sort_keys=True) + "\n"
-        )
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (directory / "model.safetensors.index.json").write_text(text)

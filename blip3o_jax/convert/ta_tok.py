@@ -2,46 +2,32 @@
 and here."""
 
 from blip3o_jax.config import TaTokConfig
-from blip3o_jax.convert.rules import CONV, HEADS_IN, HEADS_OUT, Rule, linear, norm
+from blip3o_jax.convert.rules import CONV, HEADS_IN, HEADS_OUT, Rule, linear, norm, under
 
-
-def _layers(source: str, path: str) -> list[Rule]:
-    """SiglipEncoder's layers, stacked: `source` ends before the index."""
-    source, path = f"{source}.{{}}", f"{path}/layers"
-    rules = [
-        *norm(f"{source}.layer_norm1", f"{path}/layer_norm1", bias=True),
-        *norm(f"{source}.layer_norm2", f"{path}/layer_norm2", bias=True),
-    ]
-    for name in ("q_proj", "k_proj", "v_proj"):
-        rules += linear(
-            f"{source}.self_attn.{name}", f"{path}/self_attn/{name}", HEADS_OUT, "(n h) -> n h"
-        )
-    rules += linear(f"{source}.self_attn.out_proj", f"{path}/self_attn/out_proj", HEADS_IN)
-    return rules + [
-        rule
-        for name in ("fc1", "fc2")
-        for rule in linear(f"{source}.mlp.{name}", f"{path}/mlp/{name}")
-    ]
+# SiglipEncoder's, in the encoder and in the decoder.
+LAYER = [
+    *norm("layer_norm1 layer_norm2", bias=True),
+    *linear("self_attn.q_proj self_attn.k_proj self_attn.v_proj", None, HEADS_OUT, "(n h) -> n h"),
+    *linear("self_attn.out_proj", pattern=HEADS_IN),
+    *linear("mlp.fc1 mlp.fc2"),
+]
 
 
 def ta_tok_rules(cfg: TaTokConfig) -> list[Rule]:
-    """The table of models.ta_tok.TaTok.
-
-    Names of the decoder are the published ones; see `published_name`.
-    """
+    """The table of models.ta_tok.TaTok; names of the decoder are the published ones, see
+    `published_name`."""
     decoder = "decoder.vision_model"
     return [
         *linear("encoder.embeddings.patch_embedding", "encoder/patch_embedding", CONV),
         Rule("encoder.embeddings.position_embedding.weight", "encoder/position_embedding"),
-        *_layers("encoder.encoder.layers", "encoder"),
+        *under("encoder.encoder.layers.{}.", "encoder/layers/", LAYER),
         *linear("encode_task_layer.0", "encode_task_layer"),
-        *linear("bottleneck.in_linear", "bottleneck/in_linear"),
+        *linear("bottleneck.in_linear"),
         Rule("bottleneck.regularizer.embedding.weight", "bottleneck/regularizer/embedding"),
-        *linear("bottleneck.regularizer.embedding_proj", "bottleneck/regularizer/embedding_proj"),
-        *linear("bottleneck.out_linear", "bottleneck/out_linear"),
+        *linear("bottleneck.regularizer.embedding_proj bottleneck.out_linear"),
         *linear(f"{decoder}.embeddings.patch_embedding", "decoder/patch_embedding"),
         Rule(f"{decoder}.embeddings.position_embedding.weight", "decoder/position_embedding"),
-        *_layers(f"{decoder}.encoder.layers", "decoder"),
+        *under(f"{decoder}.encoder.layers.{{}}.", "decoder/layers/", LAYER),
         *norm(f"{decoder}.post_layernorm", "decoder/post_layernorm", bias=True),
         *linear("decode_task_layer.0", "decode_task_layer_0"),
         *linear("decode_task_layer.2", "decode_task_layer_2"),

@@ -6,7 +6,6 @@ The new tokens follow the tokenizer's last: `<im_start> <im_end>` (special), `<S
 the new ones are dropped.
 """
 
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 
 from blip3o_jax.config import VocabConfig
 from blip3o_jax.convert.safetensors_io import Stored, finite, row_blocks
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import require
 from blip3o_jax.text import Text, load_tokenizer
 
 MODES = ("mean", "projected-codebook")
@@ -24,7 +23,7 @@ TAGS, SCALES = ("<im_start>", "<im_end>"), ("<S0>", "<S1>", "<S2>")
 SPREAD = 1e-9  # of the old rows' covariance, as transformers draws new rows
 SEED = 0
 
-log = logging.getLogger(__name__)
+Blocks = Iterator[tuple[slice, np.ndarray]]  # places of rows [n,d] and their values in float32
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,8 @@ class Made:
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    make: Callable[[], np.ndarray]
+    raw: Callable[[], np.ndarray]  # all values
     file: Path | None = None
-
-    def raw(self) -> np.ndarray:
-        """All values."""
-        return self.make()
 
     def __str__(self) -> str:
         return f"new tensor {self.name!r}"
@@ -58,8 +53,8 @@ def known_vocabulary(tokenizer: Any, num_image_tokens: int) -> VocabConfig | Non
     ids = {field: tokenizer.token_to_id(token) for field, token in names.items()}
     if ids["image_start_token_id"] is None:
         return None
-    if missing := [names[field] for field, id_ in ids.items() if id_ is None]:
-        raise InputError(f"The tokenizer has <I0> but not {missing[0]}.")
+    for field, number in ids.items():
+        require(number is not None, f"The tokenizer has <I0> but not {names[field]}.")
     scales = [token for token in SCALES if tokenizer.token_to_id(token) is not None]
     return VocabConfig(**ids, num_scale_tokens=len(scales), num_image_tokens=num_image_tokens)
 
@@ -68,8 +63,9 @@ def extend_tokenizer(file: Path, num_image_tokens: int) -> tuple[str, VocabConfi
     """(tokenizer.json with BLIP3o's tokens at its end, their ids); InputError when the result would
     not fit the templates."""
     tokenizer = load_tokenizer(file)
-    if present := [token for token in (*TAGS, *SCALES) if tokenizer.token_to_id(token) is not None]:
-        raise InputError(f"{file} has the token {present[0]} already, and not all of the others.")
+    for token in (*TAGS, *SCALES):
+        is_new = tokenizer.token_to_id(token) is None
+        require(is_new, f"{file} has the token {token} already, and not all of the others.")
     tokenizer.add_special_tokens(list(TAGS))
     tokenizer.add_tokens([*SCALES, *(f"<I{i}>" for i in range(num_image_tokens))])
     vocab = known_vocabulary(tokenizer, num_image_tokens)
@@ -77,17 +73,14 @@ def extend_tokenizer(file: Path, num_image_tokens: int) -> tuple[str, VocabConfi
     return tokenizer.to_str(), vocab
 
 
-def _rows(matrix: Stored, count: int) -> Iterator[tuple[slice, np.ndarray]]:
+def _rows(matrix: Stored, count: int) -> Blocks:
     """The first `count` rows in float32, a block at a time."""
     for rows in row_blocks((count, matrix.shape[1]), 4):
-        yield rows, finite(matrix.rows(rows.start, rows.stop), np.float32, str(matrix))
+        yield rows, finite(matrix.raw(rows), np.float32, str(matrix))
 
 
 def extend_matrix(
-    matrix: Stored,
-    vocab: VocabConfig,
-    mode: str,
-    codes: Callable[[], Iterator[tuple[slice, np.ndarray]]],
+    matrix: Stored, vocab: VocabConfig, mode: str, codes: Callable[[], Blocks]
 ) -> Made:
     """Qwen3's embedding (or head) with a row for every id of `vocab`; made when asked for, in the
     dtype of the file.
@@ -99,12 +92,9 @@ def extend_matrix(
     average.
     """
     scales, images = vocab.scale_start_token_id, vocab.image_start_token_id
-    width = matrix.shape[1]
-    if matrix.shape[0] < scales:
-        raise InputError(
-            f"{matrix} has {matrix.shape[0]} rows, too few for the {vocab.image_start_tag_id} "
-            "tokens of its tokenizer and two more."
-        )
+    old, width = matrix.shape
+    few = f"{matrix} has {old} rows, too few for the {vocab.image_start_tag_id} tokens of its"
+    require(old >= scales, f"{few} tokenizer and two more.")
 
     def make() -> np.ndarray:
         # The old rows, and what they are on average.
@@ -115,7 +105,6 @@ def extend_matrix(
             total += block.sum(0, dtype=np.float64)
             squares += float(np.square(block, dtype=np.float64).sum())
         mean, rng = total / scales, np.random.default_rng(SEED)
-
         # The scale tokens. A sum of centred rows with random weights has their covariance, which
         # need not be formed for that.
         drawn = np.zeros((images - scales, width))
@@ -124,7 +113,6 @@ def extend_matrix(
             drawn += weights @ (block - mean.astype(np.float32))
         drawn = mean + (SPREAD / scales) ** 0.5 * drawn
         values[scales:images] = drawn
-
         # The image tokens.
         if mode == "mean":
             values[images:] = (total + drawn.sum(0)) / images
@@ -135,9 +123,7 @@ def extend_matrix(
     return Made(matrix.name, (vocab.size, width), matrix.dtype, make)
 
 
-def _projected(
-    codes: Iterator[tuple[slice, np.ndarray]], shape: tuple[int, int], length: float
-) -> np.ndarray:
+def _projected(codes: Blocks, shape: tuple[int, int], length: float) -> np.ndarray:
     """Codes [n,c] -> rows of `shape` [n,d] in other directions but at roughly the same angles, each
     `length` long on average."""
     rows, matrix, squares = np.empty(shape, np.float32), None, 0.0
@@ -151,7 +137,7 @@ def _projected(
     return rows
 
 
-def codebook(embedding: Stored, weight: Stored, bias: Stored) -> Iterator[tuple[slice, np.ndarray]]:
+def codebook(embedding: Stored, weight: Stored, bias: Stored) -> Blocks:
     """TA-Tok's effective codes [n,c] in blocks: the embedding through `embedding_proj`, of length 1
     (docs/model.md §2.3)."""
     matrix, offset = weight.read(np.float32).T, bias.read(np.float32)

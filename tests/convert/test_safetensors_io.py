@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from blip3o_jax.convert.safetensors_io import Entry, Tensors, open_tensors, read_json, write_tensors
+from blip3o_jax.convert.safetensors_io import Entry, open_tensors, read_json, write_tensors
 from blip3o_jax.errors import InputError
 
 SHAPES = {"b": (4, 3), "scalar": (), "a.weight": (5,), "c": (2, 2, 2)}
@@ -61,10 +61,11 @@ def test_shards_and_index(tmp_path, values):
         files[0]: {"b", "scalar"},
         files[1]: {"a.weight", "c"},
     }
-    tensors = Tensors(open_tensors(tmp_path), np.float32)
+    tensors = open_tensors(tmp_path)
     assert set(tensors) == set(values)
     assert all(
-        tensors[name].tobytes() == values[name].astype(np.float16).astype(np.float32).tobytes()
+        tensors[name].read(np.float32).tobytes()
+        == values[name].astype(np.float16).astype(np.float32).tobytes()
         for name in values
     )
 
@@ -80,23 +81,22 @@ def test_values_that_the_dtype_cannot_hold_are_refused(tmp_path, values):
     with pytest.raises(InputError, match="Tensor 'c' holds NaN or infinity as float16"):
         write(tmp_path, values, "float16")
     write(tmp_path, values, "bfloat16")
-    assert Tensors(open_tensors(tmp_path), np.float32)["c"][0, 0, 0] == np.float32(
-        ml_dtypes.bfloat16(7e4)
-    )
+    stored = open_tensors(tmp_path)["c"]
+    assert stored.read(np.float32)[0, 0, 0] == np.float32(ml_dtypes.bfloat16(7e4))
     with pytest.raises(
         InputError, match=r"model\.safetensors: tensor 'c' holds NaN or infinity as float16"
     ):
-        Tensors(open_tensors(tmp_path), np.float16)["c"]
+        stored.read(np.float16)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_stored_nan_is_refused(tmp_path, values, bad):
     values["b"][3, 2] = bad
     save_file(values, tmp_path / "model.safetensors")
-    tensors = Tensors(open_tensors(tmp_path), np.float32)
-    assert tensors["c"].shape == (2, 2, 2)
+    tensors = open_tensors(tmp_path)
+    assert tensors["c"].read(np.float32).shape == (2, 2, 2)
     with pytest.raises(InputError, match=r"model\.safetensors: tensor 'b' holds NaN"):
-        tensors["b"]
+        tensors["b"].read(np.float32)
 
 
 def test_integers_are_refused(tmp_path):
@@ -105,7 +105,7 @@ def test_integers_are_refused(tmp_path):
         InputError,
         match=r"model\.safetensors: tensor 'ids' has dtype I64; readable are F16, BF16, F32",
     ):
-        Tensors(open_tensors(tmp_path), np.float32)["ids"]
+        open_tensors(tmp_path)["ids"].read(np.float32)
 
 
 @pytest.mark.parametrize(

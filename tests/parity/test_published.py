@@ -13,7 +13,7 @@ import pytest
 from blip3o_jax.convert.config_json import config_from_json, config_to_json
 from blip3o_jax.convert.published import published_rules, save_published
 from blip3o_jax.convert.rules import to_torch, torch_shapes
-from blip3o_jax.convert.safetensors_io import Tensors, open_tensors
+from blip3o_jax.convert.safetensors_io import open_tensors
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.presets import preset
 
@@ -121,6 +121,9 @@ def test_torch_and_we_read_each_other(tmp_path, dtype):
     for name, tensor in to_torch(published_rules(cfg), params).items():
         assert torch.equal(read[name], torch.from_numpy(tensor).to(getattr(torch, dtype))), name
     save_file(read, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    back = Tensors(open_tensors(tmp_path), np.float32)
+    back = open_tensors(tmp_path)
     assert set(back) == set(read)
-    assert all(np.array_equal(back[name], tensor.float().numpy()) for name, tensor in read.items())
+    assert all(
+        np.array_equal(back[name].read(np.float32), tensor.float().numpy())
+        for name, tensor in read.items()
+    )
