@@ -19,9 +19,9 @@ from flax.traverse_util import flatten_dict
 
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data.config import SourceConfig
-from blip3o_jax.data.records import Record, RecordError, Source
+from blip3o_jax.data.records import Record, RecordError, Source, first_line
 from blip3o_jax.data.transform import Tally
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import InputError, require
 
 FORMAT = 1
 # what identifies a source; its weight may change
@@ -41,23 +41,26 @@ def weights_hash(params: dict) -> str:
 def describe(model: Blip3oConfig, crop: str, params: dict) -> dict:
     """What a cache's codes and latents depend on besides the records, as cache.json stores it;
     params of `ta_tok` and `dc_ae`."""
-    tokenizer = weights_hash(params["ta_tok"])
-    autoencoder = weights_hash(params["dc_ae"]["encoder"])
+    tokenizer, autoencoder = params["ta_tok"], params["dc_ae"]["encoder"]
     description = {
         "format": FORMAT,
         "image_size": model.image_size,
         "crop": crop,
-        "ta_tok": {"config": asdict(model.ta_tok), "weights": tokenizer},
-        "dc_ae": {"config": asdict(model.dc_ae), "weights": autoencoder},
+        "ta_tok": {"config": asdict(model.ta_tok), "weights": weights_hash(tokenizer)},
+        "dc_ae": {"config": asdict(model.dc_ae), "weights": weights_hash(autoencoder)},
     }
     return json.loads(json.dumps(description))
+
+
+def place_of(spec: SourceConfig) -> dict:
+    """What a source is known by in cache.json."""
+    return {name: getattr(spec, name) for name in PLACE}
 
 
 def source_entry(spec: SourceConfig, source: Source) -> dict:
     """A source in cache.json, with its blocks, which decide its order."""
     blocks = None if source.blocks is None else [int(start) for start in source.blocks]
-    place = {name: getattr(spec, name) for name in PLACE}
-    return place | {"records": len(source), "blocks": blocks}
+    return place_of(spec) | {"records": len(source), "blocks": blocks}
 
 
 class Shard(NamedTuple):
@@ -72,11 +75,10 @@ def shards(sizes: list[int], shard_records: int) -> list[Shard]:
     """The shards of sources with `sizes` records."""
     result = []
     for source, size in enumerate(sizes):
-        count = -(-size // shard_records)
-        for k in range(count):
-            numbers = range(k * shard_records, min(size, (k + 1) * shard_records))
-            name = f"{source:03d}-{k:05d}-of-{count:05d}.array_record"
-            result.append(Shard(name, source, numbers))
+        starts = range(0, size, shard_records)
+        for k, start in enumerate(starts):
+            name = f"{source:03d}-{k:05d}-of-{len(starts):05d}.array_record"
+            result.append(Shard(name, source, range(start, min(size, start + shard_records))))
     return result
 
 
@@ -99,9 +101,9 @@ def begin(folder: pathlib.Path, description: dict, process: int) -> None:
 
     # Which is this one.
     there = read_description(str(folder))
-    if there != description:
-        differs = difference(there, description) or "other fields"
-        raise InputError(f"{folder} holds a cache with other settings ({differs}); name another.")
+    differs = difference(there, description) or "other fields"
+    other = f"{folder} holds a cache with other settings ({differs}); name another."
+    require(there == description, other)
 
 
 def encoded_records(
@@ -138,8 +140,20 @@ def encoded_records(
             yield from records
 
 
-def _unusable(what: str) -> InputError:
-    return InputError(f"data.cache: {what}; make it with `blip3o-jax data cache`.")
+def write_shard(file: pathlib.Path, records: Iterable[dict]) -> None:
+    """Writes each record as msgpack to a temporary file, then renames it."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    temporary = file.with_name(f".{file.name}.part")
+    writer = ArrayRecordWriter(str(temporary), "group_size:1")
+    for record in records:
+        writer.write(serialization.msgpack_serialize(record))
+    writer.close()
+    temporary.replace(file)
+
+
+def _require_cache(holds: bool, what: str) -> None:
+    require(holds, f"data.cache: {what}; make it with `blip3o-jax data cache`.")
 
 
 def read_description(folder: str) -> dict:
@@ -147,10 +161,12 @@ def read_description(folder: str) -> dict:
     file = pathlib.Path(folder) / "cache.json"
     try:
         description = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise _unusable(f"{folder} holds no cache ({file.name} cannot be read)") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise _unusable(f"{file} does not have format {FORMAT}")
+    except (OSError, ValueError):
+        description = None
+    readable = description is not None
+    _require_cache(readable, f"{folder} holds no cache ({file.name} cannot be read)")
+    is_ours = isinstance(description, dict) and description.get("format") == FORMAT
+    _require_cache(is_ours, f"{file} does not have format {FORMAT}")
     return description
 
 
@@ -167,20 +183,8 @@ def difference(there: dict, here: dict) -> str | None:
 
 def check_cache(folder: str, description: dict) -> None:
     """InputError unless the cache was made with the settings and encoders of `description`."""
-    if differs := difference(read_description(folder), description):
-        raise _unusable(f"{folder} was made with other settings ({differs})")
-
-
-def write_shard(file: pathlib.Path, records: Iterable[dict]) -> None:
-    """Writes each record as msgpack to a temporary file, then renames it."""
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    temporary = file.with_name(f".{file.name}.part")
-    writer = ArrayRecordWriter(str(temporary), "group_size:1")
-    for record in records:
-        writer.write(serialization.msgpack_serialize(record))
-    writer.close()
-    temporary.replace(file)
+    differs = difference(read_description(folder), description)
+    _require_cache(not differs, f"{folder} was made with other settings ({differs})")
 
 
 class CachedSource:
@@ -194,23 +198,17 @@ class CachedSource:
         try:
             self.source = ArrayRecordDataSource([str(file) for file in files])
         except Exception as error:  # array_record's own errors are not public
-            reason = str(error).splitlines()[0]
-            where = files[0].parent
-            raise InputError(
-                f"data.cache: a shard in {where} is damaged ({reason}); delete it."
-            ) from error
+            damaged = f"a shard in {files[0].parent} is damaged ({first_line(error)})"
+            raise InputError(f"data.cache: {damaged}; delete it.") from error
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def _record(self, i: int) -> dict:
-        return serialization.msgpack_restore(self.source[i])
-
     def key(self, i: int) -> str:
-        return self._record(i)["key"]
+        return serialization.msgpack_restore(self.source[i])["key"]
 
     def __getitem__(self, i: int) -> dict:
-        record = self._record(i)
+        record = serialization.msgpack_restore(self.source[i])
         if "error" in record:
             raise RecordError(record["error"])
         return record
@@ -220,23 +218,19 @@ def open_cached(folder: str, spec: SourceConfig) -> CachedSource:
     """A source's records in a cache; InputError when it is missing or incomplete there."""
     # Which of the cache's sources it is.
     description = read_description(folder)
-    places = [{name: entry[name] for name in PLACE} for entry in description["sources"]]
-    place = {name: getattr(spec, name) for name in PLACE}
-    if place not in places:
-        raise _unusable(f"{folder} holds no source {spec.path!r} of kind {spec.kind!r}")
+    entries, place = description["sources"], place_of(spec)
+    numbers = [k for k, entry in enumerate(entries) if place.items() <= entry.items()]
+    source_name = f"source {spec.path!r} of kind {spec.kind!r}"
+    _require_cache(bool(numbers), f"{folder} holds no {source_name}")
 
     # Its shards, all of them and each complete.
-    number = places.index(place)
-    entry = description["sources"][number]
-    sizes = [source["records"] for source in description["sources"]]
-    own = [s for s in shards(sizes, description["shard_records"]) if s.source == number]
-    files = [pathlib.Path(folder) / shard.name for shard in own]
-    if missing := [file for file in files if not file.is_file()]:
-        count = f"{len(missing)} of {len(files)} shards"
-        raise _unusable(f"{folder} lacks {count} of {spec.path!r}")
-    source = CachedSource(files, entry["blocks"])
-    if len(source) != entry["records"]:
-        raise _unusable(
-            f"{folder} holds {len(source)} of {entry['records']} records of {spec.path!r}"
-        )
+    number, records = numbers[0], entries[numbers[0]]["records"]
+    every = shards([entry["records"] for entry in entries], description["shard_records"])
+    files = [pathlib.Path(folder) / shard.name for shard in every if shard.source == number]
+    missing = [file for file in files if not file.is_file()]
+    lost = f"{len(missing)} of {len(files)} shards of {spec.path!r}"
+    _require_cache(not missing, f"{folder} lacks {lost}")
+    source = CachedSource(files, entries[number]["blocks"])
+    size = f"{len(source)} of {records} records of {spec.path!r}"
+    _require_cache(len(source) == records, f"{folder} holds {size}")
     return source

@@ -26,15 +26,14 @@ def histogram(
     """Bars of counts over `values` [n], linear or in octaves; `mark` is a vertical line, e.g. a
     limit, named in the title's line."""
     # The range, and the counts in it.
-    values = np.asarray(values, float)
-    ends = [*values, *([] if mark is None else [mark])] or [1.0]
-    low, high = min(ends), max(ends)
     scale = np.log2 if log else np.asarray
-    low, high = float(scale(max(low, 1e-9) if log else low)), float(scale(high))
+    ends = [*values, *([] if mark is None else [mark])] or [1.0]
+    low, high = (float(scale(max(end, 1e-9) if log else end)) for end in (min(ends), max(ends)))
     high = high if high > low else low + 1
-    counts, edges = np.histogram(scale(values), bins=40, range=(low, high))
+    counts, edges = np.histogram(scale(np.asarray(values, float)), bins=40, range=(low, high))
+    top = max(int(counts.max(initial=0)), 1)
 
-    # The axes, the bars and the mark.
+    # The paper.
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
     right, floor = WIDTH - 24, HEIGHT - BOTTOM
@@ -42,19 +41,19 @@ def histogram(
     def x(value: float) -> float:
         return LEFT + (value - low) / (high - low) * (right - LEFT)
 
-    top = max(int(counts.max(initial=0)), 1)
+    def y(share: float) -> float:
+        return floor - share * (floor - TOP)
+
+    # The axes, the bars and the mark.
     for share in (0, 0.5, 1):
-        y = floor - share * (floor - TOP)
-        draw.line((LEFT, y, right, y), GRID)
-        draw.text((LEFT - 8, y), _short(share * top), INK, font, anchor="rm")
+        draw.line((LEFT, y(share), right, y(share)), GRID)
+        draw.text((LEFT - 8, y(share)), _short(share * top), INK, font, anchor="rm")
     for count, start, end in zip(counts, edges[:-1], edges[1:], strict=True):
         if count:
-            draw.rectangle(
-                (x(start) + 1, floor - count / top * (floor - TOP), x(end) - 1, floor), BAR
-            )
+            draw.rectangle((x(start) + 1, y(count / top), x(end) - 1, floor), BAR)
     for value in np.linspace(low, high, 6):
-        shown = 2**value if log else value
-        draw.text((x(value), floor + 8), _short(shown), INK, font, anchor="ma")
+        tick = _short(2**value if log else value)
+        draw.text((x(value), floor + 8), tick, INK, font, anchor="ma")
     draw.text(((LEFT + right) / 2, HEIGHT - 10), unit, INK, font, anchor="ms")
     draw.text((LEFT, 12), f"{title}, n = {len(values):,}", INK, font)
     if mark is not None:
@@ -71,13 +70,11 @@ def survey_plots(
     sides = [min(s.width, s.height) for s in records]
     ratios = [s.width / s.height for s in records]
     tokens = [s.tokens for s in records]
-    octaves = "width / height, in octaves"
+    size = "pixels, in octaves", image_size, "the run's"
+    shape = "width / height, in octaves", 1.0, "square,"
+    length = "tokens", max_prompt_tokens, "the longest allowed,"
     return {
-        "sizes": histogram(
-            sides, "Shorter side", "pixels, in octaves", image_size, "the run's", log=True
-        ),
-        "aspect_ratios": histogram(ratios, "Aspect ratio", octaves, 1.0, "square,", log=True),
-        "prompt_tokens": histogram(
-            tokens, "Prompt", "tokens", max_prompt_tokens, "the longest allowed,"
-        ),
+        "sizes": histogram(sides, "Shorter side", *size, log=True),
+        "aspect_ratios": histogram(ratios, "Aspect ratio", *shape, log=True),
+        "prompt_tokens": histogram(tokens, "Prompt", *length),
     }

@@ -4,12 +4,12 @@ of captions."""
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from blip3o_jax.data.records import Record, RecordError, Source
+from blip3o_jax.data.records import RecordError, Source
 from blip3o_jax.data.transform import decode_image, fit_caption, prompt_length
 from blip3o_jax.errors import InputError
 from blip3o_jax.text import Text, edit_prompt
@@ -20,8 +20,7 @@ BANDS = NEAR + 1  # of two such hashes at least one band agrees
 CELLS, NEAR_CELLS = 8, 16
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(NamedTuple):
     """One record; `problem` is "" when it can be used.
 
     `pixels` is a 64-bit hash of all pixels, `hash` is `dhash`, `thumbnail` the RGB bytes of `CELLS`
@@ -51,26 +50,16 @@ def look(source: Source, i: int, tokenizer: Text) -> Seen:
     key = source.key(i)
     try:
         record = source[i]
-        image = decode_image(record.image)
-        for data in record.inputs:
-            decode_image(data)
-        tokens = _tokens(record, tokenizer)
-    except RecordError as error:
-        return Seen(key, str(error))
+        image, *_ = map(decode_image, (record.image, *record.inputs))
+        tokenizer.encode_prompt(fit_caption(tokenizer, record.caption))
+    except (RecordError, InputError) as error:
+        return Seen(key, str(error).rstrip("."))
+    tokens = prompt_length(tokenizer, record.caption)
+    if record.inputs:
+        tokens = len(tokenizer.ids(edit_prompt(record.caption, len(record.inputs), 0)))
     pixels = int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=8).digest(), "big")
     thumbnail = image.resize((CELLS, CELLS), Image.Resampling.BOX).tobytes()
     return Seen(key, "", *image.size, pixels, dhash(image), thumbnail, tokens, len(record.inputs))
-
-
-def _tokens(record: Record, tokenizer: Text) -> int:
-    try:
-        tokenizer.encode_prompt(fit_caption(tokenizer, record.caption))
-    except InputError as error:
-        raise RecordError(str(error).rstrip(".")) from error
-    if not record.inputs:
-        return prompt_length(tokenizer, record.caption)
-    prompt = edit_prompt(record.caption, len(record.inputs), 0)
-    return len(tokenizer.ids(prompt))
 
 
 def survey(source: Source, tokenizer: Text, count: int, threads: int) -> Iterator[Seen]:
@@ -83,19 +72,18 @@ def survey(source: Source, tokenizer: Text, count: int, threads: int) -> Iterato
 def equal_groups(seen: list[Seen]) -> list[list[int]]:
     """Positions of records with the same pixels, a list for each picture that is there more than
     once."""
-    return _groups(np.array([s.pixels for s in seen], np.uint64))
+    return [group for group in _groups([s.pixels for s in seen]) if len(group) > 1]
 
 
 def near_groups(seen: list[Seen]) -> list[list[int]]:
     """The same for pictures that look alike: hash and thumbnail are near, or there is a chain of
     such pairs."""
     # Different pictures, each its own group at first.
-    pixels = np.array([s.pixels for s in seen], np.uint64)
-    _, first, inverse = np.unique(pixels, return_index=True, return_inverse=True)
-    hashes = np.array([seen[i].hash for i in first], np.uint64)
-    cells = [np.frombuffer(seen[i].thumbnail, np.uint8) for i in first]
-    cells = np.array(cells, np.int16).reshape(len(first), 3 * CELLS**2)
-    parents = np.arange(len(first))
+    pictures = _groups([s.pixels for s in seen])
+    hashes = np.array([seen[first].hash for first, *_ in pictures], np.uint64)
+    cells = [np.frombuffer(seen[first].thumbnail, np.uint8) for first, *_ in pictures]
+    cells = np.array(cells, np.int16).reshape(len(pictures), 3 * CELLS**2)
+    parents = list(range(len(pictures)))
 
     def root(i: int) -> int:
         while parents[i] != i:
@@ -106,31 +94,35 @@ def near_groups(seen: list[Seen]) -> list[list[int]]:
     # Only pictures that share a band of their hashes can be near; their groups are joined.
     width = 64 // BANDS
     for band in range(BANDS):
-        values = (hashes >> np.uint64(band * width)) & np.uint64(2**width - 1)
-        order = np.argsort(values, kind="stable")
-        for bucket in np.split(order, np.flatnonzero(np.diff(values[order])) + 1):
+        for bucket in _groups((hashes >> np.uint64(band * width)) & np.uint64(2**width - 1)):
+            members = np.array(bucket)
             for k, i in enumerate(bucket[:-1]):
-                others = bucket[k + 1 :]
+                others = members[k + 1 :]
                 others = others[np.bitwise_count(hashes[others] ^ hashes[i]) <= NEAR]
                 distances = np.abs(cells[others] - cells[i]).max(axis=1, initial=0)
-                for j in others[distances <= NEAR_CELLS]:
-                    parents[root(int(j))] = root(int(i))
-    joined = np.array([root(i) for i in range(len(first))], np.int64)
-    return _groups(joined[inverse] if len(first) else inverse)
+                for j in others[distances <= NEAR_CELLS].tolist():
+                    parents[root(j)] = root(i)
+    joined = [
+        sorted(i for member in group for i in pictures[member])
+        for group in _groups([root(i) for i in range(len(pictures))])
+    ]
+    return sorted(group for group in joined if len(group) > 1)
 
 
-def _groups(labels: np.ndarray) -> list[list[int]]:
-    order = np.argsort(labels, kind="stable")
-    parts = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
-    return sorted(part.tolist() for part in parts if len(part) > 1)
+def _groups(labels: Sequence[int]) -> list[list[int]]:
+    """Positions of each label, in order."""
+    groups: dict[int, list[int]] = {}
+    for position, label in enumerate(labels):
+        groups.setdefault(int(label), []).append(position)
+    return list(groups.values())
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
     """Minimum, 5 %, median, 95 % and maximum; nothing of no values."""
     if not len(values):
         return {}
-    shares = {"min": 0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1}
-    return {name: float(np.quantile(np.asarray(values, float), q)) for name, q in shares.items()}
+    numbers = np.quantile(np.asarray(values, float), (0, 0.05, 0.5, 0.95, 1)).tolist()
+    return dict(zip(("min", "p5", "median", "p95", "max"), numbers, strict=True))
 
 
 def summary(seen: list[Seen], image_size: int, max_prompt_tokens: int) -> dict:

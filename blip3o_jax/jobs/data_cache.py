@@ -10,7 +10,7 @@ import pathlib
 import time
 from typing import TYPE_CHECKING
 
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import require
 from blip3o_jax.jobs.options import config_option
 
 if TYPE_CHECKING:
@@ -37,6 +37,15 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
+def read_mixture(args: argparse.Namespace, otherwise: str, *overrides: str) -> TrainConfig:
+    """The config of a run that names sources; InputError, ending `otherwise`, if it names none."""
+    from blip3o_jax.train.read_config import read_config
+
+    cfg = read_config(args.config, [*args.overrides, *overrides])
+    require(bool(cfg.data.sources), f"{args.config} names no data.sources, {otherwise}.")
+    return cfg
+
+
 def make_encoder(cfg: TrainConfig, params: dict, batch_size: int):
     """list of image arrays -> (codes int32 [b,n], latents f32 [b,Y,X,C]), `batch_size` images at a
     time over this host's devices."""
@@ -49,9 +58,9 @@ def make_encoder(cfg: TrainConfig, params: dict, batch_size: int):
     from blip3o_jax.train.start import build_model
 
     mesh = make_mesh(devices=jax.local_devices())
-    if batch_size % mesh.size:
-        devices = f"the {mesh.size} devices of this host"
-        raise InputError(f"--batch-size {batch_size} is not divisible by {devices}.")
+    devices = f"the {mesh.size} devices of this host"
+    divides = batch_size % mesh.size == 0
+    require(divides, f"--batch-size {batch_size} is not divisible by {devices}.")
 
     # The encoders on every device, images divided among them.
     model, place = build_model(cfg), jax.NamedSharding(mesh, BATCH)
@@ -82,15 +91,12 @@ def run(args) -> None:
     from blip3o_jax.data.transform import Tally, image_arrays
     from blip3o_jax.kernels.platform import enable_compilation_cache
     from blip3o_jax.parallel.processes import barrier, start_processes
-    from blip3o_jax.train.read_config import read_config
     from blip3o_jax.train.start import encoder_params
 
-    cfg = read_config(args.config, [*args.overrides, "--config.data.cache="])
     for name in ("shard_records", "batch_size"):
-        if (number := getattr(args, name)) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is at least 1, not {number}.")
-    if not cfg.data.sources:
-        raise InputError(f"{args.config} names no data.sources, so there is nothing to cache.")
+        number = getattr(args, name)
+        require(number >= 1, f"--{name.replace('_', '-')} is at least 1, not {number}.")
+    cfg = read_mixture(args, "so there is nothing to cache", "--config.data.cache=")
     for directory in cfg.init.values():
         checkpoints.find(directory)
 
