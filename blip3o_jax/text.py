@@ -89,7 +89,6 @@ def _padded(rows: TokenRows, length: int, pad: int, what: str) -> tuple[np.ndarr
     longest = sizes.max(initial=0)
     shorter = f"a row of {length}; make the rows longer or the text shorter."
     require(longest <= length, f"A {what} of {longest} tokens does not fit {shorter}")
-
     # prompts end in the last column, training rows begin in the first
     columns = np.arange(length)
     valid = columns >= length - sizes if what == "prompt" else columns < sizes
@@ -202,7 +201,6 @@ class Text:
         if controls := [id_ for id_ in self.ids(written) if id_ in self._controls]:
             token = self.tokenizer.id_to_token(controls[0])
             raise InputError(f"The prompt {quoted} contains the control token {token}; remove it.")
-
         # The template, which must fit.
         ids = self.ids(prompt)
         size, limit = len(ids) - num_image_tokens, self.max_prompt_tokens

@@ -98,7 +98,6 @@ def begin(folder: pathlib.Path, description: dict, process: int) -> None:
             temporary.replace(file)
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}.") from error
-
     # Which is this one.
     there = read_description(str(folder))
     differs = difference(there, description) or "other fields"
@@ -222,7 +221,6 @@ def open_cached(folder: str, spec: SourceConfig) -> CachedSource:
     numbers = [k for k, entry in enumerate(entries) if place.items() <= entry.items()]
     source_name = f"source {spec.path!r} of kind {spec.kind!r}"
     _require_cache(bool(numbers), f"{folder} holds no {source_name}")
-
     # Its shards, all of them and each complete.
     number, records = numbers[0], entries[numbers[0]]["records"]
     every = shards([entry["records"] for entry in entries], description["shard_records"])

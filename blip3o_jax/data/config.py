@@ -85,7 +85,6 @@ class DataConfig:
         for name, (one, other) in CHOICES.items():
             value = getattr(self, name)
             require(value in (one, other), f"data.{name} is {one!r} or {other!r}, not {value!r}.")
-
         # The sources, with one way of weighing them.
         weighted = {source.weight > 0 for source in self.sources}
         repeated = any(source.repeat != 1 for source in self.sources)
@@ -95,7 +94,6 @@ class DataConfig:
         require(not both, "data.sources have weights or repeats, not both.")
         unnamed = "data.cache holds the records of data.sources, which is empty; name the sources."
         require(not self.cache or bool(self.sources), unnamed)
-
         # The exercises, and the tags of the embedded world.
         rows = not self.exercises or self.row_length >= 1
         require(rows, "data.exercises need data.row_length, the tokens of a row.")

@@ -74,7 +74,6 @@ class Feed:
         if size % hosts:
             near = multiples(size, hosts)
             raise InputError(f"batch_size {size} is not divisible by {hosts} hosts; {near}")
-
         # The sources, whose captions may be as long as the model allows.
         longest, prompt = row_length(self.model), self.model.max_prompt_tokens
         self.length = self.data.row_length or longest
@@ -93,7 +92,6 @@ class Feed:
             records = self._mixture()
         else:
             records = self._world("train").seed(self.seed).shuffle().repeat()
-
         # This host's part of each batch, read ahead by threads.
         batches = host_rows(records, self.batch_size, *self.hosts)
         threads = self.data.reader_threads
@@ -178,7 +176,6 @@ class Feed:
             row = self._tokens(caption)
         except InputError as error:
             raise RecordError(str(error).rstrip(".")) from error
-
         # The image: its encodings from a cache, or its pixels.
         if cached:
             self.tally.add(bytes=record["codes"].nbytes + record["latents"].nbytes)

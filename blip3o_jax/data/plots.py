@@ -32,7 +32,6 @@ def histogram(
     high = high if high > low else low + 1
     counts, edges = np.histogram(scale(np.asarray(values, float)), bins=40, range=(low, high))
     top = max(int(counts.max(initial=0)), 1)
-
     # The paper.
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)

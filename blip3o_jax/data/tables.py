@@ -59,7 +59,6 @@ class ParquetSource(FileSource):
         for path, there in zip(paths, names, strict=True):
             for name in self.columns:
                 require(name in there, f"{path} has no column {name!r}; {nearest(name, there)}")
-
         # Where files and row groups end, in records.
         metadata = [file.metadata for file in self.files]
         super().__init__(paths, [m.num_rows for m in metadata])
@@ -130,7 +129,6 @@ class JsonlSource(FileSource):
             raise RecordError(f"the line is not JSON ({error})") from error
         if not isinstance(fields, dict):
             raise RecordError("the line is not a JSON object")
-
         # Its caption and paths.
         caption, inputs, image = self._names(fields)
         if not isinstance(fields[caption], str) or not isinstance(fields[image], str):
@@ -140,7 +138,6 @@ class JsonlSource(FileSource):
         are_paths = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
         if inputs and not (paths and are_paths):
             raise RecordError(f"{inputs!r} is not a list of paths")
-
         # The images.
         root = self.spec.root or os.path.dirname(self.paths[file])
         files = [os.path.join(root, path) for path in (fields[image], *paths)]

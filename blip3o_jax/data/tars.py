@@ -72,7 +72,6 @@ def open_index(tar: str) -> np.ndarray:
     for file in places:
         if (index := _load(file, version)) is not None:
             return index
-
     # Stored in the first place that can be written, in memory where none can.
     index = read_headers(tar)
     for file in places:
@@ -110,7 +109,6 @@ def read_headers(tar: str) -> np.ndarray:
     damaged = beyond.strip(b"\0") or (end % BLOCK and rows)
     where = f"at byte {end}, after {len(rows)} records"
     require(not damaged, f"{tar} is damaged {where}; copy it again.")
-
     # One array of them.
     width = max((len(key) for key, _ in rows), default=1)
     parts = [(part, "<i8", 2) for part in ("image", "text", "json")]

@@ -76,7 +76,6 @@ def run_check(args) -> None:
             problems += bad
             records += [s for s in seen if not s.problem]
             log.info("%s: %d of %d records cannot be used.", spec.path, len(bad), len(seen))
-
         # All of them: what cannot be used, duplicates, plots.
         groups = {
             "duplicates": survey.equal_groups(records),
@@ -127,7 +126,6 @@ def run_stats(args) -> None:
     valid = all(n.isdigit() and int(n) > 0 for n in numbers)
     require(valid, f"--threads are numbers of at least 1, as in 1,2,4, not {args.threads!r}.")
     require(args.batches >= 1, f"--batches is at least 1, not {args.batches}.")
-
     # The same batches with each number of threads.
     cfg = data_cache.read_mixture(args, "so there is no mixture to read")
     tokenizer, rows = open_tokenizer(cfg), []

@@ -61,7 +61,6 @@ def make_encoder(cfg: TrainConfig, params: dict, batch_size: int):
     devices = f"the {mesh.size} devices of this host"
     divides = batch_size % mesh.size == 0
     require(divides, f"--batch-size {batch_size} is not divisible by {devices}.")
-
     # The encoders on every device, images divided among them.
     model, place = build_model(cfg), jax.NamedSharding(mesh, BATCH)
     params = jax.device_put(params, jax.NamedSharding(mesh, jax.sharding.PartitionSpec()))
@@ -99,7 +98,6 @@ def run(args) -> None:
     cfg = read_mixture(args, "so there is nothing to cache", "--config.data.cache=")
     for directory in cfg.init.values():
         checkpoints.find(directory)
-
     # The folder, with what its records depend on.
     start_processes()
     sources = open_sources(cfg.data)
@@ -111,7 +109,6 @@ def run(args) -> None:
     encode = make_encoder(cfg, params, args.batch_size)
     cache.begin(folder, description | {"sources": entries}, host)
     enable_compilation_cache()
-
     # This host's shards that are missing.
     shards = cache.shards([len(source) for source in sources], args.shard_records)
     missing = [shard for shard in shards[host::hosts] if not (folder / shard.name).exists()]
@@ -129,7 +126,6 @@ def run(args) -> None:
         rate, eta = tally.counts["read"] / seconds, seconds / done * (len(missing) - done) / 60
         progress = f"{done}/{len(missing)} {shard.name}"
         log.info("shard %s, %.1f records/s, eta %.0f min", progress, rate, eta)
-
     # A process that left before the others would end them.
     barrier("the end of the cache", timeout=86_400)
     size = sum(file.stat().st_size for file in folder.glob("*.array_record"))

@@ -63,7 +63,6 @@ def look(image: np.ndarray, text: bool = False) -> Sight:
     ground, shade = _find_ground(pixels)
     difference = pixels - shade
     nearest = ground or min(GROUNDS, key=lambda name: _distance(shade, name))
-
     # Sprites and letters, and what they leave unexplained.
     detections = _find_sprites(difference, nearest)
     boxes = [(d.row_px, d.column_px, SPRITE, SPRITE) for d in detections]
@@ -194,7 +193,6 @@ def _look_closely(
     i, j, which, look = _least(errors)
     error = float(errors[i, j, which, look])
     rival = np.delete(errors, which, axis=2).min()
-
     # A plain disc in its own mean colour, in the same unit.
     window = softened[top + i :, left + j :][:SPRITE:2, :SPRITE:2]
     inside = window[_disc(which)[::2, ::2]]
@@ -227,7 +225,6 @@ def _find_letters(difference: np.ndarray, ground: str) -> list[Detection]:
     energy = np.square(shapes).sum(axis=1)
     errors = (np.square(flat).sum(axis=1)[:, None] - 2 * _product(flat, shapes) + energy) / energy
     errors = errors.reshape(rows, columns, -1)
-
     # The best place of all, then its surroundings are closed; and so on.
     detections = []
     while errors.min() < MOST_LETTER_ERROR:

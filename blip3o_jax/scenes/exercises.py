@@ -75,7 +75,6 @@ def _recital(rng: np.random.Generator, text: Text) -> Row:
         pairs = {frozenset((name, other)) for other in words.values()}
         if word not in words and not pairs & _forbidden():
             words[word] = name
-
     # A sign (a prompt ends with both), then the same again, at random places of the image.
     backwards = rng.random() < 0.5
     signs = [text.vocab.image_start_tag_id] + [text.vocab.scale_start_token_id] * backwards

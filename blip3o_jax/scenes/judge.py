@@ -33,14 +33,12 @@ def judge(image: np.ndarray, metadata: Mapping) -> dict:
     letters = "".join(d.object for d in sight.detections if d.object in LETTERS)
     things = [d for d in sight.detections if d.object not in LETTERS]
     objects = {a.object: [b for b in things if b.object == a.object] for a in things}
-
     # GenEval's rules, or the word.
     if text:
         wrong, score = _judge_word(letters, metadata["word"])
     else:
         wrong, score = _judge_objects(objects, metadata)
     correct = not wrong
-
     # What strict asks besides.
     asked = Counter()
     for item in metadata["include"]:
@@ -78,7 +76,6 @@ def _judge_objects(
         if not complete:
             wrong.append(f"{len(best)} {name} instead of {count}")
             scores += [0.0] * (("color" in item) + ("position" in item))
-
         # Colours.
         if complete and "color" in item:
             colors = [d.plain_color for d in best]
@@ -88,7 +85,6 @@ def _judge_objects(
             if not matched:
                 seen = ", ".join(color or "natural" for color in colors)
                 wrong.append(f"{name} is {seen} instead of {item['color']}")
-
         # Position, relative to an item that came before.
         if complete and "position" in item:
             relation, target = item["position"]

@@ -75,7 +75,6 @@ def _make(
         held = held_out().combinations(Scene(things, ground))
         if sorted(map(_kind, held)) == allowed:
             break
-
     # Places that the relation allows.
     relation = _pick(rng, RELATIONS) if tag == "position" else None
     layouts = _layouts(len(nouns), relation)

@@ -75,7 +75,6 @@ def _check(scene: Scene) -> None:
         spelled = 0 < len(word) <= LONGEST_WORD and set(word) <= set(LETTERS)
         require(spelled, f"The word {word!r} must be 1 to {LONGEST_WORD} letters A-Z.")
         boxes.append((*word_cell(word), LETTER_SPAN, len(word)))
-
     # Everything is inside the picture, and each cell belongs to one thing.
     covers = np.zeros((PATCHES, PATCHES), int)
     for row, column, height, width in boxes:
