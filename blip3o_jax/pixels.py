@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -12,8 +13,6 @@ if TYPE_CHECKING:
     import jax
 
 Array = TypeVar("Array", np.ndarray, "jax.Array")
-
-# --- numpy or jax arrays -------------------------------------------------------------------------
 
 
 def to_unit(images: Array) -> Array:
@@ -31,9 +30,6 @@ def to_uint8(images: Array) -> Array:
     return (to_zero_one(images) * 255).round().astype(np.uint8)
 
 
-# --- jax arrays ----------------------------------------------------------------------------------
-
-
 def tokenizer_view(images: jax.Array, size: int) -> jax.Array:
     """f32 [B,H,W,3] in [-1, 1] -> [B,size,size,3]: the same frame at the tokenizer's resolution
     (bicubic, antialiased; docs/model.md §6.4)."""
@@ -45,17 +41,10 @@ def tokenizer_view(images: jax.Array, size: int) -> jax.Array:
     return jax.image.resize(images, shape, "cubic", antialias=True).clip(-1.0, 1.0)
 
 
-# --- numpy and Pillow, on the host ---------------------------------------------------------------
-
-
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:
     """uint8 [size,size,3]: the shorter side resized (bilinear, antialiased), then the middle of the
     longer one (docs/model.md §6.4)."""
-    width, height = image.size
-    if width <= height:
-        width, height = size, max(size, int(size * height / width))
-    else:
-        width, height = max(size, int(size * width / height)), size
+    width, height = (max(size, int(size * side / min(image.size))) for side in image.size)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - size) / 2), round((height - size) / 2)
@@ -72,13 +61,12 @@ def contact_sheet(images: np.ndarray, columns: int = 8, margin: int = 4) -> np.n
     """uint8 [B,H,W,3] -> one picture, row by row, on white."""
     count, height, width, _ = images.shape
     rows = -(-count // columns)
-    shape = (rows * (height + margin) + margin, columns * (width + margin) + margin, 3)
-    sheet = np.full(shape, 255, np.uint8)
-    for i, image in enumerate(images):
-        y = margin + i // columns * (height + margin)
-        x = margin + i % columns * (width + margin)
-        sheet[y : y + height, x : x + width] = image
-    return sheet
+    # each image with the margin above and left of it; the sheet's own last, below and right
+    cells = np.full((rows * columns, height + margin, width + margin, 3), 255, np.uint8)
+    cells[:count, margin:, margin:] = images
+    cells = cells.reshape(rows, columns, height + margin, width + margin, 3).swapaxes(1, 2)
+    sheet = cells.reshape(rows * (height + margin), columns * (width + margin), 3)
+    return np.pad(sheet, ((0, margin), (0, margin), (0, 0)), constant_values=255)
 
 
 def labelled_sheet(images: np.ndarray, labels: Sequence[str], columns: int = 8) -> np.ndarray:
@@ -86,16 +74,9 @@ def labelled_sheet(images: np.ndarray, labels: Sequence[str], columns: int = 8) 
     height, width = (2 * side for side in images.shape[1:3])
     cells = []
     for image, label in zip(images, labels, strict=True):
-        # The label's words, in lines of at most 25 characters.
-        lines = [""]
-        for word in label.split():
-            if len(lines[-1]) + len(word) > 25:
-                lines.append("")
-            lines[-1] += f" {word}" if lines[-1] else word
-
         cell = Image.new("RGB", (width + 32, height + 24), "white")
         cell.paste(Image.fromarray(image).resize((width, height), Image.NEAREST), (16, 0))
-        text = "\n".join(lines[:2])
+        text = "\n".join(textwrap.wrap(label, 26)[:2])
         ImageDraw.Draw(cell).multiline_text((4, height + 1), text, "black", font_size=10, spacing=1)
         cells.append(np.asarray(cell))
     return contact_sheet(np.stack(cells), columns, margin=2)

@@ -21,6 +21,7 @@ from blip3o_jax.data import records
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.records import FileSource, Record, RecordError, locate, read_bytes
 from blip3o_jax.errors import InputError, require
+from blip3o_jax.resources import cache_folder
 
 VERSION = 1
 BLOCK = 512
@@ -147,10 +148,9 @@ def _version(tar: str) -> dict:
 
 def _index_files(tar: str) -> list[pathlib.Path]:
     """The file beside the tar, and the one in the user's cache for where that is not writable."""
-    root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     remote = "://" in tar
     name = hashlib.sha256((tar if remote else os.path.abspath(tar)).encode()).hexdigest()[:32]
-    cached = root / "blip3o_jax" / "tars" / f"{name}.index"
+    cached = cache_folder() / "tars" / f"{name}.index"
     return [cached] if remote else [pathlib.Path(f"{tar}.index"), cached]
 
 

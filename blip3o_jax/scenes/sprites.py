@@ -3,12 +3,12 @@ float32 in 0..1."""
 
 import json
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
+from blip3o_jax.resources import ASSETS
+
 SPRITE = 24  # px
 LETTER_HEIGHT, LETTER_WIDTH = 16, 8  # px
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -1,4 +1,4 @@
-"""The committed art is what scenes/make_atlas.py makes."""
+"""The committed art and held-out combinations are what their scripts make."""
 
 import io
 import json
@@ -6,7 +6,7 @@ import tarfile
 
 import numpy as np
 from PIL import Image
-from scenes import make_atlas
+from scenes import make_atlas, make_heldout
 
 from blip3o_jax.resources import ASSETS
 
@@ -38,3 +38,7 @@ def test_the_atlas_is_what_the_script_makes_of_its_sprites(tmp_path):
     again = Image.open(tmp_path / "sprites.png")
     np.testing.assert_array_equal(np.asarray(again), np.asarray(atlas))
     assert (tmp_path / "sprites.json").read_bytes() == (ASSETS / "sprites.json").read_bytes()
+
+
+def test_the_held_out_combinations_are_those_that_the_script_draws():
+    assert (ASSETS / "heldout.json").read_text() == make_heldout.written()
