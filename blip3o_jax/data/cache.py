@@ -111,13 +111,10 @@ def encoded_records(
     decode: Callable[[Record], dict],
     encode: Callable[[list[dict]], tuple],
     tally: Tally,
-    dtype: np.dtype,
     batch_size: int,
 ) -> Iterator[dict]:
-    """The cached records of some record numbers, in order: encoded, or with the reason why not.
-
-    `decode` gives a record's image arrays, `encode` the codes and latents of a list of them.
-    """
+    """The cached records of some record numbers, in order: encoded, or with the reason why not;
+    `decode` gives a record's image arrays, `encode` the codes and latents of a list of them."""
 
     def load(number: int) -> dict:
         tally.add(read=1)
@@ -135,7 +132,7 @@ def encoded_records(
             good = [record for record in records if "arrays" in record]
             encoded = encode([record.pop("arrays") for record in good]) if good else ((), ())
             for record, codes, latents in zip(good, *encoded, strict=True):
-                record |= {"codes": codes.astype(np.int32), "latents": latents.astype(dtype)}
+                record |= {"codes": codes, "latents": latents}
             yield from records
 
 

@@ -46,9 +46,9 @@ def read_mixture(args: argparse.Namespace, otherwise: str, *overrides: str) -> T
     return cfg
 
 
-def make_encoder(cfg: TrainConfig, params: dict, batch_size: int):
-    """list of image arrays -> (codes int32 [b,n], latents f32 [b,Y,X,C]), `batch_size` images at a
-    time over this host's devices."""
+def make_encoder(cfg: TrainConfig, params: dict, batch_size: int, dtype: np.dtype):
+    """list of image arrays -> (codes int32 [b,n], latents [b,Y,X,C] of `dtype`), `batch_size`
+    images at a time over this host's devices."""
     import jax
     import numpy as np
 
@@ -74,6 +74,7 @@ def make_encoder(cfg: TrainConfig, params: dict, batch_size: int):
         padded = images + [images[-1]] * (batch_size - len(images))
         batch = {name: np.stack([image[name] for image in padded]) for name in images[0]}
         codes, latents = jax.device_get(encode(params, jax.device_put(batch, place)))
+        codes, latents = codes.astype(np.int32), latents.astype(dtype)
         return codes[: len(images)], latents[: len(images)]
 
     return run
@@ -106,7 +107,7 @@ def run(args) -> None:
     description = cache.describe(cfg.blip3o(), cfg.data.crop, params)
     description |= {"latents": args.latents, "shard_records": args.shard_records}
     folder, host, hosts = pathlib.Path(args.out), jax.process_index(), jax.process_count()
-    encode = make_encoder(cfg, params, args.batch_size)
+    encode = make_encoder(cfg, params, args.batch_size, jnp.dtype(args.latents))
     cache.begin(folder, description | {"sources": entries}, host)
     enable_compilation_cache()
     # This host's shards that are missing.
@@ -114,13 +115,11 @@ def run(args) -> None:
     missing = [shard for shard in shards[host::hosts] if not (folder / shard.name).exists()]
     log.info("%d of %d shards to make on host %d of %d.", len(missing), len(shards), host, hosts)
     tally = Tally(cfg.data.max_bad_fraction, folder / f"bad_records.{host}.jsonl")
-    dtype, start = jnp.dtype(args.latents), time.perf_counter()
+    start = time.perf_counter()
     decode = functools.partial(image_arrays, model=cfg.blip3o(), crop=cfg.data.crop)
     for done, shard in enumerate(missing, 1):
-        source = sources[shard.source]
-        records = cache.encoded_records(
-            source, shard.numbers, decode, encode, tally, dtype, args.batch_size
-        )
+        own = sources[shard.source], shard.numbers
+        records = cache.encoded_records(*own, decode, encode, tally, args.batch_size)
         cache.write_shard(folder / shard.name, records)
         seconds = time.perf_counter() - start
         rate, eta = tally.counts["read"] / seconds, seconds / done * (len(missing) - done) / 60

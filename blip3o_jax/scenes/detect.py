@@ -1,8 +1,6 @@
-"""Finds sprites and letters in a 64x64 picture by template matching, in numpy; judge.py's eyes.
-
-Errors are squared differences over a sprite's surroundings, divided by those of the bare ground: 0
-is perfect, 1 as bad as nothing there.
-"""
+"""Finds sprites and letters in a 64x64 picture by template matching; judge.py's eyes. Errors are
+squared differences over a sprite's surroundings, divided by those of the bare ground: 0 is perfect,
+1 as bad as nothing there."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -62,7 +60,7 @@ def look(image: np.ndarray, text: bool = False) -> Sight:
     pixels = np.asarray(image, np.float32) / (255 if image.dtype == np.uint8 else 1)
     ground, shade = _find_ground(pixels)
     difference = pixels - shade
-    nearest = ground or min(GROUNDS, key=lambda name: _distance(shade, name))
+    nearest = ground or min(GROUNDS, key=lambda name: np.linalg.norm(shade - _shade(name)))
     # Sprites and letters, and what they leave unexplained.
     detections = _find_sprites(difference, nearest)
     boxes = [(d.row_px, d.column_px, SPRITE, SPRITE) for d in detections]
@@ -82,15 +80,11 @@ def _shade(ground: str) -> np.ndarray:
     return np.float32(GROUNDS[ground]) / 255
 
 
-def _distance(shade: np.ndarray, ground: str) -> np.ndarray:
-    return np.linalg.norm(shade - _shade(ground), axis=-1)
-
-
 def _find_ground(pixels: np.ndarray) -> tuple[str | None, np.ndarray]:
     """The commonest ground among 4x4 blocks and its shade as painted; None and the border's shade
     if there is hardly any."""
     blocks = pixels.reshape(16, 4, 16, 4, 3).mean(axis=(1, 3)).reshape(-1, 3)
-    distances = np.stack([_distance(blocks, name) for name in GROUNDS])
+    distances = np.stack([np.linalg.norm(blocks - _shade(name), axis=-1) for name in GROUNDS])
     near = np.where(distances.min(axis=0) < GROUND_DISTANCE, distances.argmin(axis=0), -1)
     votes = np.bincount(near[near >= 0], minlength=len(GROUNDS))
     if votes.max() < len(blocks) // 8:
@@ -122,8 +116,7 @@ def _templates(ground: str) -> _Templates:
         masks.append(mask.ravel())
         for color in LOOKS:
             picture = compose(Scene((Thing(name, color, 1, 1),), ground))[inside, inside]
-            difference = picture.astype(np.float32) / 255 - _shade(ground)
-            difference = _soften(difference)[::2, ::2]
+            difference = _soften(np.float32(picture) / 255 - _shade(ground))[::2, ::2]
             weighted.append((mask * difference).ravel())
             energy.append((mask * difference**2).sum())
     return _Templates(np.stack(weighted), np.float32(energy), np.stack(masks))

@@ -27,10 +27,7 @@ PATCH_WORDS = (
     *GROUNDS,
     *(f"{letter} {half}" for letter in LETTERS for half in ("top", "bottom")),
 )
-_FIRST_LOOK = 5 * len(OBJECTS)
-_FIRST_GROUND = _FIRST_LOOK + 4 * len(LOOKS)
-_FIRST_LETTER = _FIRST_GROUND + len(GROUNDS)
-
+_NUMBERS = {word: number for number, word in enumerate(PATCH_WORDS)}
 # Words of a sprite's first row: what it is, its colour, and again what it is.
 SKETCH_WORDS = np.array([word.split()[-1] in ("0", "1", "2") for word in PATCH_WORDS])
 
@@ -123,17 +120,15 @@ def patch_words(scene: Scene) -> np.ndarray:
     odd ones its look and their place.
     """
     _check(scene)
-    words = np.full((PATCHES, PATCHES), _FIRST_GROUND + list(GROUNDS).index(scene.ground), np.uint8)
-    place = np.arange(SPAN * SPAN)
+    words = np.full((PATCHES, PATCHES), _NUMBERS[scene.ground], np.uint8)
     for thing in scene.things:
-        first_of_object = 5 * OBJECTS.index(thing.object)
-        first_of_look = _FIRST_LOOK + 4 * LOOKS.index(thing.color)
-        names = np.where(place % 2, first_of_look, first_of_object) + place // 2
+        names = (thing.object, thing.color or "natural")
+        numbers = [_NUMBERS[f"{names[place % 2]} {place}"] for place in range(SPAN * SPAN)]
         rows, columns = slice(thing.row, thing.row + SPAN), slice(thing.column, thing.column + SPAN)
-        words[rows, columns] = names.reshape(SPAN, SPAN)
+        words[rows, columns] = np.reshape(numbers, (SPAN, SPAN))
     if scene.word:
         row, column = word_cell(scene.word)
         for i, letter in enumerate(scene.word):
-            first = _FIRST_LETTER + LETTER_SPAN * LETTERS.index(letter)
-            words[row : row + LETTER_SPAN, column + i] = first + np.arange(LETTER_SPAN)
+            halves = [_NUMBERS[f"{letter} top"], _NUMBERS[f"{letter} bottom"]]
+            words[row : row + LETTER_SPAN, column + i] = halves
     return words
