@@ -1,10 +1,10 @@
 """Parquet with image bytes, jsonl with image paths, and folders written by TFDS, read at random."""
 
+import functools
 import itertools
 import json
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -66,12 +66,13 @@ class ParquetSource(FileSource):
         sizes = [metadata[f].row_group(g).num_rows for f, g in self.groups]
         self.group_ends = list(itertools.accumulate(sizes))
         self.blocks = np.array([0, *self.group_ends[:-1]])
-        self._tables = OrderedDict()  # by group, the newest last
+        self._table = functools.lru_cache(MAX_GROUPS)(self._read_group)
         self._lock = threading.Lock()
 
     def __getitem__(self, i: int) -> Record:
         group, row = records.locate(self.group_ends, i)
-        table = self._table(group)
+        with self._lock:  # so that threads do not read the same group
+            table = self._table(group)
         image, caption = (table.column(name)[row].as_py() for name in self.columns)
         image = image.get("bytes") if isinstance(image, dict) else image
         if not isinstance(image, bytes):
@@ -80,20 +81,13 @@ class ParquetSource(FileSource):
             raise RecordError(f"no text in the column {self.columns[1]!r}")
         return Record(self.key(i), caption.strip(), image)
 
-    def _table(self, group: int):
-        with self._lock:
-            if group not in self._tables:
-                f, g = self.groups[group]
-                try:
-                    table = self.files[f].read_row_group(g, columns=list(self.columns))
-                except (OSError, ValueError) as error:
-                    where = f"row group {g} of {self.paths[f]}"
-                    raise RecordError(f"{where} cannot be read ({first_line(error)})") from error
-                self._tables[group] = table
-                if len(self._tables) > MAX_GROUPS:
-                    self._tables.popitem(last=False)
-            self._tables.move_to_end(group)
-            return self._tables[group]
+    def _read_group(self, group: int):
+        file, number = self.groups[group]
+        try:
+            return self.files[file].read_row_group(number, columns=list(self.columns))
+        except (OSError, ValueError) as error:
+            where = f"row group {number} of {self.paths[file]}"
+            raise RecordError(f"{where} cannot be read ({first_line(error)})") from error
 
 
 def _open_parquet(path: str):
