@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import require
 
 _2D = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
@@ -51,7 +51,7 @@ def peak_flops(kind: str) -> float | None:
 def parse_topology(name: str) -> tuple[Chip, int]:
     """(chip, number of JAX devices) of e.g. "v5e:4x4"; InputError for an unknown one."""
     kind, _, layout = name.partition(":")
-    if layout not in (chip := CHIPS.get(kind, Chip("", 0, 0))).layouts:
-        names = [f"{kind}:{layout}" for kind, chip in CHIPS.items() for layout in chip.layouts]
-        raise InputError(f"Unknown topology {name!r}; known: {', '.join(names)}.")
+    known = [f"{kind}:{layout}" for kind, chip in CHIPS.items() for layout in chip.layouts]
+    require(name in known, f"Unknown topology {name!r}; known: {', '.join(known)}.")
+    chip = CHIPS[kind]
     return chip, chip.devices * math.prod(int(side) for side in layout.split("x"))

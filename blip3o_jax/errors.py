@@ -20,11 +20,8 @@ def nearest(name: str, known) -> str:
 def multiples(size: int, divisor: int) -> str:
     """`'the nearest that do are 8 and 16.'` for a size that does not divide."""
     below = size // divisor * divisor
-    return (
-        f"the nearest that do are {below} and {below + divisor}."
-        if below
-        else f"the nearest that does is {divisor}."
-    )
+    both = f"the nearest that do are {below} and {below + divisor}."
+    return both if below else f"the nearest that does is {divisor}."
 
 
 def disk_reason(error: Exception) -> str | None:

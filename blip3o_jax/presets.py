@@ -1,17 +1,8 @@
-"""The named sizes: the embedded miniature, one for measuring speed, and those published (arXiv
-2510.15857)."""
+"""The named sizes: embedded, for measuring speed, and those published (arXiv 2510.15857)."""
 
 import dataclasses
 
-from blip3o_jax.config import (
-    Blip3oConfig,
-    DcAeConfig,
-    Qwen3Config,
-    SanaConfig,
-    SiglipConfig,
-    TaTokConfig,
-    VocabConfig,
-)
+from blip3o_jax import config
 from blip3o_jax.errors import nearest, require
 
 # hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads,
@@ -26,13 +17,13 @@ QWEN3 = {
 SIGLIP = {"emoji_64": (128, 512, 3, 4, 64, 8), "mid_128": (384, 1536, 12, 6, 128, 8)}
 
 
-def _emoji_64() -> Blip3oConfig:
+def _emoji_64() -> config.Blip3oConfig:
     """A miniature of every part, trained and embedded: 64 px, 8x8 of 256 codes, 8x8 latents."""
     # bytes and words of assets/emoji_64/tokenizer.json, and behind them three vision tokens, the
     # pad and two chat tokens
     words = 559
     text_tokens = words + 6
-    vocab = VocabConfig(
+    vocab = config.VocabConfig(
         image_start_tag_id=text_tokens,
         image_end_tag_id=text_tokens + 1,
         scale_start_token_id=text_tokens + 2,
@@ -41,12 +32,12 @@ def _emoji_64() -> Blip3oConfig:
         pad_token_id=words + 3,
         eos_token_id=words + 5,
     )
-    return Blip3oConfig(
+    return config.Blip3oConfig(
         name="emoji_64",
         vocab=vocab,
-        qwen3=Qwen3Config(vocab.size, *QWEN3["emoji_64"], rope_theta=1e4),
-        ta_tok=TaTokConfig(
-            encoder=SiglipConfig(*SIGLIP["emoji_64"]),
+        qwen3=config.Qwen3Config(vocab.size, *QWEN3["emoji_64"], rope_theta=1e4),
+        ta_tok=config.TaTokConfig(
+            encoder=config.SiglipConfig(*SIGLIP["emoji_64"]),
             select_layer_id=-1,
             bottleneck_dim=32,
             codebook_size=256,
@@ -55,7 +46,7 @@ def _emoji_64() -> Blip3oConfig:
             decoder_intermediate_size=256,
             decoder_num_patches=64,
         ),
-        sana=SanaConfig(
+        sana=config.SanaConfig(
             in_channels=16,
             out_channels=16,
             num_layers=6,
@@ -68,7 +59,7 @@ def _emoji_64() -> Blip3oConfig:
             interpolation_scale=1.0,
             condition_positions=True,
         ),
-        dc_ae=DcAeConfig(
+        dc_ae=config.DcAeConfig(
             latent_channels=16,
             block_types=("ResBlock",) * 4,
             block_out_channels=(32, 32, 64, 128),
@@ -84,31 +75,31 @@ def _emoji_64() -> Blip3oConfig:
     )
 
 
-def _mid_128() -> Blip3oConfig:
+def _mid_128() -> config.Blip3oConfig:
     """Between the miniature and the published models, made as the latter are, for measuring speed:
     about 100 M + 100 M parameters, 128 px, 16x16 tokens of 4096 codes, 16x16 latents; no weights.
     """
     # The text vocabulary of the embedded model, with more codes.
     vocab = dataclasses.replace(_emoji_64().vocab, num_image_tokens=4096)
-    return Blip3oConfig(
+    return config.Blip3oConfig(
         name="mid_128",
         vocab=vocab,
-        qwen3=Qwen3Config(vocab.size, *QWEN3["mid_128"]),
-        ta_tok=TaTokConfig(
-            encoder=SiglipConfig(*SIGLIP["mid_128"]),
+        qwen3=config.Qwen3Config(vocab.size, *QWEN3["mid_128"]),
+        ta_tok=config.TaTokConfig(
+            encoder=config.SiglipConfig(*SIGLIP["mid_128"]),
             bottleneck_dim=512,
             codebook_size=4096,
             decoder_num_attention_heads=4,
             decoder_intermediate_size=1024,
         ),
-        sana=SanaConfig(
+        sana=config.SanaConfig(
             num_layers=14,
             num_attention_heads=21,
             num_cross_attention_heads=6,
             caption_channels=768,
             sample_size=16,
         ),
-        dc_ae=DcAeConfig(
+        dc_ae=config.DcAeConfig(
             block_types=("ResBlock",) * 2 + ("EfficientViTBlock",) * 2,
             block_out_channels=(64, 128, 256, 256),
             encoder_layers_per_block=(1, 1, 2, 2),
@@ -119,9 +110,9 @@ def _mid_128() -> Blip3oConfig:
     )
 
 
-def _next(name: str) -> Blip3oConfig:
+def _next(name: str) -> config.Blip3oConfig:
     """BLIP3o-NEXT around a Qwen3 of 28 layers (0.6B: width 1024, 1.7B: width 2048)."""
-    return Blip3oConfig(name, Qwen3Config(217210, *QWEN3[name]))
+    return config.Blip3oConfig(name, config.Qwen3Config(217210, *QWEN3[name]))
 
 
 PRESETS = {
@@ -131,20 +122,20 @@ PRESETS = {
     "blip3o_next_3b": lambda: _next("blip3o_next_3b"),
 }
 SANA_PRESETS = {
-    "sana_0_6b": lambda: SanaConfig(
+    "sana_0_6b": lambda: config.SanaConfig(
         num_layers=28,
         num_attention_heads=36,
         num_cross_attention_heads=16,
         cross_attention_head_dim=72,
         qk_norm=False,
     ),
-    "sana_1_0_1_6b": lambda: SanaConfig(qk_norm=False),
-    "sana_1_6b": SanaConfig,
-    "sana_4_8b": lambda: SanaConfig(num_layers=60),
+    "sana_1_0_1_6b": lambda: config.SanaConfig(qk_norm=False),
+    "sana_1_6b": config.SanaConfig,
+    "sana_4_8b": lambda: config.SanaConfig(num_layers=60),
 }
 
 
-def preset(name: str) -> Blip3oConfig:
+def preset(name: str) -> config.Blip3oConfig:
     """The named preset; raises InputError naming the nearest one when there is none."""
     require(name in PRESETS, f"Unknown preset {name!r}; {nearest(name, PRESETS)}")
     return PRESETS[name]()

@@ -7,7 +7,7 @@ So one path serves the clone, the editable install and the wheel.
 import os
 from pathlib import Path
 
-from blip3o_jax.errors import InputError, nearest
+from blip3o_jax.errors import nearest, require
 
 ASSETS = Path(__file__).parent / "assets"
 CONFIGS = Path(__file__).parent / "configs"
@@ -20,34 +20,27 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def find_config(name_or_path: str) -> Path:
-    """The file at this path, else the shipped config of this name: "NAME", "NAME.py" and
-    "configs/NAME.py" are the same.
+    """The file at this path, else the shipped config of this name; InputError if there is neither.
 
-    Raises InputError naming the nearest shipped config when there is neither.
+    "NAME", "NAME.py" and "configs/NAME.py" are the same.
     """
-    path = Path(name_or_path)
+    path, shipped = Path(name_or_path), shipped_configs()
     if path.is_file():
         return path
-    shipped = shipped_configs()
     is_name = path.parent in (Path(), Path("configs")) and path.suffix in ("", ".py")
-    if is_name and path.stem in shipped:
-        return shipped[path.stem]
-    raise InputError(
-        f"No config {name_or_path!r}, neither a file nor a shipped name; "
-        f"{nearest(path.stem, shipped)}"
-    )
+    unknown = f"No config {name_or_path!r}, neither a file nor a shipped name;"
+    require(is_name and path.stem in shipped, f"{unknown} {nearest(path.stem, shipped)}")
+    return shipped[path.stem]
 
 
 def find_tokenizer(preset: str, given: str = "") -> Path:
     """The tokenizer.json of a training run: the one that its config names (`given`), or the one
     that travels with its preset; InputError when there is neither."""
     path = Path(given) if given else ASSETS / preset / "tokenizer.json"
-    if not path.is_file():
-        raise InputError(
-            f"No tokenizer at {given!r}; a checkpoint folder holds it as tokenizer.json."
-            if given
-            else f"No tokenizer travels with preset {preset!r}; name one with data.tokenizer."
-        )
+    missing = f"No tokenizer travels with preset {preset!r}; name one with data.tokenizer."
+    if given:
+        missing = f"No tokenizer at {given!r}; a checkpoint folder holds it as tokenizer.json."
+    require(path.is_file(), missing)
     return path
 
 

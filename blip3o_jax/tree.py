@@ -24,7 +24,4 @@ def split(params, trainable):
 
 def join(*trees):
     """Inverse of `split`."""
-    merged = {}
-    for tree in trees:
-        merged.update(flatten(tree))
-    return unflatten(merged)
+    return unflatten({path: leaf for tree in trees for path, leaf in flatten(tree).items()})
