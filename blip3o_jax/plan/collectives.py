@@ -1,51 +1,37 @@
 """What a compiled program sends between devices, read from its HLO text: loops count as often as
 they run, which XLA's own numbers miss."""
 
+import math
 import re
 from collections.abc import Iterator
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {
-    "pred": 1,
-    "s8": 1,
-    "u8": 1,
-    "s16": 2,
-    "u16": 2,
-    "f16": 2,
-    "bf16": 2,
-    "s32": 4,
-    "u32": 4,
-    "f32": 4,
-    "s64": 8,
-    "u64": 8,
-    "f64": 8,
-}
+DTYPES = {1: "pred s8 u8", 2: "s16 u16 f16 bf16", 4: "s32 u32 f32", 8: "s64 u64 f64"}
+BYTES = {dtype: size for size, names in DTYPES.items() for dtype in names.split()}
 OPCODE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
-CALLED = re.compile(
-    r"(?:calls|to_apply|body|called_computations|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)"
-)
+CALLERS = "calls|to_apply|body|called_computations|branch_computations"
+CALLED = re.compile(rf"(?:{CALLERS})=\{{?((?:%[\w.\-]+(?:, )?)+)")
+CONSTANT = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
 
 
 def computations(hlo: str) -> dict[str, list[str]]:
     """Lines of each computation of a module by its name; that of the program is under "ENTRY"."""
-    found, lines = {}, []
+    bodies, lines = {}, []
     for line in hlo.splitlines():
         if opening := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            lines = found.setdefault("ENTRY" if opening[1] else opening[2], [])
+            lines = bodies.setdefault("ENTRY" if opening[1] else opening[2], [])
         else:
             lines.append(line)
-    return found
+    return bodies
 
 
 def sizes(shapes: str) -> list[int]:
     """Bytes of each array in the text of a type, e.g. "(f32[8,4]{1,0}, u32[])"."""
-    found = []
-    for dtype, dims in re.findall(r"\b(\w+)\[([\d,]*)\]", shapes):
-        count = 1
-        for size in filter(None, dims.split(",")):
-            count *= int(size)
-        found.append(count * BYTES.get(dtype, 0))
-    return found
+    arrays = re.findall(r"\b(\w+)\[([\d,]*)\]", shapes)
+    return [
+        BYTES.get(dtype, 0) * math.prod(int(size) for size in dims.split(",") if size)
+        for dtype, dims in arrays
+    ]
 
 
 def _visits(bodies: dict[str, list[str]], name: str, times: int) -> Iterator[tuple[str, int, str]]:
@@ -57,28 +43,20 @@ def _visits(bodies: dict[str, list[str]], name: str, times: int) -> Iterator[tup
         inner = times
         if loop := re.search(r" while\(.*condition=%([\w.\-]+)", line):
             # A loop of scan or of the compiler's counts up to the constant in its condition.
-            tested = [text for _, _, text in _visits(bodies, loop[1], 1)]
-            inner *= max(
-                (
-                    int(n)
-                    for text in tested
-                    for n in re.findall(r"[su]32\[\]\S* constant\((\d+)\)", text)
-                ),
-                default=1,
-            )
+            tested = "\n".join(text for _, _, text in _visits(bodies, loop[1], 1))
+            inner *= max(map(int, CONSTANT.findall(tested)), default=1)
         for callee in re.findall(r"%([\w.\-]+)", called[1]):
             yield from _visits(bodies, callee, inner)
 
 
 def collectives(hlo: str) -> dict[str, dict[str, int]]:
-    """HLO text of a compiled program -> {collective: {"calls", "bytes"}}, of one device and one
-    run.
+    """HLO text of a compiled program -> {collective: {"calls", "bytes"}} of a device in one run.
 
     The bytes are those of the whole array: what an all-gather yields and a reduce-scatter takes.
     About as much passes through each device, and twice as much in an all-reduce. A TPU's compiler
     splits one collective over several fusions; they share its channel and count once.
     """
-    found: dict[str, tuple[str, int, int]] = {}
+    channels: dict[str, tuple[str, int, int]] = {}
     for name, times, line in _visits(computations(hlo), "ENTRY", 1):
         if not (match := OPCODE.search(line)):
             continue
@@ -88,10 +66,11 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
         kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else match[2]
         channel = re.search(r"channel_id=(\d+)", line)
         key = channel[1] if channel else line.split(" = ")[0]
-        if key not in found or found[key][2] < times:
-            found[key] = kind, size, times
+        # The same channel counts once, as often as its most frequent user.
+        if key not in channels or channels[key][2] < times:
+            channels[key] = kind, size, times
     result = {kind: {"calls": 0, "bytes": 0} for kind in KINDS}
-    for kind, size, times in found.values():
+    for kind, size, times in channels.values():
         result[kind]["calls"] += times
         result[kind]["bytes"] += size * times
     return {kind: numbers for kind, numbers in result.items() if numbers["calls"]}

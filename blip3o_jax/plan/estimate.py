@@ -46,7 +46,10 @@ def measure(program: Program, chip: Chip) -> dict:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return {"bytes": memory, "fits": False, "reason": _shortage(str(error))}
+        # The compiler's own sentence about what it needs.
+        lines = str(error).splitlines()
+        reason = next((line.strip() for line in lines if "hbm" in line.lower()), lines[0])
+        return {"bytes": memory, "fits": False, "reason": reason}
 
     # The compiler drops arguments that are not read: they have no sharding.
     places = jax.tree.leaves(compiled.input_shardings[0], is_leaf=lambda x: x is None)
@@ -56,12 +59,6 @@ def measure(program: Program, chip: Chip) -> dict:
     memory |= {"temporary": total - sum(memory.values()), "total": total}
     fits = total <= (chip.hbm - RESERVED) * GIB
     return {"bytes": memory, "fits": fits, **_communication(compiled)}
-
-
-def _shortage(message: str) -> str:
-    """The compiler's own sentence about what it needs."""
-    lines = message.splitlines()
-    return next((line.strip() for line in lines if "hbm" in line.lower()), lines[0])
 
 
 def _communication(compiled: jax.stages.Compiled) -> dict:
@@ -81,7 +78,6 @@ def price(
     seconds = program.flops / (mfu * len(devices) * peak_flops(devices[0].device_kind))
     hours = runs * seconds / 3600
     chip_hours = len(devices) // chip.devices * hours
-    cost = {"dollars": dollars * chip_hours} if dollars is not None else {}
     return {
         "flops": program.flops,
         "flops_per_image": program.flops / program.images,
@@ -91,8 +87,7 @@ def price(
         "runs": runs,
         "hours": hours,
         "chip_hours": chip_hours,
-        **cost,
-    }
+    } | ({} if dollars is None else {"dollars": dollars * chip_hours})
 
 
 def estimate(
@@ -112,8 +107,7 @@ def search(
 ) -> tuple[TrainConfig, dict]:
     """(best config that fits, its numbers): the least recomputation, then the most rows at once.
 
-    The batch keeps its size, divided into micro-batches; rows double until they do not fit.
-    InputError when nothing fits.
+    The batch keeps its size, divided into micro-batches. InputError when nothing fits.
     """
     # Rows double until the compiler refuses; then more is computed again.
     shards, best = batch_shards(mesh), None
@@ -125,7 +119,7 @@ def search(
             candidate = dataclasses.replace(cfg, remat=remat, accumulate=accumulate)
             program = programs.lower_step(candidate, mesh)
             result = estimate(program, devices, chip, mfu, cfg.num_steps, dollars)
-
+            # One line of the log for every way.
             total = result["bytes"].get("total")
             needs = f"{total / GIB:.2f} GiB" if total else result["reason"]
             verdict = "fits" if result["fits"] else "does not fit"
@@ -136,42 +130,29 @@ def search(
             best, rows = (candidate, result), 2 * rows
         if best:
             return best
-    raise InputError(
-        "Nothing fits, not even one row a device with remat full; take a larger fsdp, "
-        "joint.ce_chunk or more chips."
-    )
+    fix = "take a larger fsdp, joint.ce_chunk or more chips."
+    raise InputError(f"Nothing fits, not even one row a device with remat full; {fix}")
 
 
 def table(result: dict, chip: Chip) -> str:
     """The numbers of `estimate` for people."""
-    verdict = f"DOES NOT FIT: {result.get('reason', 'more than that')}"
+
+    def row(name: str, value: float, text: str, digits: int = 3) -> str:
+        return f"{name:<22}{value:>10.{digits}f} {text}"
+
     # Memory and what is sent, then time and cost.
-    rows = [(kind, f"{size / GIB:>10.3f} GiB") for kind, size in result["bytes"].items()]
-    rows.append(
-        (
-            "of a device",
-            f"{chip.hbm:>10} GiB, {RESERVED} of them reserved: "
-            f"{'fits' if result['fits'] else verdict}",
-        )
-    )
+    reason = result.get("reason", "more than that")
+    verdict = "fits" if result["fits"] else f"DOES NOT FIT: {reason}"
+    rows = [row(kind, size / GIB, "GiB") for kind, size in result["bytes"].items()]
+    rows.append(row("of a device", chip.hbm, f"GiB, {RESERVED} of them reserved: {verdict}", 0))
     for kind, sent in (result.get("communication") or {}).items():
-        rows.append((kind, f"{sent['bytes'] / GIB:>10.3f} GiB in {sent['calls']} calls"))
+        rows.append(row(kind, sent["bytes"] / GIB, f"GiB in {sent['calls']} calls"))
     if "flops" in result:
+        image = f"PFLOP a run, {result['flops_per_image'] / 1e12:.2f} TFLOP an image"
+        rate = f"s, {result['images_per_second']:.1f} images/s"
         cost = f", ${result['dollars']:,.0f}" if "dollars" in result else ""
-        rows += [
-            (
-                "arithmetic",
-                f"{result['flops'] / 1e15:>10.3f} PFLOP a run, "
-                f"{result['flops_per_image'] / 1e12:.2f} TFLOP an image",
-            ),
-            (
-                f"at {result['mfu']:.0%} of peak",
-                f"{result['seconds']:>10.3f} s, {result['images_per_second']:.1f} images/s",
-            ),
-            (
-                "in all",
-                f"{result['hours']:>10.1f} h for {result['runs']:,} runs, "
-                f"{result['chip_hours']:,.0f} chip-hours{cost}",
-            ),
-        ]
-    return "\n".join(f"{name:<22}{text}" for name, text in rows)
+        in_all = f"h for {result['runs']:,} runs, {result['chip_hours']:,.0f} chip-hours{cost}"
+        rows.append(row("arithmetic", result["flops"] / 1e15, image))
+        rows.append(row(f"at {result['mfu']:.0%} of peak", result["seconds"], rate))
+        rows.append(row("in all", result["hours"], in_all, 1))
+    return "\n".join(rows)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from blip3o_jax import flops
 from blip3o_jax.chips import Chip, parse_topology
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import InputError, require
 from blip3o_jax.kernels.platform import dtype_for, jit
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.parallel.batches import check_batch
@@ -38,10 +39,8 @@ def open_topology(name: str) -> tuple[list[jax.Device], Chip]:
     try:
         return topologies.get_topology_desc(name, platform="tpu").devices, chip
     except (RuntimeError, ImportError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"The TPU's compiler cannot be loaded ({reason}); pip install 'blip3o-jax[tpu]'."
-        ) from error
+        problem = f"The TPU's compiler cannot be loaded ({str(error).splitlines()[0]})"
+        raise InputError(f"{problem}; pip install 'blip3o-jax[tpu]'.") from error
 
 
 def on_accelerator(cfg: TrainConfig) -> TrainConfig:
@@ -53,38 +52,33 @@ def shallow(cfg: TrainConfig, depth: int) -> TrainConfig:
     """The run with `depth` layers of each transformer and at most as many of each of the
     autoencoder's stages: what costs minutes less to compile and has the same kinds of everything.
     """
-    if depth < 1:
-        raise InputError(f"--depth is at least 1, not {depth}.")
+    require(depth >= 1, f"--depth is at least 1, not {depth}.")
     model = cfg.blip3o()
-    unread = -model.ta_tok.select_layer_id - 1  # layers of the encoder that are loaded and not used
-    layers = {
-        "qwen3.num_hidden_layers": depth,
-        "sana.num_layers": depth,
-        "ta_tok.encoder.num_hidden_layers": depth + unread,
-    }
+    layers = dict.fromkeys(("qwen3.num_hidden_layers", "sana.num_layers"), depth)
+    # The encoder's last layers are loaded and not used.
+    unread = -model.ta_tok.select_layer_id - 1
+    layers["ta_tok.encoder.num_hidden_layers"] = depth + unread
     for side in ("encoder_layers_per_block", "decoder_layers_per_block"):
         layers[f"dc_ae.{side}"] = tuple(min(depth, count) for count in getattr(model.dc_ae, side))
     return dataclasses.replace(cfg, model={**cfg.model, **layers})
 
 
-def _placed(tree, mesh):
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings(tree, mesh)
-    )
+def _shape(x: jax.ShapeDtypeStruct, place: jax.NamedSharding, dtype=None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=place)
 
 
-def abstract_batch(cfg: TrainConfig, mesh) -> dict:
+def _placed(tree, mesh: Mesh, dtype=None):
+    """Shapes of parameters where the sharding table puts them, and in another dtype if given."""
+    return jax.tree.map(lambda x, s: _shape(x, s, dtype), tree, shardings(tree, mesh))
+
+
+def abstract_batch(cfg: TrainConfig, mesh: Mesh) -> dict:
     """Shapes of a global batch of the run's stage, sharded along the mesh."""
-    if cfg.record.batch is None:
-        raise InputError(
-            f"plan compiles the step of supervised stages, not of {cfg.stage!r}; see how "
-            "it generates with --generate."
-        )
+    supervised = f"plan compiles the step of supervised stages, not of {cfg.stage!r};"
+    require(cfg.record.batch is not None, f"{supervised} see how it generates with --generate.")
     place = jax.NamedSharding(mesh, BATCH)
     arrays = cfg.record.batch(cfg.blip3o(), cfg.data, cfg.batch_size)
-    return {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in arrays.items()
-    }
+    return {name: _shape(x, place) for name, x in arrays.items()}
 
 
 @dataclass(frozen=True)
@@ -99,33 +93,30 @@ class Program:
     images: int
 
 
-def lower_step(cfg: TrainConfig, mesh) -> Program:
-    """The run's training step.
-
-    InputError as from `mesh.check_batch`, `sharding.spec` and `abstract_batch`.
-    """
+def lower_step(cfg: TrainConfig, mesh: Mesh) -> Program:
+    """The run's training step; InputError where batch or parameters do not divide."""
     check_batch(cfg.batch_size, mesh, cfg.accumulate)
     batch = abstract_batch(cfg, mesh)
     with jax.set_mesh(mesh):
         model = Blip3o(cfg.blip3o(), jnp.dtype(cfg.dtype), cfg.remat)
+        # Abstract state, where training would put it.
         state, frozen = jax.eval_shape(
             lambda: steps.init_state(cfg, model.init(jax.random.key(0), cfg.record.parts))
         )
-        state, frozen = _placed(state, mesh), _placed(frozen, mesh)
-        lowered = steps.compile_step(model, cfg, jax.tree.map(lambda x: x.sharding, state)).lower(
-            state, frozen, batch
-        )
+        arguments = _placed(state, mesh), _placed(frozen, mesh), batch
+        places = jax.tree.map(lambda x: x.sharding, arguments[0])
+        lowered = steps.compile_step(model, cfg, places).lower(*arguments)
+    # The same by kind, for the table.
+    state, frozen, batch = arguments
     names = {"params": "parameters", "opt_state": "optimizer", "ema": "average"}
-    kinds = {kind: state.get(name) for name, kind in names.items()} | {
-        "frozen": frozen,
-        "batch": batch,
-    }
+    kinds = {kind: state.get(name) for name, kind in names.items()}
+    kinds |= {"frozen": frozen, "batch": batch}
     kinds["counters"] = {name: tree for name, tree in state.items() if name not in names}
     count = cfg.record.flops(cfg.blip3o(), cfg.section, batch)
-    return Program(lowered, (state, frozen, batch), kinds, count, cfg.batch_size)
+    return Program(lowered, arguments, kinds, count, cfg.batch_size)
 
 
-def lower_generation(cfg: TrainConfig, mesh, rows: int, num_inference_steps: int) -> Program:
+def lower_generation(cfg: TrainConfig, mesh: Mesh, rows: int, num_inference_steps: int) -> Program:
     """Text to image of `rows` prompts with bfloat16 weights, as `blip3o-jax generate` runs it, but
     in one program: prefill, decoding, denoising, pixels."""
     check_batch(rows, mesh)
@@ -133,38 +124,24 @@ def lower_generation(cfg: TrainConfig, mesh, rows: int, num_inference_steps: int
     with jax.set_mesh(mesh):
         model = Blip3o(config, jnp.bfloat16)
         # Abstract weights and inputs, where `generate` would put them.
-        params = _placed(
-            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), model.abstract()),
-            mesh,
-        )
-        columns = (
-            (config.max_prompt_tokens, jnp.int32),
-            (config.max_prompt_tokens, bool),
-            (3, jnp.uint32),
-        )
+        params = _placed(model.abstract(), mesh, jnp.bfloat16)
+        length = config.max_prompt_tokens
+        columns = ((length, jnp.int32), (length, bool), (3, jnp.uint32))
         batch = tuple(
             jax.ShapeDtypeStruct((rows, size), dtype, sharding=place) for size, dtype in columns
         )
         settings = dataclasses.asdict(Settings(num_inference_steps=num_inference_steps))
 
         def run(params, prompt, valid, numbers, top_k, top_p, temperature, **settings):
-            made = generate.write_tokens(
-                model,
-                params,
-                prompt,
-                valid,
-                numbers,
-                top_k=top_k,
-                top_p=top_p,
-                temperature=temperature,
-            )
-            latents = generate.draw_latents(model, params, made.pop("hidden"), numbers, **settings)
-            return {"images": generate.pictures(model, params, latents), **made}
+            decoding = {"top_k": top_k, "top_p": top_p, "temperature": temperature}
+            written = generate.write_tokens(model, params, prompt, valid, numbers, **decoding)
+            hidden = written.pop("hidden")
+            latents = generate.draw_latents(model, params, hidden, numbers, **settings)
+            return {"images": generate.pictures(model, params, latents), **written}
 
         # One program, since the compiler counts memory by program.
         static = ("num_inference_steps", "top_k")
-        lowered = jit(run, config, static_argnames=static, out_shardings=place).lower(
-            params, *batch, **settings
-        )
-    count = flops.text_to_image(config, rows, config.max_prompt_tokens, num_inference_steps)
+        program = jit(run, config, static_argnames=static, out_shardings=place)
+        lowered = program.lower(params, *batch, **settings)
+    count = flops.text_to_image(config, rows, length, num_inference_steps)
     return Program(lowered, (params, *batch), {"parameters": params, "batch": batch}, count, rows)
