@@ -8,23 +8,25 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from diffusers.models.normalization import RMSNorm
 from torch import nn
-from transformers import (
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Siglip2VisionConfig,
-    Siglip2VisionModel,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
 
 from blip3o_jax.config import Blip3oConfig, TaTokConfig
 from blip3o_jax.convert.config_json import dc_ae_json, sana_json
 from blip3o_jax.convert.published import TA_TOK, open_published, published_name
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import require
 from blip3o_jax.models.sana import grid_positions
+
+# Fields of our configs that transformers' classes have under the same name.
+TRANSFORMER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+VISION = (*TRANSFORMER, "image_size", "patch_size", "layer_norm_eps")
+QWEN3 = (*TRANSFORMER, "num_key_value_heads", "head_dim", "vocab_size", "rms_norm_eps")
+
+
+def _fields(cfg: object, names: tuple[str, ...]) -> dict:
+    return {name: getattr(cfg, name) for name in names}
 
 
 class TaTok(nn.Module):
@@ -35,42 +37,31 @@ class TaTok(nn.Module):
         super().__init__()
         self.cfg, enc = cfg, cfg.encoder
         width, dim = enc.hidden_size, cfg.bottleneck_dim
-        act = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": enc.layer_norm_eps}
-        fields = (
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "image_size",
-            "patch_size",
-        )
         # The two vision transformers.
-        self.encoder = SiglipVisionModel(
-            SiglipVisionConfig(**{name: getattr(enc, name) for name in fields}, **act)
+        act = {"hidden_act": "gelu_pytorch_tanh"}
+        self.encoder = transformers.SiglipVisionModel(
+            transformers.SiglipVisionConfig(**_fields(enc, VISION), **act)
         )
-        self.decoder = Siglip2VisionModel(
-            Siglip2VisionConfig(
-                hidden_size=width,
-                intermediate_size=cfg.decoder_intermediate_size,
-                num_hidden_layers=cfg.decoder_depth,
-                num_attention_heads=cfg.decoder_num_attention_heads,
-                num_patches=cfg.decoder_num_patches,
-                num_channels=dim,
-                patch_size=1,
-                **act,
-            )
+        decoder = transformers.Siglip2VisionConfig(
+            hidden_size=width,
+            intermediate_size=cfg.decoder_intermediate_size,
+            num_hidden_layers=cfg.decoder_depth,
+            num_attention_heads=cfg.decoder_num_attention_heads,
+            num_patches=cfg.decoder_num_patches,
+            num_channels=dim,
+            patch_size=1,
+            layer_norm_eps=enc.layer_norm_eps,
+            **act,
         )
+        self.decoder = transformers.Siglip2VisionModel(decoder)
         # What surrounds them, under the names of the checkpoint.
         self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh())
-        self.decode_task_layer = nn.Sequential(
-            nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width)
-        )
-        self.bottleneck = nn.Module()
-        self.bottleneck.in_linear = nn.Linear(width, dim)
-        self.bottleneck.out_linear = nn.Linear(dim, dim)
-        self.bottleneck.regularizer = nn.Module()
-        self.bottleneck.regularizer.embedding = nn.Embedding(cfg.codebook_size, dim)
-        self.bottleneck.regularizer.embedding_proj = nn.Linear(dim, dim)
+        into, out = nn.Linear(width, width), nn.Linear(width, width)
+        self.decode_task_layer = nn.Sequential(into, nn.Tanh(), out)
+        ends = {"in_linear": nn.Linear(width, dim), "out_linear": nn.Linear(dim, dim)}
+        codes = {"embedding": nn.Embedding(cfg.codebook_size, dim)}
+        codes["embedding_proj"] = nn.Linear(dim, dim)
+        self.bottleneck = nn.ModuleDict({**ends, "regularizer": nn.ModuleDict(codes)})
 
     def codebook(self) -> torch.Tensor:
         """The codes [V,E], unit length."""
@@ -82,15 +73,13 @@ class TaTok(nn.Module):
 
         `only_needed` leaves out the encoder's layers and head behind the state that is quantised.
         """
-        cfg = self.cfg
+        cfg, layers = self.cfg, self.cfg.num_encoder_layers
         if only_needed:
             x = self.encoder.embeddings(pixels)
-            for layer in self.encoder.encoder.layers[: cfg.num_encoder_layers]:
+            for layer in self.encoder.encoder.layers[:layers]:
                 x = layer(x, None)
         else:
-            x = self.encoder(pixels, output_hidden_states=True).hidden_states[
-                cfg.num_encoder_layers
-            ]
+            x = self.encoder(pixels, output_hidden_states=True).hidden_states[layers]
         if cfg.pool_scale > 1:
             square = x.transpose(1, 2).reshape(len(x), -1, cfg.encoder.grid, cfg.encoder.grid)
             x = F.avg_pool2d(square, cfg.pool_scale, cfg.pool_scale).flatten(2).transpose(1, 2)
@@ -100,46 +89,45 @@ class TaTok(nn.Module):
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """codes [B,n] -> features [B,n,D]: what the original computes whenever it encodes, and
         BLIP3o-NEXT never looks at."""
-        side, x = (
-            math.isqrt(codes.shape[1]),
-            self.bottleneck.out_linear(F.embedding(codes, self.codebook())),
-        )
+        side = math.isqrt(codes.shape[1])
+        x = self.bottleneck.out_linear(F.embedding(codes, self.codebook()))
         shapes = torch.tensor([[side, side]] * len(codes))
-        vit = self.decoder(
-            pixel_values=x, pixel_attention_mask=torch.ones_like(codes), spatial_shapes=shapes
-        ).last_hidden_state
-        return self.decode_task_layer(vit)
+        mask = torch.ones_like(codes)
+        vit = self.decoder(pixel_values=x, pixel_attention_mask=mask, spatial_shapes=shapes)
+        return self.decode_task_layer(vit.last_hidden_state)
 
 
 @dataclass
 class Reference:
-    """The modules of one checkpoint, in evaluation mode."""
+    """The modules of one checkpoint, in evaluation mode, and what they give without wrapping."""
 
     config: Blip3oConfig
-    ar: Qwen3ForCausalLM
+    ar: transformers.Qwen3ForCausalLM
     connector: nn.Sequential
     sana: SanaTransformer2DModel
     vae: AutoencoderDC
     ta_tok: TaTok
 
+    def velocity(self, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """SANA's velocity [B,C,Y,X] at latents x and timesteps t [B] in (0, 1000]."""
+        return self.sana(x, encoder_hidden_states=condition, timestep=t, return_dict=False)[0]
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [B,3,H,W] in [-1,1] -> scaled latents [B,C,Y,X]."""
+        return self.vae.encode(images, return_dict=False)[0] * self.config.dc_ae.scaling_factor
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Inverse of `encode`."""
+        latents = (latents / self.config.dc_ae.scaling_factor).to(self.vae.dtype)
+        return self.vae.decode(latents, return_dict=False)[0]
+
 
 def build(cfg: Blip3oConfig) -> Reference:
     """The modules of a configuration, with PyTorch's own initial weights."""
     q, width = cfg.qwen3, cfg.sana.caption_channels
-    fields = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-    )
     # The transformer: every field set, since its class has the defaults of another model.
-    ar = Qwen3Config(
-        **{
-            name: getattr(q, name)
-            for name in (*fields, "head_dim", "rms_norm_eps", "tie_word_embeddings")
-        },
+    ar = transformers.Qwen3Config(
+        **_fields(q, (*QWEN3, "tie_word_embeddings")),
         hidden_act="silu",
         rope_parameters={"rope_type": "default", "rope_theta": q.rope_theta},
         max_position_embeddings=40960,
@@ -151,25 +139,19 @@ def build(cfg: Blip3oConfig) -> Reference:
         eos_token_id=None,
     )
     # SANA, with our positions on the condition where the preset has them.
-    known = {
-        name: value for name, value in sana_json(cfg.sana).items() if name != "condition_positions"
-    }
-    sana = SanaTransformer2DModel.from_config(known)
+    fields = sana_json(cfg.sana)
+    fields.pop("condition_positions", None)
+    sana = SanaTransformer2DModel.from_config(fields)
     if cfg.sana.condition_positions:
         sana.caption_norm.register_forward_hook(_add_positions(cfg))
-    layers = (
+    connector = nn.Sequential(
         nn.Linear(q.hidden_size, width),
         nn.GELU(approximate="tanh"),
         nn.Linear(width, width),
         RMSNorm(width, eps=cfg.connector_eps),
     )
-    modules = (
-        Qwen3ForCausalLM(ar),
-        nn.Sequential(*layers),
-        sana,
-        AutoencoderDC.from_config(dc_ae_json(cfg.dc_ae)),
-        TaTok(cfg.ta_tok),
-    )
+    vae = AutoencoderDC.from_config(dc_ae_json(cfg.dc_ae))
+    modules = (transformers.Qwen3ForCausalLM(ar), connector, sana, vae, TaTok(cfg.ta_tok))
     return Reference(cfg, *(module.eval() for module in modules))
 
 
@@ -178,10 +160,9 @@ def _add_positions(cfg: Blip3oConfig):
 
     def hook(module, inputs, encoded):
         grid = math.isqrt(encoded.shape[1] - 1)
-        places = np.pad(
-            grid_positions(cfg.sana, grid, grid).reshape(grid * grid, -1), ((1, 0), (0, 0))
-        )
-        return encoded + torch.from_numpy(np.asarray(places, np.float32)).to(encoded.dtype)
+        places = np.asarray(grid_positions(cfg.sana, grid, grid), np.float32)
+        places = np.pad(places.reshape(grid * grid, -1), ((1, 0), (0, 0)))
+        return encoded + torch.from_numpy(places).to(encoded.dtype)
 
     return hook
 
@@ -201,14 +182,13 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32) -> Reference
     # Every weight of a module is in the file, but for what its checkpoint never had.
     for prefix, module in parts.items():
         for name, target in module.state_dict().items():
-            known = published_name(prefix + name.replace("encoder.vision_model.", "encoder.", 1))
-            if known == "lm_head.weight" and cfg.qwen3.tie_word_embeddings:
+            full = published_name(prefix + name.replace("encoder.vision_model.", "encoder.", 1))
+            if full == "lm_head.weight" and cfg.qwen3.tie_word_embeddings:
                 continue
-            if known in stored:
-                target.copy_(torch.from_numpy(stored[known].read(np.float32)))
-            elif prefix != TA_TOK and name not in ("pos_embed", "patch_embed.pos_embed"):
-                raise InputError(
-                    f"{directory}: PyTorch's module needs {known!r}, which is not there."
-                )
+            if full in stored:
+                target.copy_(torch.from_numpy(stored[full].read(np.float32)))
+                continue
+            derived = prefix == TA_TOK or name in ("pos_embed", "patch_embed.pos_embed")
+            require(derived, f"{directory}: PyTorch's module needs {full!r}, which is not there.")
         module.to(dtype)
     return reference

@@ -3,6 +3,7 @@
 Greedy or given tokens, given noise.
 """
 
+import functools
 import itertools
 
 import numpy as np
@@ -27,17 +28,15 @@ def greedy_tokens(
     `image_range_only` computes logits of the image tokens alone; otherwise of the whole vocabulary,
     as the original does, of which the largest image token is taken.
     """
-    vocab, n, model = ref.config.vocab, ref.config.ta_tok.num_tokens, ref.ar.model
+    vocab, n = ref.config.vocab, ref.config.ta_tok.num_tokens
     first, last = vocab.image_start_token_id, vocab.image_start_token_id + vocab.num_image_tokens
     head = ref.ar.lm_head.weight[first:last] if image_range_only else ref.ar.lm_head.weight
-    cache, mask, lengths = DynamicCache(config=ref.ar.config), valid.long(), valid.sum(dim=1)
-    out = model(
-        prompt,
-        attention_mask=mask,
-        position_ids=prompt_positions(valid),
-        cache=cache,
-        use_cache=True,
+    forward = functools.partial(
+        ref.ar.model, cache=DynamicCache(config=ref.ar.config), use_cache=True
     )
+    # The prompt at once, then token by token.
+    mask, lengths = valid.long(), valid.sum(dim=1)
+    out = forward(prompt, attention_mask=mask, position_ids=prompt_positions(valid))
     states, codes = [out.last_hidden_state[:, -1]], []
     for i in range(n):
         logits = states[-1] @ head.T
@@ -45,7 +44,7 @@ def greedy_tokens(
         codes.append(logits.float().argmax(dim=-1))
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         fed, places = (first + codes[-1])[:, None], (lengths + i)[:, None]
-        out = model(fed, attention_mask=mask, position_ids=places, cache=cache, use_cache=True)
+        out = forward(fed, attention_mask=mask, position_ids=places)
         states.append(out.last_hidden_state[:, -1])
     return torch.stack(codes, dim=1), torch.stack(states, dim=1)
 
@@ -58,10 +57,8 @@ def forward_states(
     image tokens."""
     rows = torch.cat([prompt, codes + ref.config.vocab.image_start_token_id], dim=1)
     mask = torch.cat([valid, torch.ones_like(codes, dtype=torch.bool)], dim=1)
-    states = ref.ar.model(
-        rows, attention_mask=mask.long(), position_ids=prompt_positions(mask)
-    ).last_hidden_state
-    return states[:, prompt.shape[1] - 1 :]
+    out = ref.ar.model(rows, attention_mask=mask.long(), position_ids=prompt_positions(mask))
+    return out.last_hidden_state[:, prompt.shape[1] - 1 :]
 
 
 def sigmas(num_steps: int, shift: float = 1.0) -> np.ndarray:
@@ -83,14 +80,10 @@ def denoise(
     first."""
     x, both = noise.float(), torch.cat([torch.zeros_like(states), states])
     condition = None if connector_each_step else ref.connector(both)
-    levels = torch.from_numpy(sigmas(num_steps))
-    for sigma, following in itertools.pairwise(levels):
+    for sigma, following in itertools.pairwise(torch.from_numpy(sigmas(num_steps))):
         given = ref.connector(both) if connector_each_step else condition
         t = torch.full((2 * len(x),), float(1000 * sigma), dtype=torch.float32)
-        rows = torch.cat([x, x]).to(states.dtype)
-        velocity = ref.sana(rows, encoder_hidden_states=given, timestep=t, return_dict=False)[
-            0
-        ].float()
+        velocity = ref.velocity(torch.cat([x, x]).to(states.dtype), t, given).float()
         without, with_ = velocity.chunk(2)
         x = x + (following - sigma) * (without + guidance * (with_ - without))
     return x
@@ -99,11 +92,4 @@ def denoise(
 @torch.no_grad()
 def decode(ref: Reference, latents: torch.Tensor) -> torch.Tensor:
     """latents [B,C,Y,X] -> pixels [B,3,H,W] in [0,1]."""
-    dtype = next(ref.vae.parameters()).dtype
-    return (
-        ref.vae.decode((latents / ref.config.dc_ae.scaling_factor).to(dtype), return_dict=False)[
-            0
-        ].float()
-        / 2
-        + 0.5
-    ).clamp(0, 1)
+    return (ref.decode(latents).float() / 2 + 0.5).clamp(0, 1)

@@ -21,19 +21,16 @@ def joint_loss(
     rows, starts = rows.clone(), start.tolist()
     for row, at, ids in zip(rows, starts, codes, strict=True):
         row[at + 1 : at + 1 + n] = vocab.image_start_token_id + ids
-    states = ref.ar.model(
-        rows, attention_mask=(rows != vocab.pad_token_id).long()
-    ).last_hidden_state
-    labels = torch.where(
-        torch.from_numpy(np.asarray(targets(rows.numpy(), start.numpy(), vocab))), rows, -100
-    )
-    ce = F.cross_entropy(
-        (states @ ref.ar.lm_head.weight.T)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    )
+    # Next tokens: the image's and what follows it.
+    mask = (rows != vocab.pad_token_id).long()
+    states = ref.ar.model(rows, attention_mask=mask).last_hidden_state
+    counted = torch.from_numpy(np.asarray(targets(rows.numpy(), start.numpy(), vocab)))
+    labels = torch.where(counted, rows, -100)[:, 1:]
+    logits = (states @ ref.ar.lm_head.weight.T)[:, :-1]
+    ce = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    # The velocity of the noisy latents, given the states of the image's tokens.
     hidden = torch.stack([row[at : at + n + 1] for row, at in zip(states, starts, strict=True)])
     level = sigma.view(-1, 1, 1, 1)
     noisy = (1 - level) * x0 + level * noise
-    velocity = ref.sana(
-        noisy, encoder_hidden_states=ref.connector(hidden), timestep=1000 * sigma, return_dict=False
-    )[0]
+    velocity = ref.velocity(noisy, 1000 * sigma, ref.connector(hidden))
     return ce, (velocity - (noise - x0)).pow(2).mean()
