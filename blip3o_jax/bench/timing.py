@@ -18,10 +18,12 @@ TURN = 0.3  # seconds of calls in a turn, at least one call
 COLUMNS = {"ours": "blip3o_jax", "original": "PyTorch, original's way", "well": "PyTorch done well"}
 
 
-def seconds(call: Callable[[], object]) -> float:
+def seconds(call: Callable[[], object], count: int = 1) -> float:
+    """Seconds of a call, the mean of `count`."""
     start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - start) / count
 
 
 def median_seconds(call: Callable[[], object], repeats: int = 5) -> float:
@@ -30,24 +32,17 @@ def median_seconds(call: Callable[[], object], repeats: int = 5) -> float:
     return statistics.median(seconds(call) for _ in range(repeats))
 
 
-def alternating(
-    calls: dict[str, Callable[[], object]], repeats: int
-) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """(seconds of a call in each turn, by name; the share of a core that the process uses while it
-    rests afterwards).
-
-    The rest lets the thread pool of the side that ran go to sleep; the share says whether it does.
-    """
+def alternating(calls: dict[str, Callable[[], object]], repeats: int) -> tuple[dict, dict]:
+    """({name: seconds of a call in each turn}, {name: the share of a core that the process uses
+    while it rests afterwards})."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     idle = dict.fromkeys(calls, 0.0)
     # The first call warms up, and says how many make a turn.
     counts = {name: max(1, round(TURN / max(seconds(call), 1e-9))) for name, call in calls.items()}
     for _ in range(repeats):
         for name, call in calls.items():
-            started = time.perf_counter()
-            for _ in range(counts[name]):
-                call()
-            times[name].append((time.perf_counter() - started) / counts[name])
+            times[name].append(seconds(call, counts[name]))
+            # The thread pool of this side goes to sleep, or the share of a core says it does not.
             time.sleep(SETTLE)
             busy = time.process_time()
             time.sleep(SETTLE)
@@ -56,8 +51,7 @@ def alternating(
 
 
 def read_bytes_per_second(size: int, threads: int) -> float:
-    """How fast `threads` read an array of `size` bytes repeatedly: from memory, or from a cache
-    that holds it."""
+    """How fast `threads` read `size` bytes repeatedly: from memory, or a cache that holds them."""
     parts = [np.ones(max(1, size // 4 // threads), np.float32) for _ in range(threads)]
     passes = max(2, int(2e9 / max(size, 1)))
 
@@ -108,17 +102,16 @@ def row(times: dict[str, list[float]], limit: float, amount: float, unit: str) -
 
 def table(rows: dict[str, dict]) -> str:
     """The rows of all stages as Markdown."""
-    sides = list(next(iter(rows.values()))["value"])
-    head = ["stage", "devices", "unit"]
-    for side in sides:
-        head += [COLUMNS[side]] if side == "ours" else [COLUMNS[side], "ours is"]
-    lines = [[*head, "limit", "reached"], ["---"] * (len(head) + 2)]
+    # Our column, then two of each other side.
+    first = next(iter(rows.values()))
+    others = list(first["ratio"])
+    pairs = [title for side in others for title in (COLUMNS[side], "ours is")]
+    head = ["stage", "devices", "unit", COLUMNS["ours"], *pairs, "limit", "reached"]
+    lines = [head, ["---"] * len(head)]
     for stage, numbers in rows.items():
-        cells = [stage, str(numbers["devices"]), numbers["unit"]]
-        for side in sides:
-            cells.append(f"{numbers['value'][side]:.3g}")
-            if side != "ours":
-                cells.append(f"{numbers['ratio'][side]:.2f}×")
+        values, ratios = numbers["value"], numbers["ratio"]
+        pairs = [x for side in others for x in (f"{values[side]:.3g}", f"{ratios[side]:.2f}×")]
+        cells = [stage, str(numbers["devices"]), numbers["unit"], f"{values['ours']:.3g}", *pairs]
         reached = f"{100 * numbers['share_of_limit']:.0f} %"
         lines.append([*cells, f"{numbers['limit']:.3g}", reached])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

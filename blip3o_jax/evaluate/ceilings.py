@@ -17,18 +17,14 @@ from blip3o_jax.text import row_length
 def ceilings(
     pipeline: Pipeline, prompts: list[str], images: np.ndarray, settings: Settings
 ) -> dict[str, np.ndarray]:
-    """Pictures {"autoencoder", "true_tokens"} uint8 [B,H,W,3] from true ones of the same shape.
-
-    "autoencoder" encodes and decodes them; "true_tokens" gives the diffusion part the tokens of the
-    true picture.
-    """
+    """Pictures uint8 [B,H,W,3] from true ones of the same shape: "autoencoder" encodes and decodes
+    them, "true_tokens" gives the diffusion part the tokens of the true picture."""
     model, params = pipeline.model, pipeline.params
 
     @jit
     def reconstruct(params, pixels):
-        variables = {"params": params["dc_ae"]}
-        latents = model.dc_ae.apply(variables, to_unit(pixels), method="encode")
-        return to_uint8(model.dc_ae.apply(variables, latents, method="decode"))
+        latents = model.apply(params, "dc_ae", to_unit(pixels), method="encode")
+        return to_uint8(model.apply(params, "dc_ae", latents, method="decode"))
 
     read = jit(functools.partial(generate.read_tokens, model), model.config)
     _, draw = programs.programs(model)
@@ -43,8 +39,7 @@ def ceilings(
     keys = np.array([generate.sample_key(0, prompt, 0) for prompt in prompts], np.uint32)
 
     # Batches of the pipeline's size, the last one padded with the last picture.
-    pictures: dict[str, list[np.ndarray]] = {"autoencoder": [], "true_tokens": []}
-    size = pipeline.batch_size
+    batches, size = [], pipeline.batch_size
     for first in range(0, len(images), size):
         count = min(size, len(images) - first)
         index = np.minimum(np.arange(first, first + size), len(images) - 1)
@@ -52,6 +47,6 @@ def ceilings(
         with jax.set_mesh(pipeline.mesh):
             reconstructed = reconstruct(params, batch[0])
             drawn = draw(params, read(params, *batch[:3]), batch[3], **options)
-        pictures["autoencoder"].append(np.asarray(reconstructed)[:count])
-        pictures["true_tokens"].append(np.asarray(drawn)[:count])
-    return {name: np.concatenate(parts) for name, parts in pictures.items()}
+        batches.append([np.asarray(shown)[:count] for shown in (reconstructed, drawn)])
+    coded, drawn = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    return {"autoencoder": coded, "true_tokens": drawn}

@@ -23,13 +23,12 @@ def heldout(count: int) -> list[tuple[dict, scene.Scene]]:
 
 def table(metadata: list[dict], verdicts: list[dict]) -> dict[str, dict[str, float]]:
     """Shares of `correct` and `strict` by tag and overall, the mean of the tags as in GenEval."""
-    result = {}
+    tags, result = [row["tag"] for row in metadata], {}
     for rule in ("correct", "strict"):
-        tags = {
-            tag: [v[rule] for v, m in zip(verdicts, metadata, strict=True) if m["tag"] == tag]
-            for tag in TAGS
-        }
-        rates = {tag: round(float(np.mean(values)), 4) for tag, values in tags.items() if values}
+        rates = {}
+        for tag in (tag for tag in TAGS if tag in tags):
+            own = [v[rule] for v, its in zip(verdicts, tags, strict=True) if its == tag]
+            rates[tag] = round(float(np.mean(own)), 4)
         result[rule] = {"overall": round(float(np.mean(list(rates.values()))), 4), **rates}
     return result
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from blip3o_jax.config import Blip3oConfig
-from blip3o_jax.errors import InputError, nearest
-from blip3o_jax.jobs.options import overwrite_option
+from blip3o_jax.errors import nearest, require
+from blip3o_jax.jobs.options import needs_torch, option, overwrite_option
 from blip3o_jax.jobs.output import new_file
 from blip3o_jax.presets import preset
 
@@ -33,20 +33,13 @@ log = logging.getLogger(__name__)
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--preset",
-        default="emoji_64",
-        help="emoji_64 with its weights, or e.g. mid_128 with random ones (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--against", choices=["torch"], help="measure PyTorch beside it (extra [parity])"
-    )
-    for flag, default, text in (
-        ("--batch-size", 4, "images at once"),
-        ("--num-inference-steps", 10, "Euler steps"),
-        ("--repeats", 5, "turns, of which the median counts"),
-    ):
-        parser.add_argument(flag, type=int, default=default, help=f"{text} (default: %(default)s)")
+    preset_help = "emoji_64 with its weights, or e.g. mid_128 with random ones"
+    option(parser, "--preset", "emoji_64", preset_help)
+    against = "measure PyTorch beside it (extra [parity])"
+    parser.add_argument("--against", choices=["torch"], help=against)
+    option(parser, "--batch-size", 4, "images at once")
+    option(parser, "--num-inference-steps", 10, "Euler steps")
+    option(parser, "--repeats", 5, "turns, of which the median counts")
     parser.add_argument("--stages", help=f"some of {','.join(STAGES)} (default: all)")
     parser.add_argument("--out", metavar="FILE.json", help="write the report to a file too")
     overwrite_option(parser, "an earlier report")
@@ -56,14 +49,13 @@ def options(parser: argparse.ArgumentParser) -> None:
 def checked_stages(args: argparse.Namespace) -> list[str]:
     """The stages to measure, with the command line checked."""
     for name in ("batch_size", "num_inference_steps", "repeats"):
-        if (value := getattr(args, name)) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is at least 1, not {value}.")
+        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        require(value >= 1, f"{flag} is at least 1, not {value}.")
     # PyTorch's code has no cache.
     names = [name for name in STAGES if not (args.against and name == "cached_train_step")]
     chosen = args.stages.split(",") if args.stages else names
     for stage in chosen:
-        if stage not in names:
-            raise InputError(f"--stages: unknown stage {stage!r}; {nearest(stage, names)}")
+        require(stage in names, f"--stages: unknown stage {stage!r}; {nearest(stage, names)}")
     return chosen
 
 
@@ -72,13 +64,12 @@ def stage_meshes(cfg: Blip3oConfig, stages: list[str], batch_size: int) -> dict[
     import jax
 
     from blip3o_jax.kernels.platform import is_narrow
-    from blip3o_jax.parallel import mesh
-    from blip3o_jax.parallel.batches import check_batch
+    from blip3o_jax.parallel import batches, mesh
 
     split = is_narrow(cfg) and mesh.split_cpu_into_devices(batch_size)
     generating = mesh.make_mesh()
     training = mesh.make_mesh(devices=jax.devices()[:1]) if split else generating
-    check_batch(batch_size, generating)
+    batches.check_batch(batch_size, generating)
     return {name: training if name.endswith("train_step") else generating for name in stages}
 
 
@@ -86,13 +77,8 @@ def torch_side(work: Workload, folder: pathlib.Path, threads: int) -> tuple[dict
     """({side: {stage: function}}, FLOP/s of its matrix product) of PyTorch."""
     from blip3o_jax.bench.timing import GEMM, median_seconds
 
-    try:
+    with needs_torch("--against torch"):
         from blip3o_jax.reference import bench
-    except ImportError as error:
-        raise InputError(
-            f"--against torch needs PyTorch, transformers and diffusers ({error.name} is "
-            "missing): pip install 'blip3o-jax[parity]'."
-        ) from error
     sides = bench.stages(work, folder, threads)
     return sides, bench.gemm_flops_per_second(GEMM, median_seconds)
 
@@ -120,15 +106,9 @@ def measure(
     if args.against:
         theirs, gemm["torch"] = torch_side(work, folder, threads)
         sides |= theirs
-    bandwidths: dict[int, float] = {}
-
-    def bandwidth(size: int) -> float:
-        if size not in bandwidths:
-            bandwidths[size] = timing.read_bytes_per_second(size, threads)
-        return bandwidths[size]
 
     # Stage by stage: the sides' results agree, then their times in turn.
-    rows, agreement, idle = {}, {}, {}
+    rows, agreement, idle, speeds = {}, {}, {}, {}
     for stage, mesh in meshes.items():
         log.info("Measuring %s.", stage)
         calls = {name: side[stage] for name, side in sides.items()}
@@ -139,25 +119,25 @@ def measure(
             agreement[f"{stage}, {name}"] = compare_stages(shared, ours, TOLERANCE)
         times, resting = timing.alternating(calls, args.repeats)
         idle = {name: max(idle.get(name, 0.0), share) for name, share in resting.items()}
+        # What the machine could reach at most.
         phases = stages.phases(work, stage, sizes)
-        limit = timing.limit_seconds(phases, max(gemm.values()), bandwidth)
+        for size in {int(phase.bytes) for phase in phases} - {0, *speeds}:
+            speeds[size] = timing.read_bytes_per_second(size, threads)
+        limit = timing.limit_seconds(phases, max(gemm.values()), speeds.__getitem__)
         numbers = timing.row(times, limit, *stages.amount(work, stage))
         rows[stage] = {"devices": mesh.size} | numbers
         # a run that is stopped later has said this much
         log.info("%s", timing.table({stage: rows[stage]}).splitlines()[-1])
+    options = ("batch_size", "num_inference_steps", "repeats")
     return {
         "preset": cfg.name,
-        "batch_size": args.batch_size,
-        "num_inference_steps": args.num_inference_steps,
-        "repeats": args.repeats,
+        **{name: getattr(args, name) for name in options},
         "threads": threads,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "stages": rows,
         "agreement": agreement,
         "gemm_gflops": {name: value / 1e9 for name, value in gemm.items()},
-        "read_gb_per_second": {
-            f"{size / 1e6:.1f} MB": value / 1e9 for size, value in sorted(bandwidths.items())
-        },
+        "read_gb_per_second": {f"{n / 1e6:.1f} MB": speeds[n] / 1e9 for n in sorted(speeds)},
         "cores_used_at_rest": idle,
     }
 
@@ -171,22 +151,20 @@ def weights(cfg: Blip3oConfig) -> Iterator[pathlib.Path]:
     from blip3o_jax.convert.random_weights import random_checkpoint
     from blip3o_jax.models.blip3o import Blip3o
 
-    if cfg.name in checkpoints.embedded():
-        yield checkpoints.embedded()[cfg.name]
+    if folder := checkpoints.embedded().get(cfg.name):
+        yield folder
         return
     count = sum(leaf.size for leaf in jax.tree.leaves(Blip3o(cfg).abstract()))
-    if count > LARGEST:
-        raise InputError(
-            f"{cfg.name} has {count:,} parameters; bench makes random weights up to {LARGEST:,}."
-        )
-    with tempfile.TemporaryDirectory(prefix="blip3o-bench-") as folder:
-        random_checkpoint(pathlib.Path(folder) / cfg.name, cfg)
-        yield pathlib.Path(folder) / cfg.name
+    limit = f"bench makes random weights up to {LARGEST:,}."
+    require(count <= LARGEST, f"{cfg.name} has {count:,} parameters; {limit}")
+    with tempfile.TemporaryDirectory(prefix="blip3o-bench-") as root:
+        folder = pathlib.Path(root) / cfg.name
+        random_checkpoint(folder, cfg)
+        yield folder
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints a table and one JSON line; 1 when the sides' results differ, so that they did not do
-    the same work."""
+    """Prints a table and one JSON line; 1 when the sides' results differ."""
     from blip3o_jax.bench.timing import table
     from blip3o_jax.kernels.platform import enable_compilation_cache
 
@@ -204,11 +182,12 @@ def run(args: argparse.Namespace) -> int:
     comparisons = [row for rows in report["agreement"].values() for row in rows.values()]
     agree = all(row["agree"] for row in comparisons)
     gemm = ", ".join(f"{name} {value:.0f}" for name, value in report["gemm_gflops"].items())
-    reading = report["read_gb_per_second"].items()
+    speeds = report["read_gb_per_second"].items()
+    reading = ", ".join(f"{value:.0f} at {size}" for size, value in speeds)
     print(
         f"{cfg.name}, batch {args.batch_size}, {args.num_inference_steps} steps, float32, median "
         f"of {args.repeats}; threads: {report['threads']}; GEMM GFLOP/s: {gemm}; reading GB/s: "
-        + ", ".join(f"{value:.0f} at {size}" for size, value in reading)
+        f"{reading}"
     )
     print(table(report["stages"]))
     if comparisons:

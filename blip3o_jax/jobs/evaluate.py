@@ -5,9 +5,9 @@ import argparse
 import json
 from dataclasses import asdict
 
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import require
 from blip3o_jax.jobs.generate import load_for
-from blip3o_jax.jobs.options import model_options, settings_of
+from blip3o_jax.jobs.options import model_options, option, settings_of
 from blip3o_jax.jobs.output import new_folder
 from blip3o_jax.scenes.config import TAGS
 
@@ -16,15 +16,8 @@ HELP = "score a checkpoint; prints one JSON line last"
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("benchmark", choices=["scenes"])
-    parser.add_argument(
-        "--num-prompts",
-        type=int,
-        default=402,
-        help="held-out prompts, spread over the tags (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seeds", type=int, default=2, help="images of each prompt (default: %(default)s)"
-    )
+    option(parser, "--num-prompts", 402, "held-out prompts, spread over the tags")
+    option(parser, "--seeds", 2, "images of each prompt")
     model_options(parser)
     parser.set_defaults(run=run)
 
@@ -40,8 +33,8 @@ def run(args: argparse.Namespace) -> None:
     from blip3o_jax.evaluate.ceilings import ceilings
     from blip3o_jax.scenes import judge, scene
 
-    if args.num_prompts < len(TAGS) or args.seeds < 1:
-        raise InputError(f"--num-prompts is at least {len(TAGS)} and --seeds at least 1.")
+    enough = args.num_prompts >= len(TAGS) and args.seeds >= 1
+    require(enough, f"--num-prompts is at least {len(TAGS)} and --seeds at least 1.")
     settings = settings_of(args)
     with new_folder(args.out, marker="result.json", overwrite=args.overwrite) as folder:
         # Images of the held-out prompts, and the true renders of their scenes.
@@ -49,8 +42,9 @@ def run(args: argparse.Namespace) -> None:
         metadata, worlds = zip(*scenes.heldout(args.num_prompts), strict=True)
         truth = np.stack([scene.compose(world) for world in worlds])
         sentences = [row["prompt"] for row in metadata]
+        total = args.num_prompts * args.seeds
         samples = pipeline.samples(sentences, args.seed, args.seeds, settings)
-        samples = list(tqdm(samples, total=args.num_prompts * args.seeds, unit="image"))
+        samples = list(tqdm(samples, total=total, unit="image"))
         images = np.stack([sample.image for sample in samples])
 
         # Scores of the images, of the judge itself, and of the ceilings.

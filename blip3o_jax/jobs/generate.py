@@ -10,8 +10,8 @@ import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from blip3o_jax.errors import InputError
-from blip3o_jax.jobs.options import model_options, settings_of
+from blip3o_jax.errors import InputError, require
+from blip3o_jax.jobs.options import model_options, option, settings_of
 from blip3o_jax.jobs.output import new_file, new_folder
 from blip3o_jax.sample.settings import Settings
 
@@ -24,12 +24,9 @@ MAX_PROMPT_FILE = 256 << 20  # bytes
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="*", metavar="PROMPT")
-    parser.add_argument(
-        "--prompts", metavar="FILE", help=".txt (a prompt a line), .jsonl or .csv (field `prompt`)"
-    )
-    parser.add_argument(
-        "--num-images", type=int, default=1, help="images of each prompt (default: %(default)s)"
-    )
+    formats = ".txt (a prompt a line), .jsonl or .csv (field `prompt`)"
+    parser.add_argument("--prompts", metavar="FILE", help=formats)
+    option(parser, "--num-images", 1, "images of each prompt")
     model_options(parser)
     parser.set_defaults(run=run)
 
@@ -39,8 +36,8 @@ def read_prompts(path: str) -> list[str]:
     `prompt`), in order."""
     file = pathlib.Path(path)
     try:
-        if file.stat().st_size > MAX_PROMPT_FILE:
-            raise InputError(f"{path} is larger than {MAX_PROMPT_FILE >> 20} MB.")
+        limit = f"{path} is larger than {MAX_PROMPT_FILE >> 20} MB."
+        require(file.stat().st_size <= MAX_PROMPT_FILE, limit)
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
@@ -53,25 +50,21 @@ def read_prompts(path: str) -> list[str]:
         prompts = [_json_prompt(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
     elif file.suffix == ".csv":
         rows = csv.DictReader(lines)
-        if "prompt" not in (rows.fieldnames or ()):
-            raise InputError(f"{path} has no column `prompt`.")
+        require("prompt" in (rows.fieldnames or ()), f"{path} has no column `prompt`.")
         prompts = [row["prompt"] or "" for row in rows]
     else:
         raise InputError(f"{path}: a prompts file ends in .txt, .jsonl or .csv.")
-    if not prompts:
-        raise InputError(f"{path} contains no prompts.")
+    require(bool(prompts), f"{path} contains no prompts.")
     return prompts
 
 
 def _json_prompt(path: str, number: int, line: str) -> str:
+    where = f"{path} line {number}"
     try:
         prompt = json.loads(line)["prompt"]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} line {number} is not a JSON object with a field `prompt`."
-        ) from error
-    if not isinstance(prompt, str):
-        raise InputError(f"{path} line {number}: `prompt` is not text.")
+        raise InputError(f"{where} is not a JSON object with a field `prompt`.") from error
+    require(isinstance(prompt, str), f"{where}: `prompt` is not text.")
     return prompt
 
 
@@ -98,13 +91,12 @@ def load_for(args: argparse.Namespace) -> Pipeline:
     from blip3o_jax.kernels.platform import is_narrow
     from blip3o_jax.parallel import mesh
 
-    if args.batch_size is not None and args.batch_size < 1:
-        raise InputError(f"--batch-size is at least 1, not {args.batch_size}.")
+    size = args.batch_size
+    require(size is None or size >= 1, f"--batch-size is at least 1, not {size}.")
     # A narrow model is faster with each core of a CPU as a device; --mesh decides otherwise.
     if not args.mesh and is_narrow(checkpoints.config_of(args.checkpoint)):
-        mesh.split_cpu_into_devices(args.batch_size or pipeline.CPU_BATCH)
-    sizes = mesh.parse_mesh(args.mesh)
-    return pipeline.load(args.checkpoint, mesh=sizes, batch_size=args.batch_size)
+        mesh.split_cpu_into_devices(size or pipeline.CPU_BATCH)
+    return pipeline.load(args.checkpoint, mesh=mesh.parse_mesh(args.mesh), batch_size=size)
 
 
 def file_name(sample: Sample, number: int) -> str:
@@ -117,22 +109,19 @@ def run(args: argparse.Namespace) -> None:
     """Writes OUT/NUMBER-INDEX-words.png and OUT/manifest.jsonl, a line an image; or one image as
     OUT.png."""
     # All of the command line is checked before anything is loaded.
-    if bool(args.prompt) == bool(args.prompts):
-        raise InputError("Give prompts as arguments or --prompts FILE, one of the two.")
+    one_way = bool(args.prompt) != bool(args.prompts)
+    require(one_way, "Give prompts as arguments or --prompts FILE, one of the two.")
     prompts = args.prompt or read_prompts(args.prompts)
-    if blank := [number for number, prompt in enumerate(prompts, 1) if not prompt.strip()]:
-        raise InputError(f"Prompt {blank[0]} is empty; write what the image should show.")
-    if args.num_images < 1:
-        raise InputError(f"--num-images is at least 1, not {args.num_images}.")
-    settings = settings_of(args)
-    total = len(prompts) * args.num_images
+    for number, prompt in enumerate(prompts, 1):
+        empty = f"Prompt {number} is empty; write what the image should show."
+        require(bool(prompt.strip()), empty)
+    require(args.num_images >= 1, f"--num-images is at least 1, not {args.num_images}.")
+    settings, total = settings_of(args), len(prompts) * args.num_images
 
     # One image as a file.
     if args.out.endswith(".png"):
-        if total != 1:
-            raise InputError(
-                f"{args.out} is one file, but you asked for {total} images; name a folder."
-            )
+        several = f"{args.out} is one file, but you asked for {total} images; name a folder."
+        require(total == 1, several)
         with new_file(args.out, args.overwrite) as path:
             pipeline = load_for(args)
             (sample,) = pipeline.samples(prompts, args.seed, 1, settings)
@@ -152,7 +141,6 @@ def run(args: argparse.Namespace) -> None:
                 origin = origin_of(sample, pipeline)
                 save_png(folder / name, sample, origin, settings)
                 tokens = {"tokens": sample.tokens.tolist()}
-                manifest.write(
-                    json.dumps({"file": name} | origin | tokens | asdict(settings)) + "\n"
-                )
+                row = {"file": name} | origin | tokens | asdict(settings)
+                manifest.write(json.dumps(row) + "\n")
     print(f"{total} images in {args.out}")

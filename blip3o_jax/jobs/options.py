@@ -1,9 +1,18 @@
 """Options that several jobs share."""
 
 import argparse
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
+from blip3o_jax.errors import InputError
 from blip3o_jax.sample.settings import Settings
+
+
+def option(parser: argparse.ArgumentParser, flag: str, default: object, text: str) -> None:
+    """Adds an option of the default's type, whose help says the default."""
+    help_text = f"{text} (default: %(default)s)"
+    parser.add_argument(flag, type=type(default), default=default, help=help_text)
 
 
 def config_option(parser: argparse.ArgumentParser, more: str = "") -> None:
@@ -20,32 +29,29 @@ def overwrite_option(parser: argparse.ArgumentParser, what: str) -> None:
 
 def model_options(parser: argparse.ArgumentParser) -> None:
     """Adds the checkpoint, how it samples, and where the results go."""
-    parser.add_argument(
-        "--checkpoint",
-        default="emoji_64",
-        help="embedded name, folder in the published PyTorch layout or of `convert to-jax`, or "
-        "training workdir (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--out",
-        default="out",
-        help="folder for the results, or NAME.png for one image (default: %(default)s)",
-    )
+    folders = "folder in the published PyTorch layout or of `convert to-jax`, or training workdir"
+    option(parser, "--checkpoint", "emoji_64", f"embedded name, {folders}")
+    option(parser, "--out", "out", "folder for the results, or NAME.png for one image")
     overwrite_option(parser, "earlier results")
-    parser.add_argument("--seed", type=int, default=0, help="of the images (default: %(default)s)")
+    option(parser, "--seed", 0, "of the images")
     parser.add_argument("--batch-size", type=int, help="images made at once (default: by device)")
     parser.add_argument("--mesh", default="", help="e.g. data=4,fsdp=2 (default: data over all)")
     for field in dataclasses.fields(Settings):
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=field.type,
-            default=field.default,
-            help=f"{field.metadata['help']} (default: %(default)s)",
-        )
+        flag = f"--{field.name.replace('_', '-')}"
+        option(parser, flag, field.default, field.metadata["help"])
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
     """The sampling options of the command line."""
-    return Settings(
-        **{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
-    )
+    names = [field.name for field in dataclasses.fields(Settings)]
+    return Settings(**{name: getattr(args, name) for name in names})
+
+
+@contextlib.contextmanager
+def needs_torch(flag: str) -> Iterator[None]:
+    """Names the extra where PyTorch or what belongs to it cannot be imported."""
+    try:
+        yield
+    except ImportError as error:
+        problem = f"{flag} needs PyTorch, transformers and diffusers ({error.name} is missing)"
+        raise InputError(f"{problem}: pip install 'blip3o-jax[parity]'.") from error

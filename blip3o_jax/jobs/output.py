@@ -7,71 +7,49 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import os_errors, require
 
 
 @contextlib.contextmanager
 def new_folder(destination: str, marker: str, overwrite: bool = False) -> Iterator[pathlib.Path]:
-    """A temporary folder beside `destination` that takes its name when the block ends well and is
-    removed when it does not.
+    """A temporary folder that becomes `destination` when the block ends well, and else is removed.
 
     An existing destination is refused, unless it is empty, or `overwrite` is set and it holds
-    `marker`, the file by which an earlier result is known: a folder of something else is never
-    replaced.
+    `marker`, the file by which an earlier result is known.
     """
     target = pathlib.Path(destination)
-    if target.exists() and not target.is_dir():
-        raise InputError(f"{destination} exists and is not a folder.")
+    is_file = target.exists() and not target.is_dir()
+    require(not is_file, f"{destination} exists and is not a folder.")
     # Only an earlier result of the same job is replaced.
-    full = target.is_dir() and any(target.iterdir())
-    if full and not overwrite:
-        raise InputError(f"{destination} exists; name another folder or add --overwrite.")
-    if full and not (target / marker).is_file():
-        raise InputError(
-            f"{destination} holds other files (no {marker}), so it is not overwritten; "
-            "name another folder."
-        )
+    if target.is_dir() and any(target.iterdir()):
+        require(overwrite, f"{destination} exists; name another folder or add --overwrite.")
+        other = f"{destination} holds other files (no {marker}), so it is not overwritten;"
+        require((target / marker).is_file(), f"{other} name another folder.")
     # Beside the destination, so that taking its name is one rename on one disk.
-    try:
+    options = {"prefix": f".{target.name}-", "dir": target.parent, "ignore_cleanup_errors": True}
+    with os_errors(f"{destination} cannot be written"), contextlib.ExitStack() as stack:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise InputError(f"{destination} cannot be written: {error.strerror}.") from error
-    try:
+        temporary = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(**options)))
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
+        # With the permissions that mkdir would have given.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o777 & ~mask)
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)
-    except OSError as error:
-        raise InputError(f"{destination} cannot be written: {error.strerror}.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def new_file(destination: str, overwrite: bool = False) -> Iterator[pathlib.Path]:
-    """The same for one file: a temporary path beside `destination`.
-
-    An existing file is refused unless `overwrite`.
-    """
+    """The same for one file: a temporary path; an existing file is refused unless `overwrite`."""
     target = pathlib.Path(destination)
-    if target.is_dir():
-        raise InputError(f"{destination} is a folder.")
-    if target.exists() and not overwrite:
-        raise InputError(f"{destination} exists; name another file or add --overwrite.")
+    require(not target.is_dir(), f"{destination} is a folder.")
+    is_free = overwrite or not target.exists()
+    require(is_free, f"{destination} exists; name another file or add --overwrite.")
     temporary = target.with_name(f".{target.name}.part")
-    try:
+    with os_errors(f"{destination} cannot be written"), contextlib.ExitStack() as cleanup:
+        cleanup.callback(temporary.unlink, missing_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(target)
-    except OSError as error:
-        raise InputError(f"{destination} cannot be written: {error.strerror}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -7,58 +7,32 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from blip3o_jax.errors import InputError
-from blip3o_jax.jobs.options import config_option
+from blip3o_jax.errors import require
+from blip3o_jax.jobs.options import config_option, option
 from blip3o_jax.sample.settings import Settings
 
 if TYPE_CHECKING:
     from blip3o_jax.train.config import TrainConfig
 
-HELP = (
-    "compile a config's step for a TPU topology that is not here: memory, time, cost; one JSON "
-    "line last"
-)
+HELP = "plan a config for a TPU topology that is not here: memory, time, cost; one JSON line last"
 MANY = 1_000_000  # images that generation is planned for
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     config_option(parser, "; NAME:TOPOLOGY where it knows several")
-    parser.add_argument(
-        "--topology", help="e.g. v5e:16x16, v5p:4x4x8, v6e:4x4, tpu7x:2x2x1 (default: the config's)"
-    )
-    parser.add_argument(
-        "--generate",
-        type=int,
-        metavar="N",
-        help="plan generation of a million images instead, N a device at once",
-    )
-    parser.add_argument(
-        "--num-inference-steps",
-        type=int,
-        default=Settings.num_inference_steps,
-        help="of generation (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--mesh",
-        default="",
-        help="of generation, as `generate --mesh` (default: unsharded weights on every device)",
-    )
-    parser.add_argument(
-        "--search", action="store_true", help="over rows a device and remat; the best that fits"
-    )
-    parser.add_argument(
-        "--mfu",
-        type=float,
-        default=0.4,
-        help="share of the peak that the time is for (default: %(default)s)",
-    )
+    topologies = "e.g. v5e:16x16, v5p:4x4x8, v6e:4x4, tpu7x:2x2x1 (default: the config's)"
+    parser.add_argument("--topology", help=topologies)
+    million = "plan generation of a million images instead, N a device at once"
+    parser.add_argument("--generate", type=int, metavar="N", help=million)
+    option(parser, "--num-inference-steps", Settings.num_inference_steps, "of generation")
+    unsharded = "of generation, as `generate --mesh` (default: unsharded weights on every device)"
+    parser.add_argument("--mesh", default="", help=unsharded)
+    best = "over rows a device and remat; the best that fits"
+    parser.add_argument("--search", action="store_true", help=best)
+    option(parser, "--mfu", 0.4, "share of the peak that the time is for")
     parser.add_argument("--price", type=float, metavar="DOLLARS", help="of a chip-hour")
-    parser.add_argument(
-        "--depth",
-        type=int,
-        metavar="N",
-        help="layers of each transformer and autoencoder stage, for a quick look",
-    )
+    quick = "layers of each transformer and autoencoder stage, for a quick look"
+    parser.add_argument("--depth", type=int, metavar="N", help=quick)
     parser.set_defaults(run=run)
 
 
@@ -66,26 +40,20 @@ def read_run(args: argparse.Namespace) -> TrainConfig:
     """The config that is planned, with the command line checked."""
     from blip3o_jax.train.read_config import read_config
 
-    if not 0 < args.mfu <= 1:
-        raise InputError(f"--mfu is in (0, 1], not {args.mfu}.")
-    if args.price is not None and args.price < 0:
-        raise InputError(f"--price is at least 0, not {args.price}.")
-    if args.generate is not None and args.search:
-        raise InputError("--search is over ways to train; leave --generate out.")
-    if args.mesh and args.generate is None:
-        raise InputError(
-            "--mesh is that of --generate; a run's is its config's, e.g. --config.mesh.fsdp=8."
-        )
-    if min(args.num_inference_steps, 1 if args.generate is None else args.generate) < 1:
-        raise InputError("--generate and --num-inference-steps are at least 1.")
+    price, trains = args.price, args.generate is None
+    require(0 < args.mfu <= 1, f"--mfu is in (0, 1], not {args.mfu}.")
+    require(price is None or price >= 0, f"--price is at least 0, not {price}.")
+    require(trains or not args.search, "--search is over ways to train; leave --generate out.")
+    elsewhere = "a run's is its config's, e.g. --config.mesh.fsdp=8."
+    require(not (args.mesh and trains), f"--mesh is that of --generate; {elsewhere}")
+    counts = (args.num_inference_steps, 1 if trains else args.generate)
+    require(min(counts) >= 1, "--generate and --num-inference-steps are at least 1.")
     cfg = read_config(args.config, args.overrides)
     # A config that knows several topologies is read again for the one that is asked for.
     if args.topology and cfg.topology and cfg.topology != args.topology:
         cfg = read_config(f"{args.config.partition(':')[0]}:{args.topology}", args.overrides)
-    if not (args.topology or cfg.topology):
-        raise InputError(
-            f"The config {args.config} names no topology; give one with --topology, e.g. v5e:4x4."
-        )
+    unnamed = f"The config {args.config} names no topology; give one with --topology, e.g. v5e:4x4."
+    require(bool(args.topology or cfg.topology), unnamed)
     return cfg
 
 
@@ -109,21 +77,16 @@ def run(args: argparse.Namespace) -> int:
         program = programs.lower_generation(cfg, mesh, rows, steps)
         runs = -(-MANY // program.images)
         result = estimate.estimate(program, devices, chip, args.mfu, runs, args.price)
-        ways = {
-            "images_at_once": program.images,
-            "images_in_all": MANY,
-            "num_inference_steps": steps,
-        }
+        ways = {"images_at_once": program.images, "images_in_all": MANY}
+        ways["num_inference_steps"] = steps
     else:
         if args.search:
             cfg, result = estimate.search(cfg, mesh, devices, chip, args.mfu, args.price)
         else:
             program = programs.lower_step(cfg, mesh)
             result = estimate.estimate(program, devices, chip, args.mfu, cfg.num_steps, args.price)
-        names = ("batch_size", "accumulate", "remat")
-        ways = {name: getattr(cfg, name) for name in names} | {
-            "ce_chunk": getattr(cfg.section, "ce_chunk", 0)
-        }
+        ways = {name: getattr(cfg, name) for name in ("batch_size", "accumulate", "remat")}
+        ways["ce_chunk"] = getattr(cfg.section, "ce_chunk", 0)
 
     print(f"{args.config} on {topology}, mesh {dict(mesh.shape)}, {ways}")
     print(estimate.table(result, chip))

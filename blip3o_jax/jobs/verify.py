@@ -10,6 +10,7 @@ import pathlib
 from typing import TYPE_CHECKING
 
 from blip3o_jax.errors import InputError
+from blip3o_jax.jobs.options import needs_torch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,13 +118,9 @@ def _verify_one(name: str, checkpoint: Checkpoint) -> int:
 
 
 def _run_in_torch(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    try:
+    from blip3o_jax.verify.stages import stage_inputs
+
+    with needs_torch("--torch"):
         from blip3o_jax.reference import modules
         from blip3o_jax.reference.stages import stage_outputs
-        from blip3o_jax.verify.stages import stage_inputs
-    except ImportError as error:
-        raise InputError(
-            f"--torch needs PyTorch, transformers and diffusers ({error.name} is missing): "
-            "pip install 'blip3o-jax[parity]'."
-        ) from error
     return stage_outputs(modules.load(checkpoint.folder), stage_inputs(checkpoint.config))
