@@ -29,6 +29,11 @@ class CheckError(Exception):
     """What is wrong and what to do, in a sentence."""
 
 
+def need(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise CheckError(sentence)
+
+
 def say(name: str, verdict: str, what: str) -> None:
     print(f"{socket.gethostname()} {name}: {verdict}, {what}", flush=True)
 
@@ -39,12 +44,8 @@ def deadline(name: str, seconds: float) -> Iterator[None]:
     nothing else."""
 
     def end():
-        say(
-            name,
-            "FAILED",
-            f"no answer within {seconds:g} s; a host is missing, or a disk or the network "
-            "does not answer",
-        )
+        cause = "a host is missing, or a disk or the network does not answer"
+        say(name, "FAILED", f"no answer within {seconds:g} s; {cause}")
         os._exit(1)
 
     timer = threading.Timer(seconds, end)
@@ -57,34 +58,31 @@ def deadline(name: str, seconds: float) -> Iterator[None]:
 
 
 def versions(args) -> str:
-    found = []
+    installed = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{name} {importlib.metadata.version(name)}")
-    if not found or not found[0].startswith("blip3o-jax"):
-        raise CheckError(
-            "blip3o-jax is not installed for this Python; pip install it on every host"
-        )
-    return f"Python {platform.python_version()}, {', '.join(found)}"
+            installed[name] = f"{name} {importlib.metadata.version(name)}"
+    missing = "blip3o-jax is not installed for this Python; pip install it on every host"
+    need(PACKAGES[0] in installed, missing)
+    return f"Python {platform.python_version()}, {', '.join(installed.values())}"
 
 
 def workdir(args) -> str:
     """A file of this host's is written, read and removed."""
-    folder = Path(args.workdir)
-    if "://" in args.workdir:
-        raise CheckError(f"{args.workdir} is a bucket's address; mount it and give the folder")
-    kept = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    mark = kept / f".preflight-{socket.gethostname()}-{uuid.uuid4().hex}"
+    is_bucket = "://" in args.workdir
+    need(not is_bucket, f"{args.workdir} is a bucket's address; mount it and give the folder")
+    workdir = Path(args.workdir)
+    folder = next(parent for parent in (workdir, *workdir.parents) if parent.exists())
+    mark = folder / f".preflight-{socket.gethostname()}-{uuid.uuid4().hex}"
     began = time.perf_counter()
     try:
         mark.write_bytes(bytes(1 << 20))
         size = len(mark.read_bytes())
         mark.unlink()
     except OSError as error:
-        raise CheckError(f"{kept} cannot be written: {error.strerror}") from error
-    if size != 1 << 20:
-        raise CheckError(f"{kept} gave back {size} of {1 << 20} bytes")
-    return f"{kept} is written and read, 1 MiB in {time.perf_counter() - began:.2f} s"
+        raise CheckError(f"{folder} cannot be written: {error.strerror}") from error
+    need(size == 1 << 20, f"{folder} gave back {size} of {1 << 20} bytes")
+    return f"{folder} is written and read, 1 MiB in {time.perf_counter() - began:.2f} s"
 
 
 def data(args) -> str:
@@ -92,29 +90,19 @@ def data(args) -> str:
     sources, and what parts come from."""
     if not args.config:
         return "no --config, nothing to look for"
-    from blip3o_jax.errors import InputError
     from blip3o_jax.train.read_config import read_config
 
-    try:
-        cfg = read_config(args.config, [])
-    except InputError as error:
-        raise CheckError(str(error)) from error
+    cfg = read_config(args.config, [])
     patterns = [cfg.data.cache] if cfg.data.cache else [source.path for source in cfg.data.sources]
     patterns += [cfg.data.tokenizer, *sorted(set(cfg.init.values()))]
     patterns = [pattern for pattern in patterns if pattern]
     for pattern in patterns:
-        found = (path for path in map(Path, sorted(glob.glob(pattern))) if path.exists())
-        first = next(
-            (
-                file
-                for path in found
-                for file in ([path] if path.is_file() else path.rglob("*"))
-                if file.is_file()
-            ),
-            None,
-        )
-        if first is None:
-            raise CheckError(f"{pattern} names no file on this host; mount it or change the config")
+        # Lazily: a folder may hold millions of files.
+        paths = (Path(path) for path in sorted(glob.glob(pattern)))
+        files = (file for path in paths for file in ([path] if path.is_file() else path.rglob("*")))
+        first = next((file for file in files if file.is_file()), None)
+        absent = f"{pattern} names no file on this host; mount it or change the config"
+        need(first is not None, absent)
         try:
             with open(first, "rb") as file:
                 file.read(4096)
@@ -124,22 +112,17 @@ def data(args) -> str:
 
 
 def processes(args) -> str:
-    from blip3o_jax.errors import InputError
     from blip3o_jax.parallel.processes import start_processes
 
-    try:
-        # `deadline` comes first: JAX's own ends the process without a word for people
-        start_processes(int(args.timeout) + 60)
-    except InputError as error:
-        raise CheckError(str(error)) from error
+    # `deadline` comes first: JAX's own ends the process without a word for people
+    start_processes(int(args.timeout) + 60)
     import jax
 
-    if args.processes and jax.process_count() != args.processes:
-        raise CheckError(
-            f"{jax.process_count()} processes found each other, not {args.processes}; "
-            "start one on every host"
-        )
-    return f"this is {jax.process_index()} of {jax.process_count()}"
+    count = jax.process_count()
+    is_whole = not args.processes or count == args.processes
+    problem = f"{count} processes found each other, not {args.processes}"
+    need(is_whole, f"{problem}; start one on every host")
+    return f"this is {jax.process_index()} of {count}"
 
 
 def devices(args) -> str:
@@ -147,23 +130,17 @@ def devices(args) -> str:
     import jax
 
     kinds = sorted({device.device_kind for device in jax.devices()})
-    found = (
-        f"{jax.local_device_count()} of {jax.device_count()} devices are local, "
-        f"{' and '.join(kinds)}"
-    )
-    if len(kinds) > 1 or jax.local_device_count() * jax.process_count() != jax.device_count():
-        raise CheckError(f"{found}; all hosts must have as many of the same")
+    local, count = jax.local_device_count(), jax.device_count()
+    present = f"{local} of {count} devices are local, {' and '.join(kinds)}"
+    is_even = len(kinds) == 1 and local * jax.process_count() == count
+    need(is_even, f"{present}; all hosts must have as many of the same")
     if args.topology:
         from blip3o_jax.chips import chip_of, parse_topology
-        from blip3o_jax.errors import InputError
 
-        try:
-            chip, count = parse_topology(args.topology)
-        except InputError as error:
-            raise CheckError(str(error)) from error
-        if jax.device_count() != count or chip_of(kinds[0]) != chip:
-            raise CheckError(f"{found}; {args.topology} has {count} of {chip.kind}")
-    return found
+        chip, planned = parse_topology(args.topology)
+        is_planned = count == planned and chip_of(kinds[0]) == chip
+        need(is_planned, f"{present}; {args.topology} has {planned} of {chip.kind}")
+    return present
 
 
 def all_reduce(args) -> str:
@@ -175,15 +152,12 @@ def all_reduce(args) -> str:
     count = jax.device_count()
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("all",))
     cut, whole = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (["all"], []))
-    mine = jax.make_array_from_callback(
-        (count,), cut, lambda index: np.arange(count, dtype=np.float32)[index]
-    )
+    numbers = np.arange(count, dtype=np.float32)
+    mine = jax.make_array_from_callback((count,), cut, lambda index: numbers[index])
     began = time.perf_counter()
     total = float(jax.jit(jnp.sum, out_shardings=whole)(mine))
-    if total != count * (count - 1) / 2:
-        raise CheckError(
-            f"the sum of 0 to {count - 1} over all devices came out as {total:g}; a link is broken"
-        )
+    wrong = f"the sum of 0 to {count - 1} over all devices came out as {total:g}"
+    need(total == count * (count - 1) / 2, f"{wrong}; a link is broken")
     return f"{count} devices add up, {time.perf_counter() - began:.2f} s"
 
 
@@ -196,9 +170,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", help="whose data must be there")
     parser.add_argument("--topology", help="devices that must be there, e.g. v5e:16x16")
     parser.add_argument("--processes", type=int, help="that must be there")
-    parser.add_argument(
-        "--timeout", type=float, default=300, help="seconds of each check (default: %(default)s)"
-    )
+    timeout = "seconds of each check (default: %(default)s)"
+    parser.add_argument("--timeout", type=float, default=300, help=timeout)
     args = parser.parse_args(argv)
     for check in CHECKS:
         name = check.__name__
@@ -207,11 +180,10 @@ def main(argv: list[str] | None = None) -> int:
                 say(name, "ok", check(args))
         except Exception as error:  # whatever it is, it is this check that failed
             reason = str(error).splitlines()[0] if str(error) else "no reason given"
-            say(
-                name,
-                "FAILED",
-                reason if isinstance(error, CheckError) else f"{type(error).__name__}: {reason}",
-            )
+            # Sentences for people are said as they are, other errors with their kind.
+            kind = type(error).__name__
+            is_sentence = kind in ("CheckError", "InputError")
+            say(name, "FAILED", reason if is_sentence else f"{kind}: {reason}")
             return 1
     return 0
 
