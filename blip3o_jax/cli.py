@@ -37,7 +37,6 @@ def main(argv: list[str] | None = None) -> int:
     overridable = getattr(args, "overridable", False)
     if unknown := [item for item in rest if not (overridable and item in args.overrides)]:
         parser.error(f"unknown argument {unknown[0]}")
-
     # Our own messages from INFO on, those of libraries from ERROR on.
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(

@@ -186,7 +186,6 @@ class DcAeConfig:
         require(not unknown, kinds)
         for name, known in RESAMPLING.items():
             require(getattr(self, name) in known, f"DC-AE: {name} is {' or '.join(known)}.")
-
         # Widths that heads, and the channels of shortcuts, divide.
         is_divisible = widths[-1] % self.latent_channels == 0
         require(is_divisible, "DC-AE: the last width must divide by latent_channels.")

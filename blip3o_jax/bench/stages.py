@@ -55,7 +55,6 @@ def make(cfg: Blip3oConfig, batch_size: int, num_inference_steps: int, seed: int
         row[:length] = prompt[longest - length :]
         row[length : length + n] = vocab.image_start_token_id
         row[length + n : length + n + 2] = vocab.image_end_tag_id, vocab.eos_token_id
-
     # The first step's noise and levels, as losses.joint_loss draws them from the run's seed.
     _, _, time_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 4)
     latents = (batch_size, side, side, cfg.sana.in_channels)
@@ -93,7 +92,6 @@ def ours(work: Workload, params, mesh) -> dict[str, Callable[[], dict]]:
     """
     model, cfg, place = Blip3o(work.config), work.config, jax.NamedSharding(mesh, BATCH)
     n, steps_ = cfg.ta_tok.num_tokens, work.num_inference_steps
-
     # The three programs of `generate`, compiled once for all stages that need them.
     compiled = functools.partial(jit, generates=cfg, out_shardings=place)
 

@@ -30,14 +30,12 @@ def ceilings(
     _, draw = programs.programs(model)
     steps = ("num_inference_steps", "guidance_scale", "shift")
     options = {name: getattr(settings, name) for name in steps}
-
     # Rows of token ids with the codes open, and the number of each picture's noise.
     text = pipeline.text
     encoded = [text.encode_prompt(prompt) for prompt in prompts]
     codes = np.zeros((len(encoded), model.config.ta_tok.num_tokens), np.int32)
     rows, start = text.training_rows(encoded, codes, row_length(model.config))
     keys = np.array([generate.sample_key(0, prompt, 0) for prompt in prompts], np.uint32)
-
     # Batches of the pipeline's size, the last one padded with the last picture.
     batches, size = [], pipeline.batch_size
     for first in range(0, len(images), size):

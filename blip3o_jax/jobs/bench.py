@@ -106,7 +106,6 @@ def measure(
     if args.against:
         theirs, gemm["torch"] = torch_side(work, folder, threads)
         sides |= theirs
-
     # Stage by stage: the sides' results agree, then their times in turn.
     rows, agreement, idle, speeds = {}, {}, {}, {}
     for stage, mesh in meshes.items():
@@ -177,7 +176,6 @@ def run(args: argparse.Namespace) -> int:
         report = measure(cfg, folder, args, meshes)
         if out:
             out.write_text(json.dumps(report, indent=1) + "\n")
-
     # For people, then as one line of JSON.
     comparisons = [row for rows in report["agreement"].values() for row in rows.values()]
     agree = all(row["agree"] for row in comparisons)

@@ -46,7 +46,6 @@ def run(args: argparse.Namespace) -> None:
         samples = pipeline.samples(sentences, args.seed, args.seeds, settings)
         samples = list(tqdm(samples, total=total, unit="image"))
         images = np.stack([sample.image for sample in samples])
-
         # Scores of the images, of the judge itself, and of the ceilings.
         asked = [row for row in metadata for _ in range(args.seeds)]
         verdicts = judge.judge_batch(images, asked)

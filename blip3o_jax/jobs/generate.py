@@ -42,7 +42,6 @@ def read_prompts(path: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise InputError(f"The prompts file {path} cannot be read: {reason}.") from error
-
     # The format by the file's name.
     if file.suffix == ".txt":
         prompts = [line.strip() for line in lines if line.strip()]
@@ -117,7 +116,6 @@ def run(args: argparse.Namespace) -> None:
         require(bool(prompt.strip()), empty)
     require(args.num_images >= 1, f"--num-images is at least 1, not {args.num_images}.")
     settings, total = settings_of(args), len(prompts) * args.num_images
-
     # One image as a file.
     if args.out.endswith(".png"):
         several = f"{args.out} is one file, but you asked for {total} images; name a folder."
@@ -128,7 +126,6 @@ def run(args: argparse.Namespace) -> None:
             save_png(path, sample, origin_of(sample, pipeline), settings)
         print(args.out)
         return
-
     # All images in a folder, with a manifest.
     from tqdm import tqdm
 

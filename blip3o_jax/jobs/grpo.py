@@ -37,7 +37,6 @@ def run(args: argparse.Namespace) -> None:
     one_process = jax.process_count() == 1
     require(one_process, "GRPO runs in one process; rewards are not yet gathered from several.")
     text = open_tokenizer(cfg)
-
     # Prompts of the embedded world: step after step, and those of the evaluation.
     count = cfg.batch_size // cfg.grpo.num_generations
     world = dataclasses.replace(cfg.data.world, text=0.0)

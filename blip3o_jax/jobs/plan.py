@@ -70,7 +70,6 @@ def run(args: argparse.Namespace) -> int:
     topology = args.topology or cfg.topology
     devices, chip = programs.open_topology(topology)
     mesh = make_mesh(cfg.mesh if args.generate is None else parse_mesh(args.mesh), devices)
-
     # What is planned: generation, the best of several ways to train, or the step as configured.
     if args.generate is not None:
         rows, steps = args.generate * batch_shards(mesh), args.num_inference_steps

@@ -93,7 +93,6 @@ def run(args: argparse.Namespace) -> None:
 
     quirks = REFERENCE_QUIRKS if args.reference_quirks else ()
     cfg = open_run(args.config, [*args.overrides, *quirks], "train")
-
     # The data; a cache must have been made by the run's own encoders.
     tokenizer = open_tokenizer(cfg) if "tokenizer" in cfg.record.data else None
     workdir = Path(args.workdir)

@@ -50,7 +50,6 @@ def measure(program: Program, chip: Chip) -> dict:
         lines = str(error).splitlines()
         reason = next((line.strip() for line in lines if "hbm" in line.lower()), lines[0])
         return {"bytes": memory, "fits": False, "reason": reason}
-
     # The compiler drops arguments that are not read: they have no sharding.
     places = jax.tree.leaves(compiled.input_shardings[0], is_leaf=lambda x: x is None)
     arguments = zip(jax.tree.leaves(program.arguments), places, strict=True)
