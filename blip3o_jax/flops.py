@@ -33,8 +33,7 @@ def connector(cfg: config.Blip3oConfig, tokens: int) -> int:
 
 
 def sana_condition(cfg: config.SanaConfig, tokens: int) -> int:
-    """The caption projection of `tokens` condition tokens, and every block's keys and values of
-    them: needed once an image."""
+    """The caption projection of `tokens` tokens and their keys and values in every block."""
     width = cfg.hidden_size
     return 2 * tokens * width * (cfg.caption_channels + width + 2 * cfg.num_layers * width)
 

@@ -59,8 +59,7 @@ class Finder:
 
 
 def refuse(module: str, name: str):
-    """`__getattr__` of a module that lost names. An old name is an ImportError, which
-    `from ... import` shows as it is."""
+    """`__getattr__` of a module that lost names: an ImportError says where an old one is now."""
     if name in NAMES[module]:
         new = NAMES[module][name]
         raise ImportError(f"blip3o_jax.{module}.{name} is now blip3o_jax.{new}.")

@@ -76,9 +76,7 @@ def _emoji_64() -> config.Blip3oConfig:
 
 
 def _mid_128() -> config.Blip3oConfig:
-    """Between the miniature and the published models, made as the latter are, for measuring speed:
-    about 100 M + 100 M parameters, 128 px, 16x16 tokens of 4096 codes, 16x16 latents; no weights.
-    """
+    """For measuring speed: 100 M + 100 M parameters, 128 px, 16x16 of 4096 codes; no weights."""
     # The text vocabulary of the embedded model, with more codes.
     vocab = dataclasses.replace(_emoji_64().vocab, num_image_tokens=4096)
     return config.Blip3oConfig(

@@ -34,8 +34,7 @@ def find_config(name_or_path: str) -> Path:
 
 
 def find_tokenizer(preset: str, given: str = "") -> Path:
-    """The tokenizer.json of a training run: the one that its config names (`given`), or the one
-    that travels with its preset; InputError when there is neither."""
+    """The tokenizer.json that a run's config names (`given`), or that travels with its preset."""
     path = Path(given) if given else ASSETS / preset / "tokenizer.json"
     missing = f"No tokenizer travels with preset {preset!r}; name one with data.tokenizer."
     if given:
@@ -45,6 +44,5 @@ def find_tokenizer(preset: str, given: str = "") -> Path:
 
 
 def cache_folder() -> Path:
-    """Where things are kept between processes: $XDG_CACHE_HOME/blip3o_jax, by default
-    ~/.cache/blip3o_jax."""
+    """Where things stay between processes: $XDG_CACHE_HOME/blip3o_jax or ~/.cache/blip3o_jax."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blip3o_jax"

@@ -1,5 +1,4 @@
-"""The stages that `blip3o-jax bench` measures: their inputs, our side of them, and what each must
-at least compute and read."""
+"""The stages of `blip3o-jax bench`: inputs, our side, and what each must compute and read."""
 
 import functools
 from collections.abc import Callable
@@ -76,8 +75,7 @@ def make(cfg: Blip3oConfig, batch_size: int, num_inference_steps: int, seed: int
 
 
 def train_config() -> TrainConfig:
-    """All of the diffusion part is trained, as for the embedded model; no condition is dropped, so
-    that both sides see the same."""
+    """All of the diffusion part is trained; no condition is dropped, so that both sides see one."""
     optimizer = OptimizerConfig(LEARNING_RATE, LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     joint = JointConfig(trainable_sana="all", condition_dropout=0.0)
     return TrainConfig(stage="joint", joint=joint, optimizer=optimizer)
@@ -139,8 +137,7 @@ def ours(work: Workload, params, mesh) -> dict[str, Callable[[], dict]]:
 
 
 def _training(model: Blip3o, params, work: Workload, mesh, cached: bool) -> Callable[[], dict]:
-    """A function that makes a step; `cached`: codes and latents come with the batch, as from
-    `blip3o-jax data cache`, and no image is encoded."""
+    """A function that makes a step; `cached`: codes and latents come with the batch."""
     cfg, batch = train_config(), {"images": work.images, "tokens": work.tokens, "start": work.start}
     training: dict = {}
 
@@ -183,8 +180,7 @@ def amount(work: Workload, stage: str) -> tuple[float, str]:
 
 @dataclass(frozen=True)
 class Phase:
-    """`passes` times `flops`, each over `bytes` of weights and caches that are read (and, in
-    training, written)."""
+    """`passes` times `flops`, each over `bytes` that are read (and, in training, written)."""
 
     passes: int
     flops: float

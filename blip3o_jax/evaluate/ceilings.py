@@ -1,4 +1,4 @@
-"""Ceilings of a score: pictures that skip a part of the model, so that its errors do not show."""
+"""Ceilings of a score: pictures that skip a part of the model and so its errors."""
 
 import functools
 

@@ -1,5 +1,4 @@
-"""`evaluate scenes`: held-out prompts of the embedded world, the judge's verdicts on pictures of
-them, and their tables."""
+"""`evaluate scenes`: held-out prompts of the embedded world, verdicts on pictures, their tables."""
 
 import json
 import pathlib

@@ -1,4 +1,1 @@
-"""What the commands do: each job reads its inputs, wires the rooms together and writes its results.
-
-Imported only when it is run.
-"""
+"""What the commands do: read inputs, wire the rooms together, write results."""

@@ -1,5 +1,4 @@
-"""`blip3o-jax bench`: how fast each stage is, against PyTorch in the same process if asked, and
-against what the machine can do."""
+"""`blip3o-jax bench`: how fast each stage is, against PyTorch and against the machine's limits."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""`blip3o-jax evaluate scenes`: the score of a checkpoint on held-out prompts; beside it the
-judge's own accuracy and the ceilings."""
+"""`blip3o-jax evaluate scenes`: a checkpoint's score, beside the judge's own and the ceilings."""
 
 import argparse
 import json
@@ -23,8 +22,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes OUT/{result.json,images.jsonl,images.npz,sheet.png} and prints the result as one JSON
-    line."""
+    """Writes OUT/{result.json,images.jsonl,images.npz,sheet.png}; prints the result as JSON."""
     import numpy as np
     from PIL import Image
     from tqdm import tqdm

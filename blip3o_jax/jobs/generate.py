@@ -32,8 +32,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_prompts(path: str) -> list[str]:
-    """Prompts of a .txt (one a line; blank lines are skipped), .jsonl or .csv file (field or column
-    `prompt`), in order."""
+    """Prompts of a .txt (non-blank lines), .jsonl or .csv file (field or column `prompt`)."""
     file = pathlib.Path(path)
     try:
         limit = f"{path} is larger than {MAX_PROMPT_FILE >> 20} MB."
@@ -105,8 +104,7 @@ def file_name(sample: Sample, number: int) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes OUT/NUMBER-INDEX-words.png and OUT/manifest.jsonl, a line an image; or one image as
-    OUT.png."""
+    """Writes OUT/NUMBER-INDEX-words.png and OUT/manifest.jsonl, or one image as OUT.png."""
     # All of the command line is checked before anything is loaded.
     one_way = bool(args.prompt) != bool(args.prompts)
     require(one_way, "Give prompts as arguments or --prompts FILE, one of the two.")

@@ -1,5 +1,4 @@
-"""`blip3o-jax grpo`: config file -> checked config -> prompts and judge of the embedded world ->
-loop."""
+"""`blip3o-jax grpo`: config -> prompts and judge of the embedded world -> loop."""
 
 import argparse
 import dataclasses

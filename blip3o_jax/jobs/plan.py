@@ -1,5 +1,4 @@
-"""`blip3o-jax plan`: what a config needs on a TPU topology, and how long it takes, from the TPU's
-own compiler. Needs no TPU."""
+"""`blip3o-jax plan`: memory, time and cost of a config on a TPU topology that is not here."""
 
 from __future__ import annotations
 

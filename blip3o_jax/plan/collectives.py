@@ -1,5 +1,4 @@
-"""What a compiled program sends between devices, read from its HLO text: loops count as often as
-they run, which XLA's own numbers miss."""
+"""What a compiled program sends between devices: its HLO text, with loops as often as they run."""
 
 import math
 import re

@@ -72,8 +72,7 @@ def _communication(compiled: jax.stages.Compiled) -> dict:
 def price(
     program: Program, devices: list, chip: Chip, mfu: float, runs: int, dollars: float | None
 ) -> dict:
-    """Time and cost of `runs` runs when the devices reach `mfu` of their bfloat16 peak; `dollars`
-    are those of a chip-hour."""
+    """Time and cost of `runs` runs at `mfu` of the bfloat16 peak and `dollars` a chip-hour."""
     seconds = program.flops / (mfu * len(devices) * peak_flops(devices[0].device_kind))
     hours = runs * seconds / 3600
     chip_hours = len(devices) // chip.devices * hours

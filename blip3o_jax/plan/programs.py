@@ -1,7 +1,4 @@
-"""A run's own programs, lowered for a mesh of a TPU topology that is not here.
-
-Nothing is allocated: parameters are shapes.
-"""
+"""A run's programs, lowered for TPUs that are not here; parameters are shapes, not arrays."""
 
 import dataclasses
 import os
@@ -26,8 +23,7 @@ from blip3o_jax.train.config import TrainConfig
 
 
 def open_topology(name: str) -> tuple[list[jax.Device], Chip]:
-    """The devices of e.g. "v5e:4x4", none of which is here, and their chip; InputError for an
-    unknown one or without libtpu."""
+    """(devices, chip) of e.g. "v5e:4x4"; InputError for an unknown one or without libtpu."""
     chip, _ = parse_topology(name)
     # libtpu reads these once, when it is loaded: it must neither ask a cloud's server what this
     # machine is, nor refuse a second plan at the same time.
@@ -83,8 +79,7 @@ def abstract_batch(cfg: TrainConfig, mesh: Mesh) -> dict:
 
 @dataclass(frozen=True)
 class Program:
-    """A program lowered for a mesh: its arguments, the same by kind, and the FLOPs and images of
-    one run, of all devices."""
+    """A lowered program: its arguments, the same by kind, FLOPs and images of one run in all."""
 
     lowered: jax.stages.Lowered
     arguments: tuple

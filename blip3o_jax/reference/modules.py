@@ -1,5 +1,4 @@
-"""A published checkpoint as PyTorch modules: Qwen3ForCausalLM, SanaTransformer2DModel,
-AutoencoderDC, TA-Tok and the connector."""
+"""A published checkpoint as transformers' and diffusers' own modules, and TA-Tok."""
 
 import math
 from dataclasses import dataclass
@@ -30,8 +29,7 @@ def _fields(cfg: object, names: tuple[str, ...]) -> dict:
 
 
 class TaTok(nn.Module):
-    """TA-Tok from its description (docs/model.md §2.3), around transformers' SigLIP; pixels
-    [B,3,H,W] in [-1,1]."""
+    """TA-Tok (docs/model.md §2.3) around transformers' SigLIP; pixels [B,3,H,W] in [-1,1]."""
 
     def __init__(self, cfg: TaTokConfig):
         super().__init__()
@@ -168,8 +166,7 @@ def _add_positions(cfg: Blip3oConfig):
 
 
 def load(directory: str | Path, dtype: torch.dtype = torch.float32) -> Reference:
-    """The modules with the weights of a folder in the published layout; InputError when one of a
-    module's weights is not there."""
+    """The modules with the weights of a published folder; InputError when one is not there."""
     cfg, stored = open_published(Path(directory))
     reference = build(cfg)
     parts = {

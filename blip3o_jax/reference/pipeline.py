@@ -1,7 +1,4 @@
-"""Text to image in PyTorch, twice: as the original does it, and as PyTorch does it well.
-
-Greedy or given tokens, given noise.
-"""
+"""Text to image in PyTorch, twice: as the original does it, and as PyTorch does it well."""
 
 import functools
 import itertools
@@ -53,8 +50,7 @@ def greedy_tokens(
 def forward_states(
     ref: Reference, prompt: torch.Tensor, valid: torch.Tensor, codes: torch.Tensor
 ) -> torch.Tensor:
-    """The original's second forward over the finished row -> states [B,n+1,D] at `<S0>` and the
-    image tokens."""
+    """The original's second forward over finished rows -> states [B,n+1,D] from `<S0>` on."""
     rows = torch.cat([prompt, codes + ref.config.vocab.image_start_token_id], dim=1)
     mask = torch.cat([valid, torch.ones_like(codes, dtype=torch.bool)], dim=1)
     out = ref.ar.model(rows, attention_mask=mask.long(), position_ids=prompt_positions(mask))
@@ -76,8 +72,7 @@ def denoise(
     guidance: float,
     connector_each_step: bool = False,
 ):
-    """states [B,n+1,D], noise [B,C,Y,X] -> latents: Euler with guidance, the unconditional half
-    first."""
+    """states [B,n+1,D], noise [B,C,Y,X] -> latents: Euler, the unconditional half first."""
     x, both = noise.float(), torch.cat([torch.zeros_like(states), states])
     condition = None if connector_each_step else ref.connector(both)
     for sigma, following in itertools.pairwise(torch.from_numpy(sigmas(num_steps))):

@@ -1,5 +1,4 @@
-"""The joint training step in PyTorch: the losses for given codes, latents and noise, and the step
-of AdamW."""
+"""The losses of the joint training step in PyTorch, for given codes, latents and noise."""
 
 import numpy as np
 import torch
