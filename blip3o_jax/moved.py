@@ -20,31 +20,26 @@ MODULES = {
     "workload": "bench.stages",
 }
 NAMES = {
-    "convert.converted": {"load_converted": "checkpoints.open"},
-    "convert.published": {"load_published": "checkpoints.open"},
-    "pipeline": {
-        "config_of": "checkpoints.config_of",
-        "embedded_checkpoints": "checkpoints.embedded",
-        "find_checkpoint": "checkpoints.find",
-        "identity": "checkpoints.open",
-        "tokenizer_of": "resources.find_tokenizer",
-    },
-    "training_checkpoint": {"load_run": "checkpoints.open", "open_run": "checkpoints.open"},
-    "config": {
-        "ConfigError": "errors.InputError",
-        "multiples": "errors.multiples",
-        "preset": "presets.preset",
-        "PRESETS": "presets.PRESETS",
-        "SANA_PRESETS": "presets.SANA_PRESETS",
-    },
-    "plan": {
-        "CHIPS": "chips.CHIPS",
-        "lower_generation": "plan.programs.lower_generation",
-        "lower_step": "plan.programs.lower_step",
-        "measure": "plan.estimate.measure",
-        "open_topology": "plan.programs.open_topology",
-        "price": "plan.estimate.price",
-    },
+    "convert.converted.load_converted": "checkpoints.open",
+    "convert.published.load_published": "checkpoints.open",
+    "pipeline.config_of": "checkpoints.config_of",
+    "pipeline.embedded_checkpoints": "checkpoints.embedded",
+    "pipeline.find_checkpoint": "checkpoints.find",
+    "pipeline.identity": "checkpoints.open",
+    "pipeline.tokenizer_of": "resources.find_tokenizer",
+    "training_checkpoint.load_run": "checkpoints.open",
+    "training_checkpoint.open_run": "checkpoints.open",
+    "config.ConfigError": "errors.InputError",
+    "config.multiples": "errors.multiples",
+    "config.preset": "presets.preset",
+    "config.PRESETS": "presets.PRESETS",
+    "config.SANA_PRESETS": "presets.SANA_PRESETS",
+    "plan.CHIPS": "chips.CHIPS",
+    "plan.lower_generation": "plan.programs.lower_generation",
+    "plan.lower_step": "plan.programs.lower_step",
+    "plan.measure": "plan.estimate.measure",
+    "plan.open_topology": "plan.programs.open_topology",
+    "plan.price": "plan.estimate.price",
 }
 
 
@@ -60,7 +55,6 @@ class Finder:
 
 def refuse(module: str, name: str):
     """`__getattr__` of a module that lost names: an ImportError says where an old one is now."""
-    if name in NAMES[module]:
-        new = NAMES[module][name]
+    if new := NAMES.get(f"{module}.{name}"):
         raise ImportError(f"blip3o_jax.{module}.{name} is now blip3o_jax.{new}.")
     raise AttributeError(f"module 'blip3o_jax.{module}' has no attribute {name!r}")
