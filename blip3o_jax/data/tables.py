@@ -32,14 +32,11 @@ def _columns(spec: SourceConfig, columns: Iterable[str], path: str) -> tuple[str
     InputError, with the setting that changes it, for one that is not there.
     """
     usual = next((name for name in CAPTIONS if name in columns), CAPTIONS[0])
-    names = {
-        "image_field": spec.image_field or "image",
-        "caption_field": spec.caption_field or usual,
-    }
-    for setting, name in names.items():
+    names = (spec.image_field or "image", spec.caption_field or usual)
+    for setting, name in zip(("image_field", "caption_field"), names, strict=True):
         how = f"set {setting} of the source, {nearest(name, columns)}"
         require(name in columns, f"{path} has no column {name!r}; {how}")
-    return tuple(names.values())
+    return names
 
 
 class ParquetSource(FileSource):

@@ -112,13 +112,10 @@ def read_headers(tar: str) -> np.ndarray:
     require(not damaged, f"{tar} is damaged {where}; copy it again.")
     # One array of them.
     width = max((len(key) for key, _ in rows), default=1)
-    parts = [(part, "<i8", 2) for part in ("image", "text", "json")]
-    index = np.full(len(rows), -1, [("key", f"S{width}"), *parts])
-    for row, (key, spans) in zip(index, rows, strict=True):
-        row["key"] = key
-        for part, span in spans.items():
-            row[part] = span
-    return index
+    parts = ("image", "text", "json")
+    dtype = [("key", f"S{width}"), *((part, "<i8", 2) for part in parts)]
+    values = [(key, *(spans.get(part, (-1, -1)) for part in parts)) for key, spans in rows]
+    return np.array(values, dtype)
 
 
 def _add(rows: list, member: tarfile.TarInfo) -> None:

@@ -7,7 +7,7 @@ from itertools import combinations, product
 
 import numpy as np
 
-from blip3o_jax.errors import nearest, require
+from blip3o_jax.errors import InputError, nearest
 from blip3o_jax.scenes.config import WorldConfig
 from blip3o_jax.scenes.heldout import COUNTS, WORDS, held_out
 from blip3o_jax.scenes.scene import POSITIONS, SPAN, Scene, Thing
@@ -33,8 +33,8 @@ def sample(world: WorldConfig, index: int, split: str = "train") -> tuple[dict, 
     include, exclude (counting), prompt; ground where the prompt names it; word for the tag "text";
     extra=True for the kinds of EXTRA. InputError for an unknown split.
     """
-    near = nearest(split, NUMBER_OF_SPLIT)
-    require(split in NUMBER_OF_SPLIT, f"Unknown split {split!r}; {near}")
+    if split not in NUMBER_OF_SPLIT:
+        raise InputError(f"Unknown split {split!r}; {nearest(split, NUMBER_OF_SPLIT)}")
     key = [world.seed, NUMBER_OF_SPLIT[split]]
     rng = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, index]))
     training = split == "train"

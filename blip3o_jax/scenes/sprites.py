@@ -71,9 +71,7 @@ def render(name: str, color: str | None = None) -> np.ndarray:
         # The commonest shade gets the plain colour; a flat sprite stays flat, its noise is not
         # blown up.
         knots = [middle - max(middle - low, 0.15), middle, middle + max(high - middle, 0.15)]
-        ramp = np.float32(RAMPS[color]) / 255
-        rgba[..., :3] = np.stack(
-            [np.interp(luminance, knots, ramp[:, c]) for c in range(3)], axis=-1
-        )
+        ramps = (np.float32(RAMPS[color]) / 255).T
+        rgba[..., :3] = np.stack([np.interp(luminance, knots, ramp) for ramp in ramps], axis=-1)
     rgba.setflags(write=False)
     return rgba
