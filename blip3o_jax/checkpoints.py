@@ -1,9 +1,6 @@
-"""One door to a checkpoint of any kind.
-
-`open(name)` takes the name of an embedded checkpoint, a folder in the published layout, a folder of
-`convert to-jax`, or the workdir of a training run, of which it takes the newest checkpoint. What
-tells the kinds apart is here and nowhere else.
-"""
+"""One door to a checkpoint of any kind: `open(name)` takes the name of an embedded checkpoint, a
+folder in the published layout or of `convert to-jax`, or the workdir of a training run, of which it
+takes the newest checkpoint. What tells the kinds apart is here and nowhere else."""
 
 import dataclasses
 import functools
@@ -37,20 +34,15 @@ Leaves = dict[str, PublishedLeaf | Leaf]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk, its weights unread.
+    """A model on disk, its weights unread."""
 
-    folder: what was named. config: its vocabulary is padded only by `padded`. step: of a run. root:
-    the folder of the weights and their record of hashes; files: all that hold weights. select:
-    parts -> their leaves by path, InputError when one is missing.
-    """
-
-    folder: Path
+    folder: Path  # what was named
     kind: str
-    config: Blip3oConfig
-    step: int | None
-    root: Path
-    files: tuple[Path, ...]
-    select: Callable[[tuple[str, ...]], Leaves]
+    config: Blip3oConfig  # whose vocabulary is padded only by `padded`
+    step: int | None  # of a run
+    root: Path  # of the weights and their record of hashes
+    files: tuple[Path, ...]  # all that hold weights
+    select: Callable[[tuple[str, ...]], Leaves]  # parts -> leaves, InputError when one is missing
 
     @functools.cached_property
     def leaves(self) -> Leaves:
@@ -77,12 +69,11 @@ class Checkpoint:
         dtype: Any = "float32",
         shardings: Callable[[dict], dict] | Mapping | None = None,
     ) -> dict:
-        """The parameters of `parts`, or all, as `dtype`, leaf by leaf; each host reads its own
-        shards where the files allow it.
+        """The parameters of `parts`, or all, as `dtype`; each host reads its own shards.
 
         shardings: a tree like the parameters', or a function from their shapes to it; without it
-        the leaves are numpy arrays. Parts that are not asked for may be missing. Raises InputError,
-        naming the file, for what is missing, damaged, not finite or contradictory.
+        the leaves are numpy arrays. Parts that are not asked for may be missing. InputError, naming
+        the file, for what is missing, damaged, not finite or contradictory.
         """
         dtype, rows = float_dtype(dtype), self.config.qwen3.vocab_rows
         leaves = self.select(parts or parts_of(self.config))
@@ -106,17 +97,15 @@ class Checkpoint:
     def identity(self) -> str:
         """NAME@HASH, of a run NAME/STEP@HASH: what an image's metadata name.
 
-        HASH covers every byte of every weight, the step, the config and the tokenizer. The hashes
-        of the weights are those recorded when they were saved or converted, after a comparison of
-        sizes and samples; without a record every byte is hashed, once for each state of the files.
-        Raises InputError when the files are not what was recorded.
+        HASH covers every byte of every weight, the step, the config and the tokenizer. The weights'
+        own hashes are those recorded when they were written, if sizes and samples still agree, else
+        InputError; without a record they are hashed, once for each state of the files.
         """
         weights = self.root, self.files
         return self._identity(hashes.compare(*weights) or hashes.remembered(*weights))
 
     def verify(self) -> tuple[str, bool]:
-        """(identity from every byte that is there, whether a record confirms it); InputError naming
-        the file that differs from the record."""
+        """(identity from every byte, whether a record confirms it); InputError if one denies it."""
         recorded = hashes.compare(self.root, self.files, whole=True)
         weights = recorded or hashes.measure(self.root, self.files)
         return self._identity(weights), recorded is not None
@@ -133,8 +122,7 @@ class Checkpoint:
 def _reader(
     leaf: PublishedLeaf | Leaf, shape: tuple[int, ...], dtype: np.dtype
 ) -> Callable[[tuple[slice, ...]], np.ndarray]:
-    """A function that reads the values at an index of `shape`, whose rows behind the stored ones
-    are zeros; each piece is read once."""
+    """A function that reads, once, the values at an index of `shape`: zeros behind those stored."""
     read, pieces = leaf.reader(dtype), {}
 
     def piece(index: tuple[slice, ...]) -> np.ndarray:
@@ -158,11 +146,11 @@ def embedded() -> dict[str, Path]:
 
 
 def find(name: str | Path) -> tuple[Path, str]:
-    """(folder, kind) of a checkpoint; InputError naming the nearest embedded name when there is
-    none."""
+    """(folder, kind) of a checkpoint; InputError with the nearest name if there is none."""
     folder = embedded().get(str(name), Path(name))
     if training_checkpoint.is_workdir(folder):  # whose config.json is the run's
         return folder, RUN
+    # A workdir without weights to read is no model, whatever its config.json says.
     has_weights = any(folder.glob("*.safetensors*"))
     begun = f"{name} is a training run without a complete checkpoint as yet."
     require(has_weights or not (folder / "checkpoints").is_dir(), begun)
@@ -183,8 +171,7 @@ def config_of(name: str | Path) -> Blip3oConfig:
 
 
 def open(name: str | Path) -> Checkpoint:
-    """The checkpoint of an embedded name, published or converted folder or training workdir;
-    InputError for one that is not there, damaged or contradictory."""
+    """The checkpoint of that name; InputError for a missing, damaged or contradictory one."""
     folder, kind = find(name)
     step, root = None, folder
     if kind == RUN:
@@ -204,6 +191,7 @@ def open(name: str | Path) -> Checkpoint:
         def select(parts: tuple[str, ...]) -> Leaves:
             return published.open_leaves(folder, config, stored, parts)[0]
 
+    # Of Orbax's folders too, the files alone.
     files = tuple(sorted(path for path in files if path.is_file()))
     return Checkpoint(folder, kind, config, step, root, files, select)
 
@@ -234,8 +222,7 @@ def _of_run(folder: Path, config: Blip3oConfig, leaves: Leaves, parts: tuple[str
 
 
 def keep_tokenizer(workdir: Path, file: Path) -> None:
-    """Copies a run's tokenizer into its workdir, so that its checkpoints can be opened anywhere;
-    InputError when the workdir has another."""
+    """Copies a run's tokenizer into its workdir, so that its checkpoints can be opened anywhere."""
     copy = workdir / "tokenizer.json"
     if not copy.is_file():
         copy.write_bytes(file.read_bytes())

@@ -1,18 +1,19 @@
-"""A loaded model that makes images from prompts: what `blip3o_jax.load` returns and `blip3o-jax
-generate` runs."""
+"""A loaded model that makes images from prompts: what `blip3o_jax.load` returns."""
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from blip3o_jax import checkpoints
-from blip3o_jax.errors import InputError
-from blip3o_jax.kernels.platform import dtype_for, enable_compilation_cache
-from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.errors import require
+from blip3o_jax.kernels.platform import dtype_for, enable_compilation_cache, on_cpu
+from blip3o_jax.models.blip3o import Blip3o, Params
 from blip3o_jax.moved import refuse
 from blip3o_jax.parallel.batches import batch_shards
 from blip3o_jax.parallel.mesh import BATCH, make_mesh
@@ -28,10 +29,7 @@ CPU_BATCH = 4  # images made at once
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and what it was made from.
-
-    `image` uint8 [H,W,3]; `tokens` int32 [n] are codebook ids.
-    """
+    """One image uint8 [H,W,3] and what it was made from; `tokens` int32 [n] are codebook ids."""
 
     prompt: str
     index: int
@@ -41,20 +39,17 @@ class Sample:
 
 
 class Pipeline:
-    """A model on a mesh.
+    """A model on a mesh. Prompts run through compiled programs of fixed shape, so that an image
+    does not depend on the others of its batch."""
 
-    Prompts run through compiled programs of fixed shape, so that an image does not depend on the
-    others of its batch.
-    """
-
-    def __init__(self, model: Blip3o, params, text: Text, mesh, identity: str, batch_size: int):
+    def __init__(
+        self, model: Blip3o, params: Params, text: Text, mesh: Mesh, identity: str, batch_size: int
+    ):
         self.model, self.params, self.text = model, params, text
         self.mesh, self.identity, self.batch_size = mesh, identity, batch_size
-        if batch_size % batch_shards(mesh):
-            raise InputError(
-                f"batch_size {batch_size} does not divide by the mesh's "
-                f"{batch_shards(mesh)} batch shards."
-            )
+        shards = f"the mesh's {batch_shards(mesh)} batch shards"
+        divides = batch_size % batch_shards(mesh) == 0
+        require(divides, f"batch_size {batch_size} does not divide by {shards}.")
         self._place = jax.NamedSharding(mesh, BATCH)
         self._run = programs.text_to_image(model, out_shardings=self._place)
 
@@ -65,33 +60,32 @@ class Pipeline:
         num_images: int = 1,
         settings: Settings | None = None,
     ) -> Iterator[Sample]:
-        """Images prompt by prompt, `num_images` of each, generated batch by batch as the iterator
-        advances; InputError for a bad prompt at once."""
-        if num_images < 1:
-            raise InputError(f"num_images is at least 1, not {num_images}.")
-        if not prompts:
-            raise InputError("There are no prompts.")
-        encoded = self.text.encode_prompts(prompts, self.model.config.max_prompt_tokens)
-        return self._samples(prompts, *encoded, seed, num_images, asdict(settings or Settings()))
-
-    def _samples(
-        self, prompts, ids, valid, seed: int, num_images: int, settings: dict
-    ) -> Iterator[Sample]:
+        """`num_images` of each prompt in order, generated batch by batch as the iterator advances;
+        InputError for a bad prompt at once."""
+        require(num_images >= 1, f"num_images is at least 1, not {num_images}.")
+        require(len(prompts) > 0, "There are no prompts.")
+        limit = self.model.config.max_prompt_tokens
+        ids, valid = self.text.encode_prompts(prompts, limit)
+        options = asdict(settings or Settings())
         work = [(p, i) for p in range(len(prompts)) for i in range(num_images)]
-        for start in range(0, len(work), self.batch_size):
-            # A full batch: what is missing repeats the first prompt and is dropped.
-            chunk = work[start : start + self.batch_size]
-            rows = [p for p, _ in chunk] + [chunk[0][0]] * (self.batch_size - len(chunk))
-            numbers = [generate.sample_key(seed, prompts[p], i) for p, i in chunk]
-            numbers += [(0, 0, 0)] * (self.batch_size - len(chunk))
-            inputs = jax.device_put(
-                (ids[rows], valid[rows], np.array(numbers, np.uint32)), self._place
-            )
-            # From the mesh the model knows the platform's kernels and how the batch is sharded.
-            with jax.set_mesh(self.mesh):
-                batch = jax.device_get(self._run(self.params, *inputs, **settings))
-            for (p, i), image, tokens in zip(chunk, batch["images"], batch["tokens"], strict=False):
-                yield Sample(prompts[p], i, seed, image, tokens)
+
+        def generated() -> Iterator[Sample]:
+            for start in range(0, len(work), self.batch_size):
+                # A full batch: what is missing repeats the first prompt and is dropped.
+                chunk = work[start : start + self.batch_size]
+                missing = self.batch_size - len(chunk)
+                rows = [p for p, _ in chunk] + [chunk[0][0]] * missing
+                keys = [generate.sample_key(seed, prompts[p], i) for p, i in chunk]
+                keys = np.array(keys + [(0, 0, 0)] * missing, np.uint32)
+                inputs = jax.device_put((ids[rows], valid[rows], keys), self._place)
+                # From the mesh the model knows the platform's kernels and how the batch is sharded.
+                with jax.set_mesh(self.mesh):
+                    batch = jax.device_get(self._run(self.params, *inputs, **options))
+                images = zip(chunk, batch["images"], batch["tokens"], strict=False)
+                for (p, i), image, tokens in images:
+                    yield Sample(prompts[p], i, seed, image, tokens)
+
+        return generated()
 
     def generate(
         self, prompts: str | list[str], seed: int = 0, num_images: int = 1, **settings
@@ -111,24 +105,23 @@ def load(
     batch_size: int | None = None,
     devices=None,
 ) -> Pipeline:
-    """A checkpoint by embedded name, published or converted folder or training workdir, placed on
-    the mesh and ready to generate.
+    """A checkpoint of any kind by name or folder, placed on the mesh and ready to generate.
 
     mesh: sizes of the axes data, fsdp and tensor over `devices` (all by default). dtype: "auto" is
     float32 on CPU and bfloat16 elsewhere, for weights and compute. batch_size: images made at once,
     by default eight per part of the batch, and on CPU four in all or as many as it has parts.
-    Raises InputError for anything missing, damaged or contradictory.
+    InputError for anything missing, damaged or contradictory.
     """
     enable_compilation_cache()
-    checkpoints.find(name)
-    mesh = make_mesh(mesh, devices)
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = dtype_for(dtype)
+    checkpoints.find(name)  # before anything touches a device
+    mesh, dtype = make_mesh(mesh, devices), dtype_for(dtype)
+    # Weights go straight to their shards, with rows that make the vocabulary divisible.
     checkpoint = checkpoints.open(name).padded(mesh.shape["tensor"])
-    config = checkpoint.config
+    config, shards = checkpoint.config, batch_shards(mesh)
     params = checkpoint.load(dtype=dtype, shardings=lambda tree: shardings(tree, mesh))
     text = Text(load_tokenizer(checkpoint.tokenizer), config.vocab, config.max_prompt_tokens)
-    parts = batch_shards(mesh)
-    batch_size = batch_size or (-(-CPU_BATCH // parts) if on_cpu else 8) * parts
+    # The batch fills the mesh; a CPU gains nothing from a large one.
+    each = math.ceil(CPU_BATCH / shards) if on_cpu() else 8
+    batch_size = batch_size or each * shards
     model = Blip3o(config, dtype=jnp.dtype(dtype))
     return Pipeline(model, params, text, mesh, checkpoint.identity, batch_size)

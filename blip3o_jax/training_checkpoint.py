@@ -2,11 +2,10 @@
 WORKDIR/checkpoints/STEP/{model,optimizer,config,model_config,notes} and hashes.json.
 
 `model` is {"params", "frozen"[, "ema"]} and can be read alone; `optimizer` is {"step", "opt_state",
-"guard"}; `config` the run's config, `model_config` the model's as in a published config.json, and
-`notes` the clock's totals, as JSON; hashes.json has the SHA-256 of the files of `model`. The data
-position is the step itself, and so is the state of every random key. A folder appears under its
-number when everything in it is written; one that was killed on the way is removed by the next run.
-One that lost files later is set aside under another name.
+"guard"}; `config` the run's config, `model_config` the model's as in a published config.json,
+`notes` the clock's totals. The data position is the step itself, and so is the state of every
+random key. A folder appears under its number when everything in it is written; one that was killed
+on the way is removed by the next run, one that lost files later is set aside under another name.
 """
 
 import contextlib
@@ -25,7 +24,7 @@ from blip3o_jax.convert import hashes
 from blip3o_jax.convert.config_json import config_from_json, config_to_json
 from blip3o_jax.convert.orbax_io import Leaf, open_leaves
 from blip3o_jax.convert.safetensors_io import read_json
-from blip3o_jax.errors import InputError, about, disk_reason, os_errors
+from blip3o_jax.errors import InputError, about, disk_reason, os_errors, require
 from blip3o_jax.moved import refuse
 from blip3o_jax.parallel.processes import process_zero_first
 from blip3o_jax.presets import preset
@@ -35,8 +34,7 @@ __getattr__ = functools.partial(refuse, "training_checkpoint")
 log = logging.getLogger(__name__)
 
 OPTIMIZER = ("step", "opt_state", "guard")  # of the state, beside the weights
-# bytes of an array that are one file's piece; whoever reads the array holds it once and a piece,
-# not twice
+# bytes of an array in one piece of a file; its reader holds it once and a piece, not twice
 PIECE = 64 << 20
 # what Orbax writes last for each item
 LAST_FILES = ("_CHECKPOINT_METADATA", "config/metadata")
@@ -47,13 +45,12 @@ CONFIG_LIMIT = 4 << 20  # bytes
 
 
 def open_manager(workdir: str | Path, keep: int = 1):
-    """Orbax's manager of a workdir's checkpoints, after those that are incomplete are set aside;
-    InputError when it cannot be written."""
+    """Orbax's manager of a workdir's checkpoints, after incomplete ones are set aside."""
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").addFilter(_not_orbax)
     folder = Path(workdir).absolute() / "checkpoints"
-    # Runs in the background before a checkpoint takes its name, and in process 0 only.
+    # The hashes: runs in the background before a checkpoint takes its name, and in process 0 only.
     then = ocp.options.AsyncOptions(post_finalization_callback=lambda: _record_hashes(folder))
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, async_options=then)
     with os_errors(f"The checkpoints {folder} cannot be written"):
@@ -63,8 +60,7 @@ def open_manager(workdir: str | Path, keep: int = 1):
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-    """False for what Orbax logs, with a traceback, in its own threads: it is raised again in ours,
-    where it becomes one sentence."""
+    """False for tracebacks from Orbax's threads: they are raised again in ours, as one sentence."""
     return "orbax" not in record.pathname
 
 
@@ -96,8 +92,7 @@ def _numbered(folder: Path) -> set[Path]:
 
 
 def complete(folder: Path) -> set[Path]:
-    """The checkpoints below `folder` with all their items, each with the file that Orbax writes
-    last."""
+    """The checkpoints below `folder` that have all that Orbax writes last."""
     return {child for child in _numbered(folder) if all((child / x).is_file() for x in LAST_FILES)}
 
 
@@ -108,8 +103,7 @@ def is_workdir(directory: str | Path) -> bool:
 
 @contextlib.contextmanager
 def _writing(manager) -> Iterator[None]:
-    """Says in one sentence what went wrong while a checkpoint, this or the one before, was
-    written."""
+    """InputError for what went wrong while a checkpoint, this or the one before, was written."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
@@ -119,13 +113,11 @@ def _writing(manager) -> Iterator[None]:
 
 
 def save(manager, config, state, frozen, notes: dict) -> None:
-    """Saves in the background under the state's step; `notes` come back from `restore`.
-
-    The arrays may be donated when this returns. InputError when this checkpoint or the one before
-    it cannot be written.
-    """
+    """Saves in the background under the state's step; `notes` come back from `restore`. The arrays
+    may be donated when this returns. InputError when this or the one before cannot be written."""
     import orbax.checkpoint as ocp
 
+    # Each item can be read alone: a model without its optimizer.
     model = _model_item(state, frozen)
     pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=PIECE), model)
     items = ocp.args.Composite(
@@ -152,11 +144,8 @@ def finish(manager) -> None:
 
 
 def restore(manager, state, frozen):
-    """(state, frozen, notes) of the newest checkpoint, onto the placement of (state, frozen):
-    arrays, or abstract ones with shardings.
-
-    InputError when it cannot be read, or is of other arrays.
-    """
+    """(state, frozen, notes) of the newest checkpoint, placed as these, arrays or abstract ones;
+    InputError when it cannot be read, or is of other arrays."""
     import orbax.checkpoint as ocp
 
     def abstract(x) -> jax.ShapeDtypeStruct:
@@ -166,16 +155,15 @@ def restore(manager, state, frozen):
     optimizer = {name: state[name] for name in OPTIMIZER}
     trees = {"model": _model_item(state, frozen), "optimizer": optimizer}
     items = {x: ocp.args.StandardRestore(jax.tree.map(abstract, tree)) for x, tree in trees.items()}
-    step = manager.latest_step()
+    items["notes"], step = ocp.args.JsonRestore(), manager.latest_step()
     try:
-        saved = manager.restore(
-            step, args=ocp.args.Composite(**items, notes=ocp.args.JsonRestore())
-        )
+        saved = manager.restore(step, args=ocp.args.Composite(**items))
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         what = f"The checkpoint {manager.directory / str(step)} cannot be read: {reason}"
         fix = "Move it away, and the run resumes from the one before."
         raise InputError(f"{what} {fix}") from error
+    # The state as it was saved, its parts in two items.
     model = dict(saved["model"])
     frozen = model.pop("frozen")
     return {**model, **saved["optimizer"]}, frozen, saved["notes"]
@@ -184,8 +172,7 @@ def restore(manager, state, frozen):
 def newest(workdir: str | Path) -> Path:
     """The folder of a run's newest checkpoint; InputError when there is no complete one."""
     folders = complete(Path(workdir).absolute() / "checkpoints")
-    if not folders:
-        raise InputError(f"{workdir} holds no complete training checkpoint.")
+    require(len(folders) > 0, f"{workdir} holds no complete training checkpoint.")
     return max(folders, key=lambda folder: int(folder.name))
 
 
@@ -208,8 +195,7 @@ def model_config(folder: Path) -> Blip3oConfig:
 
 
 def open_weights(folder: Path) -> dict[str, Leaf]:
-    """The weights in the checkpoint `folder` by "part/.../leaf", unread; their average where one
-    was kept."""
+    """The weights, or their average if it was kept, by "part/.../leaf", unread."""
     leaves = open_leaves(folder / "model")
     averaged = any(path.startswith("ema/") for path in leaves)
     groups = ("frozen", "ema" if averaged else "params")

@@ -1,2 +1,1 @@
-"""PyTorch <-> JAX: one table of names per component, and the functions that apply it in either
-direction."""
+"""PyTorch <-> JAX: one table of names per component, applied in either direction."""

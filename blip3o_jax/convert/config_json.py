@@ -1,11 +1,10 @@
 """The checkpoint's config.json and Blip3oConfig, both ways.
 
 The top level is transformers' Qwen3Config with the ids that BLIP3o adds (docs/model.md §4.1).
-Published files say nothing of the other networks, since the PyTorch code fetches them from
-elsewhere: then they are SANA 1.5 1.6B, its DC-AE and TA-Tok, as in our defaults. Files written here
-say it in three more objects named after the PyTorch attributes: "sana" and "sana_vae" in the field
-names of diffusers' SanaTransformer2DModel and AutoencoderDC, "vision_tower" in those of TA-Tok's
-arguments and transformers' SiglipVisionConfig.
+Published files say nothing of the other networks: then they are SANA 1.5 1.6B, its DC-AE and
+TA-Tok, as in our defaults. Files written here say it in three more objects named after the PyTorch
+attributes: "sana" and "sana_vae" in the field names of diffusers' SanaTransformer2DModel and
+AutoencoderDC, "vision_tower" in those of TA-Tok's arguments and transformers' SiglipVisionConfig.
 """
 
 import dataclasses
@@ -17,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from blip3o_jax import config
-from blip3o_jax.config import Blip3oConfig, DcAeConfig, Qwen3Config, SanaConfig, TaTokConfig
+from blip3o_jax.config import Blip3oConfig, DcAeConfig, SanaConfig, TaTokConfig, VocabConfig
 from blip3o_jax.errors import InputError, nearest, require
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -29,52 +28,30 @@ MAX_LAYERS, MAX_STAGES = 1024, 16
 # Facts of the architecture that have no field here: written, and a file that says otherwise is
 # refused.
 QWEN3_FACTS = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
-SIGLIP_FACTS = {
-    "model_type": "siglip_vision_model",
-    "num_channels": 3,
-    "hidden_act": "gelu_pytorch_tanh",
-    "attention_dropout": 0.0,
-}
-SANA_FACTS = {
-    "patch_size": 1,
-    "dropout": 0.0,
-    "attention_bias": False,
-    "norm_elementwise_affine": False,
-    "guidance_embeds": False,
-    "guidance_embeds_scale": 0.1,
-    "timestep_scale": 1.0,
-}
-DC_AE_FACTS = {
-    "in_channels": 3,
-    "decoder_norm_types": "rms_norm",
-    "decoder_act_fns": "silu",
-    "decoder_conv_act_fn": "relu",
-    "encoder_out_shortcut": True,
-    "decoder_in_shortcut": True,
-}
+SIGLIP_FACTS = {"model_type": "siglip_vision_model", "num_channels": 3}
+SIGLIP_FACTS |= {"hidden_act": "gelu_pytorch_tanh", "attention_dropout": 0.0}
+SANA_FACTS = {"patch_size": 1, "dropout": 0.0, "attention_bias": False}
+SANA_FACTS |= {"norm_elementwise_affine": False, "guidance_embeds": False}
+SANA_FACTS |= {"guidance_embeds_scale": 0.1, "timestep_scale": 1.0}
+DC_AE_FACTS = {"in_channels": 3, "decoder_norm_types": "rms_norm", "decoder_act_fns": "silu"}
+DC_AE_FACTS |= {"decoder_conv_act_fn": "relu"}
+DC_AE_FACTS |= {"encoder_out_shortcut": True, "decoder_in_shortcut": True}
 QK_NORM = "rms_norm_across_heads"
 # one field here, one for each half in diffusers
 DC_AE_SHARED = ("block_types", "block_out_channels", "qkv_multiscales")
 # fields of Blip3oConfig that PyTorch has no name for
 OURS = ("name", "max_prompt_tokens", "connector_eps")
 # What the editing checkpoints say at the top level, and others leave out.
-EDIT_FLAGS = (
-    "use_und_image_vae",
-    "use_und_image_vae_as_noise",
-    "only_use_und_image_vae_as_noise",
-    "use_tar_siglip_features",
-)
+EDIT_FLAGS = ("use_und_image_vae", "use_und_image_vae_as_noise")
+EDIT_FLAGS += ("only_use_und_image_vae_as_noise", "use_tar_siglip_features")
 
 Shapes = Mapping[str, tuple[int, ...]]  # of tensors by published name
 
 
-def _siglip_json(cfg: config.SiglipConfig) -> dict[str, Any]:
-    return {**dataclasses.asdict(cfg), **SIGLIP_FACTS}
-
-
 def _ta_tok_json(cfg: TaTokConfig) -> dict[str, Any]:
     derived = {"input_size": cfg.encoder.image_size, "bottleneck_token_num": cfg.num_tokens}
-    return {**dataclasses.asdict(cfg), **derived, "encoder": _siglip_json(cfg.encoder)}
+    derived["encoder"] = {**dataclasses.asdict(cfg.encoder), **SIGLIP_FACTS}
+    return {**dataclasses.asdict(cfg), **derived}
 
 
 def sana_json(cfg: SanaConfig) -> dict[str, Any]:
@@ -94,7 +71,7 @@ def dc_ae_json(cfg: DcAeConfig) -> dict[str, Any]:
     return {**fields, **DC_AE_FACTS}
 
 
-def _vocab_json(cfg: config.VocabConfig) -> dict[str, Any]:
+def _vocab_json(cfg: VocabConfig) -> dict[str, Any]:
     last_scale = cfg.scale_start_token_id + cfg.num_scale_tokens - 1
     ends = {"scale_end_token_id": last_scale, "image_end_token_id": cfg.image_end_token_id}
     return {**dataclasses.asdict(cfg), **ends}
@@ -102,6 +79,7 @@ def _vocab_json(cfg: config.VocabConfig) -> dict[str, Any]:
 
 def config_to_json(cfg: Blip3oConfig, dtype: str = "float32") -> dict[str, Any]:
     """The contents of config.json; `dtype` is that of the weights beside it."""
+    # The padding belongs to a mesh, not to the model.
     qwen3 = dataclasses.asdict(cfg.qwen3)
     del qwen3["vocab_padding"]
     fields = {
@@ -121,8 +99,7 @@ def config_to_json(cfg: Blip3oConfig, dtype: str = "float32") -> dict[str, Any]:
 
 
 def _typed(value: Any, kind: Any, name: str) -> Any:
-    """`value` from JSON as a dataclass annotation has it; InputError when it is of another type or
-    beyond all sense."""
+    """`value` from JSON as annotated; InputError for another type or one beyond all sense."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:
         return None if value is None else _typed(value, arguments[0], name)
@@ -130,6 +107,7 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
         return tuple(_typed(item, arguments[0], name) for item in value)
     if kind is float and type(value) in (int, float) and 0 < value < 1e9:
         return float(value)
+    # Numbers beyond these would only fail later, or fill the memory.
     if kind is int and type(value) is int:
         least = 0 if "layers_per_block" in name or name.endswith("_id") else 1
         most = MAX_LAYERS if "layers" in name or "depth" in name else 2**31 - 1
@@ -149,8 +127,7 @@ def _object(fields: Any, section: str) -> Mapping[str, Any]:
 
 
 def _read(cls: type, fields: Any, section: str, **given) -> Any:
-    """`cls` from the JSON object `fields`, whose keys are the class's field names but for those in
-    `given`."""
+    """`cls` from the JSON object `fields` by its field names, but for those that are `given`."""
     fields = _object(fields, section)
     for field in dataclasses.fields(cls):
         if field.name not in given:
@@ -162,22 +139,23 @@ def _read(cls: type, fields: Any, section: str, **given) -> Any:
 def _agree(fields: Mapping[str, Any], expected: Mapping[str, Any], section: str) -> None:
     """InputError when `fields` has a key that `expected` lacks, or another value under it."""
     expected = json.loads(json.dumps(expected))
-    for name, value in fields.items():
-        if name.startswith("_"):  # _class_name, _diffusers_version, ...
-            continue
+    # Not _class_name, _diffusers_version, ...
+    for name in (name for name in fields if not name.startswith("_")):
         if name not in expected:
             raise InputError(f"unknown key {name!r} in {section}; {nearest(name, expected)}")
-        theirs, ours = reprlib.repr(value), reprlib.repr(expected[name])
-        same = value == expected[name]
+        theirs, ours = reprlib.repr(fields[name]), reprlib.repr(expected[name])
+        same = fields[name] == expected[name]
         require(same, f"{section} has {name} = {theirs}; this model has {ours}.")
 
 
 def _read_ta_tok(fields: Any) -> TaTokConfig:
+    # The encoder's fields are an object of their own.
     inner = fields.get("encoder") if isinstance(fields, Mapping) else None
     encoder = _read(config.SiglipConfig, inner, "vision_tower.encoder")
     cfg = _read(TaTokConfig, fields, "vision_tower", encoder=encoder)
-    _agree(inner, _siglip_json(encoder), "vision_tower.encoder")
-    _agree(fields, {**_ta_tok_json(cfg), "encoder": inner}, "vision_tower")
+    expected = _ta_tok_json(cfg)
+    _agree(inner, expected["encoder"], "vision_tower.encoder")
+    _agree(fields, {**expected, "encoder": inner}, "vision_tower")
     return cfg
 
 
@@ -193,6 +171,7 @@ def read_sana(fields: Any) -> SanaConfig:
 def read_dc_ae(fields: Any) -> DcAeConfig:
     """From diffusers' field names, as in AutoencoderDC's own config.json."""
     fields = _object(fields, "sana_vae")
+    # Our one field from the encoder's; the decoder's must agree.
     shared = {x: fields[f"encoder_{x}"] for x in DC_AE_SHARED if f"encoder_{x}" in fields}
     cfg = _read(DcAeConfig, {**fields, **shared}, "sana_vae")
     theirs = {name: value for name, value in fields.items() if name not in DC_AE_SHARED}
@@ -208,9 +187,9 @@ NETWORKS = {
 }
 
 
-def read_qwen3(fields: Mapping[str, Any], shapes: Shapes | None) -> Qwen3Config:
-    """transformers 5 keeps rope_theta inside rope_parameters; the vocabulary is as long as the
-    embedding, where its shape is known."""
+def read_qwen3(fields: Mapping[str, Any], shapes: Shapes | None) -> config.Qwen3Config:
+    """From transformers 4 or 5; the vocabulary is as long as an embedding of known shape."""
+    # A scaled embedding would give wrong angles silently.
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else None
     scaled = f"the rotary embedding is scaled ({reprlib.repr(rope)}), which is not supported."
@@ -220,7 +199,7 @@ def read_qwen3(fields: Mapping[str, Any], shapes: Shapes | None) -> Qwen3Config:
         require(len(shapes.get(EMBEDDING, ())) == 2, f"the files hold no matrix {EMBEDDING}.")
         fields["vocab_size"] = shapes[EMBEDDING][0]
     _agree({name: fields[name] for name in QWEN3_FACTS if name in fields}, QWEN3_FACTS, "it")
-    return _read(Qwen3Config, fields, "it", vocab_padding=0)
+    return _read(config.Qwen3Config, fields, "it", vocab_padding=0)
 
 
 def check_family(fields: Mapping[str, Any]) -> None:
@@ -238,19 +217,14 @@ def config_from_json(
     fields: Mapping[str, Any], shapes: Shapes | None, name: str = "published"
 ) -> Blip3oConfig:
     """The configuration behind a config.json and the shapes of the tensors beside it (None: not
-    looked at); `name` is for files that carry none.
-
-    Keys that PyTorch's trainers leave at the top level and that change nothing here are not looked
-    at. Raises InputError for another family of models, a missing or senseless value, and a value
-    that this implementation does not support.
-    """
+    looked at); `name` is for files that carry none. InputError for another family of models and for
+    a missing, senseless or unsupported value; keys that are not read change nothing here."""
     check_family(fields)
     # The ids; their ends follow from them, and have to agree where they are given.
-    default = config.VocabConfig
-    defaults = {"pad_token_id": default.pad_token_id, "eos_token_id": default.eos_token_id}
-    missing = {key: value for key, value in defaults.items() if fields.get(key) is None}
-    vocab = _read(config.VocabConfig, {**fields, **missing}, "it")
-    ends = [key for key in ("scale_end_token_id", "image_end_token_id") if key in fields]
+    missing = [key for key in ("pad_token_id", "eos_token_id") if fields.get(key) is None]
+    missing = {key: getattr(VocabConfig, key) for key in missing}
+    vocab = _read(VocabConfig, {**fields, **missing}, "it")
+    ends = {"scale_end_token_id", "image_end_token_id"} & fields.keys()
     _agree({key: fields[key] for key in ends}, _vocab_json(vocab), "it")
     # The other networks, where the file describes them.
     networks = [(part, key, read) for part, (key, _, read) in NETWORKS.items() if key in fields]
@@ -263,6 +237,5 @@ def config_from_json(
     kinds = {field.name: field.type for field in dataclasses.fields(Blip3oConfig)}
     flags = {key: fields[key] for key in EDIT_FLAGS if fields.get(key) is not None}
     plain = {key: _typed(value, kinds[key], key) for key, value in {**ours, **flags}.items()}
-    return Blip3oConfig(
-        qwen3=read_qwen3(fields, shapes), vocab=vocab, **parts, **{"name": name, **plain}
-    )
+    plain.setdefault("name", name)
+    return Blip3oConfig(qwen3=read_qwen3(fields, shapes), vocab=vocab, **parts, **plain)

@@ -26,8 +26,7 @@ def _efficient_vit_block(scales: int) -> list[Rule]:
 
 
 def _blocks(cfg: DcAeConfig, stage: int, count: int, source: str, first: int) -> list[Rule]:
-    """A stage's `count` blocks; theirs are numbered from `first`, together with the resampling
-    layer."""
+    """A stage's `count` blocks; theirs count from `first`, together with the resampling layer."""
     is_res = cfg.block_types[stage] == "ResBlock"
     block = RES_BLOCK if is_res else _efficient_vit_block(len(cfg.qkv_multiscales[stage]))
     prefixes = ((f"{source}.{first + i}.", f"stage{stage}_block{i}/") for i in range(count))
@@ -35,8 +34,7 @@ def _blocks(cfg: DcAeConfig, stage: int, count: int, source: str, first: int) ->
 
 
 def _resampled(name: str, layers: tuple[int, ...]) -> list[Rule]:
-    """The outermost convolution, which lies inside a resampling layer when the first stage has no
-    layers."""
+    """The outermost convolution, inside a resampling layer when the first stage has no layers."""
     return linear(name if layers[0] > 0 else f"{name}.conv", pattern=CONV)
 
 

@@ -1,10 +1,10 @@
-"""SHA-256 of the files that hold a model's weights: recorded when they are written, compared when
-they are read.
+"""SHA-256 of the files that hold a model's weights: recorded when written, compared when read.
 
 A folder's record is `hashes.json`: {file: {"bytes", "sha256", "sample"}}, paths relative to it.
 `sample` is the SHA-256 of a few pieces spread over the file, cheap to compare at every load.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -65,15 +65,13 @@ def record(folder: Path, files: Iterable[Path]) -> None:
 
 
 def compare(folder: Path, files: Iterable[Path], whole: bool = False) -> dict[str, str] | None:
-    """SHA-256 of the `files` below `folder` as hashes.json has them; None without such a record.
-
-    Sizes and samples are compared with the record, or with `whole` every byte. Raises InputError
-    naming the first file that differs.
-    """
+    """SHA-256 of the `files` below `folder` as hashes.json has them, None without such a record;
+    InputError naming the first file whose size and sample, or with `whole` any byte, differ."""
     if not (folder / RECORD).is_file():
         return None
     recorded = read_json(folder / RECORD, RECORD_LIMIT)
     measured = _named(folder, over_files(hash_file if whole else sample_file, files))
+    # Files that are there are as recorded ...
     for name, row in measured.items():
         expected = recorded.get(name)
         require(
@@ -81,6 +79,7 @@ def compare(folder: Path, files: Iterable[Path], whole: bool = False) -> dict[st
             f"{folder / name} is not what {RECORD} beside it recorded when it was written: it is "
             f"damaged or was changed; restore it, or remove {folder / RECORD} to accept it.",
         )
+    # ... and none is gone.
     for name in sorted(recorded):
         is_there = (folder / name).is_file()
         require(is_there, f"{folder / name} is missing, which {folder / RECORD} recorded.")
@@ -94,8 +93,7 @@ def measure(folder: Path, files: Iterable[Path]) -> dict[str, str]:
 
 
 def remembered(folder: Path, files: Iterable[Path]) -> dict[str, str]:
-    """As `measure`, but kept in the cache folder by path, size and time of change, so that only the
-    first load of a large checkpoint without a record waits for it."""
+    """As `measure`, but kept in the cache folder until a file changes its size or time."""
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
     cache = cache_folder() / "hashes" / f"{name}.json"
     try:
@@ -112,17 +110,12 @@ def remembered(folder: Path, files: Iterable[Path]) -> dict[str, str]:
     for file, row in over_files(hash_file, stale).items():
         rows[file] = row | {"changed": file.stat().st_mtime_ns}
     named = _named(folder, rows)
+    # Written whole or not at all; a home that cannot be written to is no error.
     if stale:
-        _keep(cache, named)
-    return {name: row["sha256"] for name, row in named.items()}
-
-
-def _keep(file: Path, rows: dict) -> None:
-    """Writes the cache, whole or not at all; a home that cannot be written to is no error."""
-    temporary = file.with_suffix(f".{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(rows))
-        temporary.replace(file)
-    except OSError:
+        temporary = cache.with_suffix(f".{os.getpid()}")
+        with contextlib.suppress(OSError):
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(named))
+            temporary.replace(cache)
         temporary.unlink(missing_ok=True)
+    return {name: row["sha256"] for name, row in named.items()}

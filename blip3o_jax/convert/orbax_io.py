@@ -1,9 +1,9 @@
 """Parameters as an Orbax checkpoint, written and read a block at a time.
 
-Orbax saves arrays that are whole in memory. So it saves a tree of single numbers first, which makes
-the files that describe the tree; then each of those arrays is replaced by one of the true shape
-through TensorStore, on which Orbax stands, and filled. Nothing in the describing files depends on
-shapes. What results is an ordinary checkpoint: Orbax restores it onto any mesh.
+Orbax saves arrays that are whole in memory. So it saves a tree of single numbers first; then each
+of those arrays is replaced by one of the true shape through TensorStore, on which Orbax stands, and
+filled. The files that describe the tree do not depend on shapes, so what results is an ordinary
+checkpoint: Orbax restores it onto any mesh.
 """
 
 import contextlib
@@ -31,8 +31,7 @@ DTYPES = {"<f4": "float32", "<f2": "float16", "bfloat16": "bfloat16"}  # Zarr's 
 
 @dataclass(frozen=True)
 class Leaf:
-    """An array `name` in a checkpoint's folder, unread; of a stored one that is larger, the part of
-    `shape`."""
+    """An array in a checkpoint's folder, unread; of a larger one, the part of `shape`."""
 
     folder: Path
     name: str
@@ -40,8 +39,7 @@ class Leaf:
     dtype: np.dtype
 
     def layers(self, stacked: bool) -> Iterator[np.ndarray]:
-        """The array, or its layers along the first axis, one in memory at a time; InputError when
-        one is missing or damaged."""
+        """The array, or its layers, one in memory at a time; InputError for damage."""
         store = self._store()
         for view in (store[i] for i in range(self.shape[0])) if stacked else (store,):
             array = np.empty(view.shape, self.dtype)
@@ -50,8 +48,7 @@ class Leaf:
             yield array
 
     def reader(self, dtype: np.dtype) -> Callable[[tuple[slice, ...]], np.ndarray]:
-        """A function that reads the values at an index as `dtype`, and nothing else; InputError as
-        above, and when one is not finite."""
+        """A function that reads values at an index; InputError for damaged or not finite ones."""
         store = self._store()
         return lambda index: finite(self._read(store[index]), dtype, str(self))
 
@@ -70,10 +67,8 @@ class Leaf:
 
 def chunk_shape(shape: Shape, itemsize: int, stacked: bool, shards: Shape) -> Shape:
     """How an array is cut into files: by layer, by the number of `shards` on each axis, and into
-    rows of at most BLOCK bytes.
-
-    All chunks of a block of rows are written together, so that none is written twice.
-    """
+    rows of at most BLOCK bytes, which are written together, so that none is written twice."""
+    # Of each axis the part of one shard, then of one layer, then of one block.
     cut = [math.ceil(size / count) for size, count in zip(shape, shards, strict=True)]
     first = int(stacked)
     if stacked:
@@ -95,8 +90,7 @@ def save_tree(folder: Path, dtypes: Mapping[str, np.dtype]) -> None:
 
 
 def create(folder: Path, path: str, shape: Shape, dtype: np.dtype, chunks: Shape) -> Any:
-    """Replaces the leaf `path` of a `save_tree` checkpoint by an empty array, which is returned, a
-    TensorStore."""
+    """The leaf `path` of a `save_tree` checkpoint, replaced by an empty array: a TensorStore."""
     metadata = {"shape": shape, "chunks": chunks, "compressor": COMPRESSOR}
     metadata["dimension_separator"] = "."
     place = _place(folder, path.replace("/", "."))
@@ -105,11 +99,8 @@ def create(folder: Path, path: str, shape: Shape, dtype: np.dtype, chunks: Shape
 
 
 def write(store: Any, values: np.ndarray, dtype: np.dtype, where: str) -> None:
-    """Fills `store`, an array or one layer of it, with `values`, a view of any order, as `dtype`; a
-    block of rows at a time.
-
-    InputError beginning with `where` when a value is not finite in `dtype`; OSError when the disk
-    is full.
+    """Fills `store`, an array or one layer, with `values` as `dtype`, a block of rows at a time;
+    InputError beginning with `where` when one is not finite in it, OSError when the disk is full.
     """
     rows = store.chunk_layout.write_chunk.shape[0]
     for start in range(0, len(values), rows):
@@ -119,10 +110,8 @@ def write(store: Any, values: np.ndarray, dtype: np.dtype, where: str) -> None:
 
 
 def open_leaves(folder: Path) -> dict[str, Leaf]:
-    """The arrays of a checkpoint by path; InputError when one's description makes no sense.
-
-    Orbax keeps them in one database (OCDBT, of training runs) or in a folder each.
-    """
+    """The arrays of a checkpoint by path, in one database (OCDBT, of training runs) or in a folder
+    each; InputError when one's description makes no sense."""
     import tensorstore
 
     leaves = {}
@@ -132,6 +121,7 @@ def open_leaves(folder: Path) -> dict[str, Leaf]:
             name, _, file = key.decode().rpartition("/")
             if file != ".zarray":
                 continue
+            # The file may be damaged or foreign.
             try:
                 fields = json.loads(store[key])
                 shape, dtype = tuple(map(int, fields["shape"])), np.dtype(DTYPES[fields["dtype"]])
@@ -161,8 +151,7 @@ def _open(spec: dict[str, Any], **options) -> Any:
 
 @contextlib.contextmanager
 def _disk_errors(what: str, reading: bool = False) -> Iterator[None]:
-    """TensorStore's ValueError -> an InputError; while writing an OSError with the system's reason
-    where there is one, as a full disk."""
+    """TensorStore's ValueError -> InputError, while writing OSError if the system says why."""
     try:
         yield
     except InputError:

@@ -21,8 +21,7 @@ def with_rows(path: str, shape: tuple[int, ...], rows: int) -> tuple[int, ...]:
 
 
 def fit_vocabulary(path: str, leaf: np.ndarray, rows: int) -> np.ndarray:
-    """The leaf at `path` with the vocabulary's axis padded by zeros, or cut, to `rows`; any other
-    leaf as it is."""
+    """The leaf with the vocabulary's axis padded by zeros or cut to `rows`; others as they are."""
     shape = with_rows(path, leaf.shape, rows)
     if shape == leaf.shape:
         return leaf

@@ -21,19 +21,12 @@ from blip3o_jax.errors import InputError, require
 
 # bytes; names and places take less, and each may become a hundred bytes of objects
 PICKLE_LIMIT = 4 << 20
-STORAGES = {  # torch's storage class -> the dtype's code and its bytes
-    "FloatStorage": ("F32", 4),
-    "HalfStorage": ("F16", 2),
-    "BFloat16Storage": ("BF16", 2),
-    "DoubleStorage": ("F64", 8),
-    "LongStorage": ("I64", 8),
-    "IntStorage": ("I32", 4),
-    "ShortStorage": ("I16", 2),
-    "CharStorage": ("I8", 1),
-    "ByteStorage": ("U8", 1),
-    "BoolStorage": ("BOOL", 1),
-}
-ITEM_BYTES = dict(STORAGES.values())
+# torch's storage classes -> codes of their dtypes, and bytes of those
+STORAGES = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16"}
+STORAGES |= {"DoubleStorage": "F64", "LongStorage": "I64", "IntStorage": "I32"}
+STORAGES |= {"ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8", "BoolStorage": "BOOL"}
+ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+ITEM_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1}
 
 
 @dataclass(frozen=True)
@@ -47,8 +40,7 @@ class Place:
 
 
 class Fields(dict):
-    """A dict that a pickle may also give attributes, as it does for EasyDict, in which TA-Tok keeps
-    its arguments."""
+    """TA-Tok's EasyDict of arguments: a dict that a pickle may also give attributes."""
 
 
 def _are_sizes(*numbers) -> bool:
@@ -59,6 +51,7 @@ def _rebuild_tensor(storage, offset, shape, stride, *_unused) -> Place:
     """torch._utils._rebuild_tensor_v2, for a tensor whose values lie back to back."""
     is_place = isinstance(storage, Place) and _are_sizes(offset, *shape, *stride)
     require(is_place, "it places a tensor in no storage")
+    # Back to back in row-major order, and within the storage.
     shape, count = tuple(shape), math.prod(shape)
     row_major = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     steps = zip(shape, stride, row_major, strict=True)
@@ -99,9 +92,9 @@ class _Unpickler(pickle.Unpickler):
         stray = f"it places values in {str(pid)[:100]}, which is not a storage of this file"
         require(is_storage, stray)
         # The storage is as long as it says, and its bytes are in the file.
-        code, item = STORAGES[storage]
+        code = STORAGES[storage]
         entry = _entry(self._archive, f"{self._root}/data/{key}")
-        size, needed = entry.file_size, count * item
+        size, needed = entry.file_size, count * ITEM_BYTES[code]
         require(needed <= size, f"{entry.filename} has {size} bytes, and {needed} are needed")
         return Place(code, _data_offset(self._archive, entry), count)
 
@@ -119,8 +112,8 @@ def _entry(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
 
 
 def _data_offset(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> int:
-    """Where the bytes of an entry begin: behind its local header, whose name and extra field have
-    lengths of their own."""
+    """Where the bytes of an entry begin: behind its local header, which tells its own length."""
+    # The archive's directory is not trusted alone.
     stream = archive.fp
     stream.seek(entry.header_offset)
     header, name = stream.read(30), f"its entry {entry.filename}"
@@ -152,8 +145,7 @@ def _load(archive: zipfile.ZipFile) -> Any:
 
 
 def load_pth(file: Path) -> Any:
-    """The object that torch.save wrote, tensors as Place; InputError, naming the file, for anything
-    but tensors and plain values."""
+    """What torch.save wrote, tensors as Place; InputError for anything but plain values."""
     try:
         with zipfile.ZipFile(file) as archive:
             return _load(archive)
@@ -175,11 +167,13 @@ def open_ta_tok(file: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     content = load_pth(file)
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]
+    # The arguments, if there are any, and the tensors by name.
     holds = f"{file} holds a {type(content).__name__} and should hold TA-Tok's arguments and"
     require(isinstance(content, dict), f"{holds} tensors.")
     args, state = (content.get("args", {}), content["sd"]) if "sd" in content else ({}, content)
     are_dicts = isinstance(state, dict) and isinstance(args, dict)
     require(are_dicts, f"{file}: `sd` and `args` should be dictionaries.")
+    # Each tensor as a place in the file.
     size, tensors = file.stat().st_size, {}
     for name, place in state.items():
         is_tensor = isinstance(name, str) and _is_within(place, size)
@@ -189,8 +183,7 @@ def open_ta_tok(file: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
 
 
 def _is_within(place: Any, size: int) -> bool:
-    """Whether the values are in the file; asked again in the end, since a pickle may also change
-    what it has made."""
+    """Whether the values are in the file; asked last, as a pickle may change what it has made."""
     if not isinstance(place, Place) or not isinstance(place.shape, tuple):
         return False
     if place.code not in ITEM_BYTES or not _are_sizes(place.offset, *place.shape):
@@ -209,5 +202,5 @@ def _flat(args: dict[str, Any]) -> dict[str, Any]:
         seen.add(id(fields))
         inner = {key: value for key, value in fields.items() if isinstance(value, dict)}
         level += inner.values()
-        flat = {**{key: fields[key] for key in fields.keys() - inner.keys()}, **flat}
+        flat = {key: x for key, x in fields.items() if key not in inner} | flat
     return flat

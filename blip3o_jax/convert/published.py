@@ -1,9 +1,5 @@
-"""A checkpoint in the published PyTorch layout: config.json, safetensors (one file, or shards and
-an index), tokenizer.json.
-
-Names and shapes are those of docs/model.md §3. Reading and writing hold one parameter at a time
-beside the result.
-"""
+"""A checkpoint in the published PyTorch layout: config.json, safetensors, tokenizer.json. Names and
+shapes are those of docs/model.md §3; one parameter at a time is read or written."""
 
 import fnmatch
 import functools
@@ -20,8 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 from blip3o_jax.config import Blip3oConfig, replace
-from blip3o_jax.convert import hashes, rules, safetensors_io, ta_tok
-from blip3o_jax.convert.config_json import EMBEDDING, check_family, config_from_json, config_to_json
+from blip3o_jax.convert import config_json, hashes, rules, safetensors_io, ta_tok
+from blip3o_jax.convert.config_json import EMBEDDING, Shapes, config_to_json
 from blip3o_jax.convert.dc_ae import dc_ae_rules
 from blip3o_jax.convert.qwen3 import qwen3_rules
 from blip3o_jax.convert.rules import Rule, Shape, under
@@ -36,10 +32,8 @@ CONFIG_LIMIT = 1 << 20  # bytes
 LM_HEAD = "lm_head.weight"
 TA_TOK = "model.vision_tower.vision_tower."
 DTYPES = ("float16", "bfloat16", "float32")
-NEVER_CALLED = {
-    "model.und_image_vae_as_noise_connector.*": "the PyTorch code of the editing models "
-    "makes it and never calls it"
-}
+UNUSED = "the PyTorch code of the editing models makes it and never calls it"
+NEVER_CALLED = {"model.und_image_vae_as_noise_connector.*": UNUSED}
 
 __getattr__ = functools.partial(refuse, "convert.published")
 
@@ -52,12 +46,9 @@ def published_rules(cfg: Blip3oConfig) -> list[Rule]:
     for part in parts_of(cfg):
         if part.endswith("_connector"):
             table += under(f"model.{part}.", f"{part}/", connector_rules())
-    return [
-        *table,
-        *under("model.sana.", "sana/", sana_rules(cfg.sana)),
-        *under("model.sana_vae.", "dc_ae/", dc_ae_rules(cfg.dc_ae)),
-        *under(TA_TOK, "ta_tok/", ta_tok.ta_tok_rules(cfg.ta_tok)),
-    ]
+    table += under("model.sana.", "sana/", sana_rules(cfg.sana))
+    table += under("model.sana_vae.", "dc_ae/", dc_ae_rules(cfg.dc_ae))
+    return table + under(TA_TOK, "ta_tok/", ta_tok.ta_tok_rules(cfg.ta_tok))
 
 
 def published_name(name: str) -> str:
@@ -67,8 +58,7 @@ def published_name(name: str) -> str:
 
 
 def ignored_tensors(cfg: Blip3oConfig, names: Iterable[str]) -> dict[str, str]:
-    """{name: reason} of the published `names` that the checkpoint has and the model does not
-    need."""
+    """{name: reason} of the published `names` that the model does not need."""
     patterns = {TA_TOK + pattern: reason for pattern, reason in ta_tok.ignored(cfg.ta_tok).items()}
     patterns |= NEVER_CALLED
     pairs = ((name, pattern) for name in names for pattern in patterns)
@@ -79,19 +69,14 @@ def by_published_name(stored: Mapping[str, Stored]) -> dict[str, Stored]:
     """Tensors of a file under the names of §3; InputError when two of them have one name there."""
     renamed: dict[str, Stored] = {}
     for original, tensor in stored.items():
-        name = published_name(original)
-        if name in renamed:
-            raise InputError(f"{tensor} is there twice, also as {renamed[name].name!r}.")
-        renamed[name] = tensor
+        first = renamed.setdefault(published_name(original), tensor)
+        require(first is tensor, f"{tensor} is there twice, also as {first.name!r}.")
     return renamed
 
 
 def resolve_lm_head(tied: bool, stored: Mapping[str, Stored]) -> tuple[bool, dict[str, str]]:
-    """(whether the model is tied, {name: reason} of what is not needed).
-
-    A tied model's file may repeat the embedding as lm_head, which is then not needed; when the two
-    differ, the model is not tied.
-    """
+    """(whether the model is tied, {name: reason} of what is not needed): a tied model's file may
+    repeat the embedding as lm_head; when the two differ, the model is not tied."""
     if not tied or LM_HEAD not in stored or EMBEDDING not in stored:
         return tied, {}
     # The two as numbers, a few rows of each in memory at a time.
@@ -106,8 +91,7 @@ def resolve_lm_head(tied: bool, stored: Mapping[str, Stored]) -> tuple[bool, dic
 
 @dataclass(frozen=True)
 class PublishedLeaf:
-    """A parameter in published files, unread: `tensors` by name are those that `rule` makes it
-    of."""
+    """A parameter in published files, unread, and the tensors by name that make it."""
 
     rule: Rule
     shape: Shape
@@ -123,24 +107,20 @@ class PublishedLeaf:
             yield rules.tensor_to_leaf(tensor.read(tensor.dtype), self.shape, self.rule, name)
 
     def reader(self, dtype: np.dtype) -> Callable[[tuple[slice, ...]], np.ndarray]:
-        """A function of an index of the array, which is read at once; InputError when a value is
-        not finite as `dtype`."""
+        """The array, read at once, as a function of an index; InputError when it is not finite."""
+        values = rules.gather(self.rule, self.shape, lambda name: self.tensors[name].read(dtype))
+        return values.__getitem__
 
-        def read(name: str) -> np.ndarray:
-            return self.tensors[name].read(dtype)
 
-        return rules.gather(self.rule, self.shape, read).__getitem__
+Leaves = dict[str, PublishedLeaf]  # by path
 
 
 def open_leaves(
     where: Path, cfg: Blip3oConfig, stored: Mapping[str, Stored], parts: tuple[str, ...]
-) -> tuple[dict[str, PublishedLeaf], dict[str, str]]:
-    """(the parameters of `parts` by path, {name: reason} of the tensors that are not needed), from
-    tensors by published name.
-
-    InputError beginning with `where` unless every tensor of `parts` is stored, and nothing that is
-    neither expected nor ignored, in the expected shapes.
-    """
+) -> tuple[Leaves, dict[str, str]]:
+    """(the parameters of `parts` by path, {name: reason} of the tensors that are not needed);
+    InputError beginning with `where` unless `stored`, by published name, has every tensor of
+    `parts`, and nothing that is neither expected nor ignored, in the expected shapes."""
     abstract, table = Blip3o(cfg).abstract(parts_of(cfg)), published_rules(cfg)
     shapes, expected = rules.leaf_shapes(table, abstract), rules.torch_shapes(table, abstract)
     # What is needed is there ...
@@ -177,28 +157,22 @@ def read_fields(directory: Path) -> dict[str, Any]:
     """The fields of config.json; InputError when it is not a BLIP3o-NEXT's."""
     fields = read_json(directory / "config.json", CONFIG_LIMIT)
     with about(directory / "config.json"):
-        check_family(fields)
+        config_json.check_family(fields)
     return fields
 
 
 def read_config(
-    directory: Path,
-    shapes: Mapping[str, Shape] | None = None,
-    fields: Mapping[str, Any] | None = None,
+    directory: Path, shapes: Shapes | None = None, fields: Mapping | None = None
 ) -> Blip3oConfig:
-    """The configuration of a folder with config.json, or of `fields` in its place; `shapes` as in
-    `config_from_json`, a model without a name has the folder's."""
+    """The configuration in a folder's config.json, or of its `fields`, see `config_from_json`."""
     fields = read_fields(directory) if fields is None else fields
     with about(directory / "config.json"):
-        return config_from_json(fields, shapes, directory.resolve().name)
+        return config_json.config_from_json(fields, shapes, directory.resolve().name)
 
 
 def open_published(directory: Path) -> tuple[Blip3oConfig, dict[str, Stored]]:
-    """(configuration, tensors by published name but for an lm_head that repeats the embedding).
-
-    Nothing is read but headers, and the two matrices where they are to be compared. InputError for
-    another family of models, and for files that contradict each other.
-    """
+    """(configuration, unread tensors by published name but for an lm_head that repeats the
+    embedding); InputError for another family of models, and for contradicting files."""
     require(directory.is_dir(), f"{directory} is not a directory.")
     fields = read_fields(directory)  # before the weights: another family's need no opening
     stored = by_published_name(open_tensors(directory))
@@ -208,11 +182,8 @@ def open_published(directory: Path) -> tuple[Blip3oConfig, dict[str, Stored]]:
     return cfg, {name: tensor for name, tensor in stored.items() if name not in repeated}
 
 
-def check_shapes(
-    where: Path, cfg: Blip3oConfig, leaves: Mapping[str, Any], parts: tuple[str, ...] | None = None
-) -> None:
-    """InputError beginning with `where` unless the leaves by path are those of `parts`, or of all,
-    each of its shape."""
+def check_shapes(where: Path, cfg: Blip3oConfig, leaves: Mapping, parts: tuple = ()) -> None:
+    """InputError beginning with `where` unless `leaves` are those of `parts`, or of all parts."""
     trees = leaves, flatten(Blip3o(cfg).abstract(parts or parts_of(cfg)))
     shapes, needed = ({path: tuple(x.shape) for path, x in tree.items()} for tree in trees)
     if differing := dict(shapes.items() ^ needed.items()):
@@ -232,9 +203,8 @@ def write_published(
 ) -> dict[str, Entry]:
     """Writes the published layout into a folder; returns what is known of each tensor.
 
-    leaves: by path, with `.shape`, `.dtype` and `.layers(stacked)`, one layer in memory at a time.
-    dtype: of every tensor; None keeps each leaf's own. beside: files by name, a path to copy or a
-    text; config.json is written from `cfg` unless it is among them.
+    leaves: by path, arrays or unread ones, see `torch_tensors`. dtype: of every tensor; None
+    keeps each leaf's own. beside: as in `write_beside`; config.json need not be among them.
     """
     table, entries = published_rules(cfg), {}
     for rule in table:
@@ -274,19 +244,16 @@ def save_published(
     max_shard_bytes: float = 5e9,
     overwrite: bool = False,
 ) -> None:
-    """Writes parameters as `dtype` in the published layout, complete or not at all.
-
-    Raises InputError when `directory` exists (with `overwrite`: and is not a checkpoint), when the
-    parameters are not those of `cfg`, or for a value that is not finite in `dtype`.
-    """
-    directory, dtype = Path(directory).absolute(), float_dtype(dtype)
-    leaves = rules.in_memory(params)
+    """Writes parameters as `dtype` in the published layout, complete or not at all; InputError when
+    `directory` exists (with `overwrite`: and is not a checkpoint), when the parameters are not
+    those of `cfg`, or for a value that is not finite in `dtype`."""
+    directory, dtype, leaves = Path(directory).absolute(), float_dtype(dtype), flatten(params)
     beside = {"tokenizer.json": Path(tokenizer_file)} if tokenizer_file else {}
     # Only a checkpoint is replaced, and only by one that is sound.
-    choices = "already; choose another name, or overwrite it"
-    refusal = "and is not a checkpoint that could be overwritten" if overwrite else choices
-    replaced = overwrite and (directory / "config.json").is_file()
-    require(replaced or not directory.exists(), f"{directory} exists {refusal}.")
+    choices = f"{directory} exists already; choose another name, or overwrite it."
+    require(overwrite or not directory.exists(), choices)
+    is_free = not directory.exists() or (directory / "config.json").is_file()
+    require(is_free, f"{directory} exists and is not a checkpoint that could be overwritten.")
     for file in beside.values():
         require(file.is_file(), f"The tokenizer file {file} is missing.")
     check_shapes(directory, cfg, leaves)

@@ -15,8 +15,7 @@ LAYER = [
 def qwen3_rules(cfg: Qwen3Config) -> list[Rule]:
     """Every parameter, under the names of Qwen3ForCausalLM and of a BLIP3o checkpoint alike.
 
-    A tied model has no `lm_head.weight`; some files carry that copy of the embedding all the same,
-    and their reader must leave it out.
+    A tied model has no `lm_head.weight`; a file's reader must leave out the copy that some carry.
     """
     rules = [
         Rule("model.embed_tokens.weight", "embed_tokens/embedding"),

@@ -1,5 +1,4 @@
-"""Random checkpoints on disk, for measuring and for comparing: every bias and scale non-trivial,
-activations of ordinary size."""
+"""Random checkpoints to measure and compare: no bias or scale trivial, ordinary activations."""
 
 from pathlib import Path
 
@@ -18,6 +17,7 @@ def random_params(cfg: Blip3oConfig, seed: int = 0) -> dict:
     abstract, rules = Blip3o(cfg).abstract(), published_rules(cfg)
     rng, tensors = np.random.default_rng(seed), {}
     for name, shape in torch_shapes(rules, abstract).items():
+        # Tables small, matrices by fan-in, scales around 1, biases not zero.
         values = rng.standard_normal(shape, np.float32)
         if any(table in name for table in TABLES):
             values *= 0.5

@@ -25,16 +25,16 @@ HEADS_IN = "d (n h) -> n h d"  # projection from heads
 CONV = "o i y x -> y x i o"
 
 Shape = tuple[int, ...]
+Pattern = str | None  # einops, torch axes -> our axes; None where they are the same
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`source`: torch name, `{}` for a stacked layer's index. `path`: ours, `/` between keys.
-    `pattern`: einops, torch axes -> our axes."""
+    """How the tensors of one parameter are named and laid out."""
 
-    source: str
-    path: str
-    pattern: str | None = None
+    source: str  # torch name, `{}` for a stacked layer's index
+    path: str  # ours, `/` between keys
+    pattern: Pattern = None
 
     @property
     def stacked(self) -> bool:
@@ -50,8 +50,7 @@ class Rule:
         return [self.source.format(i) for i in range(shape[0] if self.stacked else 1)]
 
     def axes(self, shape: Shape) -> dict[str, int]:
-        """Sizes of the pattern's axes for a leaf of `shape`; InputError when their number
-        differs."""
+        """Sizes of the pattern's axes in `shape`; InputError when there are more or fewer."""
         shape = shape[1:] if self.stacked else shape
         ours = self.pattern.partition("->")[2]
         fits = len(ours.split()) == len(shape)
@@ -59,47 +58,42 @@ class Rule:
         return dict(zip(ours.split(), shape, strict=True))
 
     def tensor_shape(self, shape: Shape) -> Shape:
-        """The shape of the torch tensor (of each, where layers are stacked) behind a leaf of
-        `shape`."""
+        """The shape of the torch tensor, of each where layers are stacked, behind `shape`."""
         if self.pattern is None:
             return shape[1:] if self.stacked else shape
+        # Each of their axes is one of ours, or a group of them multiplied.
         sizes = {"1": 1, **self.axes(shape)}
         groups = re.findall(r"\([^)]*\)|\S+", self.pattern.partition("->")[0])
         return tuple(math.prod(sizes[axis] for axis in x.strip("()").split()) for x in groups)
 
 
 def linear(
-    names: str,
-    path: str | None = None,
-    pattern: str | None = LINEAR,
-    bias: str | None = "o -> o",
-    weight: str = "kernel",
+    names: str, path: str = "", pattern: Pattern = LINEAR, bias: Pattern = "o -> o", to="kernel"
 ) -> list[Rule]:
     """The rules of torch Linears or Conv2ds, names between blanks: weight -> kernel and, unless
     `bias` is None, bias -> bias. Without a `path` each has its own name's."""
     rules = []
     for name in names.split():
         ours = path or name.replace(".", "/")
-        rules.append(Rule(f"{name}.weight", f"{ours}/{weight}", pattern))
+        rules.append(Rule(f"{name}.weight", f"{ours}/{to}", pattern))
         rules += [Rule(f"{name}.bias", f"{ours}/bias", bias)] if bias else []
     return rules
 
 
-def norm(names: str, path: str | None = None, bias: bool = False) -> list[Rule]:
+def norm(names: str, path: str = "", bias: bool = False) -> list[Rule]:
     """The rules of torch norms, as `linear`: weight -> scale, bias -> bias."""
     return linear(names, path, None, "o -> o" if bias else None, "scale")
 
 
 def under(source: str, path: str, rules: list[Rule]) -> list[Rule]:
-    """The same rules with a prefix before both names (given with their separators, e.g.
-    "model.sana.", "sana/")."""
+    """The same rules with prefixes before both names, e.g. "model.sana." and "sana/"."""
     return [Rule(source + rule.source, path + rule.path, rule.pattern) for rule in rules]
 
 
 def leaf_shapes(rules: list[Rule], tree: Mapping[str, Any]) -> dict[str, Shape]:
-    """Our shapes by path, from leaves with `.shape`; InputError unless the rules name every leaf
-    once and nothing else."""
+    """Shapes by path, of leaves with `.shape`; InputError unless the rules name each leaf once."""
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
+    # Nothing left out, nothing invented, nothing twice.
     named = Counter(rule.path for rule in rules)
     for problem, paths in (
         ("names parameters that this model does not have", named.keys() - shapes.keys()),
@@ -112,8 +106,7 @@ def leaf_shapes(rules: list[Rule], tree: Mapping[str, Any]) -> dict[str, Shape]:
 
 
 def torch_shapes(rules: list[Rule], tree: Mapping[str, Any]) -> dict[str, Shape]:
-    """The torch shapes by name that the rules imply for a tree whose leaves have `.shape`;
-    allocates nothing."""
+    """The torch shapes by name that the rules imply for a tree whose leaves have `.shape`."""
     leaves = leaf_shapes(rules, tree)
     shapes: dict[str, Shape] = {}
     for rule in rules:
@@ -123,8 +116,7 @@ def torch_shapes(rules: list[Rule], tree: Mapping[str, Any]) -> dict[str, Shape]
 
 
 def tensor_to_leaf(tensor: np.ndarray, shape: Shape, rule: Rule, name: str) -> np.ndarray:
-    """One torch tensor as (one layer of) a leaf of `shape`, a view where possible; InputError when
-    it does not fit."""
+    """A torch tensor as (a layer of) a leaf, if possible a view; InputError unless it fits."""
     expected, actual = rule.tensor_shape(shape), tensor.shape
     fits = actual == expected
     require(fits, f"Tensor {name!r} has shape {actual}, but {rule.path} needs {expected}.")
@@ -155,64 +147,43 @@ def gather(rule: Rule, shape: Shape, read: Callable[[str], np.ndarray]) -> np.nd
 
 def to_jax(
     rules: list[Rule],
-    tensors: Mapping[str, np.ndarray],
-    abstract: Mapping[str, Any],
-    place: Callable[[str, np.ndarray], Any] = lambda path, leaf: leaf,
+    tensors: Mapping,
+    abstract: Mapping,
+    place: Callable = lambda path, leaf: leaf,
 ) -> dict[str, Any]:
-    """Fills a tree shaped like `abstract` (leaves have `.shape`) from torch tensors by name, leaf
-    by leaf.
+    """Fills a tree shaped like `abstract` from torch tensors by name, leaf by leaf.
 
-    `tensors` may read lazily: names are compared before the first is asked for, and each is asked
-    for once. Each finished leaf goes through `place(path, leaf)`, for instance onto devices, before
-    the next is begun. Raises InputError for a missing tensor, a wrong shape, a tensor that no rule
-    names, or a parameter that no rule fills.
+    `tensors` may read lazily: names are compared first, and each is asked for once. Each leaf goes
+    through `place(path, leaf)`, for instance onto devices, before the next is begun. InputError for
+    a missing tensor, a wrong shape, a tensor that no rule names, or a parameter that none fills.
     """
     shapes = leaf_shapes(rules, abstract)
+    # Names first, before anything is read ...
     needed = [name for rule in rules for name in rule.names(shapes[rule.path])]
     for name in needed:
         require(name in tensors, f"Tensor {name!r} is missing.")
     if unused := sorted(set(tensors).difference(needed)):
         raise InputError(f"{len(unused)} tensors are not part of this model, first {unused[0]!r}.")
+    # ... then one leaf after the other.
     read = tensors.__getitem__
     leaves = {x.path: place(x.path, gather(x, shapes[x.path], read)) for x in rules}
     return unflatten(leaves)
 
 
-@dataclass(frozen=True)
-class InMemory:
-    """An array as a leaf that is read a layer at a time, as those of a checkpoint are."""
-
-    values: Any
-
-    @property
-    def shape(self) -> Shape:
-        return tuple(self.values.shape)
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.values.dtype
-
-    def layers(self, stacked: bool) -> Iterator[np.ndarray]:
-        """The array on the host, or its layers along the first axis."""
-        array = np.asarray(self.values)
-        yield from array if stacked else (array,)
-
-
-def in_memory(params: Mapping[str, Any]) -> dict[str, InMemory]:
-    """The leaves of a tree by path."""
-    return {path: InMemory(values) for path, values in flatten(params).items()}
-
-
 def torch_tensors(rules: list[Rule], leaves: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """(torch name, tensor) of leaves by path, which have `.shape` and `.layers(stacked)`, in the
-    order of the rules; one layer in memory at a time."""
+    """(torch name, tensor) of leaves by path: arrays, or unread ones with `.shape` and
+    `.layers(stacked)`, of which one layer is in memory at a time."""
     for rule in rules:
         leaf = leaves[rule.path]
-        for name, layer in zip(rule.names(leaf.shape), leaf.layers(rule.stacked), strict=True):
+        if hasattr(leaf, "layers"):
+            layers = leaf.layers(rule.stacked)
+        else:
+            layers = np.asarray(leaf) if rule.stacked else [np.asarray(leaf)]
+        for name, layer in zip(rule.names(leaf.shape), layers, strict=True):
             yield name, leaf_to_tensor(layer, rule)
 
 
 def to_torch(rules: list[Rule], params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Torch tensors by name from our tree (those that the rules name); inverse of `to_jax`."""
-    tensors = torch_tensors(rules, in_memory(params))
+    tensors = torch_tensors(rules, flatten(params))
     return {name: np.ascontiguousarray(tensor) for name, tensor in tensors}

@@ -1,9 +1,8 @@
 """Safetensors files: a directory's tensors, unread, and writing them one at a time, in shards.
 
 The format is 8 bytes (the header's length), a JSON header, then the tensors back to back. The
-safetensors library checks the headers; the values are read and written here, because the library
-maps whole files into memory to read them, which a process's peak then counts, and wants a whole
-shard in memory to write it.
+library checks the headers; the values are read and written here, because it maps whole files into
+memory to read them, which a process's peak then counts, and wants a whole shard to write it.
 """
 
 import json
@@ -24,29 +23,25 @@ from blip3o_jax.errors import InputError, os_errors, require
 
 HEADER_LIMIT, INDEX_LIMIT = 100 << 20, 16 << 20  # bytes; the first is the library's own
 BLOCK = 64 << 20  # bytes of a tensor that are checked, converted and written at once
-DTYPES = {
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F32": np.dtype(np.float32),
-}
+DTYPES = {"F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES |= {"F32": np.dtype("float32")}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file, unread: `name` as the file has it, `code` of its dtype, its values back
-    to back from byte `offset` on."""
+    """A tensor in a file, unread; its values lie back to back from byte `offset` on."""
 
     file: Path
-    name: str
+    name: str  # the file's own
     shape: tuple[int, ...]
-    code: str
+    code: str  # of the dtype
     offset: int
 
     @property
     def dtype(self) -> np.dtype:
         """InputError when the values are not floats that can be read."""
-        readable = f"{self} has dtype {self.code}; readable are {', '.join(DTYPES)}."
-        require(self.code in DTYPES, readable)
+        readable = ", ".join(DTYPES)
+        require(self.code in DTYPES, f"{self} has dtype {self.code}; readable are {readable}.")
         return DTYPES[self.code]
 
     def raw(self, rows: slice | None = None) -> np.ndarray:
@@ -64,8 +59,7 @@ class Stored:
         return buffer.view(self.dtype).reshape(shape)
 
     def read(self, dtype) -> np.ndarray:
-        """The values as `dtype`; InputError when they are not floats or not finite (in `dtype`,
-        where float16 ends at 65504)."""
+        """The values as `dtype`; InputError when they are not floats, or not finite in it."""
         return finite(self.raw(), dtype, str(self))
 
     def __str__(self) -> str:
@@ -73,8 +67,7 @@ class Stored:
 
 
 def row_blocks(shape: tuple[int, ...], itemsize: int, limit: int = BLOCK) -> Iterator[slice]:
-    """Slices of the first axis that hold at most `limit` bytes each, or one row where a row is
-    larger."""
+    """Slices of the first axis of at most `limit` bytes each, or of one row that is larger."""
     rows = max(1, limit // max(1, math.prod(shape[1:]) * itemsize))
     return (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
 
@@ -83,14 +76,13 @@ def finite(tensor: np.ndarray, dtype, where: str) -> np.ndarray:
     """`tensor` as `dtype`; InputError beginning with `where` when a value is not finite in it."""
     with np.errstate(over="ignore"):
         tensor = tensor.astype(dtype, copy=False)
-    name = tensor.dtype.name
-    require(np.isfinite(tensor).all(), f"{where} holds NaN or infinity as {name}.")
+    is_finite = np.isfinite(tensor).all()
+    require(is_finite, f"{where} holds NaN or infinity as {tensor.dtype.name}.")
     return tensor
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json's `object_pairs_hook`: ValueError where plain JSON would keep the last of two equal
-    keys."""
+    """json's `object_pairs_hook` that refuses equal keys, of which JSON would keep the last."""
     fields: dict[str, Any] = {}
     for key, value in pairs:
         if key in fields:
@@ -100,8 +92,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: Path, limit: int) -> dict[str, Any]:
-    """The JSON object in a file of at most `limit` bytes; InputError otherwise, and when a key is
-    there twice."""
+    """The JSON object in a file of at most `limit` bytes; InputError for anything else."""
     with os_errors(f"{path} cannot be read"), path.open("rb") as stream:
         # Python allocates what it may read, so no more than there is.
         text = stream.read(min(os.fstat(stream.fileno()).st_size, limit) + 1)
@@ -116,8 +107,7 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
 
 
 def _open(file: Path) -> dict[str, Stored]:
-    """The tensors of one file by name; InputError when its header and its length do not agree, or a
-    name is there twice."""
+    """The tensors of one file; InputError when header and length disagree or a name repeats."""
     try:
         with safe_open(file, framework="numpy"):
             pass  # the library has checked the header against the file's length
@@ -127,6 +117,7 @@ def _open(file: Path) -> dict[str, Stored]:
             header = json.loads(text, object_pairs_hook=unique_keys)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{file} is damaged or cut short: {error}.") from error
+    # Offsets count from the header's end.
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
@@ -136,8 +127,7 @@ def _open(file: Path) -> dict[str, Stored]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """{tensor name: file name} of an index; InputError for a file name that could lead out of the
-    directory."""
+    """{tensor: file} of an index; InputError for a file that could lie outside the directory."""
     places = read_json(path, INDEX_LIMIT).get("weight_map")
     is_map = isinstance(places, dict) and len(places) > 0
     require(is_map, f"{path} has no weight_map of tensor names to files.")
@@ -152,11 +142,8 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def open_tensors(directory: Path, stem: str = "model") -> dict[str, Stored]:
     """All tensors of `STEM.safetensors`, or of the shards that `STEM.safetensors.index.json` names;
-    none is read yet.
-
-    Raises InputError, naming file and tensor, when there are neither or both, when a shard is
-    missing or damaged, when a tensor is in two shards, or when the index and the shards disagree.
-    """
+    none is read yet. InputError when there are neither or both, when a shard is missing or damaged,
+    when a tensor is in two shards, or when the index and the shards disagree."""
     single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
     which = "both" if single.is_file() else "neither"
     choice = f"{directory} needs either {single.name} or {index.name}, and has {which}."
@@ -193,8 +180,7 @@ class Entry:
 
 
 def _plan(entries: Mapping[str, Entry], limit: float) -> list[list[str]]:
-    """Names of each shard in the order of `entries`, each of at most `limit` bytes unless a single
-    tensor is larger."""
+    """Names of each shard in order, of at most `limit` bytes unless a single tensor is larger."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, entry in entries.items():
@@ -221,8 +207,7 @@ def _header(names: list[str], entries: Mapping[str, Entry]) -> bytes:
 
 
 def _write(stream, tensor: np.ndarray, dtype: np.dtype, where: str) -> None:
-    """The bytes of `tensor`, which may be a view of any order; a block of rows at a time is
-    converted, checked and copied."""
+    """The bytes of `tensor`, a view of any order, converted and checked a block at a time."""
     tensor = tensor if tensor.ndim else tensor[None]
     for rows in row_blocks(tensor.shape, dtype.itemsize):
         block = np.ascontiguousarray(finite(tensor[rows], dtype, where))
@@ -230,14 +215,10 @@ def _write(stream, tensor: np.ndarray, dtype: np.dtype, where: str) -> None:
 
 
 def write_tensors(
-    directory: Path,
-    entries: Mapping[str, Entry],
-    tensors: Iterable[tuple[str, np.ndarray]],
-    max_shard_bytes: float,
+    directory: Path, entries: Mapping[str, Entry], tensors: Iterable, max_shard_bytes: float
 ) -> None:
-    """Writes `tensors`, which come in the order of `entries`, into one file, or into shards with an
-    index when they exceed `max_shard_bytes`; InputError for a value that is not finite in its
-    entry's dtype."""
+    """Writes (name, array) pairs in the order of `entries`, into one file, or into shards with an
+    index when they exceed `max_shard_bytes`; InputError for a value not finite in its dtype."""
     shards, tensors, places = _plan(entries, max_shard_bytes), iter(tensors), {}
     for i, names in enumerate(shards, 1):
         number = "" if len(shards) == 1 else f"-{i:05}-of-{len(shards):05}"

@@ -1,5 +1,4 @@
-"""The tables between diffusers' SanaTransformer2DModel and models/sana.py, and between BLIP3o's
-diffusion_connector and Connector."""
+"""The tables of diffusers' SanaTransformer2DModel and of BLIP3o's diffusion_connector."""
 
 from blip3o_jax.config import SanaConfig
 from blip3o_jax.convert.rules import CONV, HEADS_IN, HEADS_OUT, Rule, linear, norm, under
@@ -20,6 +19,7 @@ def _attention(cfg: SanaConfig, name: str, qkv_bias: str | None) -> list[Rule]:
 
 def sana_rules(cfg: SanaConfig) -> list[Rule]:
     """Every parameter of SanaTransformer2DModel, without a checkpoint's prefix."""
+    # One block of a stack that the model scans.
     block = [
         Rule("scale_shift_table", "scale_shift_table"),
         *_attention(cfg, "attn1", qkv_bias=None),

@@ -1,11 +1,9 @@
-"""What `convert to-jax` converts: a complete checkpoint, one with groups of tensors missing, or the
-upstream parts of one."""
+"""What `convert to-jax` converts: a checkpoint, complete or not, or the upstream parts of one."""
 
 import functools
 import json
 import logging
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,17 +31,9 @@ GROUPS = {
     "ta_tok": ("tokenizer", upstream.open_tokenizer, TA_TOK),
 }
 FLAGS = {group: flag for group, (flag, _, _) in GROUPS.items()}
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "generation_config.json")
+TOKENIZER_FILES += ("chat_template.jinja", "chat_template.json")
 LICENCE = re.compile(r"(licen[cs]e|notice|copying|copyright|use_policy)", re.IGNORECASE)
 
 log = logging.getLogger(__name__)
@@ -51,36 +41,29 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Source:
-    """A model's parameters by path, unread, and all that goes with them.
-
-    `ignored` has the reason for every tensor that fills none; `made` how those came about that no
-    file holds. `beside`: file name in the result -> the file to copy, or the text to write. `files`
-    are all that were read.
-    """
+    """A model's parameters by path, unread, and all that goes with them."""
 
     config: Blip3oConfig
     leaves: dict[str, published.PublishedLeaf]
-    ignored: dict[str, str]
+    ignored: dict[str, str]  # every tensor that fills none, and the reason
     folders: dict[str, Path]
-    files: set[Path]
-    made: dict[str, str] = field(default_factory=dict)
-    beside: dict[str, Path | str] = field(default_factory=dict)
+    files: set[Path]  # all that were read
+    beside: dict[str, Path | str]  # name in the result -> the file to copy, or the text to write
+    made: dict[str, str] = field(default_factory=dict)  # how those came about that no file holds
 
 
 def open_source(
     directory: Path | None, flags: dict[str, str | None], new_vocabulary: str | None, name: str
 ) -> Source:
     """Opens a checkpoint, or the upstream parts that `flags` (ar, dit, vae, tokenizer) name; `name`
-    is for a model that has none.
-
-    Nothing is read yet but headers and small files. InputError for everything that is missing,
-    superfluous or contradictory.
-    """
+    is for a model that has none. Reads headers and small files; InputError for everything that is
+    missing, superfluous or contradictory."""
     modes = " or ".join(vocabulary.MODES)
     is_mode = new_vocabulary in (None, *vocabulary.MODES)
     require(is_mode, f"--new-vocabulary is {modes}, not {new_vocabulary!r}.")
     if directory is None:
         return _from_parts(flags, new_vocabulary, name)
+    # A checkpoint has its vocabulary, parts may need one.
     plain = "--new-vocabulary belongs to a plain Qwen3 given by --ar; a BLIP3o checkpoint has its"
     require(new_vocabulary is None, f"{plain} vocabulary.")
     return _from_checkpoint(directory, flags)
@@ -97,8 +80,7 @@ def _open_parts(flags: dict[str, str | None]) -> tuple[dict[str, upstream.Upstre
 
 
 def _from_checkpoint(directory: Path, flags: dict[str, str | None]) -> Source:
-    """A checkpoint in the published layout; a flag fills a group that it lacks, and overrides
-    nothing."""
+    """A published checkpoint; a flag fills a group that it lacks, and overrides nothing."""
     file, fields = directory / "config.json", published.read_fields(directory)
     stored, (parts, more) = by_published_name(open_tensors(directory)), _open_parts(flags)
     # Each group of tensors is either in the checkpoint or in the files that a flag names.
@@ -109,7 +91,6 @@ def _from_checkpoint(directory: Path, flags: dict[str, str | None]) -> Source:
         lacks = f"{directory} holds no tensor of {group}; name the files of its authors with"
         require(held is not None or group in parts, f"{lacks} --{flag}.")
     stored |= more
-
     # The config describes all of them; without a network's object it means the published one.
     networks = {group: part.config for group, part in parts.items() if group in NETWORKS}
     added, says_enough = {}, True
@@ -118,25 +99,22 @@ def _from_checkpoint(directory: Path, flags: dict[str, str | None]) -> Source:
         if key not in fields:
             added[key] = json.loads(json.dumps(to_json(network)))
             says_enough &= network == type(network)()
-    shapes = {name: tensor.shape for name, tensor in stored.items()}
-    cfg = published.read_config(directory, shapes, {**fields, **added})
+    fields = {**fields, **added}
+    cfg = published.read_config(directory, {name: x.shape for name, x in stored.items()}, fields)
     for group, network in networks.items():
         other = f"{file} describes another {group} than --{FLAGS[group]} {parts[group].folder}."
         require(getattr(cfg, group) == network, other)
     tied, repeated = published.resolve_lm_head(cfg.qwen3.tie_word_embeddings, stored)
     cfg = replace(cfg, **{"qwen3.tie_word_embeddings": tied})
-
     # config.json stays as it is where it says enough.
     source = _finish(directory, cfg, stored, repeated, parts, {"checkpoint": directory})
     source.files.add(file)
-    source.beside["config.json"] = file if says_enough else to_text({**fields, **added})
-    source.beside |= _beside(directory, TOKENIZER_FILES)
+    source.beside["config.json"] = file if says_enough else to_text(fields)
     return source
 
 
 def _from_parts(flags: dict[str, str | None], new_vocabulary: str | None, name: str) -> Source:
-    """The four upstream parts; their connector has no weights yet, and gets those that training
-    would start with."""
+    """The four upstream parts, with a new connector."""
     if flags.get("vae") is None and flags.get("dit") and (Path(flags["dit"]) / "vae").is_dir():
         flags = {**flags, "vae": flags["dit"]}
     for flag in FLAGS.values():
@@ -145,9 +123,8 @@ def _from_parts(flags: dict[str, str | None], new_vocabulary: str | None, name: 
     parts, stored = _open_parts(flags)
     ar, codes = parts["qwen3"], parts["ta_tok"].config.codebook_size
     require(EMBEDDING in stored, f"{ar.folder}: tensor {EMBEDDING!r} is missing.")
-    tied = bool(ar.config.get("tie_word_embeddings", True))
-    tied, repeated = published.resolve_lm_head(tied, stored)
-
+    tied = ar.config.get("tie_word_embeddings", True)
+    tied, repeated = published.resolve_lm_head(bool(tied), stored)
     # A plain Qwen3 gets the image tokens: in its tokenizer, its embedding and its head.
     file, made, texts = ar.folder / "tokenizer.json", {}, {}
     vocab = vocabulary.known_vocabulary(load_tokenizer(file), codes)
@@ -165,41 +142,30 @@ def _from_parts(flags: dict[str, str | None], new_vocabulary: str | None, name: 
             if key in stored and key not in repeated:
                 stored[key] = vocabulary.extend_matrix(stored[key], vocab, new_vocabulary, blocks)
                 made[key] = f"rows from {first} on are new: {new_vocabulary}"
-
-    # The four configs make one; the connector belongs to none of the parts.
-    shapes = {key: tensor.shape for key, tensor in stored.items()}
+    # The four configs make one.
+    networks, shapes = {x: parts[x].config for x in NETWORKS}, {EMBEDDING: stored[EMBEDDING].shape}
     with about(ar.folder / "config.json"):
         qwen3 = read_qwen3({**ar.config, "tie_word_embeddings": tied}, shapes)
-        networks = {group: parts[group].config for group in NETWORKS}
         cfg = Blip3oConfig(name=name, qwen3=qwen3, vocab=vocab, **networks)
-    if not any(key.startswith("model.diffusion_connector.") for key in stored):
-        stored |= _fresh_connector(cfg)
-        made["model.diffusion_connector.*"] = "initialised at random, as training begins with it"
+    # The connector belongs to none of the parts, and gets the weights that training starts with.
+    part = "diffusion_connector"
+    if not any(key.startswith(f"model.{part}.") for key in stored):
+        params = Blip3o(cfg).init(jax.random.key(vocabulary.SEED), (part,))
+        rules = [rule for rule in published.published_rules(cfg) if rule.part == part]
+        for key, x in to_torch(rules, params).items():
+            stored[key] = Made(key, x.shape, x.dtype, lambda x=x: x)
+        made[f"model.{part}.*"] = "initialised at random, as training begins with it"
     for key, how in made.items():
         log.info("%s: %s.", key, how)
-
+    # Its own files beside the weights, but for those that the new tokens change.
     source = _finish(ar.folder, cfg, stored, repeated, parts, {})
     source.files.add(file)
     source.made = made
+    if "tokenizer.json" in texts:
+        source.beside.pop("added_tokens.json", None)  # it says nothing of the new tokens
     texts["config.json"] = to_text(config_to_json(cfg, stored[EMBEDDING].dtype.name))
-    stale = {"added_tokens.json"} if "tokenizer.json" in texts else set()
-    others = [name for name in TOKENIZER_FILES if name not in stale]
-    source.beside |= _beside(ar.folder, others) | texts
+    source.beside |= texts
     return source
-
-
-def _fresh_connector(cfg: Blip3oConfig) -> dict[str, Made]:
-    part = "diffusion_connector"
-    params = Blip3o(cfg).init(jax.random.key(vocabulary.SEED), (part,))
-    rules = [rule for rule in published.published_rules(cfg) if rule.part == part]
-    return {
-        name: Made(name, value.shape, value.dtype, lambda value=value: value)
-        for name, value in to_torch(rules, params).items()
-    }
-
-
-def _beside(folder: Path, names: Iterable[str]) -> dict[str, Path | str]:
-    return {name: folder / name for name in names if (folder / name).is_file()}
 
 
 def _finish(
@@ -210,14 +176,13 @@ def _finish(
     parts: dict[str, upstream.Upstream],
     folders: dict[str, Path],
 ) -> Source:
-    """Compares names and shapes, and finds the licences beside the weights in `folders` and those
-    of the parts."""
+    """Compares names and shapes; finds the tokenizer at `where` and licences beside all weights."""
     needed = {name: tensor for name, tensor in stored.items() if name not in repeated}
     leaves, ignored = published.open_leaves(where, cfg, needed, parts_of(cfg))
     folders = folders | {FLAGS[group]: part.folder for group, part in parts.items()}
     files = {tensor.file for tensor in stored.values() if tensor.file}
     files |= {file for part in parts.values() for file in part.files}
-    source = Source(cfg, leaves, {**ignored, **repeated}, folders, files)
+    beside = {name: where / name for name in TOKENIZER_FILES if (where / name).is_file()}
     for label, folder in folders.items():
         files |= set(folder.glob("*.safetensors.index.json"))
         # A diffusers repository has its licence above its models.
@@ -225,5 +190,5 @@ def _finish(
         for file in sorted(file for place in places for file in place.iterdir()):
             if file.is_file() and LICENCE.match(file.name):
                 name = file.name if label == "checkpoint" else f"{label}-{file.name}"
-                source.beside.setdefault(name, file)
-    return source
+                beside.setdefault(name, file)
+    return Source(cfg, leaves, {**ignored, **repeated}, folders, files, beside)

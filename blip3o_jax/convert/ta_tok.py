@@ -1,5 +1,4 @@
-"""TA-Tok's names in PyTorch (csuhan/TA-Tok `ta_tok.pth`, or a BLIP3o checkpoint after its prefix)
-and here."""
+"""TA-Tok's names in PyTorch (csuhan/TA-Tok `ta_tok.pth`, or a BLIP3o checkpoint) and here."""
 
 from blip3o_jax.config import TaTokConfig
 from blip3o_jax.convert.rules import CONV, HEADS_IN, HEADS_OUT, Rule, linear, norm, under
@@ -7,15 +6,14 @@ from blip3o_jax.convert.rules import CONV, HEADS_IN, HEADS_OUT, Rule, linear, no
 # SiglipEncoder's, in the encoder and in the decoder.
 LAYER = [
     *norm("layer_norm1 layer_norm2", bias=True),
-    *linear("self_attn.q_proj self_attn.k_proj self_attn.v_proj", None, HEADS_OUT, "(n h) -> n h"),
+    *linear("self_attn.q_proj self_attn.k_proj self_attn.v_proj", "", HEADS_OUT, "(n h) -> n h"),
     *linear("self_attn.out_proj", pattern=HEADS_IN),
     *linear("mlp.fc1 mlp.fc2"),
 ]
 
 
 def ta_tok_rules(cfg: TaTokConfig) -> list[Rule]:
-    """The table of models.ta_tok.TaTok; names of the decoder are the published ones, see
-    `published_name`."""
+    """Every parameter of models.ta_tok.TaTok, the decoder's as `published_name` has them."""
     decoder = "decoder.vision_model"
     return [
         *linear("encoder.embeddings.patch_embedding", "encoder/patch_embedding", CONV),
@@ -43,8 +41,7 @@ def published_name(name: str) -> str:
 
 
 def ignored(cfg: TaTokConfig) -> dict[str, str]:
-    """Published tensors that this model does not have, as shell patterns (fnmatch) of published
-    names -> the reason."""
+    """{shell pattern of published tensors that this model does not have: the reason}."""
     unused = "TA-Tok takes the encoder's hidden state before it"
     layers = range(cfg.num_encoder_layers, cfg.encoder.num_hidden_layers)
     return {

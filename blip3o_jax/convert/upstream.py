@@ -1,9 +1,6 @@
 """The parts that BLIP3o-NEXT is made of, as their own authors publish them: Qwen3, SANA and its
-autoencoder, TA-Tok.
-
-Each opener gives the part's configuration and its tensors under the names that they have in a
-BLIP3o checkpoint (docs/model.md §3).
-"""
+autoencoder, TA-Tok. Each opener gives the part's configuration and its tensors under their names in
+a BLIP3o checkpoint (docs/model.md §3)."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -16,7 +13,7 @@ from blip3o_jax.convert.config_json import MAX_LAYERS, SUPPORTED, Shapes, read_d
 from blip3o_jax.convert.pth import open_ta_tok
 from blip3o_jax.convert.published import CONFIG_LIMIT, TA_TOK
 from blip3o_jax.convert.safetensors_io import Stored, open_tensors, read_json
-from blip3o_jax.errors import InputError, about, require
+from blip3o_jax.errors import about, require
 
 DIFFUSERS = "diffusion_pytorch_model"
 # Widths of a head in SigLIP so400m and in TA-Tok's decoder: nothing in ta_tok.pth says them
@@ -26,8 +23,7 @@ TEACHER, ENCODER_HEAD, DECODER_HEAD = "so400m", 72, 96
 
 @dataclass(frozen=True)
 class Upstream:
-    """`config` is the part's, or config.json's fields for Qwen3; `tensors` by the name in a BLIP3o
-    checkpoint; `files` described them."""
+    """`config` is the part's, or config.json's fields for Qwen3; `files` described it."""
 
     folder: Path
     config: Any
@@ -35,28 +31,15 @@ class Upstream:
     files: tuple[Path, ...]
 
 
-def open_sana(path: str) -> Upstream:
-    """A SANA repository of diffusers, or its folder transformer/."""
-    names = ("transformer", "SANA", "SanaTransformer2DModel")
-    return _open_diffusers(Path(path), *names, read_sana, "model.sana.")
-
-
-def open_dc_ae(path: str) -> Upstream:
-    """An AutoencoderDC of diffusers, or a repository with it in vae/."""
-    names = ("vae", "AutoencoderDC", "AutoencoderDC")
-    return _open_diffusers(Path(path), *names, read_dc_ae, "model.sana_vae.")
-
-
 def _open_diffusers(
-    path: Path, inner: str, title: str, name: str, read: Callable, prefix: str
+    path: str, inner: str, title: str, name: str, read: Callable, prefix: str
 ) -> Upstream:
-    """A model of diffusers' class `name` at `path`, or in its folder `inner`; its tensors have a
-    prefix in a BLIP3o checkpoint."""
-    places = (path / inner / "config.json", path / "config.json")
+    """A model of diffusers' class `name` at `path`, or in its folder `inner`."""
+    places = (Path(path) / inner / "config.json", Path(path) / "config.json")
     file = next((place for place in places if place.is_file()), None)
-    if file is None:
-        neither = f"holds no config.json, nor does its folder {inner}"
-        raise InputError(f"{path} {neither}: it is no {title}.")
+    neither = f"holds no config.json, nor does its folder {inner}"
+    require(file is not None, f"{path} {neither}: it is no {title}.")
+    # Its class says what it is; the fields are the config's.
     fields = read_json(file, CONFIG_LIMIT)
     with about(file):
         kind = fields.get("_class_name")
@@ -64,6 +47,18 @@ def _open_diffusers(
         cfg = read(fields)
     tensors = open_tensors(file.parent, DIFFUSERS).items()
     return Upstream(file.parent, cfg, {prefix + key: tensor for key, tensor in tensors}, (file,))
+
+
+def open_sana(path: str) -> Upstream:
+    """A SANA repository of diffusers, or its folder transformer/."""
+    names = ("transformer", "SANA", "SanaTransformer2DModel")
+    return _open_diffusers(path, *names, read_sana, "model.sana.")
+
+
+def open_dc_ae(path: str) -> Upstream:
+    """An AutoencoderDC of diffusers, or a repository with it in vae/."""
+    names = ("vae", "AutoencoderDC", "AutoencoderDC")
+    return _open_diffusers(path, *names, read_dc_ae, "model.sana_vae.")
 
 
 def open_qwen3(path: str) -> Upstream:
@@ -82,18 +77,16 @@ def open_qwen3(path: str) -> Upstream:
 def open_tokenizer(path: str) -> Upstream:
     """TA-Tok's `ta_tok.pth`, or a directory that holds it."""
     file = Path(path) / "ta_tok.pth" if Path(path).is_dir() else Path(path)
-    neither = f"{path} is neither TA-Tok's .pth file nor a folder with ta_tok.pth."
-    require(file.is_file(), neither)
+    is_file = file.is_file()
+    require(is_file, f"{path} is neither TA-Tok's .pth file nor a folder with ta_tok.pth.")
     args, tensors = open_ta_tok(file)
     with about(file):
         cfg = _ta_tok_config(args, {name: stored.shape for name, stored in tensors.items()})
-    tensors = {TA_TOK + name: stored for name, stored in tensors.items()}
-    return Upstream(file.parent, cfg, tensors, ())
+    return Upstream(file.parent, cfg, {TA_TOK + name: x for name, x in tensors.items()}, ())
 
 
 def _ta_tok_config(args: Mapping[str, Any], shapes: Shapes) -> TaTokConfig:
-    """TA-Tok's sizes: those of its tensors where they tell, else its arguments, else the defaults
-    of its class (docs/model.md §2.3)."""
+    """TA-Tok's sizes: its tensors', else its arguments, else its defaults (docs/model.md §2.3)."""
     teacher = str(args.get("teacher") or TEACHER)
     other = f"its encoder is {teacher[:60]!r}; supported is SigLIP2 {TEACHER}."
     require(TEACHER in teacher, other)

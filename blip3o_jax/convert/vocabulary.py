@@ -50,6 +50,7 @@ def known_vocabulary(tokenizer: Any, num_image_tokens: int) -> VocabConfig | Non
         "pad_token_id": "<|endoftext|>",
         "eos_token_id": "<|im_end|>",
     }
+    # All of them or none.
     ids = {field: tokenizer.token_to_id(token) for field, token in names.items()}
     if ids["image_start_token_id"] is None:
         return None
@@ -60,12 +61,12 @@ def known_vocabulary(tokenizer: Any, num_image_tokens: int) -> VocabConfig | Non
 
 
 def extend_tokenizer(file: Path, num_image_tokens: int) -> tuple[str, VocabConfig]:
-    """(tokenizer.json with BLIP3o's tokens at its end, their ids); InputError when the result would
-    not fit the templates."""
+    """(tokenizer.json with BLIP3o's tokens at its end, their ids)."""
     tokenizer = load_tokenizer(file)
     for token in (*TAGS, *SCALES):
         is_new = tokenizer.token_to_id(token) is None
         require(is_new, f"{file} has the token {token} already, and not all of the others.")
+    # In the order of BLIP3o's ids.
     tokenizer.add_special_tokens(list(TAGS))
     tokenizer.add_tokens([*SCALES, *(f"<I{i}>" for i in range(num_image_tokens))])
     vocab = known_vocabulary(tokenizer, num_image_tokens)
@@ -82,14 +83,12 @@ def _rows(matrix: Stored, count: int) -> Blocks:
 def extend_matrix(
     matrix: Stored, vocab: VocabConfig, mode: str, codes: Callable[[], Blocks]
 ) -> Made:
-    """Qwen3's embedding (or head) with a row for every id of `vocab`; made when asked for, in the
-    dtype of the file.
+    """Qwen3's embedding (or head) with a row for every id of `vocab`, made when asked for.
 
     The rows of the two tags are Qwen3's own, unused as yet. Those of the scale tokens are drawn, as
     transformers draws new rows, around the mean of the rows before them with SPREAD of their
-    covariance. Those of the image tokens are, for "mean", all the mean of the rows before them; for
-    "projected-codebook" TA-Tok's codes times a fixed random matrix, as large as a text row is on
-    average.
+    covariance. Those of the image tokens are, for "mean", the mean of the rows before them; for
+    "projected-codebook" TA-Tok's codes times a fixed random matrix, as large as an average row.
     """
     scales, images = vocab.scale_start_token_id, vocab.image_start_token_id
     old, width = matrix.shape
@@ -124,8 +123,7 @@ def extend_matrix(
 
 
 def _projected(codes: Blocks, shape: tuple[int, int], length: float) -> np.ndarray:
-    """Codes [n,c] -> rows of `shape` [n,d] in other directions but at roughly the same angles, each
-    `length` long on average."""
+    """Codes [n,c] -> rows of `shape` [n,d] at roughly the same angles, on average `length` long."""
     rows, matrix, squares = np.empty(shape, np.float32), None, 0.0
     for at, block in codes:
         if matrix is None:
@@ -138,8 +136,7 @@ def _projected(codes: Blocks, shape: tuple[int, int], length: float) -> np.ndarr
 
 
 def codebook(embedding: Stored, weight: Stored, bias: Stored) -> Blocks:
-    """TA-Tok's effective codes [n,c] in blocks: the embedding through `embedding_proj`, of length 1
-    (docs/model.md §2.3)."""
+    """TA-Tok's codes [n,c]: the embedding through `embedding_proj`, normed (docs/model.md §2.3)."""
     matrix, offset = weight.read(np.float32).T, bias.read(np.float32)
     for rows, block in _rows(embedding, embedding.shape[0]):
         projected = block @ matrix + offset

@@ -1,19 +1,17 @@
-"""`blip3o-jax convert to-jax` and `to-torch`: PyTorch checkpoints in, and back out.
-
-Both hold one tensor at a time. The result's convert.json says where it came from; the same,
-shorter, is printed as one JSON line last.
-"""
+"""`blip3o-jax convert to-jax` and `to-torch`: PyTorch checkpoints in, and back out, one tensor at a
+time. convert.json in the result says where it came from; the same, shorter, is printed last."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import resource
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +38,7 @@ FILE_COST = 16 << 10  # bytes that a file takes on disk at least, and its folder
 
 def options(parser: argparse.ArgumentParser) -> None:
     directions = parser.add_subparsers(dest="direction", metavar="DIRECTION", required=True)
+    # Into JAX.
     text = "a published checkpoint, or the parts of one, for JAX on any mesh"
     to_jax = directions.add_parser("to-jax", help=text)
     text = "folder in the published layout, or an embedded name; left out when the four parts are"
@@ -54,7 +53,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     to_jax.add_argument("--mesh", default="", help=text)
     modes, text = ["mean", "projected-codebook"], "how a plain Qwen3 gets its image tokens"
     to_jax.add_argument("--new-vocabulary", choices=modes, help=text)
-
+    # Back, and a comparison of both.
     text = "a converted checkpoint or a training run in the published PyTorch layout"
     to_torch = directions.add_parser("to-torch", help=text)
     to_torch.add_argument("source", metavar="SRC", help="folder of to-jax, or training workdir")
@@ -77,10 +76,10 @@ def run_to_jax(args: argparse.Namespace) -> None:
     """SRC, or the parts that flags name -> the directory DST."""
     from blip3o_jax import checkpoints
     from blip3o_jax.convert import converted, hashes, sources
-    from blip3o_jax.convert.published import write_beside
+    from blip3o_jax.convert.published import float_dtype, write_beside
     from blip3o_jax.parallel.mesh import parse_mesh
 
-    began = time.perf_counter()
+    dtype = None if args.dtype == KEEP else float_dtype(args.dtype)
     mesh = {"data": 1, "fsdp": 1, "tensor": 1, **parse_mesh(args.mesh)}
     left = "sizes are positive here, where no devices say what is left"
     require(min(mesh.values()) >= 1, f"--mesh {args.mesh!r}: {left}.")
@@ -88,65 +87,53 @@ def run_to_jax(args: argparse.Namespace) -> None:
     directory, kind = checkpoints.find(args.source) if args.source else (None, None)
     is_torch = kind in (None, checkpoints.PUBLISHED)
     require(is_torch, f"{args.source} is for JAX already; `convert to-torch` takes it.")
-    _apart(args.destination, [path for path in (directory, *flags.values()) if path])
-
-    with new_folder(args.destination, REPORT, args.overwrite) as folder:
+    # DST appears when all is written.
+    read_from = [path for path in (directory, *flags.values()) if path]
+    with _conversion(args, read_from) as (folder, report, details):
         # Headers alone say whether everything is there, and fits the disk. Compression saves a
         # tenth to a quarter; half is out of the question, so this is the time to say so.
         name = Path(args.destination).absolute().name
         source = sources.open_source(directory, flags, args.new_vocabulary, name)
-        arrays = converted.plan_arrays(source.leaves, _dtype(args))
-        size = sum(entry.size for entry in arrays.values())
-        _need_space(folder, size // 2 + len(arrays) * FILE_COST, args.destination)
+        size = _size(source.leaves, dtype) // 2 + len(source.leaves) * FILE_COST
+        _need_space(folder, size, args.destination)
         # The result, and what it was made of.
-        parts = converted.write_params(folder, source.leaves, arrays, mesh)
+        parts = converted.write_params(folder, source.leaves, dtype, mesh)
         write_beside(folder, source.beside)
         read = hashes.over_files(hashes.hash_file, source.files, "Hashing the source")
-        report = {
+        used, made = sum(part["tensors"] for part in parts.values()), source.made
+        report |= {
             "source": {label: str(path) for label, path in source.folders.items()},
             "dtype": args.dtype,
             "mesh": args.mesh,
             "parameters": sum(part["parameters"] for part in parts.values()),
-            "tensors": {
-                "used": sum(part["tensors"] for part in parts.values()),
-                "ignored": len(source.ignored),
-                "made": len(source.made),
-            },
+            "tensors": {"used": used, "ignored": len(source.ignored), "made": len(made)},
             "ignored": source.ignored,
-            "made": source.made,
+            "made": made,
         }
-        details = {
-            "parts": parts,
-            "carried": sorted(source.beside),
-            "files": {str(file): row for file, row in read.items()},
-        }
-        line = _write_report(folder, args, report, details)
-    print(json.dumps({**line, **_cost(began)}))
+        details |= {"parts": parts, "carried": sorted(source.beside)}
+        details["files"] = {str(file): row for file, row in read.items()}
 
 
 def run_to_torch(args: argparse.Namespace) -> None:
     """SRC, a directory of `to-jax` or a joint training run -> the published layout at DST."""
     from blip3o_jax import checkpoints
-    from blip3o_jax.convert.published import write_published
+    from blip3o_jax.convert.published import float_dtype, write_published
 
-    began = time.perf_counter()
-    shard, dtype = args.max_shard_bytes, _dtype(args)
+    dtype = None if args.dtype == KEEP else float_dtype(args.dtype)
+    shard = args.max_shard_bytes
     require(shard >= 1, f"--max-shard-bytes is at least 1, not {shard}.")
     folder, kind = checkpoints.find(args.source)
     is_jax = kind != checkpoints.PUBLISHED
     require(is_jax, f"{args.source} is in the published layout already.")
-    _apart(args.destination, [folder])
-
-    with new_folder(args.destination, REPORT, args.overwrite) as target:
+    # DST appears when all is written.
+    with _conversion(args, [folder]) as (target, report, details):
         checkpoint = checkpoints.open(args.source)
         config, leaves = checkpoint.config, checkpoint.leaves
         # Nothing is written unless all of it fits.
-        size = sum(math.prod(x.shape) * (dtype or x.dtype).itemsize for x in leaves.values())
-        _need_space(target, size, args.destination)
+        _need_space(target, _size(leaves, dtype), args.destination)
         origin, beside = _beside(checkpoint, dtype)
         entries = write_published(target, config, leaves, dtype, shard, beside)
-        # Where the folder came from, in it and, shorter, as the last line.
-        report = {
+        report |= {
             "source": str(args.source),
             "dtype": args.dtype,
             "preset": config.name,
@@ -155,22 +142,48 @@ def run_to_torch(args: argparse.Namespace) -> None:
             "dtypes": Counter(entry.dtype.name for entry in entries.values()),
             "ignored_on_the_way_in": origin.get("ignored", {}),
         }
-        details = {"carried": sorted({*beside, "config.json"}), "origin": origin}
-        line = _write_report(target, args, report, details)
-    print(json.dumps({**line, **_cost(began)}))
+        details |= {"carried": sorted({*beside, "config.json"}), "origin": origin}
 
 
-def _dtype(args: argparse.Namespace) -> np.dtype | None:
-    from blip3o_jax.convert.published import float_dtype
+@contextlib.contextmanager
+def _conversion(
+    args: argparse.Namespace, read_from: list[str | Path]
+) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
+    """(the folder that becomes DST, a report, its details) for the block to fill: the two are
+    written as convert.json, and the report is printed with what the conversion took."""
+    from blip3o_jax.convert.published import to_text, write_beside
 
-    return None if args.dtype == KEEP else float_dtype(args.dtype)
+    began, now = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+    # Overwriting would remove a source that lies in the result, or the other way round.
+    target = Path(args.destination).resolve()
+    for place in read_from:
+        source = Path(place).resolve()
+        apart = source not in (target, *target.parents) and target not in source.parents
+        lie = f"{args.destination} and the source {place} lie in each other"
+        require(apart, f"{lie}; name another folder.")
+    report: dict[str, Any] = {"conversion": args.direction}
+    report |= {"converter": f"blip3o_jax {__version__}", "time": now}
+    details: dict[str, Any] = {}
+    with new_folder(args.destination, REPORT, args.overwrite) as folder:
+        yield folder, report, details
+        write_beside(folder, {REPORT: to_text({**report, **details})})
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    # What it took is known when all is in its place.
+    report |= {"checkpoint": args.destination, "bytes": size}
+    report["seconds"] = round(time.perf_counter() - began, 1)
+    report["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    print(json.dumps(report))
+
+
+def _size(leaves: dict[str, Any], dtype: np.dtype | None) -> int:
+    """Bytes of the parameters as `dtype`."""
+    return sum(math.prod(x.shape) * (dtype or x.dtype).itemsize for x in leaves.values())
 
 
 def _beside(
     checkpoint: Checkpoint, dtype: np.dtype | None
 ) -> tuple[dict[str, Any], dict[str, Path | str]]:
-    """(where a checkpoint came from, the files by name that its published copy has beside the
-    weights: paths to copy, or texts)."""
+    """(where a checkpoint came from, what its published copy has beside the weights)."""
     from blip3o_jax import checkpoints
     from blip3o_jax.convert.published import CONFIG_LIMIT, to_text
     from blip3o_jax.convert.safetensors_io import read_json
@@ -193,40 +206,7 @@ def _beside(
     return origin, beside
 
 
-def _apart(destination: str, folders: Iterable[str | Path]) -> None:
-    """InputError when the result would lie in what it is made from, or the other way round:
-    overwriting would remove the source."""
-    target = Path(destination).resolve()
-    for folder in folders:
-        source = Path(folder).resolve()
-        apart = source not in (target, *target.parents) and target not in source.parents
-        inside = f"{destination} and the source {folder} lie in each other; name another folder."
-        require(apart, inside)
-
-
 def _need_space(folder: Path, size: int, destination: str) -> None:
     free = shutil.disk_usage(folder).free
     disk = f"its disk has {free / 1e9:.3g} GB free"
     require(size <= free, f"{destination} needs at least {size / 1e9:.3g} GB, and {disk}.")
-
-
-def _write_report(
-    folder: Path, args: argparse.Namespace, report: dict[str, Any], details: dict[str, Any]
-) -> dict[str, Any]:
-    """Writes convert.json; returns what is printed of it, with the size of the result."""
-    from blip3o_jax.convert.published import to_text, write_beside
-
-    report = {
-        "conversion": args.direction,
-        "converter": f"blip3o_jax {__version__}",
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        **report,
-    }
-    write_beside(folder, {REPORT: to_text({**report, **details})})
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return {**report, "checkpoint": args.destination, "bytes": size}
-
-
-def _cost(began: float) -> dict[str, float]:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    return {"seconds": round(time.perf_counter() - began, 1), "peak_memory_bytes": peak}

@@ -6,10 +6,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import pathlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import require
 from blip3o_jax.jobs.options import needs_torch
 
 if TYPE_CHECKING:
@@ -23,34 +23,17 @@ LARGEST_RUN = 1_000_000_000  # parameters, beyond which stages run only when ask
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "a",
-        metavar="A",
-        help="a checkpoint of any kind: embedded name, published or converted folder, training "
-        "workdir",
-    )
-    parser.add_argument(
-        "b",
-        metavar="B",
-        nargs="?",
-        help="another; without it, every byte of A's weights is compared with the hashes recorded "
-        "when A was saved or converted",
-    )
+    text = "embedded name, published or converted folder, training workdir"
+    parser.add_argument("a", metavar="A", help=f"a checkpoint of any kind: {text}")
+    text = "another; without it, every byte of A's weights is compared with the hashes recorded"
+    parser.add_argument("b", metavar="B", nargs="?", help=f"{text} when A was saved or converted")
     parser.add_argument("--torch", action="store_true", help="run A in PyTorch (extra [parity])")
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=1e-4,
-        help="of a stage, relative to its largest value (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--stages",
-        action="store_true",
-        help="run the stages of a model of more than a billion parameters too",
-    )
-    parser.add_argument(
-        "--report", metavar="FILE", help="write the report with every tensor to a file"
-    )
+    text = "of a stage, relative to its largest value (default: %(default)s)"
+    parser.add_argument("--tolerance", type=float, default=1e-4, help=text)
+    text = "run the stages of a model of more than a billion parameters too"
+    parser.add_argument("--stages", action="store_true", help=text)
+    text = "write the report with every tensor to a file"
+    parser.add_argument("--report", metavar="FILE", help=text)
     parser.set_defaults(run=run)
 
 
@@ -59,17 +42,14 @@ def run(args: argparse.Namespace) -> int:
     from blip3o_jax import checkpoints
     from blip3o_jax.verify import compare, stages
 
-    if not args.tolerance > 0:
-        raise InputError(f"--tolerance is above 0, not {args.tolerance}.")
+    require(args.tolerance > 0, f"--tolerance is above 0, not {args.tolerance}.")
     a = checkpoints.open(args.a)
     if args.b is None:
         return _verify_one(args.a, a)
     b = checkpoints.open(args.b)
-    if args.torch and a.kind != checkpoints.PUBLISHED:
-        raise InputError(
-            f"--torch runs {args.a} in PyTorch, which reads the published layout only."
-        )
-
+    readable = not args.torch or a.kind == checkpoints.PUBLISHED
+    only = "in PyTorch, which reads the published layout only"
+    require(readable, f"--torch runs {args.a} {only}.")
     # Tensors first; the stages need the same config, and time for a large model.
     differing = compare.differing_fields(a, b)
     tensors = compare.compare_checkpoints(a, b)
@@ -80,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         ours = _run_in_torch(a) if args.torch else stages.run_stages(a)
         rows = compare.compare_stages(ours, stages.run_stages(b), args.tolerance)
     passed = not differing and not unequal and all(row["agree"] for row in rows.values())
-
+    # A table for people ...
     largest = sorted(tensors, key=lambda name: -tensors[name].get("max_abs", math.inf))[:3]
     print(f"{len(tensors)} tensors, {len(tensors) - len(unequal)} equal; {count:,} parameters")
     for name in unequal[:20] or largest[:1]:
@@ -88,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     for name, row in rows.items():
         numbers = "  ".join(f"{key} {value:.3g}" for key, value in row.items() if key != "agree")
         print(f"  {name:10s} {'ok ' if row['agree'] else 'NO '} {numbers}")
-
+    # ... and one line for programs.
     hashes = [row.get("sha256", [0, 1]) for row in tensors.values()]
     report = {
         "a": str(args.a),
@@ -104,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.report:
         text = json.dumps({**report, "every_tensor": tensors}, indent=1) + "\n"
-        pathlib.Path(args.report).write_text(text)
+        Path(args.report).write_text(text)
     print(json.dumps(report))
     return 0 if passed else 1
 

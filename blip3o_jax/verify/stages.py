@@ -1,22 +1,19 @@
-"""What each stage of a model gives for fixed inputs, so that two copies of a model can be compared
-stage by stage.
-
-Inputs do not come from the stage before, so that a difference shows where it arises; only `tokens`
-and `pixels` go the whole way.
-"""
+"""What each stage of a model gives for fixed inputs, so that two copies can be compared stage by
+stage. Inputs do not come from the stage before, so that a difference shows where it arises; only
+`tokens` and `pixels` go the whole way."""
 
 import functools
+from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from blip3o_jax.checkpoints import Checkpoint
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.kernels.platform import jit
-from blip3o_jax.models.blip3o import Blip3o
-from blip3o_jax.pixels import to_zero_one
-from blip3o_jax.sample import decode, generate
+from blip3o_jax.models.blip3o import Blip3o, Params
+from blip3o_jax.sample import generate
 
 NUM_STEPS, GUIDANCE, TIMESTEP, PROMPT = 5, 2.0, 600.0, 12
 
@@ -34,9 +31,10 @@ def stage_inputs(cfg: Blip3oConfig, seed: int = 0) -> dict[str, np.ndarray]:
     valid = np.ones(ids.shape, bool)
     valid[1, :3], ids[1, :3] = False, vocab.pad_token_id
 
-    def normal(*shape):
+    def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(np.float32)
 
+    # Pictures within the range that the networks know.
     side, size, view = cfg.sana.sample_size, cfg.image_size, cfg.ta_tok.encoder.image_size
     return {
         "prompt": ids,
@@ -54,58 +52,47 @@ def run_stages(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     return stage_outputs(Blip3o(config), checkpoint.load(), stage_inputs(config))
 
 
-def stage_outputs(model: Blip3o, params, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Each stage's result by name.
+def _read(model: Blip3o, params: Params, prompt: Array) -> tuple[Array, Array]:
+    """Hidden states and logits of token ids [B,T], all of them valid."""
+    positions, valid = jnp.arange(prompt.shape[1])[None], jnp.ones_like(prompt, bool)
+    hidden, _ = model.apply(params, "qwen3", prompt, positions, valid)
+    return hidden, model.apply(params, "qwen3", hidden, method="logits")
 
-    The hidden states and logits of a prompt, the condition, a velocity, latents, a picture, codes;
-    then greedy `tokens` [2,n] and the `pixels` [2,H,W,3] that follow from them with the given
-    noise.
-    """
-    cfg, vocab = model.config, model.config.vocab
-    prompt, valid = inputs["prompt"], inputs["valid"]
 
-    def sana(params, x, t, condition):
-        return model.sana.apply({"params": params["sana"]}, x, t, condition)
+def _text_to_image(
+    model: Blip3o, params: Params, prompt: Array, valid: Array, noise: Array
+) -> tuple[Array, Array]:
+    """Greedy tokens, and the pixels that follow from them with the given noise."""
+    keys = jnp.zeros((len(prompt), 3), jnp.uint32)
+    greedy = {"top_k": 0, "top_p": jnp.float32(1), "temperature": jnp.float32(0)}
+    written = generate.write_tokens(model, params, prompt, valid, keys, **greedy)
+    steps = (NUM_STEPS, GUIDANCE, 1.0)
+    latents = generate.denoise(model, params, written["hidden"], noise, *steps)
+    return written["tokens"], generate.pixels(model, params, latents)
 
-    def connect(params, states):
-        return model.connector.apply({"params": params["diffusion_connector"]}, states)
 
-    def vae(params, x, method):
-        return model.dc_ae.apply({"params": params["dc_ae"]}, x, method=method)
+def stage_outputs(
+    model: Blip3o, params: Params, inputs: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Each stage's result by name: the hidden states and logits of a prompt, the condition, a
+    velocity, latents, a picture, codes; then greedy `tokens` [2,n] and the `pixels` [2,H,W,3] that
+    follow from them with the given noise."""
 
-    def transformer(params, prompt):
-        hidden, _ = model.qwen3.apply(
-            {"params": params["qwen3"]},
-            prompt,
-            jnp.arange(prompt.shape[1])[None],
-            jnp.ones_like(prompt, bool),
-        )
-        return hidden, model.qwen3.apply({"params": params["qwen3"]}, hidden, method="logits")
+    def run(stage: Callable, *inputs: Array) -> Array | tuple[Array, Array]:
+        return jit(functools.partial(stage, model))(params, *inputs)
 
-    def codes(params, x):
-        return model.ta_tok.apply({"params": params["ta_tok"]}, x, method="encode")
-
-    def text_to_image(params, prompt, valid, noise):
-        keys, one = jax.random.split(jax.random.key(0), len(prompt)), jnp.float32(1)
-        n = cfg.ta_tok.num_tokens
-        decoded = decode.generate_tokens(
-            model.qwen3, params["qwen3"], vocab, n, prompt, valid, keys, 0, one, jnp.float32(0)
-        )
-        latents = generate.denoise(
-            model, params, decoded["hidden"], noise, NUM_STEPS, GUIDANCE, 1.0
-        )
-        return decoded["tokens"], to_zero_one(vae(params, latents, "decode_scaled"))
-
-    def run(stage, *inputs):
-        return jit(stage)(params, *inputs)
+    def part(name: str, method: str, x: Array) -> Array:
+        return jit(lambda params, x: model.apply(params, name, x, method=method))(params, x)
 
     # One program a stage, each with inputs of its own.
-    noise, outputs = inputs["noise"][:1], {}
-    outputs["hidden"], outputs["logits"] = run(transformer, prompt[:1])
-    outputs["condition"] = run(connect, inputs["states"])
-    outputs["velocity"] = run(sana, noise, np.full(1, TIMESTEP, np.float32), outputs["condition"])
-    outputs["latents"] = run(functools.partial(vae, method="encode_scaled"), inputs["images"])
-    outputs["picture"] = run(functools.partial(vae, method="decode_scaled"), noise)
-    outputs["codes"] = run(codes, inputs["view"])
-    outputs["tokens"], outputs["pixels"] = run(text_to_image, prompt, valid, inputs["noise"])
+    prompt, noise, time = inputs["prompt"], inputs["noise"][:1], np.full(1, TIMESTEP, np.float32)
+    outputs = {}
+    outputs["hidden"], outputs["logits"] = run(_read, prompt[:1])
+    outputs["condition"] = run(generate.condition, inputs["states"])
+    outputs["velocity"] = run(generate.velocity, noise, time, outputs["condition"])
+    outputs["latents"] = part("dc_ae", "encode_scaled", inputs["images"])
+    outputs["picture"] = part("dc_ae", "decode_scaled", noise)
+    outputs["codes"] = part("ta_tok", "encode", inputs["view"])
+    whole = run(_text_to_image, prompt, inputs["valid"], inputs["noise"])
+    outputs["tokens"], outputs["pixels"] = whole
     return {name: np.asarray(value) for name, value in outputs.items()}
