@@ -165,7 +165,7 @@ def _add_positions(cfg: Blip3oConfig):
     return hook
 
 
-def load(directory: str | Path, dtype: torch.dtype = torch.float32) -> Reference:
+def load(directory: str | Path) -> Reference:
     """The modules with the weights of a published folder; InputError when one is not there."""
     cfg, stored = open_published(Path(directory))
     reference = build(cfg)
@@ -187,5 +187,4 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32) -> Reference
                 continue
             derived = prefix == TA_TOK or name in ("pos_embed", "patch_embed.pos_embed")
             require(derived, f"{directory}: PyTorch's module needs {full!r}, which is not there.")
-        module.to(dtype)
     return reference

@@ -57,10 +57,9 @@ def forward_states(
     return out.last_hidden_state[:, prompt.shape[1] - 1 :]
 
 
-def sigmas(num_steps: int, shift: float = 1.0) -> np.ndarray:
-    """The noise levels of FlowMatchEulerDiscreteScheduler, and 0."""
-    levels = np.linspace(1, 1 / num_steps, num_steps)
-    return np.append(shift * levels / (1 + (shift - 1) * levels), 0.0).astype(np.float32)
+def sigmas(num_steps: int) -> np.ndarray:
+    """The noise levels of FlowMatchEulerDiscreteScheduler without a shift, and 0."""
+    return np.append(np.linspace(1, 1 / num_steps, num_steps), 0.0).astype(np.float32)
 
 
 @torch.no_grad()
