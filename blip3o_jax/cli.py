@@ -17,9 +17,8 @@ JOBS = ("generate", "train", "grpo", "evaluate", "convert", "data", "plan", "ben
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; imports nothing but the standard library and light files of ours."""
-    parser = argparse.ArgumentParser(
-        prog="blip3o-jax", description="BLIP3o-NEXT in JAX: text to image, training and evaluation."
-    )
+    what = "BLIP3o-NEXT in JAX: text to image, training and evaluation."
+    parser = argparse.ArgumentParser(prog="blip3o-jax", description=what)
     parser.add_argument("--version", action="version", version=__version__)
     jobs = parser.add_subparsers(dest="job", metavar="JOB", required=True)
     for name in JOBS:
@@ -39,12 +38,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unknown argument {unknown[0]}")
     # Our own messages from INFO on, those of libraries from ERROR on.
     handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(
-        lambda record: record.name.startswith("blip3o_jax") or record.levelno >= logging.ERROR
-    )
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[handler]
-    )
+    handler.addFilter(lambda r: r.name.startswith("blip3o_jax") or r.levelno >= logging.ERROR)
+    style = {"format": "%(asctime)s %(message)s", "datefmt": "%H:%M:%S"}
+    logging.basicConfig(level=logging.INFO, handlers=[handler], **style)
     try:
         return args.run(args) or 0
     except InputError as error:

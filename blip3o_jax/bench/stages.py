@@ -151,11 +151,10 @@ def _training(model: Blip3o, params, work: Workload, mesh, cached: bool) -> Call
         if cached:
             # What `data cache` would have made of the images.
             images = batch.pop("images")
-            given = {"images": images}
-            batch["codes"] = jit(functools.partial(losses.encode_codes, model))(params, given)
+            codes = jit(functools.partial(losses.encode_codes, model))
+            batch["codes"] = codes(params, {"images": images})
             batch["latents"] = jit(functools.partial(losses.encode_latents, model))(params, images)
-        placed_batch = jax.device_put(batch, jax.NamedSharding(mesh, BATCH))
-        training["inputs"] = frozen, placed_batch
+        training["inputs"] = frozen, jax.device_put(batch, jax.NamedSharding(mesh, BATCH))
 
     def run():
         with jax.set_mesh(mesh):

@@ -49,16 +49,11 @@ def run(args: argparse.Namespace) -> None:
         verdicts = judge.judge_batch(images, asked)
         pictures = {"judge_on_true_renders": truth}
         pictures |= ceilings(pipeline, sentences, truth, settings)
-        result = {
-            "checkpoint": pipeline.identity,
-            "prompts": args.num_prompts,
-            "seeds": args.seeds,
-            "settings": asdict(settings),
-            "scores": scenes.table(asked, verdicts),
-        }
+        result = {"checkpoint": pipeline.identity, "prompts": args.num_prompts, "seeds": args.seeds}
+        result |= {"settings": asdict(settings), "scores": scenes.table(asked, verdicts)}
         for name, shown in pictures.items():
             result[name] = scenes.table(metadata, judge.judge_batch(shown, metadata))
-
+        # What was judged, for people to look at.
         scenes.write_records(folder / "images.jsonl", asked, samples, verdicts)
         np.savez_compressed(folder / "images.npz", images=images)
         sheet = scenes.verdict_sheet(images, asked, verdicts)

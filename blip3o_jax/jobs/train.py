@@ -24,11 +24,8 @@ REFERENCE_QUIRKS = ("--config.joint.last_slice=true", "--config.joint.stochastic
 def options(parser: argparse.ArgumentParser) -> None:
     config_option(parser)
     parser.add_argument("--workdir", required=True)
-    parser.add_argument(
-        "--reference-quirks",
-        action="store_true",
-        help="train as the PyTorch code does: last positions, sampled codes",
-    )
+    quirks = "train as the PyTorch code does: last positions, sampled codes"
+    parser.add_argument("--reference-quirks", action="store_true", help=quirks)
     parser.set_defaults(run=run)
 
 
