@@ -17,19 +17,16 @@ from tqdm import tqdm
 
 from blip3o_jax import resources, training_checkpoint
 from blip3o_jax.config import Blip3oConfig
-from blip3o_jax.convert import converted, hashes, published
+from blip3o_jax.convert import converted, hashes, orbax_io, published
 from blip3o_jax.convert.config_json import config_to_json
-from blip3o_jax.convert.orbax_io import Leaf
 from blip3o_jax.convert.padding import VOCAB_AXIS, padded, with_rows
-from blip3o_jax.convert.published import PublishedLeaf, float_dtype
 from blip3o_jax.errors import InputError, nearest, require
 from blip3o_jax.models.blip3o import parts_of
 from blip3o_jax.tree import flatten, unflatten
 
 PUBLISHED, CONVERTED, RUN = "published", "converted", "run"
 DIGITS = 12  # of the hash in an identity
-
-Leaves = dict[str, PublishedLeaf | Leaf]
+Leaves = dict[str, published.PublishedLeaf | orbax_io.Leaf]
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ class Checkpoint:
         the leaves are numpy arrays. Parts that are not asked for may be missing. InputError, naming
         the file, for what is missing, damaged, not finite or contradictory.
         """
-        dtype, rows = float_dtype(dtype), self.config.qwen3.vocab_rows
+        dtype, rows = published.float_dtype(dtype), self.config.qwen3.vocab_rows
         leaves = self.select(parts or parts_of(self.config))
         shapes = {path: with_rows(path, leaf.shape, rows) for path, leaf in leaves.items()}
         # Where each array goes.
@@ -120,7 +117,7 @@ class Checkpoint:
 
 
 def _reader(
-    leaf: PublishedLeaf | Leaf, shape: tuple[int, ...], dtype: np.dtype
+    leaf: published.PublishedLeaf | orbax_io.Leaf, shape: tuple[int, ...], dtype: np.dtype
 ) -> Callable[[tuple[slice, ...]], np.ndarray]:
     """A function that reads, once, the values at an index of `shape`: zeros behind those stored."""
     read, pieces = leaf.reader(dtype), {}
@@ -155,7 +152,8 @@ def find(name: str | Path) -> tuple[Path, str]:
     begun = f"{name} is a training run without a complete checkpoint as yet."
     require(has_weights or not (folder / "checkpoints").is_dir(), begun)
     if (folder / "config.json").is_file():
-        return folder, CONVERTED if converted.is_converted(folder) else PUBLISHED
+        is_converted = (folder / converted.PARAMS / "_METADATA").is_file()
+        return folder, CONVERTED if is_converted else PUBLISHED
     neither = "neither config.json (a published or converted model) nor checkpoints"
     require(not folder.is_dir(), f"{name} holds {neither} (a training run).")
     neither = "neither a folder nor an embedded name"
@@ -196,7 +194,7 @@ def open(name: str | Path) -> Checkpoint:
     return Checkpoint(folder, kind, config, step, root, files, select)
 
 
-def _unpadded(leaves: dict[str, Leaf], size: int) -> dict[str, Leaf]:
+def _unpadded(leaves: dict[str, orbax_io.Leaf], size: int) -> dict[str, orbax_io.Leaf]:
     """The leaves without the padding of the vocabulary that a run's mesh needed."""
     for path in VOCAB_AXIS.keys() & leaves.keys():
         shape = leaves[path].shape

@@ -20,9 +20,8 @@ from pathlib import Path
 import jax
 
 from blip3o_jax.config import Blip3oConfig, replace
-from blip3o_jax.convert import hashes
+from blip3o_jax.convert import hashes, orbax_io
 from blip3o_jax.convert.config_json import config_from_json, config_to_json
-from blip3o_jax.convert.orbax_io import Leaf, open_leaves
 from blip3o_jax.convert.safetensors_io import read_json
 from blip3o_jax.errors import InputError, about, disk_reason, os_errors, require
 from blip3o_jax.moved import refuse
@@ -30,7 +29,6 @@ from blip3o_jax.parallel.processes import process_zero_first
 from blip3o_jax.presets import preset
 
 __getattr__ = functools.partial(refuse, "training_checkpoint")
-
 log = logging.getLogger(__name__)
 
 OPTIMIZER = ("step", "opt_state", "guard")  # of the state, beside the weights
@@ -194,9 +192,9 @@ def model_config(folder: Path) -> Blip3oConfig:
         return config_from_json(fields, None)
 
 
-def open_weights(folder: Path) -> dict[str, Leaf]:
+def open_weights(folder: Path) -> dict[str, orbax_io.Leaf]:
     """The weights, or their average if it was kept, by "part/.../leaf", unread."""
-    leaves = open_leaves(folder / "model")
+    leaves = orbax_io.open_leaves(folder / "model")
     averaged = any(path.startswith("ema/") for path in leaves)
     groups = ("frozen", "ema" if averaged else "params")
     parted = ((path.partition("/"), leaf) for path, leaf in leaves.items())

@@ -44,7 +44,6 @@ OURS = ("name", "max_prompt_tokens", "connector_eps")
 # What the editing checkpoints say at the top level, and others leave out.
 EDIT_FLAGS = ("use_und_image_vae", "use_und_image_vae_as_noise")
 EDIT_FLAGS += ("only_use_und_image_vae_as_noise", "use_tar_siglip_features")
-
 Shapes = Mapping[str, tuple[int, ...]]  # of tensors by published name
 
 

@@ -26,11 +26,6 @@ __getattr__ = functools.partial(refuse, "convert.converted")
 PARAMS = "params"
 
 
-def is_converted(directory: str | Path) -> bool:
-    """Whether the directory is one of `convert to-jax`."""
-    return (Path(directory) / PARAMS / "_METADATA").is_file()
-
-
 def open_converted(directory: Path) -> tuple[Blip3oConfig, dict[str, orbax_io.Leaf]]:
     """(configuration, unread arrays by path); InputError when the two contradict each other."""
     leaves = orbax_io.open_leaves(directory / PARAMS)

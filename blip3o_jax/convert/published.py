@@ -36,7 +36,6 @@ UNUSED = "the PyTorch code of the editing models makes it and never calls it"
 NEVER_CALLED = {"model.und_image_vae_as_noise_connector.*": UNUSED}
 
 __getattr__ = functools.partial(refuse, "convert.published")
-
 log = logging.getLogger(__name__)
 
 

@@ -20,9 +20,11 @@ from blip3o_jax.text import Text, load_tokenizer
 
 MODES = ("mean", "projected-codebook")
 TAGS, SCALES = ("<im_start>", "<im_end>"), ("<S0>", "<S1>", "<S2>")
+TOKENS = {"image_start_tag_id": TAGS[0], "image_end_tag_id": TAGS[1]}
+TOKENS |= {"scale_start_token_id": SCALES[0], "image_start_token_id": "<I0>"}
+TOKENS |= {"pad_token_id": "<|endoftext|>", "eos_token_id": "<|im_end|>"}
 SPREAD = 1e-9  # of the old rows' covariance, as transformers draws new rows
 SEED = 0
-
 Blocks = Iterator[tuple[slice, np.ndarray]]  # places of rows [n,d] and their values in float32
 
 
@@ -42,20 +44,12 @@ class Made:
 
 def known_vocabulary(tokenizer: Any, num_image_tokens: int) -> VocabConfig | None:
     """The ids of a tokenizer that has BLIP3o's tokens; None for one that has none of them."""
-    names = {
-        "image_start_tag_id": TAGS[0],
-        "image_end_tag_id": TAGS[1],
-        "scale_start_token_id": SCALES[0],
-        "image_start_token_id": "<I0>",
-        "pad_token_id": "<|endoftext|>",
-        "eos_token_id": "<|im_end|>",
-    }
     # All of them or none.
-    ids = {field: tokenizer.token_to_id(token) for field, token in names.items()}
+    ids = {field: tokenizer.token_to_id(token) for field, token in TOKENS.items()}
     if ids["image_start_token_id"] is None:
         return None
     for field, number in ids.items():
-        require(number is not None, f"The tokenizer has <I0> but not {names[field]}.")
+        require(number is not None, f"The tokenizer has <I0> but not {TOKENS[field]}.")
     scales = [token for token in SCALES if tokenizer.token_to_id(token) is not None]
     return VocabConfig(**ids, num_scale_tokens=len(scales), num_image_tokens=num_image_tokens)
 
