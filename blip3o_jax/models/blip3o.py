@@ -11,7 +11,7 @@ from jax import Array
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.errors import InputError, nearest
 from blip3o_jax.models.dc_ae import DcAe
-from blip3o_jax.models.layers import Dtype, Initializer, Linear, RMSNorm, gelu_tanh
+from blip3o_jax.models.layers import Dtype, Initializer, Linear, RMSNorm
 from blip3o_jax.models.qwen3 import Qwen3
 from blip3o_jax.models.sana import Sana
 from blip3o_jax.models.ta_tok import TaTok
@@ -37,12 +37,8 @@ def parts_of(config: Blip3oConfig) -> tuple[str, ...]:
 def _torch_bias(fan_in: int) -> Initializer:
     """torch.nn.Linear's initial bias; not zero, as a dropped condition is all zeros, where the
     norm's gradient is 300 times its input's."""
-    bound = fan_in**-0.5
-
-    def init(key: Array, shape: tuple, dtype: Dtype = jnp.float32) -> Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
+    bounds = -(fan_in**-0.5), fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, *bounds)
 
 
 class Connector(nn.Module):
@@ -58,7 +54,7 @@ class Connector(nn.Module):
             shape, bias = (fan_in, self.features), _torch_bias(fan_in)
             return Linear("btd,de->bte", shape, True, self.dtype, bias, name=name)
 
-        y = gelu_tanh(linear("linear_1", x.shape[-1])(x))
+        y = nn.gelu(linear("linear_1", x.shape[-1])(x))
         y = linear("linear_2", self.features)(y)
         scale_init = nn.initializers.constant(CAPTION_RMS)
         return pin_rows(RMSNorm(self.eps, scale_init=scale_init, name="norm")(y))
@@ -71,7 +67,7 @@ def condition_slice(hidden: Array, start: Array, n: int, last: bool = False) -> 
     what the PyTorch code trained on (docs/model.md §6.6 no. 1).
     """
     if last:
-        return hidden[:, hidden.shape[1] - n :]
+        return hidden[:, -n:]
     positions = start[:, None] + jnp.arange(n)
     return jnp.take_along_axis(hidden, positions[..., None], axis=1)
 

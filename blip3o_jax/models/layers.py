@@ -28,15 +28,6 @@ Initializer = nn.initializers.Initializer
 Dtype = jax.typing.DTypeLike
 
 
-def gelu_tanh(x: Array) -> Array:
-    return nn.gelu(x, approximate=True)
-
-
-def fan_in_normal(fan_in: int) -> Initializer:
-    """Normal(0, 1/fan_in): keeps the scale of a layer's input."""
-    return nn.initializers.normal(fan_in**-0.5)
-
-
 # What the backward pass computes again: nothing, each block, or all but its matrix products.
 REMAT = {
     "none": lambda block: block,
@@ -143,30 +134,6 @@ class LayerNorm(nn.Module):
         return layer_norm(x, self.eps) * scale.astype(x.dtype) + bias.astype(x.dtype)
 
 
-def rotary_angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """positions [B,T] -> cos, sin [B,T,H/2] f32, of theta^(-2i/H); Qwen3RotaryEmbedding."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def apply_rotary(x: Array, angles: tuple[Array, Array]) -> Array:
-    """x [B,T,N,H], angles from `rotary_angles`; rotates the two halves of H against each other (not
-    interleaved)."""
-    cos, sin = (a[:, :, None, :].astype(x.dtype) for a in angles)
-    a, b = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
-def timestep_embedding(t: Array, dim: int = 256) -> Array:
-    """t [B] in (0, 1000] -> [B,dim] f32: cosines first, then sines (diffusers Timesteps,
-    flip_sin_to_cos, shift 0)."""
-    half = dim // 2
-    frequencies = 10000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = t.astype(jnp.float32)[:, None] * frequencies
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
 class Conv2d(nn.Module):
     """torch.nn.Conv2d with odd kernel and padding k//2, channels last; `doubled`: of the input with
     every pixel repeated to 2x2."""
@@ -182,7 +149,7 @@ class Conv2d(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         size, per_group = self.kernel_size, x.shape[-1] // self.groups
-        init = fan_in_normal(size * size * per_group)
+        init = nn.initializers.normal((size * size * per_group) ** -0.5)
         kernel = self.param("kernel", init, (size, size, per_group, self.features))
         x = x.astype(self.dtype)
         if self.doubled:

@@ -23,16 +23,7 @@ from blip3o_jax.kernels.attention import attention
 from blip3o_jax.kernels.masks import Causal
 from blip3o_jax.kernels.platform import is_unrolled
 from blip3o_jax.kernels.products import logits_product
-from blip3o_jax.models.layers import (
-    Dtype,
-    Initializer,
-    Linear,
-    RMSNorm,
-    apply_rotary,
-    fan_in_normal,
-    rotary_angles,
-    scan_layers,
-)
+from blip3o_jax.models.layers import Dtype, Initializer, Linear, RMSNorm, scan_layers
 from blip3o_jax.parallel.activations import STEP, WHOLE, Layout, lookup, pin, pin_rows
 
 # Of fresh weights, as transformers': what a layer adds is small beside a token's own vector, so
@@ -76,6 +67,21 @@ def write_cache(cache: Cache, layer: Array, k: Array, v: Array) -> tuple[Cache, 
 def positions_of(valid: Array) -> Array:
     """valid [B,T] bool -> positions [B,T] int32: how many valid tokens come before each."""
     return jnp.cumsum(valid, axis=1, dtype=jnp.int32) - valid
+
+
+def rotary_angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+    """positions [B,T] -> cos, sin [B,T,H/2] f32, of theta^(-2i/H); Qwen3RotaryEmbedding."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rotary(x: Array, angles: tuple[Array, Array]) -> Array:
+    """x [B,T,N,H], angles from `rotary_angles`; rotates the two halves of H against each other (not
+    interleaved)."""
+    cos, sin = (a[:, :, None, :].astype(x.dtype) for a in angles)
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 class Table(nn.Module):
@@ -229,7 +235,8 @@ class Qwen3(nn.Module):
         self.layers = block(cfg, self.dtype, self.attention)
         self.norm = RMSNorm(cfg.rms_norm_eps)
         if not cfg.tie_word_embeddings:
-            self.lm_head = Table("kernel", shape[::-1], fan_in_normal(cfg.hidden_size))
+            init = nn.initializers.normal(cfg.hidden_size**-0.5)
+            self.lm_head = Table("kernel", shape[::-1], init)
 
     def __call__(
         self, tokens: Array, positions: Array, valid: Array, cache: Cache | None = None
@@ -279,27 +286,24 @@ class Qwen3(nn.Module):
     def logits(self, hidden: Array, start: int = 0, size: int | None = None) -> Array:
         """hidden [...,D] -> f32 logits [...,size] of the ids from `start` on; all of the vocabulary
         from there when `size` is None. Raises ValueError for a range beyond the vocabulary."""
-        stop = self._stop(start, size)
-        if self.cfg.tie_word_embeddings:
-            table = self.embed_tokens()[start:stop].astype(self.dtype)
-            return head_logits("...d,vd->...v", hidden, table)
-        table = self.lm_head()[:, start:stop].astype(self.dtype)
-        return head_logits("...d,dv->...v", hidden, table)
+        table = self._table(start, size).astype(self.dtype)
+        equation = "...d,vd->...v" if self.cfg.tie_word_embeddings else "...d,dv->...v"
+        return head_logits(equation, hidden, table)
 
     def head(self, start: int = 0, size: int | None = None) -> Array:
         """What `logits` multiplies hidden states by, [D,size] in `dtype`, its vocabulary sharded
         along "fsdp" too: for loops over `step_logits`, which would transpose a tied table, or
         gather its width, at every step."""
-        stop = self._stop(start, size)
-        if self.cfg.tie_word_embeddings:
-            table = self.embed_tokens()[start:stop].T
-        else:
-            table = self.lm_head()[:, start:stop]
+        table = self._table(start, size)
+        table = table.T if self.cfg.tie_word_embeddings else table
         return pin(pin(table.astype(self.dtype), ("fsdp", "tensor")), (None, ("tensor", "fsdp")))
 
-    def _stop(self, start: int, size: int | None) -> int:
+    def _table(self, start: int, size: int | None) -> Array:
+        """The ids' part of the embedding [V,D] when tied, else of the head [D,V]."""
         vocabulary = self.cfg.vocab_size
         stop = vocabulary if size is None else start + size
         if not 0 <= start < stop <= vocabulary:
             raise ValueError(f"ids {start} to {stop} are not in a vocabulary of {vocabulary}")
-        return stop
+        if self.cfg.tie_word_embeddings:
+            return self.embed_tokens()[start:stop]
+        return self.lm_head()[:, start:stop]

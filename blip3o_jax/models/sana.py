@@ -19,16 +19,7 @@ from jax import Array
 from blip3o_jax.config import SanaConfig
 from blip3o_jax.kernels.attention import attention, linear_attention
 from blip3o_jax.kernels.products import unstack
-from blip3o_jax.models.layers import (
-    Conv2d,
-    Dtype,
-    Linear,
-    RMSNorm,
-    gelu_tanh,
-    layer_norm,
-    scan_layers,
-    timestep_embedding,
-)
+from blip3o_jax.models.layers import Conv2d, Dtype, Linear, RMSNorm, layer_norm, scan_layers
 from blip3o_jax.parallel.activations import pin_rows
 
 QK_NORM_EPS = 1e-5
@@ -65,6 +56,15 @@ def modulate(x: Array, shift: Array, scale: Array, eps: float) -> Array:
 
 def relu_linear_attention(q: Array, k: Array, v: Array) -> Array:
     return linear_attention(nn.relu(q), nn.relu(k), v)
+
+
+def timestep_embedding(t: Array, dim: int = 256) -> Array:
+    """t [B] in (0, 1000] -> [B,dim] f32: cosines first, then sines (diffusers Timesteps,
+    flip_sin_to_cos, shift 0)."""
+    half = dim // 2
+    frequencies = 10000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 class TimeEmbed(nn.Module):
@@ -214,7 +214,7 @@ class CaptionProjection(nn.Module):
     def __call__(self, condition: Array) -> Array:
         linear = functools.partial(Linear, "bsd,de->bse", use_bias=True, dtype=self.dtype)
         y = linear(shape=(condition.shape[-1], self.width), name="linear_1")(condition)
-        return linear(shape=(self.width, self.width), name="linear_2")(gelu_tanh(y))
+        return linear(shape=(self.width, self.width), name="linear_2")(nn.gelu(y))
 
 
 class Sana(nn.Module):

@@ -14,7 +14,7 @@ from jax import Array
 
 from blip3o_jax.config import SiglipConfig
 from blip3o_jax.kernels.attention import attention
-from blip3o_jax.models.layers import Dtype, LayerNorm, Linear, gelu_tanh, scan_layers
+from blip3o_jax.models.layers import Dtype, LayerNorm, Linear, scan_layers
 from blip3o_jax.parallel.activations import pin_rows
 
 position_init = nn.initializers.normal(0.02)
@@ -40,7 +40,7 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """SiglipMLP: fc2(gelu_tanh(fc1 x)), [B,T,D] -> [B,T,D]."""
+    """SiglipMLP: fc2(gelu(fc1 x)), tanh's approximation, [B,T,D] -> [B,T,D]."""
 
     hidden: int
     dtype: Dtype = jnp.float32
@@ -49,9 +49,8 @@ class Mlp(nn.Module):
     def __call__(self, x: Array) -> Array:
         width = x.shape[-1]
         y = Linear("btd,df->btf", (width, self.hidden), True, self.dtype, name="fc1")(x)
-        return Linear("btf,fd->btd", (self.hidden, width), True, self.dtype, name="fc2")(
-            gelu_tanh(y)
-        )
+        fc2 = Linear("btf,fd->btd", (self.hidden, width), True, self.dtype, name="fc2")
+        return fc2(nn.gelu(y))
 
 
 class Block(nn.Module):
@@ -102,10 +101,8 @@ class SiglipEncoder(nn.Module):
     def __call__(self, images: Array) -> Array:
         cfg, size, width = self.cfg, self.cfg.patch_size, self.cfg.hidden_size
         if images.shape[1:] != (cfg.image_size, cfg.image_size, 3):
-            raise ValueError(
-                f"SigLIP takes images of {cfg.image_size}x{cfg.image_size}x3, not "
-                f"{'x'.join(map(str, images.shape[1:]))}"
-            )
+            side, given = cfg.image_size, "x".join(map(str, images.shape[1:]))
+            raise ValueError(f"SigLIP takes images of {side}x{side}x3, not {given}")
         # Whole patches, each one product with the embedding's kernel.
         used = cfg.grid * size
         patches = images[:, :used, :used]

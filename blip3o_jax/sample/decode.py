@@ -5,6 +5,8 @@ Pure functions. When you compile them, keep `model`, `vocab`, `num_tokens` and `
 `top_p` and `temperature` are arrays, so that other values need no other program.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -76,17 +78,15 @@ def generate_tokens(
     """
     batch, length = prompt.shape
     if valid.shape != prompt.shape or keys.shape != (batch,) or num_tokens < 1:
-        raise ValueError(
-            f"{num_tokens} tokens after prompts {prompt.shape} do not go with valid "
-            f"{valid.shape} and keys {keys.shape}"
-        )
-    variables = {"params": params}
+        given = f"prompts {prompt.shape} do not go with valid {valid.shape} and keys {keys.shape}"
+        raise ValueError(f"{num_tokens} tokens after {given}")
+    apply = functools.partial(model.apply, {"params": params})
     # The prompts, all at once; then only the image tokens' part of the head is needed.
     lengths = valid.sum(axis=1, dtype=jnp.int32)
     with jax.named_scope("prefill"):
         cache = init_cache(model.cfg, batch, length + num_tokens, model.dtype)
-        hidden, cache = model.apply(variables, prompt, positions_of(valid), valid, cache)
-    head = model.apply(variables, vocab.image_start_token_id, vocab.num_image_tokens, method="head")
+        hidden, cache = apply(prompt, positions_of(valid), valid, cache)
+    head = apply(vocab.image_start_token_id, vocab.num_image_tokens, method="head")
 
     # Draw from the last state, feed the token, keep the state that the next one is drawn from.
     def step(carry, i):
@@ -96,7 +96,7 @@ def generate_tokens(
         tokens, logprobs = sample(logits, step_keys, top_k, top_p, temperature)
         fed = (vocab.image_start_token_id + tokens)[:, None]
         positions = (lengths + i)[:, None]
-        after, cache = model.apply(variables, fed, positions, jnp.ones_like(fed, bool), cache)
+        after, cache = apply(fed, positions, jnp.ones_like(fed, bool), cache)
         return (after[:, 0], cache), (tokens, logprobs, hidden)
 
     (last, _), steps = jax.lax.scan(step, (hidden[:, -1], cache), jnp.arange(num_tokens))

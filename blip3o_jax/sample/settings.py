@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import require
 
 
 def _option(default: float, text: str) -> float:
@@ -34,5 +34,4 @@ class Settings:
             "shift": ("above 0", self.shift > 0),
         }
         for name, (limits, holds) in ranges.items():
-            if not holds:
-                raise InputError(f"{name} is {limits}, not {getattr(self, name)}.")
+            require(holds, f"{name} is {limits}, not {getattr(self, name)}.")

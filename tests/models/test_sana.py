@@ -11,8 +11,7 @@ import pytest
 from blip3o_jax.config import SanaConfig, replace
 from blip3o_jax.convert.rules import to_jax, to_torch, torch_shapes
 from blip3o_jax.convert.sana import sana_rules
-from blip3o_jax.models.layers import timestep_embedding
-from blip3o_jax.models.sana import Sana, grid_positions
+from blip3o_jax.models.sana import Sana, grid_positions, timestep_embedding
 from blip3o_jax.presets import SANA_PRESETS
 
 NORMED = SanaConfig(
