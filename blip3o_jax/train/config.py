@@ -73,12 +73,10 @@ class TrainConfig:
             value = getattr(self, name)
             listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
             require(value in choices, f"{name} is {listed}, not {value!r}.")
-        stage, warmup = self.stage, self.optimizer.warmup_steps
+        stage, warmup, steps = self.stage, self.optimizer.warmup_steps, self.num_steps
         require(stage in STAGES, f"Unknown stage {stage!r}; {nearest(stage, STAGES)}")
-        require(
-            warmup < self.num_steps,
-            f"optimizer.warmup_steps {warmup} must be below num_steps {self.num_steps}.",
-        )
+        sentence = f"optimizer.warmup_steps {warmup} must be below num_steps {steps}."
+        require(warmup < steps, sentence)
         self._take_section()
         if isinstance(self.init, str):
             object.__setattr__(self, "init", dict.fromkeys(self.record.parts, self.init))
@@ -105,24 +103,19 @@ class TrainConfig:
             beside = "beside" if sources else "without"
             unread = WORLD if sources else MIXTURE
             require(name not in unread, f"{where} {beside} data.sources; leave it out.")
-        require(
-            "exercises" not in read or bool(self.data.exercises),
-            f"Stage {self.stage!r} trains on data.exercises; name at least one.",
-        )
-        require(
-            not (self.data.cache and self.joint.stochastic_codes),
-            "data.cache holds each image's likeliest codes, so joint.stochastic_codes must be "
-            "false.",
-        )
+        sentence = f"Stage {self.stage!r} trains on data.exercises; name at least one."
+        require("exercises" not in read or bool(self.data.exercises), sentence)
+        sentence = "data.cache holds each image's likeliest codes"
+        contradicts = self.data.cache and self.joint.stochastic_codes
+        require(not contradicts, f"{sentence}, so joint.stochastic_codes must be false.")
 
     def _check_parts(self) -> None:
         """Refuses what names a part that the run does not hold or does not train."""
         stage, parts, trained = self.stage, self.record.parts, self.trained_parts
-        listed = ", ".join(parts)
         # Parts that are loaded, frozen, or have a rate of their own.
         for part in self.init:
             sentence = f"init names {part!r}, which stage {stage!r} does not use; its parts: "
-            require(part in parts, f"{sentence}{listed}.")
+            require(part in parts, f"{sentence}{', '.join(parts)}.")
         for part in self.frozen_parts:
             sentence = f"frozen_parts: stage {stage!r} has no part {part!r}; "
             require(part in parts, sentence + nearest(part, parts))
@@ -132,11 +125,8 @@ class TrainConfig:
             sentence = f"optimizer.part_learning_rates: {part!r} is not trained; "
             require(part in trained, sentence + nearest(part, trained))
             is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
-            require(
-                is_number and 0 < factor < math.inf,
-                f"optimizer.part_learning_rates are factors above 0, not {factor!r} ({part}); "
-                "frozen_parts freezes.",
-            )
+            sentence = f"optimizer.part_learning_rates are factors above 0, not {factor!r} ({part})"
+            require(is_number and 0 < factor < math.inf, f"{sentence}; frozen_parts freezes.")
         has_effect = self.remat == "none" or "qwen3" in parts
         require(has_effect, f"remat has no effect in stage {stage!r}; leave it out.")
 
@@ -145,10 +135,8 @@ class TrainConfig:
         size, pieces = self.batch_size, self.accumulate
         if self.grpo:
             group = self.grpo.num_generations
-            require(
-                group > 1 and size % group == 0,
-                f"batch_size {size} is no multiple of grpo.num_generations {group}, 2 or more.",
-            )
+            sentence = f"batch_size {size} is no multiple of grpo.num_generations {group}"
+            require(group > 1 and size % group == 0, f"{sentence}, 2 or more.")
             require(pieces == 1, "accumulate has no effect in stage 'grpo'; leave it out.")
         sentence = f"batch_size {size} does not divide by accumulate {pieces}; "
         require(size % pieces == 0, sentence + multiples(size, pieces))

@@ -4,6 +4,7 @@ Each function gives (parameters on the mesh, held-out host batch) -> (numbers by
 or None where there is nothing to see).
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -29,11 +30,11 @@ Evaluate = Callable[[dict, dict], tuple[dict[str, float], np.ndarray | None]]
 def autoencoder(model: Blip3o, cfg: sections.AutoencoderConfig, mesh: Mesh) -> Evaluate:
     """Reconstruction errors; images beside their reconstructions."""
 
+    # One program: the reconstructions, and how far they are off.
     def reconstruct(params: dict, images: jax.Array) -> tuple[jax.Array, dict]:
-        params = {"params": params["dc_ae"]}
         images = to_unit(images)
-        latents = model.dc_ae.apply(params, images, method="encode")
-        decoded = model.dc_ae.apply(params, latents, method="decode")
+        latents = model.apply(params, "dc_ae", images, method="encode")
+        decoded = model.apply(params, "dc_ae", latents, method="decode")
         mse = jnp.mean(jnp.square(decoded - images), axis=(1, 2, 3))
         return to_uint8(decoded), {
             "psnr": jnp.mean(-10 * jnp.log10(mse / 4)),
@@ -54,11 +55,8 @@ def autoencoder(model: Blip3o, cfg: sections.AutoencoderConfig, mesh: Mesh) -> E
 def tokenizer(model: Blip3o, cfg: sections.TokenizerConfig, mesh: Mesh) -> Evaluate:
     """The loss's numbers; the images."""
     measure = _measured(losses.tokenizer_loss, model, cfg, mesh)
-
-    def evaluate(params: dict, batch: dict) -> tuple[dict[str, float], np.ndarray]:
-        return measure(params, batch), contact_sheet(_first(batch)["images"], SHEET_COLUMNS)
-
-    return evaluate
+    sheet = functools.partial(contact_sheet, columns=SHEET_COLUMNS)
+    return lambda params, batch: (measure(params, batch), sheet(_first(batch)["images"]))
 
 
 def pretrain_ar(model: Blip3o, cfg: sections.PretrainArConfig, mesh: Mesh) -> Evaluate:

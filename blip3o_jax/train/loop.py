@@ -62,7 +62,10 @@ def run(cfg: TrainConfig, workdir: str | Path, run: Run) -> dict[str, float]:
         state, frozen, shardings, notes = start.begin(cfg, run.model, run.mesh, manager, run.params)
         done = int(state["step"])
         meter = Meter(cfg, Path(workdir), done, {"began": began, **notes})
-        announce(cfg, meter, run.mesh, state, frozen)
+        # What is trained, part by part; every parameter with its shape and sharding.
+        parts, mesh = start.overview(state, frozen), dict(run.mesh.shape)
+        log.info("Stage %s on mesh %s.\n%s", cfg.stage, mesh, parts)
+        meter.writer.write_text("parameters.txt", start.parameters(state, frozen))
 
         batch_of = run.batches(done)
         step, result = None, {}
@@ -78,36 +81,23 @@ def run(cfg: TrainConfig, workdir: str | Path, run: Run) -> dict[str, float]:
             with meter.step(now):
                 state, metrics = step(state, frozen, batch)
             meter.add(now, batch, metrics | numbers)
-            result = (
-                after_step(cfg, meter, manager, state, frozen, run, now, stopping(now)) or result
-            )
+            leave = stopping(now)
+            result = after_step(run, meter, manager, state, frozen, now, leave) or result
         training_checkpoint.finish(manager)
     return result
 
 
-def announce(cfg: TrainConfig, meter: Meter, mesh: Mesh, state: dict, frozen: dict) -> None:
-    """Logs what is trained, part by part, and writes every parameter with its shape and sharding to
-    WORKDIR/parameters.txt."""
-    log.info("Stage %s on mesh %s.\n%s", cfg.stage, dict(mesh.shape), start.overview(state, frozen))
-    meter.writer.write_text("parameters.txt", start.parameters(state, frozen))
-
-
 def after_step(
-    cfg: TrainConfig,
-    meter: Meter,
-    manager: Any,
-    state: dict,
-    frozen: dict,
-    run: Run,
-    now: int,
-    leave: bool,
+    run: Run, meter: Meter, manager: Any, state: dict, frozen: dict, now: int, leave: bool
 ) -> dict[str, float]:
     """What follows step `now` where it is due: log, evaluation, checkpoint. Returns the held-out
     numbers, if any.
 
     Raises `stop.Preempted` with everything saved when the run is to `leave` before its end.
     """
-    last, result = now == cfg.num_steps, {}
+    cfg, result = meter.cfg, {}
+    last = now == cfg.num_steps
+    # Each at its interval, and at the end.
     if now % cfg.log_every == 0 or last or leave:
         meter.log(now, state)
     if now % cfg.eval_every == 0 or last:

@@ -23,9 +23,8 @@ LAST = ("learning_rate", "skipped")  # of the interval's steps the last one's va
 
 
 class Meter:
-    """The clock and the log of one run.
-
-    `notes` are those of `clock`, from the checkpoint that the run resumes from.
+    """The clock and the log of one run; `notes` are those of `clock`, from the checkpoint that the
+    run resumes from.
 
     Goodput is the share of the time since the run's first start, pauses and lost steps included,
     that went into steps that still count.
@@ -45,13 +44,16 @@ class Meter:
     def _start_interval(self, step: int) -> None:
         self.logged, self.tick = step, time.perf_counter()
         self.metrics = []
-        self.seconds = dict.fromkeys(("data", "other"), 0.0)
+        self.seconds = {"data": 0.0, "other": 0.0}
 
     def clock(self) -> dict[str, float]:
         """What a checkpoint keeps: when the run began (Unix time), and the seconds of the steps
         until now."""
-        elapsed = time.perf_counter() - self.tick - self.seconds["other"]
-        return {"began": self.began, "stepping": self.stepping + elapsed}
+        return {"began": self.began, "stepping": self.stepping + self._elapsed()}
+
+    def _elapsed(self) -> float:
+        """Seconds of the interval that went into steps, waiting for their data included."""
+        return time.perf_counter() - self.tick - self.seconds["other"]
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -75,11 +77,10 @@ class Meter:
 
     def add(self, step: int, batch: dict, metrics: dict) -> None:
         """Takes a step's metrics, and waits for them only at the end of a profile."""
-        record, section = self.cfg.record, self.cfg.section
-        self.flops = self.flops or record.flops(self.cfg.blip3o(), section, batch)
+        cfg, window = self.cfg, self.cfg.profile
+        self.flops = self.flops or cfg.record.flops(cfg.blip3o(), cfg.section, batch)
         self.metrics.append(metrics)
-        window = self.cfg.profile
-        if self.profiling and step == min(window.start + window.steps - 1, self.cfg.num_steps):
+        if self.profiling and step == min(window.start + window.steps - 1, cfg.num_steps):
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
             self.profiling = False
@@ -92,8 +93,7 @@ class Meter:
         Raises InputError after `cfg.guard.max_skipped` skipped steps in a row.
         """
         rows = jax.device_get(self.metrics)
-        elapsed = time.perf_counter() - self.tick - self.seconds["other"]
-        count = step - self.logged
+        elapsed, count = self._elapsed(), step - self.logged
         self.stepping += elapsed
 
         # The losses and what else the steps gave.
@@ -120,19 +120,15 @@ class Meter:
         eta = elapsed / count * (self.cfg.num_steps - step) / 60
         log.info("step %d/%d %s eta %.0f min", step, self.cfg.num_steps, shown, eta)
 
-        self._check_skipped(step, rows)
-        self._start_interval(step)
-
-    def _check_skipped(self, step: int, rows: list[dict]) -> None:
+        # What was skipped.
         longest = max(int(row["skipped_in_a_row"]) for row in rows)
         if longest:
-            skipped = int(rows[-1]["skipped"])
-            log.warning(
-                "%d steps were skipped by step %d, up to %d in a row.", skipped, step, longest
-            )
+            sentence = "%d steps were skipped by step %d, up to %d in a row."
+            log.warning(sentence, numbers["skipped"], step, longest)
         require(
             longest < self.cfg.guard.max_skipped,
             f"{longest} steps in a row until step {step} had a loss or gradient that is not "
             f"finite, or a spike; the newest checkpoint in {self.workdir} is without them. Lower "
             "the learning rate or look at the data, and start from it in a new workdir.",
         )
+        self._start_interval(step)

@@ -5,7 +5,6 @@ TensorBoard's own writer is used because clu's SummaryWriter needs TensorFlow.
 """
 
 import contextlib
-import io
 import json
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from blip3o_jax.parallel.processes import is_process_zero
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
+    """Turns what the disk refuses into an InputError."""
     try:
         yield
     except OSError as error:
@@ -68,14 +68,12 @@ class MetricWriter:
             return
         from PIL import Image
 
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, "png")
         path = self.path.with_name(f"{name}-{step:06d}.png")
         height, width, _ = image.shape
+        shown = {"height": height, "width": width, "colorspace": 3}
         with _writing(path):
-            path.write_bytes(file.getvalue())
-            shape = {"height": height, "width": width, "colorspace": 3}
-            shown = shape | {"encoded_image_string": file.getvalue()}
+            Image.fromarray(image).save(path)
+            shown["encoded_image_string"] = path.read_bytes()
             self._show(step, [{"tag": name, "image": shown}])
 
     def _forget(self, step: int) -> None:

@@ -1,6 +1,7 @@
 """How a run starts: config -> model -> parts from elsewhere or at random, on the mesh -> training
 state -> newest checkpoint, if any."""
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -29,8 +30,7 @@ LoadPart = Callable[[str, str], dict]  # (checkpoint, part) -> its parameters
 
 
 def build_model(cfg: TrainConfig) -> Blip3o:
-    """The run's modules; compute is bfloat16 on accelerators and float32 on CPU unless the config
-    says otherwise."""
+    """The run's modules, which compute in the config's dtype."""
     return Blip3o(cfg.blip3o(), jnp.dtype(dtype_for(cfg.dtype)), cfg.remat)
 
 
@@ -142,8 +142,5 @@ def overview(state: dict, frozen: dict) -> str:
 
 def parameters(state: dict, frozen: dict) -> str:
     """A line for each parameter: name, shape, dtype, size, sharding; trained first, then frozen."""
-    tables = []
-    for title, tree in (("Trained", state["params"]), ("Frozen", frozen)):
-        table = parameter_overview.get_parameter_overview(tree, include_stats="sharding")
-        tables.append(f"{title}\n{table}")
-    return "\n".join(tables)
+    table = functools.partial(parameter_overview.get_parameter_overview, include_stats="sharding")
+    return f"Trained\n{table(state['params'])}\nFrozen\n{table(frozen)}"

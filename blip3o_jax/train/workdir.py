@@ -23,6 +23,7 @@ def open_workdir(cfg: TrainConfig, workdir: str | Path) -> Path:
     folder = Path(workdir)
     file, new_file = folder / "config.json", folder / ".config.json"
     text = json.dumps(asdict(cfg), indent=1, sort_keys=True)
+    # Process 0 writes what all then compare with.
     with process_zero_first("the workdir") as first:
         try:
             if first:
@@ -33,28 +34,23 @@ def open_workdir(cfg: TrainConfig, workdir: str | Path) -> Path:
         except OSError as error:
             with contextlib.suppress(OSError):
                 new_file.unlink()
-            raise InputError(
-                f"The workdir {workdir} cannot be written: {error.strerror}."
-            ) from error
+            reason = f"The workdir {workdir} cannot be written: {error.strerror}."
+            raise InputError(reason) from error
 
     # Compared as JSON, which has no tuples.
     try:
         saved = saved_config(json.loads(file.read_text()))
     except (InputError, ValueError, KeyError) as error:
         raise InputError(f"{file} is no config of a run ({error}); take a new workdir.") from error
-    before, now = (_flat(json.dumps(asdict(config))) for config in (saved, cfg))
-    differences = [
-        f"{key}: {before.get(key)} there, {now.get(key)} here"
-        for key in sorted(before | now)
-        if before.get(key) != now.get(key)
-    ]
+    before, now = (
+        flatten_dict(json.loads(json.dumps(asdict(config))), keep_empty_nodes=True, sep=".")
+        for config in (saved, cfg)
+    )
+    values = {key: (before.get(key), now.get(key)) for key in sorted(before | now)}
+    differences = [f"{key}: {a} there, {b} here" for key, (a, b) in values.items() if a != b]
     sentence = f"The workdir {workdir} is of another config ({'; '.join(differences[:3])})"
     require(not differences, f"{sentence}; take a new workdir.")
     return folder
-
-
-def _flat(text: str) -> dict:
-    return flatten_dict(json.loads(text), keep_empty_nodes=True, sep=".")
 
 
 @contextlib.contextmanager
