@@ -43,10 +43,8 @@ def attention(
     take.
     """
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"unknown attention implementation {implementation!r}; known: "
-            f"{', '.join(IMPLEMENTATIONS)}"
-        )
+        known = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"unknown attention implementation {implementation!r}; known: {known}")
     if implementation == "auto":
         implementation = best_implementation(q, mask)
     if implementation == "splash":

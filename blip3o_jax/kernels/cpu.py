@@ -26,8 +26,8 @@ def product(equation: str, x: Array, kernel: Array, loop_invariant: bool) -> Arr
     rows = x_axes.removesuffix(summed)
     if summed + columns != axes or rows + summed != x_axes or output != rows + columns:
         return jnp.einsum(equation, x, kernel)
-    matrix = kernel.reshape(math.prod(kernel.shape[: len(summed)]), -1)
-    matrix = optimization_barrier(matrix)
+    size = math.prod(kernel.shape[: len(summed)])
+    matrix = optimization_barrier(kernel.reshape(size, -1))
     y = _rows_product(x.reshape(-1, matrix.shape[0]), matrix, loop_invariant)
     return y.reshape(*x.shape[: len(rows)], *kernel.shape[len(summed) :])
 
@@ -140,10 +140,8 @@ def _depthwise_backward(residuals, g):
     # Over rows in the pass that multiplies, then as a product with ones: XLA's own reduction to so
     # few numbers runs on one core.
     ones = jnp.ones(batch * columns, g.dtype)
-    taps = [
-        ones @ jnp.sum(view * g, axis=1).reshape(-1, channels)
-        for view in _shifted(x, kernel.shape[0])
-    ]
+    views = _shifted(x, kernel.shape[0])
+    taps = [ones @ jnp.sum(view * g, axis=1).reshape(-1, channels) for view in views]
     return depthwise_conv(g, kernel[::-1, ::-1]), jnp.stack(taps).reshape(kernel.shape)
 
 

@@ -23,10 +23,8 @@ def attention(q: Array, k: Array, v: Array, valid: Array, scale: float) -> Array
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     if not takes(q.shape):
-        raise ValueError(
-            f"splash attention takes lengths and head dims in multiples of {LANES}, not "
-            f"{q.shape[1]} and {q.shape[3]}"
-        )
+        sizes = f"multiples of {LANES}, not {q.shape[1]} and {q.shape[3]}"
+        raise ValueError(f"splash attention takes lengths and head dims in {sizes}")
     # The largest blocks that divide the length, the same for all six loops.
     length = q.shape[1]
     block = next(size for size in (512, 256, 128) if length % size == 0)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from blip3o_jax.errors import InputError, multiples
+from blip3o_jax.errors import multiples, require
 from blip3o_jax.parallel.mesh import BATCH, ROWS
 
 
@@ -18,12 +18,10 @@ def batch_shards(mesh: Mesh) -> int:
 def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
     """InputError naming the nearest sizes unless the mesh divides a batch, or its micro-batches."""
     shards = batch_shards(mesh)
-    if batch_size % (shards * accumulate):
-        micro = f" x {accumulate} micro-batches" if accumulate > 1 else ""
-        raise InputError(
-            f"batch_size {batch_size} does not divide by the mesh's {shards} batch shards{micro}; "
-            f"{multiples(batch_size, shards * accumulate)}"
-        )
+    micro = f" x {accumulate} micro-batches" if accumulate > 1 else ""
+    sentence = f"batch_size {batch_size} does not divide by the mesh's {shards} batch shards{micro}"
+    nearest = multiples(batch_size, shards * accumulate)
+    require(batch_size % (shards * accumulate) == 0, f"{sentence}; {nearest}")
 
 
 def batch_hosts(mesh: Mesh) -> tuple[int, int]:
@@ -32,11 +30,10 @@ def batch_hosts(mesh: Mesh) -> tuple[int, int]:
     shards = batch_shards(mesh)
     places = NamedSharding(mesh, BATCH).addressable_devices_indices_map((shards,)).values()
     rows = sorted({place[0].indices(shards)[0] for place in places})
-    if rows != list(range(rows[0], rows[0] + len(rows))) or rows[0] % len(rows):
-        raise InputError(
-            f"Mesh {dict(mesh.shape)}: the devices of process {jax.process_index()} do not "
-            "hold a run of the batch; reorder axes."
-        )
+    # Consecutive rows, of which a whole number of such runs come before.
+    is_run = rows == list(range(rows[0], rows[0] + len(rows))) and rows[0] % len(rows) == 0
+    devices = f"Mesh {dict(mesh.shape)}: the devices of process {jax.process_index()}"
+    require(is_run, f"{devices} do not hold a run of the batch; reorder axes.")
     return rows[0] // len(rows), shards // len(rows)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from blip3o_jax.errors import InputError, multiples
+from blip3o_jax.errors import InputError, multiples, require
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that a batch is sharded along
@@ -19,8 +19,8 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes = {}
     for item in filter(None, text.split(",")):
         axis, _, size = item.partition("=")
-        if axis not in AXES or not size.lstrip("-").isdigit():
-            raise InputError(f"Mesh {text!r}: {item!r} is not one of data=N, fsdp=N, tensor=N.")
+        is_size = axis in AXES and size.lstrip("-").isdigit()
+        require(is_size, f"Mesh {text!r}: {item!r} is not one of data=N, fsdp=N, tensor=N.")
         sizes[axis] = int(size)
     return sizes
 
@@ -33,21 +33,15 @@ def mesh_shape(sizes: dict[str, int] | None, count: int) -> tuple[int, int, int]
     """
     sizes = {"data": -1, "fsdp": 1, "tensor": 1, "dcn": 1, **(sizes or {})}
     for axis, size in sizes.items():
-        if axis not in (*AXES, "dcn"):
-            raise InputError(
-                f"Mesh: there is no axis {axis!r}; known: data, fsdp, tensor, and dcn for slices."
-            )
+        known = "known: data, fsdp, tensor, and dcn for slices"
+        require(axis in (*AXES, "dcn"), f"Mesh: there is no axis {axis!r}; {known}.")
         # True is an int too.
-        if type(size) is not int or (size < 1 and (size != -1 or axis == "dcn")):
-            raise InputError(
-                f"Mesh: {axis}={size!r} is not a valid size; sizes are positive, and one of data, "
-                "fsdp, tensor may be -1."
-            )
+        is_size = type(size) is int and (size >= 1 or (size == -1 and axis != "dcn"))
+        sentence = f"Mesh: {axis}={size!r} is not a valid size; sizes are positive, and one of data"
+        require(is_size, f"{sentence}, fsdp, tensor may be -1.")
     open_axes = [axis for axis in AXES if sizes[axis] == -1]
-    if len(open_axes) > 1:
-        raise InputError(
-            f"Mesh: both {open_axes[0]} and {open_axes[1]} are -1; one of them takes what is left."
-        )
+    both = " and ".join(open_axes[:2])
+    require(len(open_axes) < 2, f"Mesh: both {both} are -1; one of them takes what is left.")
 
     # Fixed axes take their devices one after the other, data last; the last of them, unless an open
     # one follows, takes all that are left.
@@ -59,19 +53,16 @@ def mesh_shape(sizes: dict[str, int] | None, count: int) -> tuple[int, int, int]
             fitting = [left] if last else [n for n in range(1, left + 1) if left % n == 0]
             below = [n for n in fitting if n <= sizes[axis]][-1:]
             above = [n for n in fitting if n > sizes[axis]][:1]
-            before = [f"{a}={sizes[a]}" for a in fixed[: fixed.index(axis)] if sizes[a] > 1]
+            before = [f" after {a}={sizes[a]}" for a in fixed[: fixed.index(axis)] if sizes[a] > 1]
             raise InputError(
                 f"Mesh: {axis}={sizes[axis]} does not fit the {left} of {count} devices that are "
-                f"left{''.join(f' after {a}' for a in before)}; take "
-                f"{' or '.join(map(str, below + above))}."
+                f"left{''.join(before)}; take {' or '.join(map(str, below + above))}."
             )
         left //= sizes[axis]
     data, fsdp, tensor = (left if sizes[axis] == -1 else sizes[axis] for axis in AXES)
-    if data % sizes["dcn"]:
-        raise InputError(
-            f"Mesh: data={data} does not divide over dcn={sizes['dcn']} slices; "
-            f"{multiples(data, sizes['dcn'])}"
-        )
+    slices = sizes["dcn"]
+    sentence = f"Mesh: data={data} does not divide over dcn={slices} slices; "
+    require(data % slices == 0, sentence + multiples(data, slices))
     return data, fsdp, tensor
 
 
@@ -88,11 +79,9 @@ def make_mesh(sizes: dict[str, int] | None = None, devices: list | None = None) 
     shape, slices = mesh_shape(sizes, len(devices)), (sizes or {}).get("dcn", 1)
     present = {getattr(device, "slice_index", None) for device in devices} - {None}
     # A GPU's slice is its host.
-    if len(present) > 1 and len(present) != slices and devices[0].platform == "tpu":
-        raise InputError(
-            f"Mesh: dcn={slices}, but the devices are of {len(present)} slices; take "
-            f"dcn={len(present)}."
-        )
+    fits = len(present) in (0, 1, slices) or devices[0].platform != "tpu"
+    sentence = f"Mesh: dcn={slices}, but the devices are of {len(present)} slices"
+    require(fits, f"{sentence}; take dcn={len(present)}.")
     inner = (shape[0] // slices, *shape[1:])
     if slices == 1:
         # Split where need be: a pod of 16x16 chips may be tensor=2 too, which is not a side of it.

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import require
 
 # Regex on the end of "part/.../leaf" -> axes of the leaf. Stacked layers have L first, which is
 # never sharded.
@@ -44,12 +44,10 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     if axes is None:
         return P()
     for size, axis in zip(shape, axes, strict=True):
-        if axis and size % mesh.shape[axis]:
-            raise InputError(
-                f"{path}: an axis of {size} does not divide by the mesh's "
-                f"{axis}={mesh.shape[axis]}; take {axis}={math.gcd(size, mesh.shape[axis])}, and "
-                "more data."
-            )
+        parts = mesh.shape[axis] if axis else 1
+        sentence = f"{path}: an axis of {size} does not divide by the mesh's {axis}={parts}"
+        nearest = f"take {axis}={math.gcd(size, parts)}, and more data."
+        require(size % parts == 0, f"{sentence}; {nearest}")
     return axes
 
 

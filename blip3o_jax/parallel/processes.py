@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import jax
 
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import InputError, require
 
 log = logging.getLogger(__name__)
 
@@ -32,22 +32,15 @@ def _cluster() -> dict | None:
     if address == "auto":
         return {}
     if any(given):
-        numbers = count.isdigit() and index.isdigit() and int(index) < int(count)
-        if ":" not in address or not numbers:
-            raise InputError(
-                f"Processes: {', '.join(NAMES)} are HOST:PORT, N and a number below N (or "
-                f"the first alone 'auto'), not {given}."
-            )
-        return {
-            "coordinator_address": address,
-            "num_processes": int(count),
-            "process_id": int(index),
-        }
+        are_numbers = count.isdigit() and index.isdigit() and int(index) < int(count)
+        expected = "HOST:PORT, N and a number below N (or the first alone 'auto')"
+        sentence = f"Processes: {', '.join(NAMES)} are {expected}, not {given}."
+        require(":" in address and are_numbers, sentence)
+        names = ("coordinator_address", "num_processes", "process_id")
+        return dict(zip(names, (address, int(count), int(index)), strict=True))
     # Clusters that JAX knows by their variables: a SLURM step, a TPU pod.
-    slurm = int(os.environ.get("SLURM_NTASKS", "1")) > 1 and {
-        "SLURM_PROCID",
-        "SLURM_STEP_NODELIST",
-    } <= set(os.environ)
+    step = {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= set(os.environ)
+    slurm = step and int(os.environ.get("SLURM_NTASKS", "1")) > 1
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
     pod = "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
     return {} if slurm or pod else None
@@ -72,10 +65,9 @@ def start_processes(timeout: int = TIMEOUT) -> None:
     if arguments:
         which = f"{arguments['process_id']} of {arguments['num_processes']}"
     # Wait for the others, no longer than the watchdog allows.
-    log.info(
-        "Process %s on %s: waiting up to %d s for the others at %s.", which, host, timeout, where
-    )
-    late = f"Process {which} on {host}: the others did not come to {where} within {timeout} s."
+    me = f"Process {which} on {host}"
+    log.info("%s: waiting up to %d s for the others at %s.", me, timeout, where)
+    late = f"{me}: the others did not come to {where} within {timeout} s."
     watchdog = threading.Timer(timeout, _give_up, [late])
     watchdog.start()
     try:
@@ -84,9 +76,7 @@ def start_processes(timeout: int = TIMEOUT) -> None:
         )
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(
-            f"Process {which} on {host} cannot join the others at {where}: {reason}"
-        ) from error
+        raise InputError(f"{me} cannot join the others at {where}: {reason}") from error
     finally:
         watchdog.cancel()
     # Everyone is connected; the barrier makes sure that everyone knows.
@@ -116,10 +106,8 @@ def barrier(what: str, timeout: int = TIMEOUT) -> None:
     try:
         state.client.wait_at_barrier(name, timeout_in_ms=1000 * timeout)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"Process {state.process_id} waited {timeout} s for the others before {what}: {reason}"
-        ) from error
+        waited = f"Process {state.process_id} waited {timeout} s for the others before {what}"
+        raise InputError(f"{waited}: {str(error).splitlines()[0]}") from error
     log.info("Process %d of %d: all are ready for %s.", state.process_id, state.num_processes, what)
 
 

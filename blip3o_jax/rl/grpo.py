@@ -15,7 +15,6 @@ import numpy as np
 from blip3o_jax.kernels.platform import jit
 from blip3o_jax.models.blip3o import Blip3o, condition_slice
 from blip3o_jax.sample import decode
-from blip3o_jax.text import causal_positions
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.steps import advance
 
@@ -38,14 +37,11 @@ def image_logprobs(
     Over the image tokens only, as they were drawn; the original draws from and normalises over the
     whole vocabulary.
     """
-    vocab, n = model.config.vocab, model.config.ta_tok.num_tokens
-    first, params = vocab.image_start_token_id, {"params": params}
-    valid = tokens != vocab.pad_token_id
-    hidden, _ = model.qwen3.apply(params, tokens, causal_positions(tokens), valid)
+    vocab, n, params = model.config.vocab, model.config.ta_tok.num_tokens, {"qwen3": params}
+    first, count = vocab.image_start_token_id, vocab.num_image_tokens
     # Each state is the one that the next token was drawn from.
-    states = condition_slice(hidden, start, n)
-    count = vocab.num_image_tokens
-    logits = model.qwen3.apply(params, states, first, count, method="logits")
+    states = condition_slice(model.read_rows(params, tokens), start, n)
+    logits = model.apply(params, "qwen3", states, first, count, method="logits")
     ids = jnp.take_along_axis(tokens, start[:, None] + 1 + jnp.arange(n), axis=1) - first
     return decode.token_logprobs(logits / temperature, ids)
 

@@ -112,10 +112,11 @@ class TrainConfig:
     def _check_parts(self) -> None:
         """Refuses what names a part that the run does not hold or does not train."""
         stage, parts, trained = self.stage, self.record.parts, self.trained_parts
+        listed = ", ".join(parts)
         # Parts that are loaded, frozen, or have a rate of their own.
         for part in self.init:
             sentence = f"init names {part!r}, which stage {stage!r} does not use; its parts: "
-            require(part in parts, f"{sentence}{', '.join(parts)}.")
+            require(part in parts, f"{sentence}{listed}.")
         for part in self.frozen_parts:
             sentence = f"frozen_parts: stage {stage!r} has no part {part!r}; "
             require(part in parts, sentence + nearest(part, parts))
