@@ -18,7 +18,6 @@ from blip3o_jax.kernels.attention import linear_attention
 from blip3o_jax.models.layers import Conv2d, Dtype, Linear, RMSNorm
 
 NORM_EPS = 1e-5
-ATTENTION_EPS = 1e-15
 
 
 def pixel_unshuffle(x: Array) -> Array:
@@ -96,7 +95,7 @@ def relu_linear_attention(q: Array, k: Array, v: Array) -> Array:
     flat = (
         a.astype(jnp.float32).reshape(len(a), -1, *a.shape[3:]) for a in (nn.relu(q), nn.relu(k), v)
     )
-    return linear_attention(*flat, ATTENTION_EPS).reshape(q.shape)
+    return linear_attention(*flat).reshape(q.shape)
 
 
 class MultiscaleAttention(nn.Module):
@@ -114,7 +113,6 @@ class MultiscaleAttention(nn.Module):
         inner = heads * self.head_dim
         linear = functools.partial(Linear, dtype=self.dtype)
         conv = functools.partial(Conv2d, 3 * inner, use_bias=False, dtype=self.dtype)
-
         # The first scale: every pixel by itself.
         names = ("to_q", "to_k", "to_v")
         qkv = [linear("byxc,cd->byxd", (width, inner), name=name)(x) for name in names]
@@ -144,6 +142,7 @@ class GatedConv(nn.Module):
         conv = functools.partial(Conv2d, dtype=self.dtype)
         y = nn.silu(conv(inner, 1, name="conv_inverted")(x))
         y = conv(inner, 3, groups=inner, name="conv_depth")(y)
+        # One half of the channels gates the other.
         y, gate = jnp.split(y, 2, axis=-1)
         y = conv(width, 1, use_bias=False, name="conv_point")(y * nn.silu(gate))
         return x + RMSNorm(NORM_EPS, use_bias=True, name="norm")(y)

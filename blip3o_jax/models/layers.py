@@ -59,6 +59,7 @@ def scan_layers(
         "length": length,
         "unroll": length if is_unrolled(length) else 1,
     }
+    # The same parameters for every method.
     axes = {"__call__": in_axes, **(others or {})}
     methods = {name: stacked | {"in_axes": axes[name]} for name in axes}
     return nn.scan(REMAT[remat](block), methods=methods)
@@ -85,6 +86,7 @@ class Linear(nn.Module):
         inputs, output = self.equation.split("->")
         axes = inputs.split(",")[1]
         sizes = dict(zip(axes, self.shape, strict=True))
+        # The axes that are summed over say how large fresh weights are.
         fan_in = math.prod(sizes[axis] for axis in axes if axis not in output)
         std = fan_in**-0.5 if self.std is None else self.std
         kernel = self.param("kernel", nn.initializers.normal(std), self.shape)

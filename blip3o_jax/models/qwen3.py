@@ -55,10 +55,12 @@ def write_cache(cache: Cache, layer: Array, k: Array, v: Array) -> tuple[Cache, 
     """Writes keys and values [B,T,K,H] of a layer at the index -> (cache, and all keys and values
     [B,S,K,H] of that layer)."""
     index = cache["index"]
+    # In the order in which the cache stores them.
     k = k.transpose(0, 2, 1, 3)[None]
     keys = lax.dynamic_update_slice(cache["k"], k, (layer, 0, 0, index, 0))
     v = v.transpose(0, 2, 3, 1)[None]
     values = lax.dynamic_update_slice(cache["v"], v, (layer, 0, 0, 0, index))
+    # What the layer attends to.
     k = lax.dynamic_index_in_dim(keys, layer, keepdims=False).transpose(0, 2, 1, 3)
     v = lax.dynamic_index_in_dim(values, layer, keepdims=False).transpose(0, 3, 1, 2)
     return cache | {"k": keys, "v": values}, k, v
@@ -120,7 +122,7 @@ class SelfAttention(nn.Module):
             Linear, dtype=self.dtype, std=STD, loop_invariant=layout.loop_invariant
         )
         project = functools.partial(linear, out=layout.heads)
-
+        # Queries and keys are normed per head, then rotated by their positions.
         with jax.named_scope("qkv"):
             q = project("btd,dnh->btnh", (width, *heads), name="q_proj")(x)  # [B,T,N,H]
             k = project("btd,dkh->btkh", (width, *kv_heads), name="k_proj")(x)  # [B,T,K,H]
@@ -260,7 +262,6 @@ class Qwen3(nn.Module):
             # The loop over tokens meets the same kernels, unless a loop over layers slices them.
             unrolled = is_unrolled(cfg.num_hidden_layers)
             layout = dataclasses.replace(STEP, loop_invariant=unrolled)
-
         # Embeddings, then all blocks, which share positions and mask.
         x = lookup(self.embed_tokens(), tokens, self.dtype, layout.stream)
         angles = rotary_angles(positions, cfg.head_dim, cfg.rope_theta)

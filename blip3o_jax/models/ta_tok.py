@@ -133,6 +133,7 @@ class Decoder(nn.Module):
             raise ValueError(f"TA-Tok decodes a square of tokens, which {x.shape[1]} is not")
         shape = (cfg.bottleneck_dim, width)
         x = Linear("bte,ed->btd", shape, True, self.dtype, name="patch_embedding")(x)
+        # The positions were learned for a grid that may be another one.
         shape = (cfg.decoder_num_patches, width)
         positions = self.param("position_embedding", position_init, shape)
         x = x + resize_positions(positions, grid).astype(self.dtype)
@@ -194,6 +195,7 @@ class TaTok(nn.Module):
         """features [B,n,D] -> Quantized, with all cosines at once; `key` as in `encode`."""
         codebook = self.codebook()
         z = self.bottleneck.project(features)
+        # The choice itself has no gradient; z gets that of the chosen code.
         fixed = (jax.lax.stop_gradient(z), jax.lax.stop_gradient(codebook))
         ids = choose(*fixed, self.cfg.stochastic_temperature, key)
         codes = codebook[ids]

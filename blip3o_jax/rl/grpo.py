@@ -60,6 +60,7 @@ def policy_loss(
     logprobs, old, reference [B,n]; advantages [B]. The divergence is the estimate exp(d) - d - 1
     with d = reference - logprobs.
     """
+    # The smaller of both: a gain counts up to the clip, a loss beyond it too.
     ratio, gain = jnp.exp(logprobs - old), advantages[:, None]
     clipped = jnp.clip(ratio, 1 - epsilon, 1 + epsilon)
     difference = reference - logprobs

@@ -64,8 +64,8 @@ def reinforced(
         drawn = jax.device_get(draw(params, *asked, **rollout))
         rollout_s = time.perf_counter() - began
 
-        began = time.perf_counter()
         # Rewards on the host.
+        began = time.perf_counter()
         rewards, numbers = reward(drawn["images"], metadata)
         reward_s = time.perf_counter() - began
 
@@ -100,6 +100,7 @@ def reinforced(
         return step
 
     def evaluate(params: dict) -> tuple[dict[str, float], np.ndarray]:
+        # The rows beyond those asked for fill the batch.
         images = np.asarray(draw(params, *inputs(heldout, cfg.seed), **show)["images"])
         images = images[: len(heldout)]
         numbers = reward(images, heldout)[1]

@@ -34,6 +34,7 @@ def judge(
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
     if cfg.spike:
         good &= (taken < SETTLED) | (norm <= cfg.spike * usual)
+    # Skipped steps do not change what is usual.
     average = jnp.where(taken == 0, norm, MEMORY * usual + (1 - MEMORY) * norm)
     return good, {
         "skipped": counters["skipped"] + ~good,

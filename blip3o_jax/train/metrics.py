@@ -77,6 +77,7 @@ class MetricWriter:
             self._show(step, [{"tag": name, "image": shown}])
 
     def _forget(self, step: int) -> None:
+        # Written anew beside the file, so that a killed process loses nothing.
         lines = self.path.read_text().splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n"):
             lines.pop()  # its writer was killed

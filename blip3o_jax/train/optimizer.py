@@ -55,6 +55,7 @@ def updates(
 
     Weight decay spares vectors (norms and biases). A part's factor scales its whole update.
     """
+    # Both moments start at zero, which the division by 1 - b^count makes up for.
     count = jnp.maximum(after.count, 1)
     rate = schedule(cfg, num_steps)(count - 1)
     first, second = 1 - cfg.b1**count, 1 - cfg.b2**count

@@ -69,6 +69,7 @@ def saved_config(values: dict) -> TrainConfig:
     rename(values, stage)
     record = STAGES[stage]
     values = {key: value for key, value in values.items() if key == stage or key not in STAGES}
+    # Keys that had no effect in this stage.
     values.pop("loss", None)
     if stage in values and "ce_chunk" not in record.section.__dataclass_fields__:
         values[stage].pop("ce_chunk", None)
@@ -170,6 +171,7 @@ def _value(kind: Any, value: Any, key: str) -> Any:
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if value is None and types.NoneType in kinds:
         return None
+    # The first type that the value fits: true is no number, an integer is a float.
     is_bool = isinstance(value, bool)
     for one in kinds:
         (item, *_) = typing.get_args(one) or (None,)
