@@ -1,5 +1,5 @@
-"""Scores a picture against a prompt's metadata by GenEval's rules (djghosh13/geneval), with
-template matching for eyes."""
+"""Scores a picture against a prompt's metadata by GenEval's rules (djghosh13/geneval), or against
+an edit, with template matching for eyes."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -7,9 +7,12 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from blip3o_jax.scenes.detect import Detection, detect, look
+from blip3o_jax.scenes.edits import Edit
+from blip3o_jax.scenes.instructions import said_color
+from blip3o_jax.scenes.scene import CELL, Thing
 from blip3o_jax.scenes.sprites import LETTERS, SPRITE
 
-__all__ = ["Detection", "detect", "judge", "judge_batch"]
+__all__ = ["Detection", "detect", "judge", "judge_batch", "judge_edit"]
 
 POSITION_MARGIN = 0.1  # GenEval's: share of both sizes that an offset must exceed
 MOST_UNEXPLAINED = 48  # px
@@ -57,6 +60,60 @@ def judge(image: np.ndarray, metadata: Mapping) -> dict:
 def judge_batch(images: Iterable[np.ndarray], metadata: Iterable[Mapping]) -> list[dict]:
     """judge() of every picture with its metadata."""
     return [judge(image, item) for image, item in zip(images, metadata, strict=True)]
+
+
+def judge_edit(image: np.ndarray, edit: Edit) -> dict:
+    """The verdict on a picture [64, 64, 3] that should show `edit.after`:
+
+    - done: what is new is there in its colour and at most a cell from its place, what should go is
+      gone, and a new ground is there;
+    - kept: everything else is where it was, at most a cell away, in its colour and on its ground,
+      and there is nothing more;
+    - success: both;
+    - reason: in words what is wrong ("" for a success).
+    """
+    # What should be there for either verdict, each matched with what was seen, at most once.
+    before, after = edit.before, edit.after
+    sight = look(image)
+    rest = list(sight.detections)
+    not_done = _missing([t for t in after.things if t not in before.things], rest)
+    not_kept = _missing([t for t in after.things if t in before.things], rest)
+    # What should have gone, and what nobody asked for.
+    old = [t for t in before.things if t not in after.things]
+    not_done += [f"{_said(thing)} still there" for thing in old if _take(thing, rest)]
+    not_kept += [f"{_said(d)} besides" for d in rest]
+    if sight.unexplained > MOST_UNEXPLAINED:
+        not_kept.append(f"{sight.unexplained} px of something else")
+    if sight.ground != after.ground:
+        wrong = not_kept if before.ground == after.ground else not_done
+        wrong.append(f"ground {sight.ground} instead of {after.ground}")
+    done, kept = not not_done, not not_kept
+    reason = "; ".join(not_done + not_kept)
+    return {"done": done, "kept": kept, "success": done and kept, "reason": reason}
+
+
+def _missing(things: Iterable[Thing], detections: list[Detection]) -> list[str]:
+    """Words for the things that are not among the detections; those that are leave the list."""
+    return [f"no {_said(t)} at its place" for t in things if not _take(t, detections)]
+
+
+def _take(thing: Thing, detections: list[Detection]) -> Detection | None:
+    """Removes and returns the nearest detection of a thing, by object, colour and place within a
+    cell."""
+
+    def distance(d: Detection) -> int:
+        return max(abs(d.row_px - CELL * thing.row), abs(d.column_px - CELL * thing.column))
+
+    alike = [d for d in detections if _said(d) == _said(thing) and distance(d) <= CELL]
+    nearest = min(alike, key=distance, default=None)
+    if nearest:
+        detections.remove(nearest)
+    return nearest
+
+
+def _said(thing: Thing | Detection) -> str:
+    """What one would call a thing or a detection: a natural apple is a red apple."""
+    return f"{said_color(thing) or 'natural'} {thing.object}"
 
 
 def _judge_objects(
