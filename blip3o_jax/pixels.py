@@ -76,7 +76,7 @@ def labelled_sheet(images: np.ndarray, labels: Sequence[str], columns: int = 8) 
     for image, label in zip(images, labels, strict=True):
         cell = Image.new("RGB", (width + 32, height + 24), "white")
         cell.paste(Image.fromarray(image).resize((width, height), Image.NEAREST), (16, 0))
-        text = "\n".join(textwrap.wrap(label, 26)[:2])
+        text = "\n".join(textwrap.wrap(label, (width + 4) // 5)[:2])  # 5 px a letter
         ImageDraw.Draw(cell).multiline_text((4, height + 1), text, "black", font_size=10, spacing=1)
         cells.append(np.asarray(cell))
     return contact_sheet(np.stack(cells), columns, margin=2)

@@ -1,6 +1,7 @@
 """Ceilings of a score: pictures that skip a part of the model and so its errors."""
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -20,12 +21,6 @@ def ceilings(
     """Pictures uint8 [B,H,W,3] from true ones of the same shape: "autoencoder" encodes and decodes
     them, "true_tokens" gives the diffusion part the tokens of the true picture."""
     model, params = pipeline.model, pipeline.params
-
-    @jit
-    def reconstruct(params, pixels):
-        latents = model.apply(params, "dc_ae", to_unit(pixels), method="encode")
-        return to_uint8(model.apply(params, "dc_ae", latents, method="decode"))
-
     read = jit(functools.partial(generate.read_tokens, model), model.config)
     _, draw = programs.programs(model)
     steps = ("num_inference_steps", "guidance_scale", "shift")
@@ -36,15 +31,34 @@ def ceilings(
     codes = np.zeros((len(encoded), model.config.ta_tok.num_tokens), np.int32)
     rows, start = text.training_rows(encoded, codes, row_length(model.config))
     keys = np.array([generate.sample_key(0, prompt, 0) for prompt in prompts], np.uint32)
-    # Batches of the pipeline's size, the last one padded with the last picture.
-    batches, size = [], pipeline.batch_size
-    for first in range(0, len(images), size):
-        count = min(size, len(images) - first)
-        index = np.minimum(np.arange(first, first + size), len(images) - 1)
+    drawn = []
+    for index, count in _batches(len(images), pipeline.batch_size):
         batch = put_batch((images[index], rows[index], start[index], keys[index]), pipeline.mesh)
         with jax.set_mesh(pipeline.mesh):
-            reconstructed = reconstruct(params, batch[0])
-            drawn = draw(params, read(params, *batch[:3]), batch[3], **options)
-        batches.append([np.asarray(shown)[:count] for shown in (reconstructed, drawn)])
-    coded, drawn = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-    return {"autoencoder": coded, "true_tokens": drawn}
+            shown = draw(params, read(params, *batch[:3]), batch[3], **options)
+        drawn.append(np.asarray(shown)[:count])
+    return {"autoencoder": autoencoded(pipeline, images), "true_tokens": np.concatenate(drawn)}
+
+
+def autoencoded(pipeline: Pipeline, images: np.ndarray) -> np.ndarray:
+    """Pictures uint8 [B,H,W,3] after the model's autoencoder and back."""
+    model = pipeline.model
+
+    @jit
+    def reconstruct(params, pixels):
+        latents = model.apply(params, "dc_ae", to_unit(pixels), method="encode")
+        return to_uint8(model.apply(params, "dc_ae", latents, method="decode"))
+
+    results = []
+    for index, count in _batches(len(images), pipeline.batch_size):
+        (batch,) = put_batch((images[index],), pipeline.mesh)
+        with jax.set_mesh(pipeline.mesh):
+            shown = reconstruct(pipeline.params, batch)
+        results.append(np.asarray(shown)[:count])
+    return np.concatenate(results)
+
+
+def _batches(number: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Indexes of `size` rows each and how many of them count; the last ones repeat the last row."""
+    for first in range(0, number, size):
+        yield np.minimum(np.arange(first, first + size), number - 1), min(size, number - first)

@@ -15,6 +15,7 @@ from blip3o_jax.scenes.config import WorldConfig
 from blip3o_jax.scenes.edits import INVERSES, KINDS, Edit, composed, draw, inverted, region, sample
 from blip3o_jax.scenes.heldout import held_out
 from blip3o_jax.scenes.instructions import WORDINGS, instructions, names, num_tokens, places
+from blip3o_jax.scenes.judge import judge_edit
 from blip3o_jax.scenes.scene import Scene, Thing, compose
 from blip3o_jax.text import edit_prompt, load_tokenizer
 
@@ -236,3 +237,60 @@ def test_region_is_what_changes_and_a_margin():
     assert [grown[0][0], grown[0][-1]] == [rows[0] - 3, rows[-1] + 3]
     assert [grown[1][0], grown[1][-1]] == [columns[0] - 3, columns[-1] + 3]
     assert region(edits.sample(WORLD, 0, weights={"ground": 1.0})).mean() > 0.3
+
+
+def test_the_judge_tells_true_edits_from_none_and_others():
+    """120 edits; of 600: 100 % right, none of 600 sources, none of 1,200 other edits."""
+    drawn = [sample(WORLD, i, "heldout" if i % 2 else "train") for i in range(120)]
+    after = [compose(edit.after) for edit in drawn]
+    for i, edit in enumerate(drawn):
+        right = {"done": True, "kept": True, "success": True, "reason": ""}
+        assert judge_edit(after[i], edit) == right
+        unchanged = judge_edit(compose(edit.before), edit)
+        assert (unchanged["done"], unchanged["kept"]) == (False, True)
+        assert not judge_edit(after[i - 1], edit)["success"]
+
+
+CAT, KEY = Thing("cat", "red", 0, 0), Thing("key", "blue", 3, 3)
+BLUE_CAT = dataclasses.replace(CAT, color="blue")
+
+
+@pytest.mark.parametrize(
+    ("things", "ground", "done", "kept", "reason"),
+    [
+        ((BLUE_CAT, KEY), "pink", True, True, ""),
+        # a cell off, and two
+        ((dataclasses.replace(BLUE_CAT, row=1), KEY), "pink", True, True, ""),
+        (
+            (dataclasses.replace(BLUE_CAT, column=2), KEY),
+            "pink",
+            False,
+            False,
+            "no blue cat at its place; blue cat besides",
+        ),
+        ((CAT, KEY), "pink", False, True, "no blue cat at its place; red cat still there"),
+        ((BLUE_CAT,), "pink", True, False, "no blue key at its place"),
+        ((BLUE_CAT, KEY), "gray", True, False, "ground gray instead of pink"),
+        ((BLUE_CAT, KEY, Thing("apple", None, 0, 5)), "pink", True, False, "red apple besides"),
+        (
+            (BLUE_CAT, Thing("key", "red", 3, 3)),
+            "pink",
+            True,
+            False,
+            "no blue key at its place; red key besides",
+        ),
+    ],
+)
+def test_the_judge_says_what_is_wrong(things, ground, done, kept, reason):
+    edit = Edit("recolor", "", "", Scene((CAT, KEY), "pink"), Scene((BLUE_CAT, KEY), "pink"))
+    verdict = judge_edit(compose(Scene(things, ground)), edit)
+    assert verdict == {"done": done, "kept": kept, "success": done and kept, "reason": reason}
+
+
+def test_the_judge_wants_the_new_ground_and_nothing_shapeless():
+    edit = Edit("ground", "", "", Scene((CAT, KEY), "pink"), Scene((CAT, KEY), "cyan"))
+    verdict = judge_edit(compose(Scene((CAT, KEY), "white")), edit)
+    assert (verdict["done"], verdict["kept"]) == (False, True)
+    image = compose(edit.after)
+    image[50:, :14] = 0
+    assert judge_edit(image, edit)["reason"] == "196 px of something else"

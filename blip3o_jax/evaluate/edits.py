@@ -1,0 +1,170 @@
+"""Edits of the embedded world measured: held-out ones, what an edit did to the rest of the picture,
+tables and sheets of verdicts.
+
+    edits = heldout(300)
+    before, after = pictures(edits)
+    images = ...  # uint8 like `after`, made from `before` and the instructions
+    roundtrips = ceilings.autoencoded(pipeline, after)
+    verdicts = [judge_edit(image, edit) for image, edit in zip(images, edits)]
+    measures = [measure(image, edit) for image, edit in zip(images, edits)]
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from blip3o_jax.evaluate.scenes import DATA_SEED
+from blip3o_jax.pixels import labelled_sheet
+from blip3o_jax.scenes.config import WorldConfig
+from blip3o_jax.scenes.edits import KINDS, Edit, region, sample
+from blip3o_jax.scenes.scene import compose
+
+SHEET = 48  # edits shown
+GAP = 4  # px between the pictures of an edit on the sheet
+LEAST_ERROR = 1 / 12  # of pixels, squared: what rounding to whole levels costs, 58.9 dB
+STEPS = 20  # places a pixel at which a shift is looked for
+SOFT = 2  # px over which a region is blended out
+
+
+def heldout(count: int) -> list[Edit]:
+    """`count` edits that ask for held-out combinations, spread evenly over the kinds."""
+    world = WorldConfig(seed=DATA_SEED)
+    return [sample(world, i, "heldout", {KINDS[i % len(KINDS)]: 1.0}) for i in range(count)]
+
+
+def pictures(edits: Sequence[Edit]) -> tuple[np.ndarray, np.ndarray]:
+    """The true pictures before and after each edit, uint8 [B,64,64,3] twice."""
+    before = np.stack([compose(edit.before) for edit in edits])
+    return before, np.stack([compose(edit.after) for edit in edits])
+
+
+def psnr_outside(image: np.ndarray, target: np.ndarray, region: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of uint8 [H,W,3] outside a region, bool [H,W].
+
+    At most 58.9, as if both were rounded from equal pictures; NaN where nothing is outside.
+    """
+    if region.all():
+        return float("nan")
+    difference = image[~region].astype(np.float64) - target[~region]
+    return float(10 * np.log10(255**2 / max(np.square(difference).mean(), LEAST_ERROR)))
+
+
+def shift(image: np.ndarray, reference: np.ndarray, region: np.ndarray) -> float:
+    """How many pixels an image uint8 [H,W,3] is shifted against a reference, to 1/20, where a
+    region, bool [H,W], is blended out of both.
+
+    It is the peak of their cross-correlation, found to a whole pixel by FFT, then on a finer grid
+    by a Fourier sum. NaN where nothing is left to compare.
+    """
+    # What stands out from the commonest colour outside, fading into the region; then zeros, as
+    # shifts are not cyclic.
+    if region.all():
+        return float("nan")
+    height, width = region.shape
+    weight = _faded(~region)[..., None]
+    spectra = []
+    for picture in (image, reference):
+        content = (picture - np.median(picture[~region], axis=0)) * weight / 255
+        spectra.append(np.fft.fft2(content, (2 * height, 2 * width), axes=(0, 1)))
+    cross = (spectra[0] * spectra[1].conj()).sum(axis=-1)
+    # The best whole pixel, of shifts to both sides.
+    correlation = np.fft.ifft2(cross).real
+    if correlation.max() <= 0:
+        return float("nan")
+    peak = np.unravel_index(correlation.argmax(), correlation.shape)
+    # The best place around it.
+    fine = np.arange(-STEPS, STEPS + 1) / STEPS
+    frequencies = [np.fft.fftfreq(size) for size in cross.shape]
+    places = [
+        (at + size // 2) % size - size // 2 + fine
+        for at, size in zip(peak, cross.shape, strict=True)
+    ]
+    rows, columns = (
+        np.exp(2j * np.pi * np.outer(place, frequency))
+        for place, frequency in zip(places, frequencies, strict=True)
+    )
+    best = (rows @ cross @ columns.T).real
+    i, j = np.unravel_index(best.argmax(), best.shape)
+    return float(np.hypot(places[0][i], places[1][j]))
+
+
+def _faded(mask: np.ndarray) -> np.ndarray:
+    """A mask [H,W] that falls to 0 over SOFT px inside its edges with the rest."""
+    faded = np.zeros(mask.shape)
+    for reach in range(SOFT + 1):
+        padded = np.pad(mask, reach, mode="edge")
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (2 * reach + 1,) * 2)
+        faded += windows.all(axis=(2, 3)) / (SOFT + 1)
+    return faded
+
+
+def measure(image: np.ndarray, edit: Edit) -> dict[str, float]:
+    """psnr (outside the edited region) and shift of a result against the true picture after.
+
+    The region of a new ground is nearly everything, so that its shift is that of the whole picture.
+    """
+    edited = region(edit)
+    after = compose(edit.after)
+    blended = np.zeros_like(edited) if edit.kind == "ground" else edited
+    return {"psnr": psnr_outside(image, after, edited), "shift": shift(image, after, blended)}
+
+
+def table(
+    edits: Sequence[Edit],
+    verdicts: Sequence[Mapping],
+    psnrs: Sequence[float],
+    roundtrip_psnrs: Sequence[float],
+    shifts: Sequence[float],
+) -> dict[str, dict[str, float]]:
+    """By kind and overall: count; shares of success, done and kept; mean psnr and roundtrip_psnr
+    (of the autoencoder alone) in dB; the largest shift in px."""
+    kinds = np.array([edit.kind for edit in edits])
+    result = {}
+    for kind in ("overall", *(kind for kind in KINDS if kind in kinds)):
+        own = np.flatnonzero((kinds == kind) | (kind == "overall"))
+        row: dict[str, float] = {"count": len(own)}
+        for rule in ("success", "done", "kept"):
+            row[rule] = round(float(np.mean([verdicts[i][rule] for i in own])), 4)
+        # What cannot be measured is left out, not counted as perfect.
+        numbers = {"psnr": psnrs, "roundtrip_psnr": roundtrip_psnrs, "shift": shifts}
+        for name, values in numbers.items():
+            measured = [values[i] for i in own if not np.isnan(values[i])]
+            most = max if name == "shift" else np.mean
+            row[name] = round(float(most(measured)), 2) if measured else float("nan")
+        result[kind] = row
+    return result
+
+
+def write_records(
+    file: pathlib.Path,
+    edits: Sequence[Edit],
+    seeds: Sequence[int],
+    verdicts: Sequence[Mapping],
+    measures: Sequence[Mapping],
+) -> None:
+    """A JSON line an edit: what was asked, with which seed, the verdict and the measures."""
+    with file.open("w", encoding="utf-8") as stream:
+        for edit, seed, verdict, measured in zip(edits, seeds, verdicts, measures, strict=True):
+            asked = {"kind": edit.kind, "instruction": edit.instruction, "seed": seed}
+            numbers = {k: None if np.isnan(v) else round(v, 2) for k, v in measured.items()}
+            stream.write(json.dumps(asked | dict(verdict) | numbers) + "\n")
+
+
+def sheet(images: np.ndarray, edits: Sequence[Edit], verdicts: Sequence[Mapping]) -> np.ndarray:
+    """`SHEET` edits, those of a kind together: before, result and the true picture after, above a
+    sign and the instruction:
+
+    - `+` done, and everything else kept;
+    - `o` done, but something else changed;
+    - `-` not done.
+    """
+    order = sorted(range(len(edits)), key=lambda i: KINDS.index(edits[i].kind))
+    step = max(1, len(order) / SHEET)
+    shown = [order[int(k * step)] for k in range(min(SHEET, len(order)))]
+    before, after = pictures([edits[i] for i in shown])
+    gap = np.full((len(shown), before.shape[1], GAP, 3), 255, np.uint8)
+    rows = np.concatenate([before, gap, images[shown], gap, after], axis=2)
+    signs = ["+" if v["success"] else "o" if v["done"] else "-" for v in verdicts]
+    return labelled_sheet(rows, [f"{signs[i]} {edits[i].instruction}" for i in shown], columns=3)
