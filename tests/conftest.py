@@ -33,6 +33,19 @@ SLOWEST = (
     "models/test_blip3o.py",
     "kernels/test_cpu.py",
 )
+# Files whose programs, and those of the commands that they start, are compiled without LLVM's
+# costly passes, which takes half as long. Not those that look at what the CPU is given, or at the
+# bytes of what the embedded model makes.
+PLAINLY_COMPILED = (
+    "data/test_cache.py",
+    "parallel/test_parameters.py",
+    "plan/test_plan.py",
+    "rl/test_grpo.py",
+    "sample/test_generate.py",
+    "train/test_losses.py",
+    "train/test_loop.py",
+    "verify/test_verify.py",
+)
 LARGE = 1 << 30  # bytes of a process that gives its compiled programs back between two files
 
 
@@ -49,12 +62,33 @@ def pytest_configure(config):
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
+def name_of(path) -> str:
+    """A test file's path below this folder."""
+    return path.relative_to(os.path.dirname(__file__)).as_posix()
+
+
 def pytest_collection_modifyitems(items):
     def place(item) -> int:
-        name = item.path.relative_to(os.path.dirname(__file__)).as_posix()
+        name = name_of(item.path)
         return SLOWEST.index(name) if name in SLOWEST else len(SLOWEST)
 
     items.sort(key=place)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_compiled_plainly(request):
+    """For the files above, in this process and in those that they start."""
+    if name_of(request.path) not in PLAINLY_COMPILED:
+        yield
+        return
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # no other file sees these programs
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -8,8 +8,12 @@ from tiny import SMALL
 
 from blip3o_jax.checkpoints import load_part
 from blip3o_jax.cli import main
+from blip3o_jax.config import replace
+from blip3o_jax.convert.random_weights import random_checkpoint, random_params
 from blip3o_jax.data import cache, feed
 from blip3o_jax.jobs.train import open_feed
+from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.presets import preset
 from blip3o_jax.train import losses
 from blip3o_jax.train.read_config import read_config
 from blip3o_jax.train.stages import WHOLE
@@ -21,6 +25,7 @@ def folder(tmp_path_factory, made):
     """A config over 13 records of a tar, of which record 4 is damaged, and 6 of parquet; and its
     cache in `cache`."""
     folder = tmp_path_factory.mktemp("cached")
+    random_checkpoint(folder / "weights", replace(preset("emoji_64"), **SMALL))
     made.tar(folder / "a.tar", range(0, 130, 10), {40: {"png": b"damaged"}})
     made.parquet(folder / "b.parquet", range(200, 206))
     sources = [
@@ -31,6 +36,7 @@ def folder(tmp_path_factory, made):
     config = {
         "stage": "joint",
         "model": SMALL,
+        "init": str(folder / "weights"),  # compiling initialisers would take a minute
         "batch_size": 8,
         "num_steps": 2,
         "joint": {"trainable_sana": "all"},
@@ -100,7 +106,7 @@ def test_the_folder_holds_every_record_in_its_place(folder):
 def test_a_step_from_the_cache_is_the_step_from_the_images(folder, tokenizer):
     plain, cached = config(folder), config(folder, f"data.cache={folder / 'cache'}")
     model = build_model(plain)
-    params = jax.jit(lambda key: model.init(key, WHOLE))(jax.random.key(plain.seed))
+    params = random_params(model.config)  # those of the checkpoint
     loss = jax.jit(functools.partial(losses.joint_loss, model, plain.joint))
     sheets = []
     for step, (a, b) in enumerate(
@@ -222,7 +228,6 @@ def sentence(capsys, argv):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("seed=1", r"cache was made with other settings (ta_tok.weights"),  # other random encoders
         ("data.crop=original", "(crop shared there, original here)"),
         (
             "model.ta_tok.stochastic_temperature=0.05",
@@ -235,7 +240,29 @@ def sentence(capsys, argv):
 def test_a_cache_of_other_encoders_or_sources_is_refused_before_anything_is_made(
     override, expected, folder, tmp_path, capsys
 ):
-    overrides = [f"--config.data.cache={folder / 'cache'}", f"--config.{override}"]
+    assert_refused(expected, override, folder=folder, tmp_path=tmp_path, capsys=capsys)
+
+
+def test_a_cache_of_encoders_from_another_seed_is_refused(folder, tmp_path, capsys, monkeypatch):
+    """Random encoders are drawn by numpy here, from the key that the run's seed gives."""
+
+    def init(model, key, parts):
+        weights = random_params(model.config, seed=int(jax.random.key_data(key)[-1]))
+        return {part: weights[part] for part in parts}
+
+    monkeypatch.setattr(Blip3o, "init", init)
+    changes = ("init={}", "seed=1")
+    expected = "cache was made with other settings (ta_tok.weights"
+    assert_refused(expected, *changes, folder=folder, tmp_path=tmp_path, capsys=capsys)
+    # By the seed of the weights that made the cache it is not refused for them.
+    changes = ("init={}", "seed=0", 'data.sources=[{"kind": "webdataset", "path": "c.tar"}]')
+    expected = "holds no source 'c.tar'"
+    assert_refused(expected, *changes, folder=folder, tmp_path=tmp_path, capsys=capsys)
+
+
+def assert_refused(expected, *changes, folder, tmp_path, capsys):
+    """Training from the cache under changes of the config, before anything is made."""
+    overrides = [f"--config.{change}" for change in (f"data.cache={folder / 'cache'}", *changes)]
     argv = [
         "train",
         "--config",

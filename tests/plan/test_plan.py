@@ -2,11 +2,14 @@
 tests/test_plan_tpu.py has the TPU's compiler."""
 
 import dataclasses
+import functools
 import json
+from types import SimpleNamespace
 
 import jax
 import pytest
 from flax.traverse_util import flatten_dict
+from tiny import SMALL
 
 from blip3o_jax import flops
 from blip3o_jax.chips import Chip, parse_topology
@@ -21,7 +24,6 @@ from blip3o_jax.presets import preset
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.read_config import read_config
 
-SMALL = {"qwen3.num_hidden_layers": 1, "sana.num_layers": 1, "ta_tok.encoder.num_hidden_layers": 1}
 CHIP = Chip("", 0, 16)
 POD_CONFIGS = ("pretrain_3b", "sft_3b", "pretrain_0_6b")
 PODS = (*("v5e:16x16", "v5p:4x4x8", "v6e:16x16", "v5e:4x4", "v5p:2x2x4", "v6e:4x4"), "tpu7x:2x2x1")
@@ -33,9 +35,30 @@ def small(**changes) -> TrainConfig:
     )
 
 
-def test_bytes_by_kind_are_those_of_the_parts():
+def lowered(cfg: TrainConfig) -> programs.Program:
+    """The step on the config's mesh, compiled at most once, however often it is measured."""
+    program = programs.lower_step(cfg, make_mesh(cfg.mesh))
+    once = SimpleNamespace(compile=functools.cache(program.lowered.compile))
+    return dataclasses.replace(program, lowered=once)
+
+
+@pytest.fixture(scope="module")
+def averaged():
+    """A step with unsharded weights and their average."""
     cfg = small(mesh={"data": 8})
-    found = estimate.measure(programs.lower_step(cfg, make_mesh(cfg.mesh)), CHIP)["bytes"]
+    optimizer = dataclasses.replace(cfg.optimizer, ema_decay=0.9)
+    return lowered(dataclasses.replace(cfg, optimizer=optimizer))
+
+
+@pytest.fixture(scope="module")
+def sharded():
+    """A step with sharded weights, without their average."""
+    return lowered(small(mesh={"fsdp": 8}))
+
+
+def test_bytes_by_kind_are_those_of_the_parts(averaged):
+    cfg = small()
+    found = estimate.measure(averaged, CHIP)["bytes"]
     params = Blip3o(cfg.blip3o()).abstract()
     trained = sum(
         leaf.size
@@ -45,26 +68,21 @@ def test_bytes_by_kind_are_those_of_the_parts():
     captions = ("caption_projection", "caption_norm")
     trained += sum(leaf.size for name in captions for leaf in jax.tree.leaves(params["sana"][name]))
     everything = sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert found["parameters"] == 4 * trained
+    assert found["parameters"] == found["average"] == 4 * trained
     assert found["optimizer"] == 8 * trained + 4  # two moments, and the count of steps
     assert found["frozen"] == 4 * (everything - trained)
-    row = cfg.blip3o().image_size ** 2 * 3 + 4 * (cfg.blip3o().max_prompt_tokens + 64 + 3) + 4
+    model = cfg.blip3o()
+    length = model.max_prompt_tokens + model.ta_tok.num_tokens + 3
+    row = model.image_size**2 * 3 + 4 * length + 4
     assert found["batch"] == 16 // 8 * row
-    assert found["average"] == 0
     assert found["total"] == sum(size for kind, size in found.items() if kind != "total")
     assert found["temporary"] > 0
 
 
-def test_a_cut_halves_and_the_average_is_counted():
-    cfg = small()
-    cfg = dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, ema_decay=0.9))
-    whole, cut = (programs.lower_step(cfg, make_mesh(mesh)) for mesh in ({"data": 8}, {"fsdp": 8}))
-    sizes = [
-        {kind: estimate.measure(p, CHIP)["bytes"][kind] for kind in ("parameters", "average")}
-        for p in (whole, cut)
-    ]
-    assert sizes[0]["average"] == sizes[0]["parameters"]
-    assert sizes[1]["parameters"] < 0.2 * sizes[0]["parameters"]
+def test_a_sharded_step_holds_a_part_and_no_average_unless_it_is_kept(averaged, sharded):
+    whole, part = (estimate.measure(program, CHIP)["bytes"] for program in (averaged, sharded))
+    assert part["average"] == 0
+    assert part["parameters"] < 0.2 * whole["parameters"]
 
 
 def test_what_the_step_does_not_read_is_there_all_the_same():
@@ -72,7 +90,7 @@ def test_what_the_step_does_not_read_is_there_all_the_same():
     program does not."""
     cfg = read_config("pretrain_3b", [])
     cfg = small(data=dataclasses.replace(cfg.data, row_length=160), mesh={"data": 8})
-    program = programs.lower_step(cfg, make_mesh(cfg.mesh))
+    program = lowered(cfg)
     assert set(program.arguments[2]) == {"tokens", "start", "codes", "latents"}
     found = estimate.measure(program, CHIP)
     argument = program.lowered.compile().memory_analysis().argument_size_in_bytes
@@ -87,10 +105,9 @@ def test_what_the_step_does_not_read_is_there_all_the_same():
     assert found["bytes"]["total"] > arguments
 
 
-def test_a_device_that_is_too_small():
-    program = programs.lower_step(small(), make_mesh())
-    assert estimate.measure(program, CHIP)["fits"]
-    assert not estimate.measure(program, dataclasses.replace(CHIP, hbm=0))["fits"]
+def test_a_device_that_is_too_small(sharded):
+    assert estimate.measure(sharded, CHIP)["fits"]
+    assert not estimate.measure(sharded, dataclasses.replace(CHIP, hbm=0))["fits"]
 
 
 def test_time_and_cost_are_arithmetic(monkeypatch):
@@ -121,7 +138,8 @@ def test_generation_is_lowered_whole():
 
 
 def test_a_quick_look_has_every_kind_of_block():
-    model = programs.shallow(small(), 1).blip3o()
+    cfg = TrainConfig("joint", batch_size=16)
+    model = programs.shallow(cfg, 1).blip3o()
     assert (
         model.qwen3.num_hidden_layers,
         model.sana.num_layers,
@@ -129,7 +147,7 @@ def test_a_quick_look_has_every_kind_of_block():
     ) == (1, 1, 1)
     assert model.dc_ae.encoder_layers_per_block == (0, 1, 1, 1)
     assert model.dc_ae.decoder_layers_per_block == (0, 1, 1, 1)
-    assert programs.shallow(small(), 9).blip3o().dc_ae == small().blip3o().dc_ae
+    assert programs.shallow(cfg, 9).blip3o().dc_ae == cfg.blip3o().dc_ae
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pytest
 from tiny import SMALL
 
 from blip3o_jax.config import replace
+from blip3o_jax.convert.random_weights import random_params
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.presets import preset
 from blip3o_jax.rl import grpo
@@ -42,7 +43,8 @@ def test_the_loss_is_the_formula():
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.jit(lambda key: MODEL.init(key, ("qwen3",)))(jax.random.key(0))
+    """Of all parts, drawn by numpy: compiling `init` takes longer than the tests."""
+    return jax.tree.map(jnp.asarray, random_params(MODEL.config))
 
 
 def draw(params, prompts, key):
@@ -94,8 +96,8 @@ def test_a_rewarded_token_becomes_likely_and_only_the_transformer_moves(params):
         grpo=GrpoConfig(num_generations=8, beta=0.01),
         optimizer=OptimizerConfig(learning_rate=3e-3, final_learning_rate=3e-3, warmup_steps=1),
     )
-    others = jax.jit(lambda key: MODEL.init(key, ("diffusion_connector",)))(jax.random.key(2))
-    state, frozen = steps.init_state(cfg, jax.tree.map(jnp.copy, {**params, **others}))
+    parts = {part: params[part] for part in ("qwen3", "diffusion_connector")}
+    state, frozen = steps.init_state(cfg, jax.tree.map(jnp.copy, parts))
     assert set(state["params"]) == {"qwen3"}
     assert set(frozen) == {"diffusion_connector"}
     sample, update = (

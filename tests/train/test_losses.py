@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,25 +38,53 @@ def joint():
     return model, params, batch
 
 
-def compiled(joint, condition_dropout=0.0, **changes):
-    """(params, batch) -> the joint loss under a config."""
-    model = joint[0]
-    cfg = JointConfig(condition_dropout=condition_dropout, **changes)
-    return jax.jit(
+def run(joint, batch, **changes):
+    """Metrics of the joint loss under a config, without dropping conditions."""
+    model, params, _ = joint
+    cfg = JointConfig(condition_dropout=0.0, **changes)
+    loss = jax.jit(
         lambda params, batch: losses.joint_loss(model, cfg, params, batch, jax.random.key(1))
     )
+    return loss(params, batch)[1]
 
 
-def run(joint, **changes):
-    return compiled(joint, **changes)(*joint[1:])
+@pytest.fixture(scope="module")
+def encoded(joint):
+    """(the batch as a cache would give it, the codes): what asks nothing of the encoders need not
+    compile them."""
+    model, params, batch = joint
+
+    @jax.jit
+    def encode(params, images):
+        codes = losses.encode_codes(model, params, {"images": images})
+        return {"codes": codes, "latents": losses.encode_latents(model, params, images)}
+
+    rows = {name: batch[name] for name in ("tokens", "start")}
+    return rows | encode(params, batch["images"])
 
 
-def flow_gradients(joint, **changes):
-    """Norm of the velocity loss's gradient by part."""
-    _, params, batch = joint
-    loss = compiled(joint, **changes)
-    grads = jax.jit(jax.grad(lambda p: loss(p, batch)[1]["flow"]))(params)
-    return {part: float(optax.tree.norm(tree)) for part, tree in grads.items()}
+@pytest.fixture(scope="module")
+def from_images(joint):
+    """condition_dropout -> (metrics, norm of the velocity loss's gradient by part), by one program
+    that takes the draws of each config."""
+    model, params, batch = joint
+    cfg = JointConfig()
+    key = jax.random.key(1)
+
+    def flow(params, batch):
+        metrics = losses.joint_loss(model, cfg, params, batch, key)[1]
+        return metrics["flow"], metrics
+
+    program = jax.jit(jax.grad(flow, has_aux=True))
+
+    def metrics_and_norms(condition_dropout):
+        draws = losses.joint_draws(
+            model, JointConfig(condition_dropout=condition_dropout), batch, key
+        )
+        grads, metrics = program(params, {**batch, **draws})
+        return metrics, {part: float(optax.tree.norm(tree)) for part, tree in grads.items()}
+
+    return functools.cache(metrics_and_norms)
 
 
 def test_codes_are_written_behind_s0():
@@ -64,63 +94,62 @@ def test_codes_are_written_behind_s0():
     np.testing.assert_array_equal(written[1], [10, 11, 12, 13, 14, 15, 104, 105, 106, 19])
 
 
-def test_cross_entropy_is_the_mean_over_all_targets_and_chunks_do_not_change_it(joint):
+def test_cross_entropy_is_the_mean_over_all_targets_and_chunks_do_not_change_it(
+    joint, encoded, from_images
+):
     model, params, batch = joint
-    _, whole = run(joint)
-    _, chunked = run(joint, ce_chunk=2)
+    whole, _ = from_images(0.0)
+    chunked = run(joint, encoded, ce_chunk=2)
     np.testing.assert_allclose(whole["ce"], chunked["ce"], rtol=1e-6)
 
-    encode = jax.jit(
-        lambda images: model.ta_tok.apply(
-            {"params": params["ta_tok"]}, losses.to_unit(images), method="encode"
-        )
-    )
-    codes = encode(batch["images"])
-    hidden_of = jax.jit(
-        lambda row: model.qwen3.apply(
-            {"params": params["qwen3"]}, row, jnp.arange(row.shape[1])[None], row >= 0
-        )[0]
-    )
-    logits_of = jax.jit(
-        lambda hidden: model.qwen3.apply({"params": params["qwen3"]}, hidden, method="logits")
-    )
+    codes = encoded["codes"]
+
+    @jax.jit
+    def losses_of(row):
+        """Of the next tokens of one row [1,T], on whose tokens later ones have no influence."""
+        positions = jnp.arange(row.shape[1])[None]
+        qwen3 = {"params": params["qwen3"]}
+        hidden, _ = model.qwen3.apply(qwen3, row, positions, row >= 0)
+        logits = model.qwen3.apply(qwen3, hidden, method="logits")
+        log_probs = jax.nn.log_softmax(logits)[0, :-1]
+        return -jnp.take_along_axis(log_probs, row[0, 1:, None], axis=-1)[:, 0]
+
     text, image = np.zeros(2), np.zeros(2)  # sum and number of each kind of target
     for row, at, ids in zip(batch["tokens"], batch["start"], codes, strict=True):
         row = row.copy()
         row[at + 1 : at + 1 + N] = np.asarray(ids) + model.config.vocab.image_start_token_id
-        row = row[: at + 1 + N + 3][None]
-        picked = jnp.take_along_axis(
-            jax.nn.log_softmax(logits_of(hidden_of(row)))[0, :-1], row[0, 1:, None], axis=-1
-        )
-        text += -jnp.sum(picked[:at]), at
-        image += -jnp.sum(picked[at:]), N + 3
+        values = np.asarray(losses_of(row[None]))
+        text += values[:at].sum(), at
+        image += values[at : at + N + 3].sum(), N + 3
     total, count = text + image
     np.testing.assert_allclose(whole["ce"], total / count, rtol=1e-5)
 
 
-def test_the_slice_is_right_and_the_original_one_differs(joint):
-    _, right = run(joint)
-    _, original = run(joint, last_slice=True)
+def test_the_slice_is_right_and_the_original_one_differs(joint, encoded):
+    right = run(joint, encoded)
+    original = run(joint, encoded, last_slice=True)
     assert abs(float(right["flow"]) - float(original["flow"])) > 1e-6
     np.testing.assert_allclose(right["ce"], original["ce"])
 
 
-def test_frozen_networks_get_no_gradient_and_the_diffusion_part_reaches_the_transformer(joint):
-    norms = flow_gradients(joint)
+def test_frozen_networks_get_no_gradient_and_the_diffusion_part_reaches_the_transformer(
+    from_images,
+):
+    _, norms = from_images(0.0)
     assert norms["ta_tok"] == norms["dc_ae"] == 0
     assert min(norms["qwen3"], norms["sana"], norms["diffusion_connector"]) > 0
 
 
-def test_dropping_every_condition_cuts_the_transformer_off(joint):
-    norms = flow_gradients(joint, condition_dropout=0.999999)
+def test_dropping_every_condition_cuts_the_transformer_off(from_images):
+    _, norms = from_images(0.999999)
     assert norms["qwen3"] == 0
     assert norms["diffusion_connector"] > 0
 
 
-def test_draws_that_a_batch_brings_are_kept_also_by_micro_batches(joint):
+def test_draws_that_a_batch_brings_are_kept_also_by_micro_batches(joint, encoded):
     """The gradient of the connector, which all three of them reach; keys differ, so that what is
     drawn again would show."""
-    model, params, batch = joint
+    model, params, _ = joint
     trained, frozen = split(params, lambda path: path.startswith("diffusion_connector/"))
     draws = {
         "sigma": jnp.array([0.2, 0.9, 0.5, 0.7]),
@@ -133,7 +162,7 @@ def test_draws_that_a_batch_brings_are_kept_also_by_micro_batches(joint):
         cfg = TrainConfig(stage="joint", batch_size=4, accumulate=accumulate, joint=section)
         grads, metrics = jax.jit(
             lambda batch, key: steps.gradients(model, cfg, trained, frozen, batch, key)
-        )({**batch, **draws, **changes}, jax.random.key(key))
+        )({**encoded, **draws, **changes}, jax.random.key(key))
         return np.asarray(grads["diffusion_connector"]["linear_1"]["kernel"]), metrics["flow"]
 
     whole, flow = gradient(1, 1)
@@ -148,20 +177,15 @@ def test_draws_that_a_batch_brings_are_kept_also_by_micro_batches(joint):
     assert np.abs(none).max() == 0  # a condition of zeros has no kernel
 
 
-def test_tokenizer_loss_is_small_only_for_the_right_words(joint):
+def test_tokenizer_loss_is_small_only_for_the_right_words(joint, encoded):
     model, params, batch = joint
     images, cfg = batch["images"], TokenizerConfig()
-    encode = jax.jit(
-        lambda images: model.ta_tok.apply(
-            {"params": params["ta_tok"]}, losses.to_unit(images), method="encode"
-        )
-    )
     loss = jax.jit(
         lambda words: losses.tokenizer_loss(
             model, cfg, params, {"images": images, "patches": words}, None
         )[1]
     )
-    own = encode(images).reshape(4, 2, 2)
+    own = encoded["codes"].reshape(4, 2, 2)
     right, wrong = loss(own), loss((own + 1) % 256)
     assert float(right["accuracy"]) == 1.0
     assert float(wrong["accuracy"]) == 0.0

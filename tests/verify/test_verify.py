@@ -7,10 +7,13 @@ import jax
 import numpy as np
 import pytest
 from reading import load
+from tiny import SMALL
 
 from blip3o_jax.cli import main
+from blip3o_jax.config import replace
 from blip3o_jax.convert.published import save_published
-from blip3o_jax.resources import ASSETS
+from blip3o_jax.convert.random_weights import random_checkpoint
+from blip3o_jax.presets import preset
 from blip3o_jax.verify.compare import compare_stages, compare_tensors
 
 
@@ -19,6 +22,15 @@ def converted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("verify") / "jax"
     assert main(["convert", "to-jax", "emoji_64", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """(published layout, its conversion) of a small random model."""
+    folder = tmp_path_factory.mktemp("small")
+    random_checkpoint(folder / "torch", replace(preset("emoji_64"), **SMALL))
+    assert main(["convert", "to-jax", str(folder / "torch"), str(folder / "jax")]) == 0
+    return folder / "torch", folder / "jax"
 
 
 def report(capsys):
@@ -54,11 +66,12 @@ def test_a_conversion_and_its_way_back_agree_bit_for_bit(converted, tmp_path, ca
     assert len(json.loads((tmp_path / "report.json").read_text())["every_tensor"]) == 401
 
 
-def test_one_changed_value_is_named_and_seen_in_its_stage(converted, tmp_path, capsys):
-    cfg, params = load(ASSETS / "emoji_64")
+def test_one_changed_value_is_named_and_seen_in_its_stage(small, tmp_path, capsys):
+    published, converted = small
+    cfg, params = load(published)
     params = jax.tree.map(np.array, params)
     params["sana"]["proj_out"]["bias"][0] += 1.0
-    save_published(tmp_path / "changed", cfg, params, dtype="float16")
+    save_published(tmp_path / "changed", cfg, params)
     assert main(["convert", "verify", str(converted), str(tmp_path / "changed")]) == 1
     found = report(capsys)
     assert found["unequal"] == ["model.sana.proj_out.bias"]
@@ -66,13 +79,14 @@ def test_one_changed_value_is_named_and_seen_in_its_stage(converted, tmp_path, c
     assert wrong == {"velocity", "pixels"}
 
 
-def test_another_config_is_not_the_same_model(tmp_path, capsys):
-    shutil.copytree(ASSETS / "emoji_64", tmp_path / "other")
+def test_another_config_is_not_the_same_model(small, tmp_path, capsys):
+    published, _ = small
+    shutil.copytree(published, tmp_path / "other")
     file = tmp_path / "other" / "config.json"
     fields = json.loads(file.read_text())
     fields["sana_vae"]["scaling_factor"] = 0.5
     file.write_text(json.dumps(fields))
-    assert main(["convert", "verify", "emoji_64", str(tmp_path / "other")]) == 1
+    assert main(["convert", "verify", str(published), str(tmp_path / "other")]) == 1
     assert report(capsys)["config_differs_in"] == ["dc_ae"]
 
 
