@@ -39,11 +39,13 @@ SLOWEST = (
 PLAINLY_COMPILED = (
     "data/test_cache.py",
     "parallel/test_parameters.py",
+    "parity/test_chain.py",
     "plan/test_plan.py",
     "rl/test_grpo.py",
     "sample/test_generate.py",
     "train/test_losses.py",
     "train/test_loop.py",
+    "train/test_processes.py",
     "verify/test_verify.py",
 )
 LARGE = 1 << 30  # bytes of a process that gives its compiled programs back between two files

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from reading import load
+from tiny import SMALL
 
 from blip3o_jax.config import replace
 from blip3o_jax.convert.published import published_rules
@@ -31,9 +32,12 @@ def published_like():
     return replace(
         preset("emoji_64"),
         name="small",
-        **{
-            "qwen3.num_hidden_layers": 3,
+        **SMALL
+        | {
+            "qwen3.num_hidden_layers": 2,
             "sana.num_layers": 2,
+            "ta_tok.encoder.num_hidden_layers": 3,
+            "dc_ae.attention_head_dim": 8,
             "sana.interpolation_scale": None,
             "sana.condition_positions": False,
             "ta_tok.select_layer_id": -2,
@@ -266,12 +270,15 @@ def test_one_adamw_step(sides, training):
     cfg = OptimizerConfig(
         learning_rate=1e-3, final_learning_rate=1e-3, weight_decay=0.1, clip_norm=1.0, eps=1e-6
     )
-    moments = optimizer.moments(cfg, grads, optimizer.norm(grads), optimizer.init(trained))
-    updates = optimizer.updates(cfg, 10, moments, trained)
+
+    @jax.jit
+    def step(trained, grads):
+        moments = optimizer.moments(cfg, grads, optimizer.norm(grads), optimizer.init(trained))
+        return optax.apply_updates(trained, optimizer.updates(cfg, 10, moments, trained))
+
     rules = rules_of(sides[0])
-    ours, before, gradients = (
-        to_torch(rules, tree) for tree in (optax.apply_updates(trained, updates), trained, grads)
-    )
+    trees = (step(trained, grads), trained, grads)
+    ours, before, gradients = (to_torch(rules, tree) for tree in trees)
     parameters = {
         name: torch.nn.Parameter(torch.from_numpy(np.array(value)))
         for name, value in before.items()

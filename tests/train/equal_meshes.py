@@ -45,14 +45,22 @@ def train(mesh_sizes: dict, accumulate: int, num_steps: int, devices=None):
     from jax.experimental import multihost_utils
     from tiny import OPTIMIZER, batch_at, config
 
+    from blip3o_jax.convert.random_weights import random_params
+    from blip3o_jax.models.blip3o import PARTS
     from blip3o_jax.parallel.batches import batch_hosts, put_batch
     from blip3o_jax.parallel.mesh import make_mesh
     from blip3o_jax.parallel.processes import barrier
     from blip3o_jax.train import start, steps
 
     cfg = config(
-        mesh=mesh_sizes, accumulate=accumulate, batch_size=32, num_steps=100, optimizer=OPTIMIZER
+        mesh=mesh_sizes,
+        accumulate=accumulate,
+        batch_size=32,
+        num_steps=100,
+        optimizer=OPTIMIZER,
+        init=dict.fromkeys(PARTS, "random"),
     )
+    weights = random_params(cfg.blip3o())  # compiling `init` costs more than the steps
     mesh, model = make_mesh(mesh_sizes, devices), start.build_model(cfg)
     host, hosts = batch_hosts(mesh)
     empty = SimpleNamespace(latest_step=lambda: None)
@@ -62,7 +70,7 @@ def train(mesh_sizes: dict, accumulate: int, num_steps: int, devices=None):
         return put_batch({name: x[rows] for name, x in batch_at(step, 32).items()}, mesh)
 
     with jax.set_mesh(mesh):
-        params = start.initial_params(cfg, model, None, mesh)
+        params = start.initial_params(cfg, model, lambda _, part: weights[part], mesh)
         state, frozen, shardings, _ = start.begin(cfg, model, mesh, empty, lambda: params)
         step = steps.compile_step(model, cfg, shardings).lower(state, frozen, batch(0)).compile()
         barrier("the first step")
