@@ -19,25 +19,27 @@ os.environ["XLA_FLAGS"] = (
 SLOWEST = (
     "plan/test_plan_tpu.py",
     "train/test_processes.py",
-    "train/test_losses.py",
-    "train/test_loop.py",
-    "plan/test_plan.py",
     "parity/test_chain.py",
+    "train/test_loop.py",
     "bench/test_bench.py",
-    "data/test_cache.py",
     "test_pipeline.py",
-    "sample/test_generate.py",
+    "data/test_cache.py",
+    "plan/test_plan.py",
     "verify/test_verify.py",
-    "parallel/test_parameters.py",
-    "rl/test_grpo.py",
+    "train/test_losses.py",
+    "sample/test_generate.py",
     "models/test_blip3o.py",
+    "parallel/test_parameters.py",
     "kernels/test_cpu.py",
+    "rl/test_grpo.py",
 )
 # Files whose programs, and those of the commands that they start, are compiled without LLVM's
 # costly passes, which takes half as long. Not those that look at what the CPU is given, or at the
 # bytes of what the embedded model makes.
 PLAINLY_COMPILED = (
+    "bench/test_bench.py",
     "data/test_cache.py",
+    "models/test_blip3o.py",
     "parallel/test_parameters.py",
     "parity/test_chain.py",
     "plan/test_plan.py",
