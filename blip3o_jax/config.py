@@ -242,12 +242,17 @@ class Blip3oConfig:
     dc_ae: DcAeConfig = field(default_factory=DcAeConfig)
     max_prompt_tokens: int = 512
     connector_eps: float = 1e-5
-    # What an editing checkpoint does with the source image's latents (docs/model.md §1.2). Text to
-    # image does not look at these.
-    use_und_image_vae: bool = False  # more condition tokens, through a connector of their own
-    use_und_image_vae_as_noise: bool = False  # beside the noisy latents
-    # the first of the two is then off, though its connector exists
+    # Source images that an edit may have; their tokens are in its prompt. 0: text to image only.
+    max_sources: int = 0
+    # What else an editing checkpoint does with a source image (docs/model.md §1.2). Text to image
+    # does not look at these. Its latents as more condition tokens, through a connector,
+    use_und_image_vae: bool = False
+    # or beside the noisy latents, along the width,
+    use_und_image_vae_as_noise: bool = False
+    # and then not as condition tokens, though their connector exists;
     only_use_und_image_vae_as_noise: bool = False
+    # or as more channels of the noisy latents (ours, after VIBE);
+    use_und_image_vae_as_channels: bool = False
     # the tokenizer's features in place of the prompt's image tokens
     use_tar_siglip_features: bool = False
 
@@ -259,14 +264,31 @@ class Blip3oConfig:
         tokens, codes = self.vocab.num_image_tokens, self.ta_tok.codebook_size
         require(tokens == codes, f"{self.name}: {tokens} image tokens but a codebook of {codes}.")
         # SANA works on the autoencoder's latents.
-        takes, gives = self.sana.in_channels, self.dc_ae.latent_channels
-        channels = f"{self.name}: SANA takes {takes} channels, the autoencoder gives {gives}."
+        among, beside = self.use_und_image_vae_as_channels, self.use_und_image_vae_as_noise
+        takes, gives = self.sana.in_channels, (1 + among) * self.dc_ae.latent_channels
+        channels = f"{self.name}: SANA takes {takes} channels, its inputs have {gives}."
         require(takes == gives, channels)
+        # One source fits beside the noisy latents or among their channels.
+        place = f"{self.name}: a source is beside the noisy latents or among their channels"
+        require(not (among and beside), f"{place}, not both.")
+        sources, fits = self.max_sources, self.max_sources <= 1 or not (among or beside)
+        require(sources >= 0 and fits, f"{place}, or there may be several, not {sources}.")
 
     @property
     def image_size(self) -> int:
         """Pixels along one side of a generated image."""
         return self.sana.sample_size * self.dc_ae.factor
+
+    @property
+    def reference_tokens(self) -> bool:
+        """Whether a source's latents are condition tokens."""
+        return self.use_und_image_vae and not self.only_use_und_image_vae_as_noise
+
+    @property
+    def reads_source_latents(self) -> bool:
+        """Whether the diffusion transformer is given a source's latents in some way."""
+        flags = self.use_und_image_vae_as_noise, self.use_und_image_vae_as_channels
+        return self.reference_tokens or any(flags)
 
     @property
     def num_condition_tokens(self) -> int:

@@ -66,8 +66,10 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def row_length(model: Blip3oConfig) -> int:
-    """Tokens of a training row: the longest prompt, the image and its end (`IMAGE_END`)."""
-    return model.max_prompt_tokens + model.ta_tok.num_tokens + 3
+    """Tokens of a training row: the longest prompt, its source images, the image and its end
+    (`IMAGE_END`)."""
+    images = model.max_sources + 1
+    return model.max_prompt_tokens + images * model.ta_tok.num_tokens + 3
 
 
 TokenRows = Sequence[Sequence[int]]  # of different lengths

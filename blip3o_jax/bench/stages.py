@@ -56,7 +56,7 @@ def make(cfg: Blip3oConfig, batch_size: int, num_inference_steps: int, seed: int
         row[length + n : length + n + 2] = vocab.image_end_tag_id, vocab.eos_token_id
     # The first step's noise and levels, as losses.joint_loss draws them from the run's seed.
     _, _, time_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 4)
-    latents = (batch_size, side, side, cfg.sana.in_channels)
+    latents = (batch_size, side, side, cfg.dc_ae.latent_channels)
     pixels = (batch_size, cfg.image_size, cfg.image_size, 3)
     return Workload(
         cfg,
@@ -153,7 +153,9 @@ def _training(model: Blip3o, params, work: Workload, mesh, cached: bool) -> Call
             images = batch.pop("images")
             codes = jit(functools.partial(losses.encode_codes, model))
             batch["codes"] = codes(params, {"images": images})
-            batch["latents"] = jit(functools.partial(losses.encode_latents, model))(params, images)
+            batch["latents"] = jit(functools.partial(generate.encode_latents, model))(
+                params, images
+            )
         training["inputs"] = frozen, jax.device_put(batch, jax.NamedSharding(mesh, BATCH))
 
     def run():

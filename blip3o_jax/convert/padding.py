@@ -27,3 +27,11 @@ def fit_vocabulary(path: str, leaf: np.ndarray, rows: int) -> np.ndarray:
         return leaf
     cut = leaf[tuple(map(slice, shape))]
     return np.pad(cut, [(0, size - old) for size, old in zip(shape, cut.shape, strict=True)])
+
+
+def fit_channels(path: str, leaf: np.ndarray, channels: int) -> np.ndarray:
+    """The leaf at `path` with zeros for the channels of SANA's input that it was made without: a
+    reference among the channels changes nothing at first."""
+    if path != "sana/patch_embed/kernel" or len(leaf) >= channels:
+        return leaf
+    return np.pad(leaf, [(0, channels - len(leaf)), (0, 0)])

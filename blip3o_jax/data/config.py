@@ -55,6 +55,11 @@ class DataConfig:
     # share of the training prompts of kinds that GenEval does not have: scenes.prompts.EXTRA
     extra: float = 0.15
     named_ground: float = 0.5  # share of the training prompts that name the ground
+    # share of the embedded world's rows that are edits (scenes.edits), and of edits those turned
+    # round, from their result to their source, and those that ask for two changes at once
+    edits: float = 0.0
+    inverted_edits: float = 0.0
+    composed_edits: float = 0.0
     # for rows without pictures: kind of scenes.exercises -> share of the rows
     exercises: dict = field(default_factory=dict)
     # tokens of a training row; 0: the longest prompt that the model allows, and its image
@@ -76,7 +81,8 @@ class DataConfig:
 
     def __post_init__(self):
         # Ranges and choices.
-        for name in ("extra", "named_ground", "max_bad_fraction"):
+        shares = ("edits", "inverted_edits", "composed_edits")
+        for name in ("extra", "named_ground", "max_bad_fraction", *shares):
             value = getattr(self, name)
             require(0 <= value <= 1, f"data.{name} is in [0, 1], not {value}.")
         for name in ("reader_threads", "heldout"):

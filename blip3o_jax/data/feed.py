@@ -12,13 +12,21 @@ import numpy as np
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data.cache import open_cached
 from blip3o_jax.data.config import DataConfig
-from blip3o_jax.data.mixture import HeldOut, host_rows, mixture, whole_weights
+from blip3o_jax.data.mixture import HeldOut, host_rows, interleaved, mixture, whole_weights
 from blip3o_jax.data.records import Record, RecordError, Source
 from blip3o_jax.data.sources import first_record, open_source
-from blip3o_jax.data.transform import Tally, fit_caption, image_arrays, prompt_length
+from blip3o_jax.data.transform import (
+    ENCODED,
+    Tally,
+    fit_caption,
+    image_arrays,
+    prompt_length,
+    with_sources,
+)
 from blip3o_jax.errors import InputError, disk_reason, multiples, require
-from blip3o_jax.scenes import builder
+from blip3o_jax.scenes import builder, edits
 from blip3o_jax.scenes.exercises import exercise
+from blip3o_jax.scenes.scene import compose
 from blip3o_jax.text import Text, row_length
 
 ATTEMPTS = 100  # records in the place of one that cannot be used
@@ -26,17 +34,17 @@ ROWS = ("patches", "captions", "exercises")
 HELDOUT_SEED = 1 << 32  # of the exercises that a run is measured by; no run's own seed
 
 
-def open_sources(data: DataConfig) -> list[Source]:
+def open_sources(data: DataConfig, model: Blip3oConfig) -> list[Source]:
     """The mixture's sources, from their cache where one is named.
 
-    InputError for one that is missing, empty, too small or of edits.
+    InputError for one that is missing, empty, too small or of edits that the model cannot take.
     """
     opener = partial(open_cached, data.cache) if data.cache else open_source
     sources = [opener(spec) for spec in data.sources]
-    edits = "holds edits, which can be checked but not yet trained on; leave it out."
     for spec, source in zip(data.sources, sources, strict=True):
-        trainable = data.cache or not first_record(source).inputs
-        require(bool(trainable), f"data.sources: {spec.path!r} {edits}")
+        count, limit = 0 if data.cache else len(first_record(source).inputs), model.max_sources
+        holds = f"data.sources: {spec.path!r} holds edits of {count} source images"
+        require(count <= limit, f"{holds}, and the model takes {limit} (model.max_sources).")
     if sources:
         HeldOut(sources[0], data.heldout)  # raises where the first is too small
     return sources
@@ -48,7 +56,9 @@ class Feed:
 
     - "patches": `images` uint8 [B,H,W,3] and `patches` int32 [B,h,w] of the embedded world;
     - "captions": `tokens` int32 [B,T] with the image's codes open, `start` int32 [B], and `images`
-      (with crop "original" also `view`) or, from a cache, `codes` and `latents`;
+      (with crop "original" also `view`) or, from a cache, `codes` and `latents`; where some rows
+      are edits also `num_sources` int32 [B], and `sources` or, from a cache, `source_codes` and
+      `source_latents`, see train.losses;
     - "exercises": `tokens` and `positions` int32 [B,T], `weights` f32 [B,T].
 
     `hosts` (i, n) are those of `parallel.batches.batch_hosts`: this one reads the i-th of n equal
@@ -78,10 +88,13 @@ class Feed:
         longest, prompt = row_length(self.model), self.model.max_prompt_tokens
         self.length = self.data.row_length or longest
         self.tally = Tally(self.data.max_bad_fraction, self.bad_records)
-        self.sources = open_sources(self.data)
+        self.sources = open_sources(self.data, self.model)
         too_short = f"does not hold a prompt of {prompt} tokens and its image; 0 finds the length."
         fits = not self.sources or self.length >= longest
         require(fits, f"data.row_length {self.length} {too_short}")
+        takes, edits = self.model.max_sources > 0, self.data.edits > 0
+        require(takes or not edits, "data.edits needs a model that takes some: model.max_sources.")
+        self.has_sources = self.rows == "captions" and takes and bool(edits or self.sources)
 
     def train(self, step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """This host's rows of batch `step`, `step + 1`, ... without end, in a new order every
@@ -92,6 +105,8 @@ class Feed:
             records = self._mixture()
         else:
             records = self._world("train").seed(self.seed).shuffle().repeat()
+            if self.data.edits:
+                records = interleaved(self._edits("train", self.seed), records, self.data.edits)
         # This host's part of each batch, read ahead by threads.
         batches = host_rows(records, self.batch_size, *self.hosts)
         threads = self.data.reader_threads
@@ -109,6 +124,8 @@ class Feed:
             return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         exercises = self.rows == "exercises"
         records = self._exercises(HELDOUT_SEED) if exercises else self._world("heldout")
+        if self.data.edits:
+            records = interleaved(self._edits("heldout", 0), records, self.data.edits)
         return next(iter(records[:count].batch(count)))
 
     def _world(self, split: str) -> grain.MapDataset:
@@ -126,9 +143,22 @@ class Feed:
             images = {"images": record["image"]}
             if self.rows == "patches":
                 return images | {"patches": record["patches"].astype(np.int32)}
-            return images | self._tokens(record["prompt"].decode())
+            row = images | self._tokens(record["prompt"].decode())
+            return with_sources(row, self.model) if self.has_sources else row
 
         return grain.MapDataset.source(source).map(row)
+
+    def _edits(self, split: str, seed: int) -> grain.MapDataset:
+        """Rows of the embedded world's edits, made on demand."""
+        world = dataclasses.replace(self.data.world, seed=seed)
+        shares = self.data.inverted_edits, self.data.composed_edits
+
+        def row(index: int) -> dict[str, np.ndarray]:
+            edit = edits.draw(world, index, split, *shares)
+            images = {"images": compose(edit.after), "sources": compose(edit.before)[None]}
+            return with_sources(images | self._tokens(edit.instruction, 1), self.model)
+
+        return grain.MapDataset.range(np.iinfo(np.int32).max).map(row)
 
     def _exercises(self, seed: int) -> grain.MapDataset:
         """Rows made on demand, of scenes without written words; prompts may be as long as a row."""
@@ -165,29 +195,37 @@ class Feed:
     def _row(self, record: Record | dict) -> dict[str, np.ndarray] | None:
         """A row of a Record or of a cache's dict; None when its caption is dropped."""
         # The caption: shortened, or the record dropped, when its prompt is too long.
-        cached = isinstance(record, dict)
+        cached, text = isinstance(record, dict), self.tokenizer
         caption = record["caption"] if cached else record.caption
-        if prompt_length(self.tokenizer, caption) > self.tokenizer.max_prompt_tokens:
+        count = len(record.get("source_codes", ())) if cached else len(record.inputs)
+        if count > (limit := self.model.max_sources):
+            raise RecordError(f"it has {count} source images, and the model takes {limit}")
+        if prompt_length(text, caption, count) > text.max_prompt_tokens:
             if self.data.long_captions == "drop":
                 return self.tally.add(dropped=1)
             self.tally.add(truncated=1)
-            caption = fit_caption(self.tokenizer, caption)
+            caption = fit_caption(text, caption, count)
         try:
-            row = self._tokens(caption)
+            row = self._tokens(caption, count)
         except InputError as error:
             raise RecordError(str(error).rstrip(".")) from error
         # The image: its encodings from a cache, or its pixels.
         if cached:
-            self.tally.add(bytes=record["codes"].nbytes + record["latents"].nbytes)
-            return row | {"codes": record["codes"], "latents": record["latents"]}
-        if record.inputs:
-            raise RecordError("it is an edit, which cannot be trained on yet")
-        self.tally.add(bytes=len(record.image))
-        return row | image_arrays(record, self.model, self.data.crop)
+            arrays = {name: record[name] for name in record if name in ENCODED}
+            self.tally.add(bytes=sum(array.nbytes for array in arrays.values()))
+        else:
+            self.tally.add(bytes=sum(map(len, (record.image, *record.inputs))))
+            arrays = image_arrays(record, self.model, self.data.crop)
+        row |= arrays
+        return with_sources(row, self.model) if self.has_sources else row
 
-    def _tokens(self, caption: str) -> dict[str, np.ndarray]:
-        """`tokens` int32 [T] and `start` int32 of a caption and an image, whose codes are made on
-        the device and written there."""
-        prompt, codes = self.tokenizer.encode_prompt(caption), (1, self.model.ta_tok.num_tokens)
-        tokens, start = self.tokenizer.training_rows([prompt], np.zeros(codes, int), self.length)
+    def _tokens(self, caption: str, num_sources: int = 0) -> dict[str, np.ndarray]:
+        """`tokens` int32 [T] and `start` int32 of a caption and an image, or of an instruction, its
+        source images and the result; codes are made on the device and written there."""
+        text = self.tokenizer
+        codes = np.zeros((num_sources + 1, self.model.ta_tok.num_tokens), int)
+        prompt = (
+            text.encode_edit(caption, codes[1:]) if num_sources else text.encode_prompt(caption)
+        )
+        tokens, start = text.training_rows([prompt], codes[:1], self.length)
         return {"tokens": tokens[0], "start": start[0]}

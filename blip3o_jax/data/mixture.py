@@ -133,6 +133,18 @@ def mixture(
     return grain.MapDataset.range(sys.maxsize).map(row)
 
 
+def interleaved(first: Sequence, second: Sequence, share: float) -> grain.MapDataset:
+    """Endless: `share` of the positions hold records of the first, the others of the second, each
+    in its order."""
+    records, weights = (first, second), whole_weights([share, 1 - share])
+
+    def row(i: int):
+        source, position = place(i, weights)
+        return records[source][position]
+
+    return grain.MapDataset.range(sys.maxsize).map(row)
+
+
 def host_rows(records: Sequence, batch_size: int, host: int, hosts: int) -> grain.MapDataset:
     """Batches of this host's rows of an endless sequence of records: row r of the global batch is
     the same for any number of hosts."""

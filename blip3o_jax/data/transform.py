@@ -12,9 +12,11 @@ from PIL import Image, UnidentifiedImageError
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data.records import Record, RecordError
 from blip3o_jax.errors import require
+from blip3o_jax.geometry import to_square
 from blip3o_jax.pixels import centre_crop, squash
-from blip3o_jax.text import Text, t2i_prompt
+from blip3o_jax.text import Text, edit_prompt, t2i_prompt
 
+ENCODED = ("codes", "latents", "source_codes", "source_latents")  # what a cache holds of a record
 MIN_READ = 1000  # records before the share of bad ones means something
 
 log = logging.getLogger(__name__)
@@ -31,18 +33,19 @@ def decode_image(data: bytes) -> Image.Image:
         raise RecordError(f"the image cannot be decoded ({reason})") from error
 
 
-def prompt_length(tokenizer: Text, caption: str) -> int:
-    """Tokens of the templated caption."""
-    return len(tokenizer.ids(t2i_prompt(caption)))
+def prompt_length(tokenizer: Text, caption: str, num_sources: int = 0) -> int:
+    """Tokens of the templated caption, or of an edit's instruction without its images."""
+    prompt = edit_prompt(caption, num_sources, 0) if num_sources else t2i_prompt(caption)
+    return len(tokenizer.ids(prompt))
 
 
-def fit_caption(tokenizer: Text, caption: str) -> str:
+def fit_caption(tokenizer: Text, caption: str, num_sources: int = 0) -> str:
     """The longest beginning of the caption, by its tokens, whose prompt is no longer than the model
     allows."""
     encoding = tokenizer.tokenizer.encode(caption, add_special_tokens=False)
     count = len(encoding.ids)
     limit = tokenizer.max_prompt_tokens
-    while count > 0 and (excess := prompt_length(tokenizer, caption) - limit) > 0:
+    while count > 0 and (excess := prompt_length(tokenizer, caption, num_sources) - limit) > 0:
         count -= excess
         caption = caption[: encoding.offsets[count - 1][1]].rstrip() if count > 0 else ""
     return caption
@@ -96,3 +99,36 @@ class Tally:
             last = f"(the last: {key}: {reason})" + f"; {self.path} names them" * bool(self.path)
             few = bad <= self.max_fraction * max(read, MIN_READ)
             require(few, f"{bad} of {read} records cannot be used, {limit} {last}.")
+
+
+def image_arrays(record: Record, model: Blip3oConfig, crop: str) -> dict[str, np.ndarray]:
+    """`images` uint8 [size,size,3]; of an edit also `sources` [N,size,size,3], all padded to a
+    square as `edit` does; with the original's crop, `view`, the tokenizer's."""
+    size = model.image_size
+    image, *inputs = map(decode_image, (record.image, *record.inputs))
+
+    def square(picture: Image.Image) -> np.ndarray:
+        if inputs and crop != "original":
+            return to_square(np.asarray(picture), size)[0]
+        return centre_crop(picture, size)
+
+    arrays = {"images": square(image)}
+    if inputs:
+        arrays["sources"] = np.stack([square(picture) for picture in inputs])
+    if crop == "original":
+        arrays["view"] = squash(image, model.ta_tok.encoder.image_size)
+    return arrays
+
+
+def with_sources(arrays: dict[str, np.ndarray], model: Blip3oConfig) -> dict[str, np.ndarray]:
+    """The arrays of a row with `num_sources`, and its source images or what a cache holds of them
+    padded by zeros to as many as the model takes."""
+    names = {"source_codes": "codes", "source_latents": "latents"}
+    names = names if "codes" in arrays else {"sources": "images"}
+    padded = {}
+    for name, like in names.items():
+        given = arrays.get(name, arrays[like][None][:0])
+        missing = [(0, model.max_sources - len(given))] + [(0, 0)] * (given.ndim - 1)
+        padded[name] = np.pad(given, missing)
+        count = len(given)
+    return arrays | padded | {"num_sources": np.int32(count)}

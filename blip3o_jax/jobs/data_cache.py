@@ -54,6 +54,7 @@ def make_encoder(cfg: TrainConfig, params: dict, batch_size: int, dtype: np.dtyp
 
     from blip3o_jax.kernels.platform import jit
     from blip3o_jax.parallel.mesh import BATCH, make_mesh
+    from blip3o_jax.sample import generate
     from blip3o_jax.train import losses
     from blip3o_jax.train.start import build_model
 
@@ -68,7 +69,7 @@ def make_encoder(cfg: TrainConfig, params: dict, batch_size: int, dtype: np.dtyp
     @jit
     def encode(params, batch):
         codes = losses.encode_codes(model, params, batch)
-        return codes, losses.encode_latents(model, params, batch["images"])
+        return codes, generate.encode_latents(model, params, batch["images"])
 
     def run(images: list[dict]) -> tuple[np.ndarray, np.ndarray]:
         padded = images + [images[-1]] * (batch_size - len(images))
@@ -101,7 +102,7 @@ def run(args) -> None:
         checkpoints.find(directory)
     # The folder, with what its records depend on.
     start_processes()
-    sources = open_sources(cfg.data)
+    sources = open_sources(cfg.data, cfg.blip3o())
     params = encoder_params(cfg, checkpoints.load_part)
     entries = [cache.source_entry(*pair) for pair in zip(cfg.data.sources, sources, strict=True)]
     description = cache.describe(cfg.blip3o(), cfg.data.crop, params)

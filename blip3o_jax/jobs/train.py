@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,9 +46,23 @@ def open_run(name: str, overrides: list[str], job: str) -> TrainConfig:
     require(cfg.record.job == job, f"{name} is of stage {cfg.stage!r}; `{command}` runs that.")
     for directory in cfg.init.values():
         checkpoints.find(directory)
+    cfg = with_editing_parts(cfg)
     start_processes()
     check_batch(cfg.batch_size, make_mesh(cfg.mesh), cfg.accumulate)
     return cfg
+
+
+def with_editing_parts(cfg: TrainConfig) -> TrainConfig:
+    """The config whose `init` also names the connectors of an editing model, where the checkpoint
+    of its diffusion part has them."""
+    from blip3o_jax import checkpoints
+    from blip3o_jax.models.blip3o import parts_of
+
+    missing = set(cfg.parts) - set(cfg.init)
+    if "sana" not in cfg.init or not missing:
+        return cfg
+    held = missing & set(parts_of(checkpoints.config_of(cfg.init["sana"])))
+    return dataclasses.replace(cfg, init={**cfg.init, **dict.fromkeys(held, cfg.init["sana"])})
 
 
 def open_tokenizer(cfg: TrainConfig) -> Text:

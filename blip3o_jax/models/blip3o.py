@@ -148,12 +148,14 @@ class Blip3o:
             "tar_siglip_features_connector": (jnp.zeros((1, 1, cfg.ta_tok.encoder.hidden_size)),),
         }[part]
 
-    def init(self, key: Array, parts: tuple[str, ...] = PARTS) -> Params:
+    def init(self, key: Array, parts: tuple[str, ...] | None = None) -> Params:
         """Random parameters, of each part whichever others are asked for; InputError for an unknown
         part."""
+        all_parts = parts_of(self.config)
+        parts = all_parts if parts is None else parts
         for part in parts:
-            if part not in parts_of(self.config):
-                raise InputError(f"Unknown part {part!r}; {nearest(part, parts_of(self.config))}")
+            if part not in all_parts:
+                raise InputError(f"Unknown part {part!r}; {nearest(part, all_parts)}")
         # A key for each part that there is, whichever are asked for.
         keys = dict(zip(PARTS, jax.random.split(key, len(PARTS)), strict=True))
         keys |= {part: jax.random.fold_in(key, i) for i, part in enumerate(EDITING_PARTS)}
@@ -161,6 +163,11 @@ class Blip3o:
             part: self.module(part).init(keys[part], *self._smallest_inputs(part))["params"]
             for part in parts
         }
+        if "sana" in parts and self.config.use_und_image_vae_as_channels:
+            # The reference changes nothing at first.
+            kernel = params["sana"]["patch_embed"]["kernel"]
+            latents = jnp.arange(len(kernel)) < self.config.dc_ae.latent_channels
+            params["sana"]["patch_embed"]["kernel"] = jnp.where(latents[:, None], kernel, 0)
         if "sana" in parts and self.config.sana.condition_positions:
             # Queries and keys of one place then agree from the start, so that cross-attention need
             # not learn where to look.
@@ -168,6 +175,6 @@ class Blip3o:
             cross["to_k"]["kernel"] = cross["to_q"]["kernel"]
         return params
 
-    def abstract(self, parts: tuple[str, ...] = PARTS) -> Params:
+    def abstract(self, parts: tuple[str, ...] | None = None) -> Params:
         """Shapes and dtypes of `init`'s parameters, without allocating any."""
         return jax.eval_shape(lambda: self.init(jax.random.key(0), parts))

@@ -27,6 +27,8 @@ CAPTION_NORM_EPS = 1e-5
 OUT_NORM_EPS = 1e-6
 
 KeysValues = tuple[Array, Array]  # [B,S,N,H] each, or with L before B
+# Which condition tokens [B,S] and pixels [B,Y,X] exist, bool; None: all.
+Masks = tuple[Array | None, Array | None]
 
 
 def grid_positions(cfg: SanaConfig, rows: int, columns: int) -> np.ndarray:
@@ -54,8 +56,17 @@ def modulate(x: Array, shift: Array, scale: Array, eps: float) -> Array:
     return (y * (1 + scale[:, None, None]) + shift[:, None, None]).astype(x.dtype)
 
 
-def relu_linear_attention(q: Array, k: Array, v: Array) -> Array:
-    return linear_attention(nn.relu(q), nn.relu(k), v)
+def relu_linear_attention(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    """Of the tokens that exist, mask [B,T] bool: the others' keys are zero, which adds nothing to
+    either sum."""
+    k = nn.relu(k)
+    return linear_attention(nn.relu(q), k if mask is None else k * mask[..., None, None], v)
+
+
+def cross_attention(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    """To the condition tokens that exist, mask [B,S] bool."""
+    mask = None if mask is None else mask[:, None, None, :]
+    return attention(q, k, v, mask, q.shape[-1] ** -0.5)
 
 
 def timestep_embedding(t: Array, dim: int = 256) -> Array:
@@ -85,7 +96,7 @@ class TimeEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """x [B,T,D] attends to keys and values by `attend(q, k, v)`; q and k are normed over all
+    """x [B,T,D] attends to keys and values by `attend(q, k, v, mask)`; q and k are normed over all
     channels of all heads together."""
 
     width: int
@@ -115,26 +126,27 @@ class Attention(nn.Module):
             k = self.norm_k(k.reshape(context.shape)).reshape(k.shape)
         return k, self.to_v(context)
 
-    def __call__(self, x: Array, keys_values: KeysValues) -> Array:
+    def __call__(self, x: Array, keys_values: KeysValues, mask: Array | None) -> Array:
         q = self.to_q(x)
         if self.qk_norm:
             q = self.norm_q(q.reshape(x.shape)).reshape(q.shape)
-        return self.to_out(self.attend(q, *keys_values))
+        return self.to_out(self.attend(q, *keys_values, mask))
 
 
 class MixFfn(nn.Module):
     """Point-wise, 3x3 depth-wise, gate, point-wise on x [B,Y,X,D]; GLUMBConv without norm and
-    residual."""
+    residual. Pixels outside `mask` [B,Y,X] are as what lies beyond the border: zeros."""
 
     hidden: int
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, mask: Array | None) -> Array:
         width, both = x.shape[-1], 2 * self.hidden
         linear = functools.partial(Linear, dtype=self.dtype)
         y = linear("byxd,df->byxf", (width, both), use_bias=True, name="conv_inverted")(x)
-        y = Conv2d(both, 3, groups=both, dtype=self.dtype, name="conv_depth")(nn.silu(y))
+        y = nn.silu(y) if mask is None else nn.silu(y) * mask[..., None]
+        y = Conv2d(both, 3, groups=both, dtype=self.dtype, name="conv_depth")(y)
         y, gate = jnp.split(y, 2, axis=-1)
         y = y * nn.silu(gate)
         return linear("byxf,fd->byxd", (self.hidden, width), name="conv_point")(y)
@@ -142,7 +154,7 @@ class MixFfn(nn.Module):
 
 class Block(nn.Module):
     """SanaTransformerBlock as a scan step: carry x [B,Y,X,D], encoded condition [B,S,D], modulation
-    [B,6,D]."""
+    [B,6,D], and which condition tokens and pixels exist."""
 
     cfg: SanaConfig
     dtype: Dtype = jnp.float32
@@ -151,18 +163,17 @@ class Block(nn.Module):
         cfg, width = self.cfg, self.cfg.hidden_size
         init = nn.initializers.normal(width**-0.5)
         self.scale_shift_table = self.param("scale_shift_table", init, (6, width))
-        attend = functools.partial(attention, mask=None, scale=cfg.cross_attention_head_dim**-0.5)
         options = {"qk_norm": cfg.qk_norm, "dtype": self.dtype}
         self.attn1 = Attention(
             width, cfg.num_attention_heads, relu_linear_attention, qkv_bias=False, **options
         )
         self.attn2 = Attention(
-            width, cfg.num_cross_attention_heads, attend, qkv_bias=True, **options
+            width, cfg.num_cross_attention_heads, cross_attention, qkv_bias=True, **options
         )
         self.ff = MixFfn(cfg.mlp_hidden, dtype=self.dtype)
 
-    def __call__(self, x: Array, condition: Array, modulation: Array):
-        return self.step(x, self.attn2.keys_values(condition), None, modulation)
+    def __call__(self, x: Array, condition: Array, modulation: Array, masks: Masks):
+        return self.step(x, self.attn2.keys_values(condition), None, modulation, masks)
 
     def keys_values(self, carry: None, condition: Array):
         """Keys and values of the cross-attention, as a scan step that carries nothing."""
@@ -173,11 +184,17 @@ class Block(nn.Module):
         return carry, self.attn2.to_out(self.attn2.to_v(token))
 
     def step(
-        self, x: Array, keys_values: KeysValues, without_condition: Array | None, modulation: Array
+        self,
+        x: Array,
+        keys_values: KeysValues,
+        without_condition: Array | None,
+        modulation: Array,
+        masks: Masks,
     ):
-        """`__call__` given the condition's keys and values, and for pairs of rows the first's
-        cross-attention too."""
+        """`__call__` given the condition's keys and values; with the cross-attention of rows
+        without a condition, only the last row of each sample attends."""
         eps = self.cfg.norm_eps
+        condition_mask, mask = masks
         shifts = self.scale_shift_table.astype(jnp.float32) + modulation  # [B,6,D]
         shift1, scale1, gate1, shift2, scale2, gate2 = unstack(shifts, axis=1)
 
@@ -189,18 +206,21 @@ class Block(nn.Module):
 
         with jax.named_scope("self_attention"):
             y = tokens(modulate(x, shift1, scale1, eps))
-            y = self.attn1(y, self.attn1.keys_values(y))
+            flat = None if mask is None else mask.reshape(mask.shape[0], -1)
+            y = self.attn1(y, self.attn1.keys_values(y), flat)
             x = x + gated(y.reshape(x.shape), gate1)
         with jax.named_scope("cross_attention"):  # no norm before and no gate after
             if without_condition is None:
-                x = x + self.attn2(tokens(x), keys_values).reshape(x.shape)
+                x = x + self.attn2(tokens(x), keys_values, condition_mask).reshape(x.shape)
             else:
-                # Only the second row of a pair attends; the first one's result is known.
-                first, second = jnp.moveaxis(x.reshape(-1, 2, *x.shape[1:]), 1, 0)
-                second = second + self.attn2(tokens(second), keys_values).reshape(second.shape)
-                x = jnp.stack([first + without_condition[:, None], second], axis=1).reshape(x.shape)
+                # Only the last row of a sample attends; the result of those before it is known.
+                rows = x.reshape(keys_values[0].shape[0], -1, *x.shape[1:])
+                others, last = rows[:, :-1] + without_condition[:, None, None], rows[:, -1]
+                y = self.attn2(tokens(last), keys_values, condition_mask)
+                last = last + y.reshape(last.shape)
+                x = jnp.concatenate([others, last[:, None]], axis=1).reshape(x.shape)
         with jax.named_scope("mix_ffn"):
-            x = x + gated(self.ff(modulate(x, shift2, scale2, eps)), gate2)
+            x = x + gated(self.ff(modulate(x, shift2, scale2, eps), mask), gate2)
         return pin_rows(x), None
 
 
@@ -238,7 +258,7 @@ class Sana(nn.Module):
         others = {
             "keys_values": nn.broadcast,
             "without_condition": nn.broadcast,
-            "step": (0, 0, nn.broadcast),
+            "step": (0, 0, nn.broadcast, nn.broadcast),
         }
         stack = scan_layers(Block, cfg.num_layers, remat=self.remat, others=others)
         self.transformer_blocks = stack(cfg, dtype)
@@ -247,26 +267,32 @@ class Sana(nn.Module):
         self.proj_out = linear("byxd,dc->byxc", (width, cfg.out_channels))
 
     @jax.named_scope("condition")
-    def encode_condition(self, condition: Array) -> Array:
-        """condition [B,S,caption] -> [B,S,D]."""
+    def encode_condition(self, condition: Array, num_reference: int = 0) -> Array:
+        """condition [B,S,caption] -> [B,S,D]; its last `num_reference` tokens are the pixels of
+        reference latents, `sample_size` rows and columns each."""
         y = self.caption_norm(self.caption_projection(condition))
         if self.cfg.condition_positions:
-            grid = math.isqrt(y.shape[1] - 1)
-            if grid * grid + 1 != y.shape[1]:
+            own, side = y.shape[1] - num_reference, self.cfg.sample_size
+            grid = math.isqrt(own - 1)
+            if grid * grid + 1 != own or num_reference % side**2:
                 raise ValueError(
-                    "SANA with condition_positions takes a first token and a square of others, "
-                    f"not {y.shape[1]} tokens"
+                    "SANA with condition_positions takes a first token, a square of others, and "
+                    f"whole references, not {own} and {num_reference} tokens"
                 )
             # The first token, that of <S0>, has no place.
             places = grid_positions(self.cfg, grid, grid).reshape(-1, y.shape[-1])
-            y = (y + np.pad(places, ((1, 0), (0, 0)))).astype(y.dtype)
+            reference = grid_positions(self.cfg, side, side).reshape(-1, y.shape[-1])
+            references = [reference] * (num_reference // side**2)
+            places = np.concatenate([0 * places[:1], places, *references])
+            y = (y + places).astype(y.dtype)
         return pin_rows(y)
 
-    def keys_values(self, condition: Array) -> KeysValues:
+    def keys_values(self, condition: Array, num_reference: int = 0) -> KeysValues:
         """condition [B,S,caption] -> keys and values [L,B,S,N,H] of every block's cross-attention,
         for `step`: they depend on neither latents nor time, so a sampler needs them once an image.
         """
-        return self.transformer_blocks.keys_values(None, self.encode_condition(condition))[1]
+        encoded = self.encode_condition(condition, num_reference)
+        return self.transformer_blocks.keys_values(None, encoded)[1]
 
     def without_condition(self, token: Array) -> Array:
         """What each block's cross-attention gives, [L,1,1,D], for a condition whose tokens all
@@ -282,9 +308,26 @@ class Sana(nn.Module):
             )
         return self.transformer_blocks.without_condition(None, self.encode_condition(token))[1]
 
-    def __call__(self, latents: Array, t: Array, condition: Array) -> Array:
-        """latents [B,Y,X,C], t [B] in (0, 1000], condition [B,S,caption] -> velocity [B,Y,X,C']."""
-        return self._velocity(latents, t, self.transformer_blocks, self.encode_condition(condition))
+    def __call__(
+        self,
+        latents: Array,
+        t: Array,
+        condition: Array,
+        condition_mask: Array | None = None,
+        reference: Array | None = None,
+        has_reference: Array | None = None,
+        num_reference: int = 0,
+    ) -> Array:
+        """latents [B,Y,X,C], t [B] in (0, 1000], condition [B,S,caption] -> velocity [B,Y,X,C'].
+
+        Tokens outside `condition_mask` [B,S] are not attended to. `reference` [B,Y,X,C], clean
+        latents, stands beside the noisy ones, along the width; a row without one by
+        `has_reference` [B] is computed as if it had none. `num_reference` as in
+        `encode_condition`.
+        """
+        condition = self.encode_condition(condition, num_reference)
+        beside = (condition_mask, reference, has_reference)
+        return self._velocity(latents, t, self.transformer_blocks, (condition,), beside)
 
     def step(
         self,
@@ -292,22 +335,39 @@ class Sana(nn.Module):
         t: Array,
         keys_values: KeysValues,
         without_condition: Array | None = None,
+        condition_mask: Array | None = None,
+        reference: Array | None = None,
+        has_reference: Array | None = None,
     ) -> Array:
         """`__call__` with the result of `keys_values` in place of the condition.
 
-        With that of `without_condition`, latents are `flow.pairs` and `keys_values` belong to the
-        second of each, the first being the one without.
+        With that of `without_condition`, `keys_values` belong to the last of each sample's rows of
+        latents, the others being without a condition.
         """
         blocks = self.transformer_blocks.step
-        return self._velocity(latents, t, blocks, keys_values, without_condition)
+        beside = (condition_mask, reference, has_reference)
+        return self._velocity(latents, t, blocks, (keys_values, without_condition), beside)
 
-    def _velocity(self, latents: Array, t: Array, blocks: Callable, *condition):
+    def _velocity(self, latents: Array, t: Array, blocks: Callable, condition, beside) -> Array:
+        condition_mask, reference, has_reference = beside
+        x, mask, columns = self._embed(latents), None, latents.shape[2]
+        if reference is not None:
+            x = pin_rows(jnp.concatenate([x, self._embed(reference)], axis=2))
+        if has_reference is not None:
+            exists = jnp.ones((len(x), 1), bool), has_reference[:, None]
+            mask = jnp.repeat(jnp.concatenate(exists, axis=1), columns, axis=1)[:, None]
+            mask = jnp.broadcast_to(mask, x.shape[:3])
+        # The time modulates every block, and the output once more.
+        e, modulation = self.time_embed(t)
+        x, _ = blocks(x, *condition, modulation, (condition_mask, mask))
+        shift, scale = jnp.moveaxis(self.scale_shift_table.astype(jnp.float32) + e[:, None], 1, 0)
+        with jax.named_scope("output"):
+            x = x[:, :, :columns]  # what the reference became is nobody's result
+            return pin_rows(self.proj_out(modulate(x, shift, scale, OUT_NORM_EPS)))
+
+    def _embed(self, latents: Array) -> Array:
+        """latents [B,Y,X,C] -> [B,Y,X,D] with their positions, if the config has any."""
         x = pin_rows(self.patch_embed(latents))
         if self.cfg.interpolation_scale is not None:
             x = (x + grid_positions(self.cfg, *latents.shape[1:3])).astype(self.dtype)
-        # The time modulates every block, and the output once more.
-        e, modulation = self.time_embed(t)
-        x, _ = blocks(x, *condition, modulation)
-        shift, scale = jnp.moveaxis(self.scale_shift_table.astype(jnp.float32) + e[:, None], 1, 0)
-        with jax.named_scope("output"):
-            return pin_rows(self.proj_out(modulate(x, shift, scale, OUT_NORM_EPS)))
+        return x

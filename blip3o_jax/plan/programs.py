@@ -96,7 +96,7 @@ def lower_step(cfg: TrainConfig, mesh: Mesh) -> Program:
         model = Blip3o(cfg.blip3o(), jnp.dtype(cfg.dtype), cfg.remat)
         # Abstract state, where training would put it.
         state, frozen = jax.eval_shape(
-            lambda: steps.init_state(cfg, model.init(jax.random.key(0), cfg.record.parts))
+            lambda: steps.init_state(cfg, model.init(jax.random.key(0), cfg.parts))
         )
         arguments = _placed(state, mesh), _placed(frozen, mesh), batch
         places = jax.tree.map(lambda x: x.sharding, arguments[0])

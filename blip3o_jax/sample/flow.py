@@ -73,42 +73,55 @@ def drop_condition(hidden: Array, dropped: Array) -> Array:
     return jnp.where(dropped[:, None, None], 0, hidden)
 
 
-def guided(unconditional: Array, conditional: Array, guidance_scale: Scalar) -> Array:
-    """Classifier-free guidance, by a scalar or [B]: 1 gives `conditional`, more goes beyond."""
-    return unconditional + _per_sample(guidance_scale) * (conditional - unconditional)
+def alternating(*arrays: Array) -> Array:
+    """R arrays [B,...] -> [B*R,...], the rows of a sample one after the other: all of them stay on
+    its device when the batch is sharded."""
+    return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
 
 
-def pairs(x: Array, y: Array) -> Array:
-    """x and y [B,...] alternating, [2B,...]: both rows of a sample stay on its device when the
-    batch is sharded."""
-    return jnp.stack([x, y], axis=1).reshape(-1, *x.shape[1:])
+def guided(
+    velocities: Array, scales: tuple[Scalar, ...], renorm_min: Scalar | None = None
+) -> Array:
+    """Classifier-free guidance over R = 1 + len(scales) velocities [B,R,Y,X,C] of each sample, from
+    the one without any condition to the one with all of it -> [B,Y,X,C].
+
+    Each scale, a number or [B], multiplies one condition's difference: 1 adds it as it is, more
+    goes beyond. (With text and source InstructPix2Pix's order, arXiv 2211.09800.) With `renorm_min`
+    a sample longer than the wholly conditional one is shortened to its norm, but at most by that
+    factor (BAGEL, arXiv 2505.14683).
+    """
+    result = velocities[:, 0]
+    for i, scale in enumerate(scales):
+        result = result + _per_sample(scale) * (velocities[:, i + 1] - velocities[:, i])
+    if renorm_min is None:
+        return result
+    norms = [jnp.sqrt(jnp.sum(x * x, axis=(1, 2, 3))) for x in (velocities[:, -1], result)]
+    return result * _per_sample(jnp.clip(norms[0] / (norms[1] + 1e-8), renorm_min, 1.0))
 
 
 def euler_sample(
     velocity_fn: Callable[[Array, Array], Array],
     noise: Array,
     schedule: Array,
-    guidance_scale: Scalar | None = None,
+    scales: tuple[Scalar, ...] = (),
+    renorm_min: Scalar | None = None,
     trajectory: bool = False,
 ):
     """Integrates from noise [B,Y,X,C] at schedule[0] to latents at schedule[-1], in f32;
-    `velocity_fn(x, t [B]) -> velocity`.
+    `velocity_fn(x, t [R*B]) -> velocity`.
 
-    With a guidance_scale, a scalar or [B], `velocity_fn` is given the 2B rows of `pairs(x, x)`: a
-    sample's first goes without condition, its second with it; with None the samples alone. With
-    `trajectory` the result is (latents, (latents before each step, guided velocities of the
-    steps)), the latter two [steps,B,Y,X,C].
+    With guidance `scales`, `velocity_fn` is given R rows of each sample, `alternating`, for
+    `guided`; without any the samples alone. With `trajectory` the result is (latents, (latents
+    before each step, guided velocities of the steps)), the latter two [steps,B,Y,X,C].
     """
-    twice = guidance_scale is not None
+    rows = len(scales) + 1
 
     def step(x, levels):
         sigma, next_sigma = levels
-        rows = pairs(x, x) if twice else x
-        t = jnp.full(rows.shape[:1], NUM_TRAIN_TIMESTEPS * sigma)
-        velocity = velocity_fn(rows, t).astype(jnp.float32)
-        if twice:
-            velocity = velocity.reshape(-1, 2, *velocity.shape[1:])
-            velocity = guided(velocity[:, 0], velocity[:, 1], guidance_scale)
+        repeated = alternating(*[x] * rows)
+        t = jnp.full(repeated.shape[:1], NUM_TRAIN_TIMESTEPS * sigma)
+        velocity = velocity_fn(repeated, t).astype(jnp.float32)
+        velocity = guided(velocity.reshape(-1, rows, *x.shape[1:]), scales, renorm_min)
         return x + (next_sigma - sigma) * velocity, (x, velocity) if trajectory else None
 
     schedule = jnp.asarray(schedule, jnp.float32)

@@ -7,7 +7,6 @@ n is the number of image tokens, P the length of a prompt. Hidden states [B,n+1,
 
 import functools
 import hashlib
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,8 @@ from jax import Array
 
 from blip3o_jax.models.blip3o import Blip3o, Params, condition_slice, write_codes
 from blip3o_jax.pixels import to_uint8, to_unit, to_zero_one, tokenizer_view
-from blip3o_jax.sample import decode, flow
+from blip3o_jax.sample import condition, decode, flow
+from blip3o_jax.sample.condition import Guidance, Sources
 from blip3o_jax.sample.flow import Scalar
 
 
@@ -41,6 +41,7 @@ def write_tokens(
     prompt: Array,
     valid: Array,
     key_numbers: Array,
+    source_codes: Array | None = None,
     *,
     top_k: int,
     top_p: Scalar,
@@ -48,9 +49,12 @@ def write_tokens(
 ) -> dict[str, Array]:
     """prompt int32 [B,P] left-padded, valid bool [B,P], key_numbers uint32 [B,3] -> {"hidden"
     [B,n+1,D], "tokens" int32 [B,n], "logprobs" f32 [B,n]}, see `decode.generate_tokens`, each image
-    drawn with its own key."""
+    drawn with its own key. An edit's prompt is given the `source_codes` [B,N*n] of its images."""
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(fold_keys(key_numbers), 0)
     vocab, n = model.config.vocab, model.config.ta_tok.num_tokens
+    if source_codes is not None:
+        start = jnp.full(len(prompt), prompt.shape[1] - 1)
+        prompt = write_source_codes(prompt, start, source_codes, vocab.image_start_token_id)
     return decode.generate_tokens(
         model.qwen3, params["qwen3"], vocab, n, prompt, valid, keys, top_k, top_p, temperature
     )
@@ -61,6 +65,36 @@ def encode_codes(model: Blip3o, params: Params, images: Array, key: Array | None
     sampled if there is a key."""
     view = tokenizer_view(to_unit(images), model.config.ta_tok.encoder.image_size)
     return model.apply(params, "ta_tok", view, key=key, method="encode")
+
+
+def encode_latents(model: Blip3o, params: Params, images: Array) -> Array:
+    """Images uint8 [B,H,W,3] -> latents f32 [B,Y,X,C], scaled as SANA takes them."""
+    latents = model.apply(params, "dc_ae", to_unit(images), method="encode_scaled")
+    return latents.astype(jnp.float32)
+
+
+def encode_sources(
+    model: Blip3o, params: Params, images: Array, exists: Array, latents: Array | None = None
+) -> tuple[Array, Sources | None]:
+    """Source images uint8 [B,N,H,W,3], of which `exists` [B,N] says which there are -> their codes
+    int32 [B,N*n], and their latents [B,N,Y,X,C], or those given, if the model looks at them."""
+    flat = images.reshape(-1, *images.shape[2:])
+    codes = encode_codes(model, params, flat).reshape(len(images), -1)
+    if not model.config.reads_source_latents:
+        return codes, None
+    if latents is None:
+        latents = encode_latents(model, params, flat)
+        latents = latents.reshape(*exists.shape, *latents.shape[1:])
+    return codes, Sources(latents, exists)
+
+
+def write_source_codes(tokens: Array, start: Array, codes: Array, image_start: int) -> Array:
+    """tokens [B,T] with the codes [B,N*n] of source images, in order, at the places before `<S0>`,
+    which is at `start` [B], that hold an image token."""
+    places = (tokens >= image_start) & (jnp.arange(tokens.shape[1]) < start[:, None])
+    order = jnp.clip(jnp.cumsum(places, axis=1) - 1, 0, codes.shape[1] - 1)
+    ids = image_start + jnp.take_along_axis(codes, order, axis=1)
+    return jnp.where(places, ids, tokens)
 
 
 def read_tokens(model: Blip3o, params: Params, images: Array, tokens: Array, start: Array) -> Array:
@@ -75,53 +109,20 @@ def read_tokens(model: Blip3o, params: Params, images: Array, tokens: Array, sta
     return condition_slice(hidden, start, model.config.num_condition_tokens)
 
 
-def condition(model: Blip3o, params: Params, hidden: Array) -> Array:
-    """Hidden states [B,n+1,D] -> the condition [B,n+1,caption] that SANA takes."""
-    return model.apply(params, "diffusion_connector", hidden)
-
-
-def velocity(model: Blip3o, params: Params, x: Array, t: Array, condition: Array) -> Array:
-    """SANA's velocity [B,Y,X,C] at latents x [B,Y,X,C], timesteps t [B] in (0, 1000] and a
-    condition [B,n+1,caption]; without guidance."""
-    return model.apply(params, "sana", x, t, condition)
-
-
-def velocity_function(
-    model: Blip3o, params: Params, hidden: Array, guidance_scale: Scalar | None
-) -> Callable[[Array, Array], Array]:
-    """(x, t) -> velocity, as `flow.euler_sample` takes it with this guidance_scale.
-
-    Connector, caption projection and the keys and values of the cross-attentions are computed here,
-    once. The guidance's unconditional half is hidden states of zeros, before the connector
-    (docs/model.md §5.2): equal tokens, from which a cross-attention makes the same for every pixel
-    unless they have positions. A guidance_scale of None leaves that half out.
-    """
-    sana = functools.partial(model.apply, params, "sana")
-    # The unconditional half: rows of their own, or one result for all pixels.
-    without = None
-    if guidance_scale is not None and model.config.sana.condition_positions:
-        hidden = flow.pairs(jnp.zeros_like(hidden), hidden)
-    elif guidance_scale is not None:
-        zeros = jnp.zeros_like(hidden, shape=(1, 1, hidden.shape[-1]))
-        without = sana(condition(model, params, zeros), method="without_condition")
-    # The conditional half; the result of a step needs no more of the condition.
-    keys_values = sana(condition(model, params, hidden), method="keys_values")
-    return lambda x, t: sana(x, t, keys_values, without, method="step")
-
-
 def denoise(
     model: Blip3o,
     params: Params,
     hidden: Array,
     noise: Array,
     num_inference_steps: int,
-    guidance_scale: Scalar | None,
+    guidance: Guidance | Scalar | None,
     shift: Scalar,
+    sources: Sources | None = None,
 ) -> Array:
-    """Hidden states [B,n+1,D], noise f32 [B,Y,X,C] -> latents f32 [B,Y,X,C]."""
-    function = velocity_function(model, params, hidden, guidance_scale)
+    """Hidden states [B,n+1,D], noise f32 [B,Y,X,C] -> latents f32 [B,Y,X,C]; a number is the
+    guidance of the text."""
     schedule = flow.sigmas(num_inference_steps, shift)
-    return flow.euler_sample(function, noise, schedule, guidance_scale)
+    return _integrate(model, params, hidden, noise, schedule, guidance, sources)
 
 
 def trajectory(
@@ -130,17 +131,17 @@ def trajectory(
     hidden: Array,
     noise: Array,
     num_inference_steps: int,
-    guidance_scale: Scalar | None,
+    guidance: Guidance | Scalar | None,
     shift: Scalar,
+    sources: Sources | None = None,
 ) -> dict[str, Array]:
     """`denoise`, every step of it, all f32: "sigmas" [steps+1], "latents" [steps+1,B,Y,X,C] from
     the noise to `denoise`'s result, the guided "velocities" [steps,B,Y,X,C] between them, and
     "estimates" [steps,B,Y,X,C] of the final latents, see `flow.clean_estimate`. `frames` shows the
     latents and the estimates."""
-    function = velocity_function(model, params, hidden, guidance_scale)
     schedule = flow.sigmas(num_inference_steps, shift)
-    last, (latents, velocities) = flow.euler_sample(
-        function, noise, schedule, guidance_scale, trajectory=True
+    last, (latents, velocities) = _integrate(
+        model, params, hidden, noise, schedule, guidance, sources, trajectory=True
     )
     estimates = flow.clean_estimate(latents, velocities, schedule[:-1, None, None, None, None])
     latents = jnp.concatenate([latents, last[None]])
@@ -148,25 +149,37 @@ def trajectory(
     return {"sigmas": schedule, **steps}
 
 
+def _integrate(model, params, hidden, noise, schedule, guidance, sources, trajectory=False):
+    if not isinstance(guidance, Guidance):
+        guidance = condition.guidance(guidance)
+    function = condition.velocity_function(model, params, hidden, guidance.nulls, sources)
+    return flow.euler_sample(
+        function, noise, schedule, guidance.scales, guidance.renorm_min, trajectory
+    )
+
+
 def draw_latents(
     model: Blip3o,
     params: Params,
     hidden: Array,
     key_numbers: Array,
+    sources: Sources | None = None,
     *,
     num_inference_steps: int,
-    guidance_scale: Scalar | None,
+    guidance_scale: Guidance | Scalar | None,
     shift: Scalar,
 ) -> Array:
     """`denoise` from the noise of each image's own key: hidden states [B,n+1,D], key_numbers uint32
     [B,3] -> f32 [B,Y,X,C]."""
-    side, channels = model.config.sana.sample_size, model.config.sana.in_channels
+    side, channels = model.config.sana.sample_size, model.config.dc_ae.latent_channels
 
     def draw(key):
         return jax.random.normal(jax.random.fold_in(key, 1), (side, side, channels))
 
     noise = jax.vmap(draw)(fold_keys(key_numbers))
-    return denoise(model, params, hidden, noise, num_inference_steps, guidance_scale, shift)
+    return denoise(
+        model, params, hidden, noise, num_inference_steps, guidance_scale, shift, sources
+    )
 
 
 def pixels(model: Blip3o, params: Params, latents: Array) -> Array:

@@ -1,4 +1,5 @@
-"""Text to image, compiled: a program for each network, between which arrays stay on the devices.
+"""Text to image and editing, compiled: a program for each network, between which arrays stay on the
+devices.
 
 Not one for all: in one program with the denoising, XLA's CPU backend (jaxlib 0.10.2) decoded the
 first picture of each of several devices wrong in half of all runs.
@@ -19,19 +20,21 @@ def programs(
     model: Blip3o, out_shardings: jax.sharding.Sharding | None = None
 ) -> tuple[Callable, Callable]:
     """(write, draw): `generate.write_tokens`; and `generate.draw_latents`, then
-    `generate.pictures`, whose results are placed by `out_shardings`."""
+    `generate.pictures`, whose results (images, latents) are placed by `out_shardings`."""
 
-    def program(function: Callable, **options) -> Callable:
-        return jit(functools.partial(function, model), model.config, **options)
+    write = _program(model, generate.write_tokens, static_argnames="top_k")
+    draw_latents = _program(model, generate.draw_latents, static_argnames="num_inference_steps")
+    pictures = _program(model, generate.pictures, out_shardings=out_shardings)
 
-    write = program(generate.write_tokens, static_argnames="top_k")
-    draw_latents = program(generate.draw_latents, static_argnames="num_inference_steps")
-    pictures = program(generate.pictures, out_shardings=out_shardings)
-
-    def draw(params, hidden, key_numbers, **settings):
-        return pictures(params, draw_latents(params, hidden, key_numbers, **settings))
+    def draw(params, hidden, key_numbers, sources=None, **settings):
+        latents = draw_latents(params, hidden, key_numbers, sources, **settings)
+        return pictures(params, latents), latents
 
     return write, draw
+
+
+def _program(model: Blip3o, function: Callable, **options) -> Callable:
+    return jit(functools.partial(function, model), model.config, **options)
 
 
 def text_to_image(
@@ -44,7 +47,30 @@ def text_to_image(
     def sample(params, prompt, valid, key_numbers, *, top_k, top_p, temperature, **settings):
         decoding = {"top_k": top_k, "top_p": top_p, "temperature": temperature}
         written = write(params, prompt, valid, key_numbers, **decoding)
-        images = draw(params, written.pop("hidden"), key_numbers, **settings)
+        images, _ = draw(params, written.pop("hidden"), key_numbers, **settings)
         return {"images": images, **written}
+
+    return sample
+
+
+def edit(
+    model: Blip3o, out_shardings: jax.sharding.Sharding | None = None
+) -> Callable[..., dict[str, Array]]:
+    """A function of (params, prompt, valid, key_numbers, images uint8 [B,N,H,W,3], exists [B,N]),
+    and keywords as `text_to_image` takes them, `guidance_scale` being a `condition.Guidance`.
+
+    The prompts hold image tokens where those of the source images go. `latents` [B,N,Y,X,C], if
+    given, are the sources' own, of an edit before, so that they are not encoded again. Returns what
+    `text_to_image` does, and the "latents" [B,Y,X,C] of the result.
+    """
+    write, draw = programs(model, out_shardings)
+    encode = _program(model, generate.encode_sources)
+
+    def sample(params, prompt, valid, key_numbers, images, exists, latents=None, **settings):
+        codes, sources = encode(params, images, exists, latents)
+        decoding = {name: settings.pop(name) for name in ("top_k", "top_p", "temperature")}
+        written = write(params, prompt, valid, key_numbers, codes, **decoding)
+        images, latents = draw(params, written.pop("hidden"), key_numbers, sources, **settings)
+        return {"images": images, "latents": latents, **written}
 
     return sample

@@ -8,6 +8,7 @@ from typing import Any
 from blip3o_jax.config import Blip3oConfig, replace
 from blip3o_jax.data.config import DataConfig
 from blip3o_jax.errors import InputError, multiples, nearest, require
+from blip3o_jax.models.blip3o import EDITING_PARTS, PARTS, parts_of
 from blip3o_jax.presets import preset
 from blip3o_jax.train.sections import (
     AutoencoderConfig,
@@ -111,7 +112,7 @@ class TrainConfig:
 
     def _check_parts(self) -> None:
         """Refuses what names a part that the run does not hold or does not train."""
-        stage, parts, trained = self.stage, self.record.parts, self.trained_parts
+        stage, parts, trained = self.stage, self.parts, self.trained_parts
         listed = ", ".join(parts)
         # Parts that are loaded, frozen, or have a rate of their own.
         for part in self.init:
@@ -157,14 +158,26 @@ class TrainConfig:
         return replace(preset(self.preset), **self.model)
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that a run holds: its stage's, and those that an editing model has besides."""
+        whole = set(PARTS) <= set(self.record.parts)
+        return (*self.record.parts, *(self._editing_parts if whole else ()))
+
+    @property
     def trained_parts(self) -> tuple[str, ...]:
         """The parts of which something is trained."""
-        return tuple(part for part in self.record.trained if part not in self.frozen_parts)
+        trained = self.record.trained + (self._editing_parts if self.stage == "joint" else ())
+        return tuple(part for part in trained if part not in self.frozen_parts)
+
+    @property
+    def _editing_parts(self) -> tuple[str, ...]:
+        return tuple(part for part in parts_of(self.blip3o()) if part in EDITING_PARTS)
 
     def trainable(self, path: str) -> bool:
         """Whether the parameter at "part/.../leaf" is trained in this run."""
         part = path.split("/")[0]
-        return part in self.trained_parts and self.record.trainable(self.section, path)
+        trains = self.record.trainable(self.blip3o(), self.section, path)
+        return part in self.trained_parts and trains
 
 
 def changed_fields(section: Any) -> list[str]:

@@ -66,19 +66,25 @@ def pretrain_ar(model: Blip3o, cfg: sections.PretrainArConfig, mesh: Mesh) -> Ev
 
 
 def joint(model: Blip3o, cfg: sections.JointConfig, mesh: Mesh) -> Evaluate:
-    """The loss's numbers; images generated from the held-out prompts."""
+    """The loss's numbers; images generated from the held-out prompts, and edits of their
+    sources."""
     measure = _measured(losses.joint_loss, model, cfg, mesh)
-    sample = programs.text_to_image(model, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    encode = _everywhere(functools.partial(losses.encode_sources, model), mesh)
+    write, draw = programs.programs(model, NamedSharding(mesh, PartitionSpec()))
     settings = asdict(Settings(num_inference_steps=20))
-    length, pad = model.config.max_prompt_tokens, model.config.vocab.pad_token_id
+    decoding = {name: settings.pop(name) for name in ("top_k", "top_p", "temperature")}
+    config, pad = model.config, model.config.vocab.pad_token_id
+    length = config.max_prompt_tokens + config.max_sources * config.ta_tok.num_tokens
 
     def evaluate(params: dict, batch: dict) -> tuple[dict[str, float], np.ndarray]:
         shown = _first(batch)
         rows = zip(shown["tokens"], shown["start"], strict=True)
         prompts = [row[: start + 1] for row, start in rows]
         numbers = np.stack([np.array([0, 0, i], np.uint32) for i in range(len(prompts))])
-        inputs = put_replicated((*left_pad(prompts, length, pad), numbers), mesh)
-        images = np.asarray(sample(params, *inputs, **settings)["images"])
+        *inputs, keys = put_replicated((*left_pad(prompts, length, pad), numbers), mesh)
+        codes, sources = encode(params, shown)
+        hidden = write(params, *inputs, keys, codes, **decoding)["hidden"]
+        images = np.asarray(draw(params, hidden, keys, sources, **settings)[0])
         return measure(params, batch), contact_sheet(images, SHEET_COLUMNS)
 
     return evaluate

@@ -8,6 +8,10 @@ padded on the right, with the codes open, and `start` [B], the position of `<S0>
 `latents` [B,Y,X,C] replace both, and no image is encoded. For pretrain_ar there are no images, but
 `tokens` and `positions` int32 [B,T] and `weights` f32 [B,T].
 
+Batches that hold edits have `num_sources` int32 [B], 0 for a row of text to image, and `sources`
+uint8 [B,N,H,W,3], whose codes are open in the row before `start`; from a cache, `source_codes`
+int32 [B,N,n] and `source_latents` [B,N,Y,X,C].
+
 `*_draws` gives what a loss draws and divides by, row by row. It belongs to the whole batch, so that
 micro-batches give the same gradient; what a batch brings itself is kept. A micro-batch has its own
 deviation that `latent_noise` is measured in, and its own draws of `stochastic_codes`.
@@ -21,7 +25,7 @@ from blip3o_jax.models.blip3o import Blip3o, condition_slice, write_codes
 from blip3o_jax.parallel.batches import batch_shards
 from blip3o_jax.parallel.mesh import BATCH
 from blip3o_jax.pixels import to_unit, tokenizer_view
-from blip3o_jax.sample import flow, generate
+from blip3o_jax.sample import condition, flow, generate
 from blip3o_jax.text import causal_positions, targets
 from blip3o_jax.train import sections
 
@@ -120,17 +124,22 @@ def pretrain_ar_loss(
 
 
 def joint_draws(model: Blip3o, cfg: sections.JointConfig, batch: Batch, key: jax.Array) -> Batch:
-    """`dropped` [B], the rows without a condition; `sigma` [B] and `noise` of the diffusion part;
-    `targets` [B,2], the text and image targets per row, on average."""
+    """`dropped` [B], the rows without a condition, and of those `source_dropped` [B], the ones
+    without their source image either, as guidance compares with both; `sigma` [B] and `noise` of
+    the diffusion part; `targets` [B,2], the text and image targets per row, on average."""
     rows = len(batch["tokens"])
     _, drop_key, time_key, noise_key = jax.random.split(key, 4)
     counts = jnp.sum(_targets(model, batch), axis=(1, 2)) / rows
-    return {
+    draws = {
         "dropped": jax.random.bernoulli(drop_key, cfg.condition_dropout, (rows,)),
         "sigma": flow.sample_timesteps(time_key, rows)[1],
         "noise": jax.random.normal(noise_key, _latents_shape(model, batch)),
         "targets": jnp.broadcast_to(counts, (rows, 2)),
     }
+    if model.config.max_sources:
+        share = jax.random.bernoulli(jax.random.fold_in(drop_key, 1), cfg.source_dropout, (rows,))
+        draws["source_dropped"] = draws["dropped"] & share
+    return draws
 
 
 def joint_loss(
@@ -150,6 +159,13 @@ def joint_loss(
         codes = encode_codes(model, frozen, batch, codes_key)
     tokens = write_codes(batch["tokens"], batch["start"], codes, vocab.image_start_token_id)
 
+    # So are those of its source images, before it.
+    source_codes, sources = encode_sources(model, frozen, batch)
+    if source_codes is not None:
+        tokens = generate.write_source_codes(
+            tokens, batch["start"], source_codes, vocab.image_start_token_id
+        )
+
     # The transformer predicts text and image tokens.
     qwen3, valid = {"params": params["qwen3"]}, tokens != vocab.pad_token_id
     hidden, _ = model.qwen3.apply(qwen3, tokens, causal_positions(tokens), valid)
@@ -160,17 +176,17 @@ def joint_loss(
     text, image = jnp.sum(hits * weights, axis=(1, 2)) / counts
 
     # Its hidden states condition the diffusion part, which predicts the velocity.
-    condition = condition_slice(
+    states = condition_slice(
         hidden, batch["start"], config.num_condition_tokens, last=cfg.last_slice
     )
-    condition = flow.drop_condition(condition, batch["dropped"])
-    condition = model.connector.apply({"params": params["diffusion_connector"]}, condition)
+    states = flow.drop_condition(states, batch["dropped"])
+    given = condition.build(model, params, states, sources, batch.get("source_dropped"))
     cached = batch.get("latents")
-    latents = encode_latents(model, frozen, batch["images"]) if cached is None else cached
+    latents = generate.encode_latents(model, frozen, batch["images"]) if cached is None else cached
     x0 = latents.astype(jnp.float32)  # a cache may hold bfloat16
     sigma, noise = batch["sigma"], batch["noise"]
     noisy, t = flow.add_noise(x0, noise, sigma), flow.NUM_TRAIN_TIMESTEPS * sigma
-    velocity = model.sana.apply({"params": params["sana"]}, noisy, t, condition)
+    velocity = condition.velocity(model, params, noisy, t, given)
     mse = jnp.mean(flow.flow_loss(velocity, x0, noise))
 
     loss = ce + cfg.flow_weight * mse
@@ -226,11 +242,20 @@ def encode_codes(
     return generate.encode_codes(model, params, batch.get("view", batch["images"]), key)
 
 
-def encode_latents(model: Blip3o, params: dict, images: jax.Array) -> jax.Array:
-    """uint8 [B,H,W,3] -> latents f32 [B,Y,X,C], scaled as SANA takes them."""
-    params = {"params": params["dc_ae"]}
-    latents = model.dc_ae.apply(params, to_unit(images), method="encode_scaled")
-    return latents.astype(jnp.float32)
+def encode_sources(
+    model: Blip3o, params: dict, batch: Batch
+) -> tuple[jax.Array | None, condition.Sources | None]:
+    """Codes and latents of a batch's source images, from their pixels or from a cache; None where
+    the batch has none."""
+    if "num_sources" not in batch:
+        return None, None
+    count = model.config.max_sources
+    exists = jnp.arange(count) < batch["num_sources"][:, None]
+    if "source_codes" not in batch:
+        return generate.encode_sources(model, params, batch["sources"], exists)
+    codes = batch["source_codes"].reshape(len(exists), -1)
+    latents = batch["source_latents"].astype(jnp.float32)
+    return codes, condition.Sources(latents, exists) if model.config.reads_source_latents else None
 
 
 def _latents_shape(model: Blip3o, batch: Batch) -> tuple[int, ...]:

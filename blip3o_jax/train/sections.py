@@ -84,6 +84,7 @@ class JointConfig:
     # or "all": for a diffusion transformer without pretrained weights (docs/model.md §6.1)
     trainable_sana: str = "captions"
     condition_dropout: float = 0.1  # whole samples whose condition is zeroed before the connector
+    source_dropout: float = 0.5  # of those, the share of edits that lose their source image too
     flow_weight: float = 1.0  # weight of the velocity loss; that of the cross-entropy is 1
     # as the PyTorch code: condition on the row's last positions, sample the tokenizer's codes
     # (docs/model.md §6.6 no. 1 and 2)
@@ -96,6 +97,8 @@ class JointConfig:
         is_known = sana in ("captions", "all")
         require(is_known, f"joint.trainable_sana is 'captions' or 'all', not {sana!r}.")
         require(0 <= dropout < 1, f"joint.condition_dropout is in [0, 1), not {dropout}.")
+        source = self.source_dropout
+        require(0 <= source <= 1, f"joint.source_dropout is in [0, 1], not {source}.")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ WHOLE = ("qwen3", "diffusion_connector", "sana", "ta_tok", "dc_ae")
 # Fields of DataConfig: of prompts, of the embedded world's scenes, and of the sources that replace
 # it.
 PROMPTS = ("weights", "extra", "named_ground")
+EDITS = ("edits", "inverted_edits", "composed_edits")
 WORLD = ("data_dir", "num_train", "seed", "text_fraction", *PROMPTS)
 MIXTURE = ("sources", "heldout", "crop", "long_captions", "max_bad_fraction", "cache")
 TEXT = ("row_length", "tokenizer")
@@ -49,8 +50,8 @@ class Stage:
     batch: Callable[[Blip3oConfig, DataConfig, int], Shapes] | None = None
     # (model, cfg, batch) -> FLOPs of a step; None where they are not counted
     flops: Callable[[Blip3oConfig, Any, dict], int | None] = lambda model, cfg, batch: None
-    # (cfg, path in a trained part) -> whether the parameter is trained (docs/model.md §6.1)
-    trainable: Callable[[Any, str], bool] = lambda cfg, path: True
+    # (model, cfg, path in a trained part) -> whether the parameter is trained (docs/model.md §6.1)
+    trainable: Callable[[Blip3oConfig, Any, str], bool] = lambda model, cfg, path: True
 
 
 def _rows(count: int, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
@@ -74,7 +75,7 @@ def _exercises(model: Blip3oConfig, data: DataConfig, rows: int) -> Shapes:
 
 def _captions(model: Blip3oConfig, data: DataConfig, rows: int) -> Shapes:
     if data.cache:
-        side, channels = model.sana.sample_size, model.sana.in_channels
+        side, channels = model.sana.sample_size, model.dc_ae.latent_channels
         latents = _rows(rows, side, side, channels, dtype=jnp.float32)
         arrays = {"codes": _rows(rows, model.ta_tok.num_tokens), "latents": latents}
     else:
@@ -83,6 +84,14 @@ def _captions(model: Blip3oConfig, data: DataConfig, rows: int) -> Shapes:
             side = model.ta_tok.encoder.image_size
             arrays["view"] = _rows(rows, side, side, 3, dtype=jnp.uint8)
     length = data.row_length or row_length(model)
+    if model.max_sources:
+        names = {"source_codes": "codes", "source_latents": "latents"}
+        names = names if data.cache else {"sources": "images"}
+        for name, like in names.items():
+            count, *shape = arrays[like].shape
+            dtype = arrays[like].dtype
+            arrays[name] = _rows(count, model.max_sources, *shape, dtype=dtype)
+        arrays["num_sources"] = _rows(rows)
     return arrays | {"tokens": _rows(rows, length), "start": _rows(rows)}
 
 
@@ -95,8 +104,12 @@ def _joint_flops(model: Blip3oConfig, cfg: sections.JointConfig, batch: dict) ->
     return flops.joint_step(model, rows, length, cfg.trainable_sana == "all") - encoders
 
 
-def _joint_trainable(cfg: sections.JointConfig, path: str) -> bool:
-    return not path.startswith("sana/") or cfg.trainable_sana == "all" or "caption" in path
+def _joint_trainable(model: Blip3oConfig, cfg: sections.JointConfig, path: str) -> bool:
+    if not path.startswith("sana/") or cfg.trainable_sana == "all" or "caption" in path:
+        return True
+    # The ways in and out, where a source's latents go them too.
+    beside = model.use_und_image_vae_as_noise or model.use_und_image_vae_as_channels
+    return beside and path.split("/")[1] in ("patch_embed", "proj_out")
 
 
 STAGES = {
@@ -120,7 +133,7 @@ STAGES = {
         loss=losses.tokenizer_loss,
         evaluate=evaluation.tokenizer,
         batch=_patches,
-        trainable=lambda cfg, path: not path.endswith("regularizer/embedding"),
+        trainable=lambda model, cfg, path: not path.endswith("regularizer/embedding"),
     ),
     "pretrain_ar": Stage(
         parts=("qwen3",),
@@ -137,7 +150,7 @@ STAGES = {
         parts=WHOLE,
         trained=("qwen3", "diffusion_connector", "sana"),
         section=sections.JointConfig,
-        data=("reader_threads", *TEXT, *WORLD, *MIXTURE),
+        data=("reader_threads", *TEXT, *WORLD, *EDITS, *MIXTURE),
         rows="captions",
         loss=losses.joint_loss,
         draws=losses.joint_draws,

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from blip3o_jax import training_checkpoint
-from blip3o_jax.convert.padding import fit_vocabulary
+from blip3o_jax.convert.padding import fit_channels, fit_vocabulary
 from blip3o_jax.errors import require
 from blip3o_jax.kernels.platform import dtype_for
 from blip3o_jax.models.blip3o import Blip3o
@@ -72,7 +72,7 @@ def initial_params(
 
     `words` [codes]: what image tokens start as (`name_tokens`).
     """
-    parts = parts or cfg.record.parts
+    parts = parts or cfg.parts
     fresh = tuple(part for part in parts if part not in cfg.init)
 
     def make(key: jax.Array) -> dict:
@@ -86,14 +86,17 @@ def initial_params(
     key = jax.random.key(cfg.seed)
     params = jax.jit(make, out_shardings=shardings(jax.eval_shape(make, key), mesh))(key)
 
-    # The other parts, leaf by leaf, with the rows that the mesh adds to the vocabulary.
+    # The other parts, leaf by leaf, with the rows that the mesh adds to the vocabulary and the
+    # channels that a reference adds to the latents.
     loaded_parts = tuple(part for part in parts if part in cfg.init)
     expected = model.abstract(loaded_parts)
     for part in loaded_parts:
         directory = cfg.init[part]
         leaves = flatten_dict(load_part(directory, part), sep="/")
-        rows = model.config.qwen3.vocab_rows
+        rows, channels = model.config.qwen3.vocab_rows, model.config.sana.in_channels
         leaves = {path: fit_vocabulary(f"{part}/{path}", x, rows) for path, x in leaves.items()}
+        if model.config.use_und_image_vae_as_channels:
+            leaves = {p: fit_channels(f"{part}/{p}", x, channels) for p, x in leaves.items()}
         shapes = {path: x.shape for path, x in flatten_dict(expected[part], sep="/").items()}
         require(
             shapes == {path: x.shape for path, x in leaves.items()},
@@ -114,7 +117,7 @@ def begin(
     """(state, frozen, shardings of the state, notes) of the newest whole checkpoint, if there is
     one, else of the parameters that `make_params()` gives, at step 0 without notes."""
     abstract = jax.eval_shape(
-        lambda: steps.init_state(cfg, model.init(jax.random.key(0), cfg.record.parts))
+        lambda: steps.init_state(cfg, model.init(jax.random.key(0), cfg.parts))
     )
     placed = shardings(abstract, mesh)
     if manager.latest_step() is None:

@@ -40,7 +40,7 @@ def stage_inputs(cfg: Blip3oConfig, seed: int = 0) -> dict[str, np.ndarray]:
         "prompt": ids,
         "valid": valid,
         "states": normal(1, cfg.num_condition_tokens, cfg.qwen3.hidden_size),
-        "noise": normal(2, side, side, cfg.sana.in_channels),
+        "noise": normal(2, side, side, cfg.dc_ae.latent_channels),
         "images": np.clip(0.5 * normal(1, size, size, 3), -1, 1),
         "view": np.clip(0.5 * normal(1, view, view, 3), -1, 1),
     }

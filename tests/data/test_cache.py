@@ -87,7 +87,7 @@ def test_the_folder_holds_every_record_in_its_place(folder):
         f"001-0000{k}-of-00002.array_record" for k in range(2)
     ]
     cfg = config(folder, f"data.cache={folder / 'cache'}")
-    first, second = feed.open_sources(cfg.data)
+    first, second = feed.open_sources(cfg.data, cfg.blip3o())
     assert (len(first), len(second)) == (13, 6)
     assert first.key(4) == "a.tar:00040"
     record = second[5]
@@ -168,7 +168,8 @@ def test_a_restart_makes_the_missing_shards_only(folder, monkeypatch, capsys):
     lost = "000-00002-of-00004.array_record"
     (folder / "cache" / lost).unlink()
     with pytest.raises(Exception, match="1 of 4 shards"):
-        feed.open_sources(config(folder, f"data.cache={folder / 'cache'}").data)
+        cfg = config(folder, f"data.cache={folder / 'cache'}")
+        feed.open_sources(cfg.data, cfg.blip3o())
     written = []
     write = cache.write_shard
     monkeypatch.setattr(
@@ -213,7 +214,7 @@ def test_hosts_share_the_shards(folder, monkeypatch):
 def test_bfloat16_latents_are_half_the_size(folder):
     assert run(folder, "half", "--latents", "bfloat16") == 0
     (cfg, half) = (config(folder, f"data.cache={folder / name}") for name in ("cache", "half"))
-    one, other = (feed.open_sources(c.data)[1][2]["latents"] for c in (cfg, half))
+    one, other = (feed.open_sources(c.data, c.blip3o())[1][2]["latents"] for c in (cfg, half))
     assert other.nbytes == one.nbytes // 2
     np.testing.assert_allclose(other.astype(np.float32), one, rtol=2**-8)
 

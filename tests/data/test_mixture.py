@@ -9,6 +9,7 @@ from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.mixture import HeldOut, place, shuffled, shuffled_blocks, whole_weights
 from blip3o_jax.errors import InputError
 from blip3o_jax.jobs.train import open_feed
+from blip3o_jax.presets import preset
 from blip3o_jax.train.config import DataConfig, TrainConfig
 
 
@@ -167,12 +168,10 @@ def test_a_batch_that_hosts_do_not_divide_is_refused(run, tokenizer):
         open_feed(run, tokenizer, hosts=(0, 3))
 
 
-def test_an_edit_is_no_training_record_yet(tmp_path, made):
+def test_a_model_without_source_images_takes_no_edits(tmp_path, made):
     made.jsonl(tmp_path / "unused.jsonl", range(3))
     line = {"instruction": "make it blue", "input_images": ["0.png"], "output_image": "2.png"}
     (tmp_path / "edits.jsonl").write_text(json.dumps(line))
     data = DataConfig(sources=(SourceConfig("jsonl", str(tmp_path / "edits.jsonl")),))
-    with pytest.raises(
-        InputError, match="holds edits, which can be checked but not yet trained on"
-    ):
-        feed.open_sources(data)
+    with pytest.raises(InputError, match="edits of 1 source images, and the model takes 0"):
+        feed.open_sources(data, preset("emoji_64"))

@@ -133,14 +133,14 @@ def test_from_prompt_ids_to_pixels(sides):
 
     @jax.jit
     def render(params, hidden, noise):
-        both = flow.pairs(jnp.zeros_like(hidden), hidden)
+        both = flow.alternating(jnp.zeros_like(hidden), hidden)
         condition = model.connector.apply({"params": params["diffusion_connector"]}, both)
         keys_values = model.sana.apply({"params": params["sana"]}, condition, method="keys_values")
 
         def velocity(x, t):
             return model.sana.apply({"params": params["sana"]}, x, t, keys_values, method="step")
 
-        first = velocity(flow.pairs(noise, noise), jnp.full(2 * len(noise), 600.0))
+        first = velocity(flow.alternating(noise, noise), jnp.full(2 * len(noise), 600.0))
         latents = generate.denoise(model, params, hidden, noise, STEPS, GUIDANCE, shift=1.0)
         return (
             condition,

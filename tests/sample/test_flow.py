@@ -117,9 +117,9 @@ def test_guided_sampling_of_a_cut_batch_sends_nothing():
 
     @functools.partial(jax.jit, out_shardings=place)
     def sample(noise, condition):
-        both = flow.pairs(jnp.zeros_like(condition), condition)
+        both = flow.alternating(jnp.zeros_like(condition), condition)
         return flow.euler_sample(
-            lambda x, t: both + x * t.reshape(-1, 1, 1, 1) / 1000, noise, flow.sigmas(4), 2.0
+            lambda x, t: both + x * t.reshape(-1, 1, 1, 1) / 1000, noise, flow.sigmas(4), (2.0,)
         )
 
     assert mesh.size == 8
@@ -147,9 +147,9 @@ def test_guidance_mixes_the_halves_of_each_sample():
     @jax.jit
     def sample(guidance_scale, shift):
         traces.append(guidance_scale)
-        both = flow.pairs(without, given)
+        both = flow.alternating(without, given)
         return flow.euler_sample(
-            lambda x, t: velocity(x, t, both), noise, flow.sigmas(4, shift), guidance_scale
+            lambda x, t: velocity(x, t, both), noise, flow.sigmas(4, shift), (guidance_scale,)
         )
 
     np.testing.assert_allclose(sample(2.5, 1.0), expected, atol=1e-5)

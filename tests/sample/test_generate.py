@@ -18,7 +18,7 @@ from blip3o_jax.models.blip3o import Blip3o, write_codes
 from blip3o_jax.parallel.mesh import BATCH, make_mesh
 from blip3o_jax.plan import collectives
 from blip3o_jax.presets import preset
-from blip3o_jax.sample import flow, generate
+from blip3o_jax.sample import condition, flow, generate
 from blip3o_jax.train import losses
 
 ROWS, STEPS = 8, 3
@@ -46,16 +46,15 @@ def case(request):
 def test_guidance_is_against_hidden_states_of_zeros(case):
     """By the plain way: the condition of all 2B rows, encoded again at every step."""
     model, params, hidden, noise = case
-    condition = model.connector.apply(
-        {"params": params["diffusion_connector"]}, flow.pairs(np.zeros_like(hidden), hidden)
-    )
+    both = flow.alternating(np.zeros_like(hidden), hidden)
+    given = model.connector.apply({"params": params["diffusion_connector"]}, both)
 
     @jax.jit
     def plain(noise):
         def velocity(x, t):
-            return model.sana.apply({"params": params["sana"]}, x, t, condition)
+            return model.sana.apply({"params": params["sana"]}, x, t, given)
 
-        return flow.euler_sample(velocity, noise, flow.sigmas(STEPS), 2.5)
+        return flow.euler_sample(velocity, noise, flow.sigmas(STEPS), (2.5,))
 
     expected = plain(noise)
     found = jax.jit(
@@ -73,7 +72,7 @@ def test_every_step_can_be_seen(case):
     plain calls; any of its latents can be shown."""
     model, params, hidden, noise = case
     hidden, noise = hidden[:2], noise[:2]
-    settings = {"num_inference_steps": STEPS, "guidance_scale": 2.5, "shift": 1.5}
+    settings = {"num_inference_steps": STEPS, "guidance": 2.5, "shift": 1.5}
     steps = jax.jit(functools.partial(generate.trajectory, model, **settings))(
         params, hidden, noise
     )
@@ -86,9 +85,9 @@ def test_every_step_can_be_seen(case):
 
     @jax.jit
     def velocity(x, sigma, hidden):
-        condition = generate.condition(model, params, hidden)
+        given = condition.build(model, params, hidden)
         t = jnp.full(len(x), 1000 * sigma)
-        return generate.velocity(model, params, x, t, condition)
+        return condition.velocity(model, params, x, t, given)
 
     for i in range(STEPS):
         without, given = (velocity(latents[i], sigmas[i], h) for h in (0 * hidden, hidden))
