@@ -51,15 +51,6 @@ def fit_caption(tokenizer: Text, caption: str, num_sources: int = 0) -> str:
     return caption
 
 
-def image_arrays(record: Record, model: Blip3oConfig, crop: str) -> dict[str, np.ndarray]:
-    """`images` uint8 [size,size,3] and, with the original's crop, `view`, the tokenizer's."""
-    image = decode_image(record.image)
-    arrays = {"images": centre_crop(image, model.image_size)}
-    if crop == "original":
-        arrays["view"] = squash(image, model.ta_tok.encoder.image_size)
-    return arrays
-
-
 class Tally:
     """Counts of records read, bad, and of captions truncated or dropped; thread-safe.
 
