@@ -24,7 +24,7 @@ from blip3o_jax.data.transform import (
     with_sources,
 )
 from blip3o_jax.errors import InputError, disk_reason, multiples, require
-from blip3o_jax.scenes import builder, edits
+from blip3o_jax.scenes import builder
 from blip3o_jax.scenes.exercises import exercise
 from blip3o_jax.scenes.scene import compose
 from blip3o_jax.text import Text, row_length
@@ -150,6 +150,8 @@ class Feed:
 
     def _edits(self, split: str, seed: int) -> grain.MapDataset:
         """Rows of the embedded world's edits, made on demand."""
+        from blip3o_jax.scenes import edits
+
         world = dataclasses.replace(self.data.world, seed=seed)
         shares = self.data.inverted_edits, self.data.composed_edits
 
