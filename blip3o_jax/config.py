@@ -297,7 +297,8 @@ class Blip3oConfig:
 
 
 def replace(config, **changes):
-    """`dataclasses.replace` that accepts dotted names: replace(c, **{"sana.num_layers": 2}).
+    """`dataclasses.replace` that accepts dotted names, replace(c, **{"sana.num_layers": 2}), and
+    nested ones, replace(c, sana={"num_layers": 2}).
 
     All changes are made before any check.
     """
@@ -307,8 +308,8 @@ def replace(config, **changes):
     for key, value in changes.items():
         head, _, rest = key.partition(".")
         require(head in names, f"Unknown key {key!r}; {nearest(head, names)}")
-        if rest:
-            nested.setdefault(head, {})[rest] = value
+        if rest or isinstance(value, dict):
+            nested.setdefault(head, {}).update({rest: value} if rest else value)
         else:
             own[head] = value
     # Each part with all of its own changes at once.

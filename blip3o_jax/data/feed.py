@@ -24,7 +24,7 @@ from blip3o_jax.data.transform import (
     with_sources,
 )
 from blip3o_jax.errors import InputError, disk_reason, multiples, require
-from blip3o_jax.scenes import builder
+from blip3o_jax.scenes import builder, edits
 from blip3o_jax.scenes.exercises import exercise
 from blip3o_jax.scenes.scene import compose
 from blip3o_jax.text import Text, row_length
@@ -92,9 +92,9 @@ class Feed:
         too_short = f"does not hold a prompt of {prompt} tokens and its image; 0 finds the length."
         fits = not self.sources or self.length >= longest
         require(fits, f"data.row_length {self.length} {too_short}")
-        takes, edits = self.model.max_sources > 0, self.data.edits > 0
-        require(takes or not edits, "data.edits needs a model that takes some: model.max_sources.")
-        self.has_sources = self.rows == "captions" and takes and bool(edits or self.sources)
+        takes, asks = self.model.max_sources > 0, self.data.edits > 0
+        require(takes or not asks, "data.edits needs a model that takes some: model.max_sources.")
+        self.has_sources = self.rows == "captions" and takes and bool(asks or self.sources)
 
     def train(self, step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """This host's rows of batch `step`, `step + 1`, ... without end, in a new order every
@@ -150,8 +150,6 @@ class Feed:
 
     def _edits(self, split: str, seed: int) -> grain.MapDataset:
         """Rows of the embedded world's edits, made on demand."""
-        from blip3o_jax.scenes import edits
-
         world = dataclasses.replace(self.data.world, seed=seed)
         shares = self.data.inverted_edits, self.data.composed_edits
 
