@@ -149,7 +149,17 @@ def trajectory(
     return {"sigmas": schedule, **steps}
 
 
-def _integrate(model, params, hidden, noise, schedule, guidance, sources, trajectory=False):
+def _integrate(
+    model: Blip3o,
+    params: Params,
+    hidden: Array,
+    noise: Array,
+    schedule: Array,
+    guidance: Guidance | Scalar | None,
+    sources: Sources | None,
+    trajectory: bool = False,
+):
+    """`flow.euler_sample` of the model's velocity, guided."""
     if not isinstance(guidance, Guidance):
         guidance = condition.guidance(guidance)
     function = condition.velocity_function(model, params, hidden, guidance.nulls, sources)

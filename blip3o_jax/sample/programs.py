@@ -7,26 +7,33 @@ first picture of each of several devices wrong in half of all runs.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax import Array
 
 from blip3o_jax.kernels.platform import jit
-from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.models.blip3o import Blip3o, Params
 from blip3o_jax.sample import generate
+from blip3o_jax.sample.condition import Sources
 
 
 def programs(
     model: Blip3o, out_shardings: jax.sharding.Sharding | None = None
 ) -> tuple[Callable, Callable]:
     """(write, draw): `generate.write_tokens`; and `generate.draw_latents`, then
-    `generate.pictures`, whose results (images, latents) are placed by `out_shardings`."""
-
+    `generate.pictures`: (images, latents), the images placed by `out_shardings`."""
     write = _program(model, generate.write_tokens, static_argnames="top_k")
     draw_latents = _program(model, generate.draw_latents, static_argnames="num_inference_steps")
     pictures = _program(model, generate.pictures, out_shardings=out_shardings)
 
-    def draw(params, hidden, key_numbers, sources=None, **settings):
+    def draw(
+        params: Params,
+        hidden: Array,
+        key_numbers: Array,
+        sources: Sources | None = None,
+        **settings: Any,
+    ) -> tuple[Array, Array]:
         latents = draw_latents(params, hidden, key_numbers, sources, **settings)
         return pictures(params, latents), latents
 
@@ -66,7 +73,16 @@ def edit(
     write, draw = programs(model, out_shardings)
     encode = _program(model, generate.encode_sources)
 
-    def sample(params, prompt, valid, key_numbers, images, exists, latents=None, **settings):
+    def sample(
+        params: Params,
+        prompt: Array,
+        valid: Array,
+        key_numbers: Array,
+        images: Array,
+        exists: Array,
+        latents: Array | None = None,
+        **settings: Any,
+    ) -> dict[str, Array]:
         codes, sources = encode(params, images, exists, latents)
         decoding = {name: settings.pop(name) for name in ("top_k", "top_p", "temperature")}
         written = write(params, prompt, valid, key_numbers, codes, **decoding)
