@@ -4,6 +4,7 @@ stage. Inputs do not come from the stage before, so that a difference shows wher
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ from blip3o_jax.checkpoints import Checkpoint
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.kernels.platform import jit
 from blip3o_jax.models.blip3o import Blip3o, Params
-from blip3o_jax.sample import generate
+from blip3o_jax.sample import condition, generate
 
 NUM_STEPS, GUIDANCE, TIMESTEP, PROMPT = 5, 2.0, 600.0, 12
 
@@ -78,7 +79,7 @@ def stage_outputs(
     velocity, latents, a picture, codes; then greedy `tokens` [2,n] and the `pixels` [2,H,W,3] that
     follow from them with the given noise."""
 
-    def run(stage: Callable, *inputs: Array) -> Array | tuple[Array, Array]:
+    def run(stage: Callable, *inputs: Any) -> Any:
         return jit(functools.partial(stage, model))(params, *inputs)
 
     def part(name: str, method: str, x: Array) -> Array:
@@ -88,8 +89,9 @@ def stage_outputs(
     prompt, noise, time = inputs["prompt"], inputs["noise"][:1], np.full(1, TIMESTEP, np.float32)
     outputs = {}
     outputs["hidden"], outputs["logits"] = run(_read, prompt[:1])
-    outputs["condition"] = run(generate.condition, inputs["states"])
-    outputs["velocity"] = run(generate.velocity, noise, time, outputs["condition"])
+    given = run(condition.build, inputs["states"])
+    outputs["condition"] = given.tokens
+    outputs["velocity"] = run(condition.velocity, noise, time, given)
     outputs["latents"] = part("dc_ae", "encode_scaled", inputs["images"])
     outputs["picture"] = part("dc_ae", "decode_scaled", noise)
     outputs["codes"] = part("ta_tok", "encode", inputs["view"])

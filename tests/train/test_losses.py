@@ -11,6 +11,7 @@ from blip3o_jax.config import replace
 from blip3o_jax.convert.random_weights import random_params
 from blip3o_jax.models.blip3o import Blip3o, write_codes
 from blip3o_jax.presets import preset
+from blip3o_jax.sample import generate
 from blip3o_jax.train import losses, steps
 from blip3o_jax.train.config import JointConfig, TokenizerConfig, TrainConfig
 from blip3o_jax.tree import split
@@ -57,7 +58,7 @@ def encoded(joint):
     @jax.jit
     def encode(params, images):
         codes = losses.encode_codes(model, params, {"images": images})
-        return {"codes": codes, "latents": losses.encode_latents(model, params, images)}
+        return {"codes": codes, "latents": generate.encode_latents(model, params, images)}
 
     rows = {name: batch[name] for name in ("tokens", "start")}
     return rows | encode(params, batch["images"])
