@@ -1,18 +1,18 @@
 """A record to arrays: decoding, the crop, the caption's length; and counts of what was not used."""
 
-import io
 import json
 import logging
 import pathlib
 import threading
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data.records import Record, RecordError
 from blip3o_jax.errors import require
 from blip3o_jax.geometry import to_square
+from blip3o_jax.pictures import PictureError, decode
 from blip3o_jax.pixels import centre_crop, squash
 from blip3o_jax.text import Text, edit_prompt, t2i_prompt
 
@@ -23,14 +23,11 @@ log = logging.getLogger(__name__)
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """Encoded bytes -> RGB; RecordError when they are damaged."""
+    """Encoded bytes -> RGB, as `pictures.decode`; RecordError when they cannot be used."""
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except Exception as error:  # decoders of images raise what they please
-        reason = str(error) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):  # whose text names an address in memory
-            reason = "its format is unknown"
-        raise RecordError(f"the image cannot be decoded ({reason})") from error
+        return decode(data)
+    except PictureError as error:
+        raise RecordError(f"the image cannot be decoded ({error})") from error
 
 
 def prompt_length(tokenizer: Text, caption: str, num_sources: int = 0) -> int:
