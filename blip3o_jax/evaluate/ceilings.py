@@ -35,7 +35,7 @@ def ceilings(
     for index, count in _batches(len(images), pipeline.batch_size):
         batch = put_batch((images[index], rows[index], start[index], keys[index]), pipeline.mesh)
         with jax.set_mesh(pipeline.mesh):
-            shown = draw(params, read(params, *batch[:3]), batch[3], **options)
+            shown, _ = draw(params, read(params, *batch[:3]), batch[3], **options)
         drawn.append(np.asarray(shown)[:count])
     return {"autoencoder": autoencoded(pipeline, images), "true_tokens": np.concatenate(drawn)}
 
