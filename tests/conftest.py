@@ -42,6 +42,7 @@ PLAINLY_COMPILED = (
     "models/test_blip3o.py",
     "parallel/test_parameters.py",
     "parity/test_chain.py",
+    "parity/test_edit_chain.py",
     "plan/test_plan.py",
     "rl/test_grpo.py",
     "sample/test_generate.py",

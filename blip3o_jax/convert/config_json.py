@@ -41,6 +41,8 @@ QK_NORM = "rms_norm_across_heads"
 DC_AE_SHARED = ("block_types", "block_out_channels", "qkv_multiscales")
 # fields of Blip3oConfig that PyTorch has no name for
 OURS = ("name", "max_prompt_tokens", "connector_eps")
+# and those of them that are written only where they say something
+OURS_OF_EDITS = ("max_sources", "use_und_image_vae_as_channels")
 # What the editing checkpoints say at the top level, and others leave out.
 EDIT_FLAGS = ("use_und_image_vae", "use_und_image_vae_as_noise")
 EDIT_FLAGS += ("only_use_und_image_vae_as_noise", "use_tar_siglip_features")
@@ -76,6 +78,21 @@ def _vocab_json(cfg: VocabConfig) -> dict[str, Any]:
     return {**dataclasses.asdict(cfg), **ends}
 
 
+def _edits_json(cfg: Blip3oConfig) -> dict[str, Any]:
+    implied = {"max_sources": _max_sources(vars(cfg)), "use_und_image_vae_as_channels": False}
+    fields = {name: getattr(cfg, name) for name in OURS_OF_EDITS}
+    return {name: value for name, value in fields.items() if value != implied[name]}
+
+
+def _max_sources(flags: Mapping[str, Any]) -> int:
+    """Source images that an edit may have where a file does not say: one beside the noisy latents
+    or among their channels, four of which the latents are condition tokens, as in training."""
+    one = ("use_und_image_vae_as_noise", "use_und_image_vae_as_channels")
+    if any(flags.get(name) for name in one):
+        return 1
+    return 4 if flags.get("use_und_image_vae") else 0
+
+
 def config_to_json(cfg: Blip3oConfig, dtype: str = "float32") -> dict[str, Any]:
     """The contents of config.json; `dtype` is that of the weights beside it."""
     # The padding belongs to a mesh, not to the model.
@@ -92,7 +109,7 @@ def config_to_json(cfg: Blip3oConfig, dtype: str = "float32") -> dict[str, Any]:
         **_vocab_json(cfg.vocab),
         **{name: True for name in EDIT_FLAGS if getattr(cfg, name)},
         **{key: to_json(getattr(cfg, part)) for part, (key, to_json, _) in NETWORKS.items()},
-        "blip3o_jax": {name: getattr(cfg, name) for name in OURS},
+        "blip3o_jax": {name: getattr(cfg, name) for name in OURS} | _edits_json(cfg),
     }
     return json.loads(json.dumps(fields))  # tuples become lists
 
@@ -108,7 +125,8 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
         return float(value)
     # Numbers beyond these would only fail later, or fill the memory.
     if kind is int and type(value) is int:
-        least = 0 if "layers_per_block" in name or name.endswith("_id") else 1
+        may_be_none = "layers_per_block" in name or name.endswith("_id") or name == "max_sources"
+        least = 0 if may_be_none else 1
         most = MAX_LAYERS if "layers" in name or "depth" in name else 2**31 - 1
         if least <= value <= most or name == "select_layer_id":
             return value
@@ -230,11 +248,11 @@ def config_from_json(
     parts = {part: read(fields[key]) for part, key, read in networks}
     # What PyTorch has no name for, and the flags of editing checkpoints.
     ours = fields.get("blip3o_jax", {})
-    is_ours = isinstance(ours, Mapping) and set(ours) <= set(OURS)
-    should = f"should be an object of {', '.join(OURS)}"
+    is_ours = isinstance(ours, Mapping) and set(ours) <= {*OURS, *OURS_OF_EDITS}
+    should = f"should be an object of {', '.join(OURS + OURS_OF_EDITS)}"
     require(is_ours, f"blip3o_jax is {reprlib.repr(ours)} and {should}.")
     kinds = {field.name: field.type for field in dataclasses.fields(Blip3oConfig)}
     flags = {key: fields[key] for key in EDIT_FLAGS if fields.get(key) is not None}
     plain = {key: _typed(value, kinds[key], key) for key, value in {**ours, **flags}.items()}
-    plain.setdefault("name", name)
+    plain = {"name": name, "max_sources": _max_sources(plain)} | plain
     return Blip3oConfig(qwen3=read_qwen3(fields, shapes), vocab=vocab, **parts, **plain)

@@ -241,14 +241,20 @@ class Qwen3(nn.Module):
             self.lm_head = Table("kernel", shape[::-1], init)
 
     def __call__(
-        self, tokens: Array, positions: Array, valid: Array, cache: Cache | None = None
+        self,
+        tokens: Array,
+        positions: Array,
+        valid: Array,
+        cache: Cache | None = None,
+        given: tuple[Array, Array] | None = None,
     ) -> tuple[Array, Cache | None]:
         """tokens, positions [B,T] int32, valid [B,T] bool (False: padding, on either side) ->
         (hidden [B,T,D] after the final norm, cache).
 
         Without a cache a token sees the valid tokens up to itself in its row. With one it sees the
         cache's as well, and the cache comes back with these T tokens written behind them. Hidden
-        states at padding are finite and meaningless.
+        states at padding are finite and meaningless. `given` replaces embeddings: values [B,T,D],
+        and where [B,T] bool.
         """
         length, cfg = tokens.shape[1], self.cfg
         mask, layout = Causal(valid), WHOLE
@@ -264,6 +270,9 @@ class Qwen3(nn.Module):
             layout = dataclasses.replace(STEP, loop_invariant=unrolled)
         # Embeddings, then all blocks, which share positions and mask.
         x = lookup(self.embed_tokens(), tokens, self.dtype, layout.stream)
+        if given is not None:
+            values, places = given
+            x = pin(jnp.where(places[..., None], values.astype(x.dtype), x), layout.stream)
         angles = rotary_angles(positions, cfg.head_dim, cfg.rope_theta)
         layers = jnp.arange(cfg.num_hidden_layers)
         (x, cache), _ = self.layers((x, cache), layers, angles, mask, layout)

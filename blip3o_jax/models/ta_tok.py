@@ -159,9 +159,9 @@ class TaTok(nn.Module):
         self.decode_task_layer_0 = square()
         self.decode_task_layer_2 = square()
 
-    def features(self, images: Array) -> Array:
-        """images [B,H,W,3] in [-1,1] -> the features that are quantized, [B,n,D] in (-1,1), row by
-        row (the original's vq_feats)."""
+    def pooled(self, images: Array) -> Array:
+        """images [B,H,W,3] in [-1,1] -> the encoder's selected hidden state, one vector for each
+        token [B,n,D], row by row."""
         cfg, pool = self.cfg, self.cfg.pool_scale
         with jax.named_scope("ta_tok_encoder"):
             x = self.encoder(images)
@@ -171,7 +171,12 @@ class TaTok(nn.Module):
             x = x.reshape(-1, cfg.encoder.grid, cfg.encoder.grid, x.shape[-1])[:, :used, :used]
             x = x.reshape(-1, cfg.grid, pool, cfg.grid, pool, x.shape[-1]).mean(axis=(2, 4))
             x = x.reshape(-1, cfg.num_tokens, x.shape[-1])
-        return jnp.tanh(self.encode_task_layer(x))
+        return x
+
+    def features(self, images: Array) -> Array:
+        """images [B,H,W,3] in [-1,1] -> the features that are quantized, [B,n,D] in (-1,1) (the
+        original's vq_feats)."""
+        return jnp.tanh(self.encode_task_layer(self.pooled(images)))
 
     def codebook(self) -> Array:
         """The codes [V,E], unit length, f32."""

@@ -66,8 +66,8 @@ class TaTok(nn.Module):
         regularizer = self.bottleneck.regularizer
         return F.normalize(regularizer.embedding_proj(regularizer.embedding.weight), dim=-1)
 
-    def encode(self, pixels: torch.Tensor, only_needed: bool = False) -> torch.Tensor:
-        """Nearest codes [B,n].
+    def pooled(self, pixels: torch.Tensor, only_needed: bool = False) -> torch.Tensor:
+        """SigLIP's features before the quantizer, one vector for each token [B,n,D].
 
         `only_needed` leaves out the encoder's layers and head behind the state that is quantised.
         """
@@ -81,6 +81,11 @@ class TaTok(nn.Module):
         if cfg.pool_scale > 1:
             square = x.transpose(1, 2).reshape(len(x), -1, cfg.encoder.grid, cfg.encoder.grid)
             x = F.avg_pool2d(square, cfg.pool_scale, cfg.pool_scale).flatten(2).transpose(1, 2)
+        return x
+
+    def encode(self, pixels: torch.Tensor, only_needed: bool = False) -> torch.Tensor:
+        """Nearest codes [B,n]; `only_needed` as in `pooled`."""
+        x = self.pooled(pixels, only_needed)
         z = F.normalize(self.bottleneck.in_linear(self.encode_task_layer(x)), dim=-1)
         return (z @ self.codebook().T).argmax(dim=-1)
 
@@ -105,10 +110,27 @@ class Reference:
     sana: SanaTransformer2DModel
     vae: AutoencoderDC
     ta_tok: TaTok
+    vae_connector: nn.Sequential | None = None
+    siglip_connector: nn.Sequential | None = None
 
-    def velocity(self, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """SANA's velocity [B,C,Y,X] at latents x and timesteps t [B] in (0, 1000]."""
-        return self.sana(x, encoder_hidden_states=condition, timestep=t, return_dict=False)[0]
+    def velocity(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        condition: torch.Tensor,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """SANA's velocity [B,C,Y,X] at latents x and timesteps t [B] in (0, 1000]; the tokens of
+        the condition outside `mask` [B,S] are not attended to. Channels that the latents leave open
+        are those of a source, which is zeros."""
+        missing = self.sana.config.in_channels - x.shape[1]
+        return self.sana(
+            F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x,
+            encoder_hidden_states=condition,
+            timestep=t,
+            encoder_attention_mask=mask,
+            return_dict=False,
+        )[0]
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Images [B,3,H,W] in [-1,1] -> scaled latents [B,C,Y,X]."""
@@ -142,15 +164,23 @@ def build(cfg: Blip3oConfig) -> Reference:
     sana = SanaTransformer2DModel.from_config(fields)
     if cfg.sana.condition_positions:
         sana.caption_norm.register_forward_hook(_add_positions(cfg))
-    connector = nn.Sequential(
-        nn.Linear(q.hidden_size, width),
-        nn.GELU(approximate="tanh"),
-        nn.Linear(width, width),
-        RMSNorm(width, eps=cfg.connector_eps),
-    )
+    connector = _connector(cfg, q.hidden_size, width)
     vae = AutoencoderDC.from_config(dc_ae_json(cfg.dc_ae))
     modules = (transformers.Qwen3ForCausalLM(ar), connector, sana, vae, TaTok(cfg.ta_tok))
-    return Reference(cfg, *(module.eval() for module in modules))
+    reference = Reference(cfg, *(module.eval() for module in modules))
+    # The connectors that only an editing model has.
+    if cfg.use_und_image_vae:
+        reference.vae_connector = _connector(cfg, cfg.dc_ae.latent_channels, width)
+    if cfg.use_tar_siglip_features:
+        vision = cfg.ta_tok.encoder.hidden_size
+        reference.siglip_connector = _connector(cfg, vision, q.hidden_size)
+    return reference
+
+
+def _connector(cfg: Blip3oConfig, inputs: int, outputs: int) -> nn.Sequential:
+    into, out = nn.Linear(inputs, outputs), nn.Linear(outputs, outputs)
+    norm = RMSNorm(outputs, eps=cfg.connector_eps)
+    return nn.Sequential(into, nn.GELU(approximate="tanh"), out, norm)
 
 
 def _add_positions(cfg: Blip3oConfig):
@@ -175,7 +205,10 @@ def load(directory: str | Path) -> Reference:
         "model.sana.": reference.sana,
         "model.sana_vae.": reference.vae,
         TA_TOK: reference.ta_tok,
+        "model.und_image_vae_connector.": reference.vae_connector,
+        "model.tar_siglip_features_connector.": reference.siglip_connector,
     }
+    parts = {prefix: module for prefix, module in parts.items() if module is not None}
     # Every weight of a module is in the file, but for what its checkpoint never had.
     for prefix, module in parts.items():
         for name, target in module.state_dict().items():

@@ -17,13 +17,18 @@ def prompt_positions(valid: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def greedy_tokens(
-    ref: Reference, prompt: torch.Tensor, valid: torch.Tensor, image_range_only: bool = True
+    ref: Reference,
+    prompt: torch.Tensor,
+    valid: torch.Tensor,
+    image_range_only: bool = True,
+    embeddings: torch.Tensor | None = None,
 ):
     """prompt [B,P] padded on the left -> (codes [B,n], states [B,n+1,D]): cached decoding that
     keeps its hidden states.
 
     `image_range_only` computes logits of the image tokens alone; otherwise of the whole vocabulary,
-    as the original does, of which the largest image token is taken.
+    as the original does, of which the largest image token is taken. `embeddings`
+    [B,P,D] are the prompt's, if not those of its tokens.
     """
     vocab, n = ref.config.vocab, ref.config.ta_tok.num_tokens
     first, last = vocab.image_start_token_id, vocab.image_start_token_id + vocab.num_image_tokens
@@ -33,7 +38,8 @@ def greedy_tokens(
     )
     # The prompt at once, then token by token.
     mask, lengths = valid.long(), valid.sum(dim=1)
-    out = forward(prompt, attention_mask=mask, position_ids=prompt_positions(valid))
+    given = {"input_ids": prompt} if embeddings is None else {"inputs_embeds": embeddings}
+    out = forward(**given, attention_mask=mask, position_ids=prompt_positions(valid))
     states, codes = [out.last_hidden_state[:, -1]], []
     for i in range(n):
         logits = states[-1] @ head.T

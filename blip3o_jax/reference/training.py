@@ -1,20 +1,33 @@
 """The losses of the joint training step in PyTorch, for given codes, latents and noise."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from blip3o_jax.reference import editing
+from blip3o_jax.reference.editing import Source
 from blip3o_jax.reference.modules import Reference
 from blip3o_jax.text import targets
 
 
 def joint_loss(
-    ref: Reference, rows, start, codes, x0, noise, sigma
+    ref: Reference,
+    rows,
+    start,
+    codes,
+    x0,
+    noise,
+    sigma,
+    sources: list[Source] | None = None,
+    nulls: Sequence[str | None] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cross-entropy, velocity error), as train.losses.joint_loss without dropped conditions.
+    """(cross-entropy, velocity error), as train.losses.joint_loss.
 
     rows [B,T] token ids, padded on the right, the image's codes open; start [B], where `<S0>`
-    stands; codes [B,n]; x0 and noise [B,C,Y,X]; sigma [B].
+    stands; codes [B,n]; x0 and noise [B,C,Y,X]; sigma [B]. Rows of an editing model have sources,
+    and of each a null, None where the condition is not dropped.
     """
     vocab, n = ref.config.vocab, codes.shape[1]
     rows, starts = rows.clone(), start.tolist()
@@ -22,7 +35,11 @@ def joint_loss(
         row[at + 1 : at + 1 + n] = vocab.image_start_token_id + ids
     # Next tokens: the image's and what follows it.
     mask = (rows != vocab.pad_token_id).long()
-    states = ref.ar.model(rows, attention_mask=mask).last_hidden_state
+    if sources is None:
+        embeddings = ref.ar.model.embed_tokens(rows)
+    else:
+        rows, embeddings = editing.embed(ref, rows, start, sources)
+    states = ref.ar.model(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
     counted = torch.from_numpy(np.asarray(targets(rows.numpy(), start.numpy(), vocab)))
     labels = torch.where(counted, rows, -100)[:, 1:]
     logits = (states @ ref.ar.lm_head.weight.T)[:, :-1]
@@ -31,5 +48,9 @@ def joint_loss(
     hidden = torch.stack([row[at : at + n + 1] for row, at in zip(states, starts, strict=True)])
     level = sigma.view(-1, 1, 1, 1)
     noisy = (1 - level) * x0 + level * noise
-    velocity = ref.velocity(noisy, 1000 * sigma, ref.connector(hidden))
+    if sources is None:
+        velocity = ref.velocity(noisy, 1000 * sigma, ref.connector(hidden))
+    else:
+        inputs = noisy.split(1), (1000 * sigma).split(1), hidden, sources, nulls
+        velocity = torch.cat([editing.velocity(ref, *row) for row in zip(*inputs, strict=True)])
     return ce, (velocity - (noise - x0)).pow(2).mean()

@@ -63,6 +63,7 @@ def generate_tokens(
     top_k: int,
     top_p: Scalar,
     temperature: Scalar,
+    given: tuple[Array, Array] | None = None,
 ) -> dict[str, Array]:
     """Writes exactly `num_tokens` (n) image tokens after each prompt; only image tokens can be
     drawn.
@@ -70,8 +71,9 @@ def generate_tokens(
     prompt [B,P] int32 ends in `<S0>` and is padded on the left where `valid` [B,P] is False; keys
     [B] typed PRNG keys; `params` is Qwen3's own tree. Returns tokens [B,n] int32 as codebook ids,
     hidden [B,n+1,D], the states of `<S0>` and of every token, and logprobs [B,n] as `sample` gives
-    them, over the image tokens. A row does not depend on the other rows, nor on its padding. Raises
-    ValueError for shapes that do not fit each other.
+    them, over the image tokens. A row does not depend on the other rows, nor on its padding.
+    `given` replaces embeddings of the prompt, see `Qwen3`. Raises ValueError for shapes that do not
+    fit each other.
 
     The state of a token exists once the token is fed, so n steps after the prompt give all n+1: the
     original's second forward over the finished sequence (docs/model.md §6.6 no. 3) is not needed.
@@ -85,7 +87,7 @@ def generate_tokens(
     lengths = valid.sum(axis=1, dtype=jnp.int32)
     with jax.named_scope("prefill"):
         cache = init_cache(model.cfg, batch, length + num_tokens, model.dtype)
-        hidden, cache = apply(prompt, positions_of(valid), valid, cache)
+        hidden, cache = apply(prompt, positions_of(valid), valid, cache, given)
     head = apply(vocab.image_start_token_id, vocab.num_image_tokens, method="head")
 
     # Draw from the last state, feed the token, keep the state that the next one is drawn from.

@@ -49,14 +49,17 @@ def write_tokens(
 ) -> dict[str, Array]:
     """prompt int32 [B,P] left-padded, valid bool [B,P], key_numbers uint32 [B,3] -> {"hidden"
     [B,n+1,D], "tokens" int32 [B,n], "logprobs" f32 [B,n]}, see `decode.generate_tokens`, each image
-    drawn with its own key. An edit's prompt is given the `source_codes` [B,N*n] of its images."""
+    drawn with its own key. An edit's prompt is given the `source_codes` of its images, or their
+    features, as `encode_sources` makes them."""
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(fold_keys(key_numbers), 0)
     vocab, n = model.config.vocab, model.config.ta_tok.num_tokens
+    given = None
     if source_codes is not None:
         start = jnp.full(len(prompt), prompt.shape[1] - 1)
-        prompt = write_source_codes(prompt, start, source_codes, vocab.image_start_token_id)
+        prompt, given = write_sources(model, params, prompt, start, source_codes)
+    decoding = top_k, top_p, temperature, given
     return decode.generate_tokens(
-        model.qwen3, params["qwen3"], vocab, n, prompt, valid, keys, top_k, top_p, temperature
+        model.qwen3, params["qwen3"], vocab, n, prompt, valid, keys, *decoding
     )
 
 
@@ -77,9 +80,15 @@ def encode_sources(
     model: Blip3o, params: Params, images: Array, exists: Array, latents: Array | None = None
 ) -> tuple[Array, Sources | None]:
     """Source images uint8 [B,N,H,W,3], of which `exists` [B,N] says which there are -> their codes
-    int32 [B,N*n], and their latents [B,N,Y,X,C], or those given, if the model looks at them."""
+    int32 [B,N*n], or with `use_tar_siglip_features` what becomes the codes, f32 [B,N*n,D]; and
+    their latents [B,N,Y,X,C], or those given, if the model looks at them."""
     flat = images.reshape(-1, *images.shape[2:])
-    codes = encode_codes(model, params, flat).reshape(len(images), -1)
+    if model.config.use_tar_siglip_features:
+        view = tokenizer_view(to_unit(flat), model.config.ta_tok.encoder.image_size)
+        codes = model.apply(params, "ta_tok", view, method="pooled").astype(jnp.float32)
+        codes = codes.reshape(len(images), -1, codes.shape[-1])
+    else:
+        codes = encode_codes(model, params, flat).reshape(len(images), -1)
     if not model.config.reads_source_latents:
         return codes, None
     if latents is None:
@@ -88,13 +97,34 @@ def encode_sources(
     return codes, Sources(latents, exists)
 
 
+def write_sources(
+    model: Blip3o, params: Params, tokens: Array, start: Array, codes: Array
+) -> tuple[Array, tuple[Array, Array] | None]:
+    """tokens [B,T] and `<S0>`'s place [B], with what `encode_sources` makes for a prompt ->
+    (tokens with the codes, or as they are beside the embeddings `given` to Qwen3 in their place).
+    """
+    image_start = model.config.vocab.image_start_token_id
+    if not model.config.use_tar_siglip_features:
+        return write_source_codes(tokens, start, codes, image_start), None
+    places, order = _source_places(tokens, start, codes.shape[1], image_start)
+    embeddings = model.apply(params, "tar_siglip_features_connector", codes)
+    return tokens, (jnp.take_along_axis(embeddings, order[..., None], axis=1), places)
+
+
 def write_source_codes(tokens: Array, start: Array, codes: Array, image_start: int) -> Array:
     """tokens [B,T] with the codes [B,N*n] of source images, in order, at the places before `<S0>`,
     which is at `start` [B], that hold an image token."""
-    places = (tokens >= image_start) & (jnp.arange(tokens.shape[1]) < start[:, None])
-    order = jnp.clip(jnp.cumsum(places, axis=1) - 1, 0, codes.shape[1] - 1)
+    places, order = _source_places(tokens, start, codes.shape[1], image_start)
     ids = image_start + jnp.take_along_axis(codes, order, axis=1)
     return jnp.where(places, ids, tokens)
+
+
+def _source_places(
+    tokens: Array, start: Array, count: int, image_start: int
+) -> tuple[Array, Array]:
+    """Where tokens [B,T] are of a source image, and which of its `count` each one is."""
+    places = (tokens >= image_start) & (jnp.arange(tokens.shape[1]) < start[:, None])
+    return places, jnp.clip(jnp.cumsum(places, axis=1) - 1, 0, count - 1)
 
 
 def read_tokens(model: Blip3o, params: Params, images: Array, tokens: Array, start: Array) -> Array:

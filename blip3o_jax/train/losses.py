@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from blip3o_jax.errors import require
 from blip3o_jax.models.blip3o import Blip3o, condition_slice, write_codes
 from blip3o_jax.parallel.batches import batch_shards
 from blip3o_jax.parallel.mesh import BATCH
@@ -161,14 +162,16 @@ def joint_loss(
 
     # So are those of its source images, before it.
     source_codes, sources = encode_sources(model, frozen, batch)
+    embeddings = None
     if source_codes is not None:
-        tokens = generate.write_source_codes(
-            tokens, batch["start"], source_codes, vocab.image_start_token_id
+        tokens, embeddings = generate.write_sources(
+            model, params, tokens, batch["start"], source_codes
         )
 
     # The transformer predicts text and image tokens.
     qwen3, valid = {"params": params["qwen3"]}, tokens != vocab.pad_token_id
-    hidden, _ = model.qwen3.apply(qwen3, tokens, causal_positions(tokens), valid)
+    inputs = tokens, causal_positions(tokens), valid
+    hidden, _ = model.qwen3.apply(qwen3, *inputs, given=embeddings)
     losses, hits = cross_entropy(model, params, hidden[:, :-1], tokens[:, 1:], cfg.ce_chunk)
     weights = _targets(model, batch)
     counts = jnp.sum(batch["targets"], axis=0)
@@ -245,14 +248,16 @@ def encode_codes(
 def encode_sources(
     model: Blip3o, params: dict, batch: Batch
 ) -> tuple[jax.Array | None, condition.Sources | None]:
-    """Codes and latents of a batch's source images, from their pixels or from a cache; None where
-    the batch has none."""
+    """As `generate.encode_sources`, of a batch's source images or of what a cache holds of them;
+    None where the batch has none."""
     if "num_sources" not in batch:
         return None, None
     count = model.config.max_sources
     exists = jnp.arange(count) < batch["num_sources"][:, None]
     if "source_codes" not in batch:
         return generate.encode_sources(model, params, batch["sources"], exists)
+    cached = "use_tar_siglip_features needs the source images, and a cache holds their codes"
+    require(not model.config.use_tar_siglip_features, f"{cached}; train without data.cache.")
     codes = batch["source_codes"].reshape(len(exists), -1)
     latents = batch["source_latents"].astype(jnp.float32)
     return codes, condition.Sources(latents, exists) if model.config.reads_source_latents else None
