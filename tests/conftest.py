@@ -38,6 +38,7 @@ SLOWEST = (
 # bytes of what the embedded model makes.
 PLAINLY_COMPILED = (
     "bench/test_bench.py",
+    "convert/test_edit_checkpoint.py",
     "data/test_cache.py",
     "models/test_blip3o.py",
     "parallel/test_parameters.py",

@@ -75,7 +75,8 @@ def defaults_left(cfg, where="cfg"):
             yield name
 
 
-def test_every_field_survives(cfg):
+@pytest.mark.parametrize("as_channels", [False, True])
+def test_every_field_survives(cfg, as_channels):
     changes = {
         "qwen3": {"rope_theta": 2e4, "rms_norm_eps": 1e-5, "tie_word_embeddings": False},
         "vocab": {"num_scale_tokens": 2},
@@ -98,9 +99,35 @@ def test_every_field_survives(cfg):
     }
     for part, fields in changes.items():
         cfg = replace(cfg, **{part: dataclasses.replace(operator.attrgetter(part)(cfg), **fields)})
-    cfg = replace(cfg, **dict.fromkeys(EDIT_FLAGS, True))
-    assert list(defaults_left(cfg)) == ["cfg.qwen3.vocab_padding"]  # which is in no file
+    # A source is beside the noisy latents, or among their channels.
+    beside, among = "use_und_image_vae_as_noise", "use_und_image_vae_as_channels"
+    flags = dict.fromkeys(EDIT_FLAGS, True) | {beside: not as_channels, among: as_channels}
+    channels = {"sana.in_channels": 8} if as_channels else {}
+    cfg = replace(cfg, max_sources=1, **flags, **channels)
+    left = ["cfg.qwen3.vocab_padding", f"cfg.{beside if as_channels else among}"]
+    assert list(defaults_left(cfg)) == left  # the first is in no file
     assert through_json(cfg) == cfg
+
+
+@pytest.mark.parametrize(
+    ("flags", "implied"),
+    [
+        ({}, 0),
+        ({"use_und_image_vae": False}, 0),
+        ({"use_und_image_vae": True}, 4),
+        ({"use_und_image_vae_as_noise": True}, 1),
+        ({"use_und_image_vae": True, "use_und_image_vae_as_noise": True}, 1),
+    ],
+)
+def test_published_flags_say_how_many_sources_an_edit_may_have(flags, implied):
+    """Unless the file does, which it need not where it would say the same."""
+    cfg = config_from_json(PUBLISHED | flags, SHAPES)
+    assert cfg.max_sources == implied
+    assert "max_sources" not in config_to_json(cfg)["blip3o_jax"]
+    for other in {0, 1} - {implied}:
+        changed = replace(cfg, max_sources=other)
+        assert config_to_json(changed)["blip3o_jax"]["max_sources"] == other
+        assert through_json(changed) == changed
 
 
 @pytest.mark.parametrize("name", SANA_PRESETS)
@@ -231,6 +258,7 @@ def changed(fields, path, value):
         ("vision_tower", None, "vision_tower.encoder is a JSON NoneType"),
         ("blip3o_jax", {"colour": 1}, "blip3o_jax is"),
         ("blip3o_jax", {"max_prompt_tokens": 0}, "max_prompt_tokens is 0"),
+        ("blip3o_jax", {"max_sources": -1}, "max_sources is -1"),
     ],
 )
 def test_a_published_file_that_cannot_work_is_refused(path, value, message):
@@ -251,7 +279,7 @@ def test_a_published_file_that_cannot_work_is_refused(path, value, message):
         ),
         ("sana/cross_attention_dim", 2241, "cross_attention_dim = 2241; this model has 2240"),
         ("sana/num_cross_attention_heads", 19, "SANA: width 2240 is not 19 cross heads x 112"),
-        ("sana/in_channels", 16, "SANA takes 16 channels, the autoencoder gives 32"),
+        ("sana/in_channels", 16, "SANA takes 16 channels, its inputs have 32"),
         ("sana/interpolation_scale", "1", "interpolation_scale is '1'"),
         ("sana/mlp_ratio", 0, "mlp_ratio is 0"),
         ("sana/mlp_ratio", 1e29, "mlp_ratio is 1e.29"),
