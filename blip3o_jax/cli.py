@@ -12,12 +12,12 @@ import sys
 from blip3o_jax import __version__
 from blip3o_jax.errors import InputError
 
-JOBS = ("generate", "train", "grpo", "evaluate", "convert", "data", "plan", "bench")
+JOBS = ("generate", "edit", "train", "grpo", "evaluate", "convert", "data", "plan", "bench")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; imports nothing but the standard library and light files of ours."""
-    what = "BLIP3o-NEXT in JAX: text to image, training and evaluation."
+    what = "BLIP3o-NEXT in JAX: text to image, editing, training and evaluation."
     parser = argparse.ArgumentParser(prog="blip3o-jax", description=what)
     parser.add_argument("--version", action="version", version=__version__)
     jobs = parser.add_subparsers(dest="job", metavar="JOB", required=True)

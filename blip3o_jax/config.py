@@ -295,6 +295,14 @@ class Blip3oConfig:
         """`<S0>` and the image tokens: 730 as published."""
         return self.ta_tok.num_tokens + 1
 
+    def check_sources(self, count: int) -> None:
+        """InputError unless the model can edit `count` source images together."""
+        what = "The checkpoint has no editing weights (its max_sources is 0)"
+        require(self.max_sources > 0, f"{what}; it makes images from text alone.")
+        takes = "1" if self.max_sources == 1 else f"1 to {self.max_sources}"
+        limit = f"{count} source images for one edit; the checkpoint takes {takes}."
+        require(1 <= count <= self.max_sources, limit)
+
 
 def replace(config, **changes):
     """`dataclasses.replace` that accepts dotted names, replace(c, **{"sana.num_layers": 2}), and

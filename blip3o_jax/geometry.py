@@ -44,15 +44,18 @@ class Placement:
         return x, y, x + self.width * scale, y + self.height * scale
 
 
-def to_square(picture: np.ndarray, size: int) -> tuple[np.ndarray, Placement]:
-    """A picture uint8 [h,w,3] -> (uint8 [size,size,3], where it lies); InputError for one with a
-    side beyond `MAX_SIDE`."""
+def placement(picture: np.ndarray) -> Placement:
+    """Where a picture [h,w,3] goes; InputError for one with a side beyond `MAX_SIDE`."""
     place = Placement(*picture.shape[:2])
-    require(
-        place.side <= MAX_SIDE,
-        f"The picture is {place.width} x {place.height} pixels, more than {MAX_SIDE} on a side; "
-        "make it smaller.",
-    )
+    size = f"{place.width} x {place.height} pixels"
+    limit = f"The picture is {size}, more than {MAX_SIDE} on a side; make it smaller."
+    require(place.side <= MAX_SIDE, limit)
+    return place
+
+
+def to_square(picture: np.ndarray, size: int) -> tuple[np.ndarray, Placement]:
+    """A picture uint8 [h,w,3] -> (uint8 [size,size,3], where it lies); errors as `placement`."""
+    place = placement(picture)
     below, right = place.side - place.height - place.top, place.side - place.width - place.left
     square = np.pad(picture, ((place.top, below), (place.left, right), (0, 0)), mode="edge")
     return _resized(square, size), place

@@ -8,7 +8,7 @@ import pytest
 
 from blip3o_jax.cli import build_parser, main
 from blip3o_jax.jobs.options import settings_of
-from blip3o_jax.sample.settings import Settings
+from blip3o_jax.sample.settings import EditSettings, Settings
 
 
 def fails(argv, capsys):
@@ -21,7 +21,7 @@ def fails(argv, capsys):
 
 
 LEAVES = [
-    *(["generate"], ["train"], ["grpo"], ["evaluate"], ["plan"], ["bench"]),
+    *(["generate"], ["edit"], ["train"], ["grpo"], ["evaluate"], ["plan"], ["bench"]),
     *(["convert", "to-jax"], ["convert", "to-torch"], ["convert", "verify"]),
     *(["data", "check"], ["data", "stats"], ["data", "cache"]),
 ]
@@ -64,6 +64,11 @@ def test_sampling_options_are_the_settings():
     options = ["--top-k", "7", "--guidance-scale", "3", "--shift", "0.5", "--top-p", "0.25"]
     args = parser.parse_args(["generate", "a cat", *options, "--num-inference-steps", "4"])
     assert settings_of(args) == Settings(4, 3.0, 7, 0.25, 1.0, 0.5)
+    words = ["edit", "a.png", "make it blue"]
+    assert settings_of(parser.parse_args(words), EditSettings) == EditSettings()
+    args = parser.parse_args([*words, *options, "--renorm-min", "0.5", "--reference-quirks"])
+    given = EditSettings(30, 3.0, 7, 0.25, 1.0, 0.5, renorm_min=0.5, reference_quirks=True)
+    assert settings_of(args, EditSettings) == given
     assert parser.parse_args(["plan", "--config", "x"]).num_inference_steps == 30
 
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import itertools
 import json
 import pathlib
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from blip3o_jax.errors import InputError, require
 from blip3o_jax.jobs.options import model_options, option, settings_of
 from blip3o_jax.jobs.output import new_file, new_folder
-from blip3o_jax.sample.settings import Settings
 
 if TYPE_CHECKING:
-    from blip3o_jax.pipeline import Pipeline, Sample
+    import numpy as np
+
+    from blip3o_jax.pipeline import EditSample, Pipeline, Sample
+
+    Result = tuple[str, dict, Sample | EditSample]  # file name, origin, image
 
 HELP = "images from prompts"
 MAX_PROMPT_FILE = 256 << 20  # bytes
@@ -31,22 +37,27 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def read_prompts(path: str) -> list[str]:
-    """Prompts of a .txt (non-blank lines), .jsonl or .csv file (field or column `prompt`)."""
+def read_lines(path: str, what: str) -> list[str]:
+    """Lines of a UTF-8 file of bounded size; InputError names it as `what`."""
     file = pathlib.Path(path)
     try:
         limit = f"{path} is larger than {MAX_PROMPT_FILE >> 20} MB."
         require(file.stat().st_size <= MAX_PROMPT_FILE, limit)
-        lines = file.read_text(encoding="utf-8").splitlines()
+        return file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise InputError(f"The prompts file {path} cannot be read: {reason}.") from error
+        raise InputError(f"The {what} file {path} cannot be read: {reason}.") from error
+
+
+def read_prompts(path: str) -> list[str]:
+    """Prompts of a .txt (non-blank lines), .jsonl or .csv file (field or column `prompt`)."""
+    lines, kind = read_lines(path, "prompts"), pathlib.Path(path).suffix
     # The format by the file's name.
-    if file.suffix == ".txt":
+    if kind == ".txt":
         prompts = [line.strip() for line in lines if line.strip()]
-    elif file.suffix == ".jsonl":
+    elif kind == ".jsonl":
         prompts = [_json_prompt(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
-    elif file.suffix == ".csv":
+    elif kind == ".csv":
         rows = csv.DictReader(lines)
         require("prompt" in (rows.fieldnames or ()), f"{path} has no column `prompt`.")
         prompts = [row["prompt"] or "" for row in rows]
@@ -66,21 +77,15 @@ def _json_prompt(path: str, number: int, line: str) -> str:
     return prompt
 
 
-def save_png(path: pathlib.Path, sample: Sample, origin: dict, settings: Settings) -> None:
-    """Writes the image with its origin and settings as PNG text."""
+def save_png(path: pathlib.Path, image: np.ndarray, origin: dict) -> None:
+    """Writes an image with its origin as PNG text; what is not text as JSON."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
-    for key, value in (origin | {"settings": json.dumps(asdict(settings))}).items():
-        info.add_itxt(key, str(value))
-    Image.fromarray(sample.image).save(path, "png", pnginfo=info)
-
-
-def origin_of(sample: Sample, pipeline: Pipeline) -> dict:
-    """What an image was made from."""
-    names = ("prompt", "seed", "index")
-    return {n: getattr(sample, n) for n in names} | {"checkpoint": pipeline.identity}
+    for key, value in origin.items():
+        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
+    Image.fromarray(image).save(path, "png", pnginfo=info)
 
 
 def load_for(args: argparse.Namespace) -> Pipeline:
@@ -97,10 +102,10 @@ def load_for(args: argparse.Namespace) -> Pipeline:
     return pipeline.load(args.checkpoint, mesh=mesh.parse_mesh(args.mesh), batch_size=size)
 
 
-def file_name(sample: Sample, number: int) -> str:
+def file_name(text: str, number: int, *more: int) -> str:
     """NUMBER-INDEX-words.png: sorts by prompt, and says what the image shows."""
-    words = re.sub(r"[^a-z0-9]+", "-", sample.prompt.lower()).strip("-")[:60]
-    return f"{number:05d}-{sample.index}-{words}.png"
+    words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60]
+    return "-".join([f"{number:05d}", *map(str, more), f"{words}.png"])
 
 
 def run(args: argparse.Namespace) -> None:
@@ -113,15 +118,46 @@ def run(args: argparse.Namespace) -> None:
         empty = f"Prompt {number} is empty; write what the image should show."
         require(bool(prompt.strip()), empty)
     require(args.num_images >= 1, f"--num-images is at least 1, not {args.num_images}.")
-    settings, total = settings_of(args), len(prompts) * args.num_images
+    settings = settings_of(args)
+
+    def result(number: int, sample: Sample) -> Result:
+        name = file_name(sample.prompt, number // args.num_images, sample.index)
+        return name, {n: getattr(sample, n) for n in ("prompt", "seed", "index")}, sample
+
+    def results(pipeline: Pipeline) -> Iterator[Result]:
+        samples = pipeline.samples(prompts, args.seed, args.num_images, settings)
+        return itertools.starmap(result, enumerate(samples))
+
+    write(args, len(prompts) * args.num_images, asdict(settings), results)
+
+
+def write(
+    args: argparse.Namespace,
+    total: int,
+    settings: dict,
+    results: Callable[[Pipeline], Iterator[Result]],
+) -> None:
+    """Loads the checkpoint and writes `total` results as OUT/NAME with OUT/manifest.jsonl, or one
+    as OUT.png; masks beside them if --mask is given."""
+
+    def save(
+        path: pathlib.Path, mask: pathlib.Path, origin: dict, sample: Sample | EditSample
+    ) -> None:
+        save_png(path, sample.image, origin | {"settings": settings})
+        if with_mask:
+            save_png(mask, sample.mask, {})
+
+    with_mask = getattr(args, "mask", False)
     # One image as a file.
     if args.out.endswith(".png"):
         several = f"{args.out} is one file, but you asked for {total} images; name a folder."
         require(total == 1, several)
-        with new_file(args.out, args.overwrite) as path:
+        with contextlib.ExitStack() as stack:
+            files = [args.out, mask_name(args.out)][: 1 + with_mask]
+            paths = [stack.enter_context(new_file(file, args.overwrite)) for file in files]
             pipeline = load_for(args)
-            (sample,) = pipeline.samples(prompts, args.seed, 1, settings)
-            save_png(path, sample, origin_of(sample, pipeline), settings)
+            ((_, origin, sample),) = results(pipeline)
+            save(paths[0], paths[-1], origin | {"checkpoint": pipeline.identity}, sample)
         print(args.out)
         return
     # All images in a folder, with a manifest.
@@ -129,13 +165,16 @@ def run(args: argparse.Namespace) -> None:
 
     with new_folder(args.out, marker="manifest.jsonl", overwrite=args.overwrite) as folder:
         pipeline = load_for(args)
-        samples = pipeline.samples(prompts, args.seed, args.num_images, settings)
         with (folder / "manifest.jsonl").open("w", encoding="utf-8") as manifest:
-            for number, sample in enumerate(tqdm(samples, total=total, unit="image")):
-                name = file_name(sample, number // args.num_images)
-                origin = origin_of(sample, pipeline)
-                save_png(folder / name, sample, origin, settings)
+            for name, origin, sample in tqdm(results(pipeline), total=total, unit="image"):
+                origin |= {"checkpoint": pipeline.identity}
+                save(folder / name, folder / mask_name(name), origin, sample)
                 tokens = {"tokens": sample.tokens.tolist()}
-                row = {"file": name} | origin | tokens | asdict(settings)
+                row = {"file": name} | origin | tokens | settings
                 manifest.write(json.dumps(row) + "\n")
     print(f"{total} images in {args.out}")
+
+
+def mask_name(name: str) -> str:
+    """The mask's file beside that of an image."""
+    return f"{name.removesuffix('.png')}.mask.png"

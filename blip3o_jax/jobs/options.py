@@ -4,9 +4,12 @@ import argparse
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from typing import TypeVar
 
 from blip3o_jax.errors import InputError
 from blip3o_jax.sample.settings import Settings
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 def option(parser: argparse.ArgumentParser, flag: str, default: object, text: str) -> None:
@@ -27,7 +30,7 @@ def overwrite_option(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--overwrite", action="store_true", help=f"replace {what}")
 
 
-def model_options(parser: argparse.ArgumentParser) -> None:
+def model_options(parser: argparse.ArgumentParser, kind: type[Settings] = Settings) -> None:
     """Adds the checkpoint, how it samples, and where the results go."""
     folders = "folder in the published PyTorch layout or of `convert to-jax`, or training workdir"
     option(parser, "--checkpoint", "emoji_64", f"embedded name, {folders}")
@@ -36,15 +39,17 @@ def model_options(parser: argparse.ArgumentParser) -> None:
     option(parser, "--seed", 0, "of the images")
     parser.add_argument("--batch-size", type=int, help="images made at once (default: by device)")
     parser.add_argument("--mesh", default="", help="e.g. data=4,fsdp=2 (default: data over all)")
-    for field in dataclasses.fields(Settings):
+    for field in dataclasses.fields(kind):
         flag = f"--{field.name.replace('_', '-')}"
-        option(parser, flag, field.default, field.metadata["help"])
+        if isinstance(field.default, bool):
+            parser.add_argument(flag, action="store_true", help=field.metadata["help"])
+        else:
+            option(parser, flag, field.default, field.metadata["help"])
 
 
-def settings_of(args: argparse.Namespace) -> Settings:
+def settings_of(args: argparse.Namespace, kind: type[AnySettings] = Settings) -> AnySettings:
     """The sampling options of the command line."""
-    names = [field.name for field in dataclasses.fields(Settings)]
-    return Settings(**{name: getattr(args, name) for name in names})
+    return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
 
 
 @contextlib.contextmanager

@@ -90,3 +90,12 @@ def edit(
         return {"images": images, "latents": latents, **written}
 
     return sample
+
+
+def round_trip(
+    model: Blip3o, out_shardings: jax.sharding.Sharding | None = None
+) -> Callable[[Params, Array], Array]:
+    """A function of (params, images uint8 [B,H,W,3]) -> what the autoencoder makes of them."""
+    encode = _program(model, generate.encode_latents)
+    pictures = _program(model, generate.pictures, out_shardings=out_shardings)
+    return lambda params, images: pictures(params, encode(params, images))

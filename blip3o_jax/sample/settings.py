@@ -35,3 +35,18 @@ class Settings:
         }
         for name, (limits, holds) in ranges.items():
             require(holds, f"{name} is {limits}, not {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class EditSettings(Settings):
+    """How edits are sampled: guidance on two scales, see `condition.guidance`."""
+
+    image_guidance_scale: float = _option(1.0, "guidance by the source image; 1 is none")
+    renorm_min: float = _option(1.0, "guidance may shorten the velocity to this share; 1 is none")
+    reference_quirks: bool = _option(False, "compare with what the PyTorch code calls no condition")
+
+    def __post_init__(self):
+        super().__post_init__()
+        scale, share = self.image_guidance_scale, self.renorm_min
+        require(scale >= 0, f"image_guidance_scale is at least 0, not {scale}.")
+        require(0 <= share <= 1, f"renorm_min is in [0, 1], not {share}.")

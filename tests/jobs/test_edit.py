@@ -1,0 +1,304 @@
+"""`blip3o-jax edit` and `Pipeline.edit` with a tiny random checkpoint: sizes, what an image depends
+on, turns, what is written, and every refusal."""
+
+import hashlib
+import json
+import shutil
+import zlib
+from dataclasses import asdict
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import SMALL
+
+import blip3o_jax
+from blip3o_jax import geometry
+from blip3o_jax import pipeline as pipeline_module
+from blip3o_jax.cli import main
+from blip3o_jax.config import replace
+from blip3o_jax.convert.random_weights import random_checkpoint
+from blip3o_jax.errors import InputError
+from blip3o_jax.presets import preset
+from blip3o_jax.resources import ASSETS
+from blip3o_jax.sample.settings import EditSettings, Settings
+
+CHANNELS = {"use_und_image_vae_as_channels": True, "sana.in_channels": 32, "max_sources": 1}
+TOKENS = {"use_und_image_vae": True, "max_sources": 2}
+QUICK = {"num_inference_steps": 2, "temperature": 0.0}
+FLAGS = ["--num-inference-steps", "2", "--temperature", "0"]
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    coarse = np.random.default_rng(seed).integers(0, 256, (3, 3, 3), np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def checkpoint(folder, changes):
+    random_checkpoint(folder, replace(preset("emoji_64"), **SMALL, **changes))
+    shutil.copy(ASSETS / "emoji_64" / "tokenizer.json", folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def channels(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("edit") / "channels", CHANNELS)
+
+
+@pytest.fixture(scope="module")
+def pipeline(channels):
+    return blip3o_jax.load(channels, devices=jax.devices()[:1], batch_size=2)
+
+
+@pytest.fixture(autouse=True)
+def loaded(pipeline, monkeypatch, tmp_path):
+    """The command runs in an empty folder with a model that is loaded already."""
+    monkeypatch.setattr("blip3o_jax.jobs.generate.load_for", lambda _: pipeline)
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(picture(20, 30)).save("a.png")
+    Image.fromarray(picture(16, 16, 1)).save("b.png")
+
+
+def bytes_of(sample):
+    return [getattr(sample, n).tobytes() for n in ("image", "square", "tokens", "latents")]
+
+
+def test_an_edit_has_its_sources_size_and_depends_on_nothing_of_its_batch(pipeline):
+    images = [picture(20, 30), picture(16, 16, 1), picture(33, 7, 2)]
+    texts = ["make it blue", "remove the cat", "make it blue"]
+    settings = EditSettings(**QUICK, image_guidance_scale=1.5)
+    together = list(pipeline.edits(images, texts, seed=3, settings=settings))
+    assert [s.image.shape for s in together] == [(20, 30, 3), (16, 16, 3), (33, 7, 3)]
+    assert [(s.instruction, s.index, s.turn, s.seed, s.mask) for s in together] == [
+        (text, 0, 0, 3, None) for text in texts
+    ]
+    for sample, image, text in zip(together, images, texts, strict=True):
+        (alone,) = pipeline.edits([image], [text], seed=3, settings=settings)
+        assert bytes_of(alone) == bytes_of(sample)
+        place = geometry.placement(image)
+        np.testing.assert_array_equal(sample.image, geometry.from_square(sample.square, place))
+    # It does depend on source, instruction, seed and index.
+    base = {"images": [images[0]], "instructions": [texts[0]], "seed": 3, "settings": settings}
+    for change in ({"images": [images[1]]}, {"instructions": ["x"]}, {"seed": 4}):
+        (other,) = pipeline.edits(**base | change)
+        assert other.latents.tobytes() != together[0].latents.tobytes()
+    first, second = pipeline.edits(**base, num_images=2)
+    assert bytes_of(first) == bytes_of(together[0])
+    assert second.index == 1
+    assert second.latents.tobytes() != first.latents.tobytes()
+
+
+def test_a_further_turn_edits_the_last_square_from_its_latents(pipeline, monkeypatch):
+    given = []
+    edit = pipeline._edit
+
+    def spy(params, *inputs, **options):
+        given.append(jax.device_get(inputs))
+        return edit(params, *inputs, **options)
+
+    monkeypatch.setattr(pipeline, "_edit", spy)
+    image = picture(20, 30)
+    turns = list(
+        pipeline.edits([image], ["blue"], settings=EditSettings(**QUICK), then=["red", "green"])
+    )
+    assert [(s.instruction, s.turn) for s in turns] == [("blue", 0), ("red", 1), ("green", 2)]
+    assert all(s.image.shape == (20, 30, 3) for s in turns)
+    *_, squares, exists, latents = given[0]
+    np.testing.assert_array_equal(squares[0, 0], geometry.to_square(image, 16)[0])
+    assert (exists[0].tolist(), latents) == ([True], None)
+    for before, (*_, squares, exists, latents) in zip(turns, given[1:], strict=False):
+        np.testing.assert_array_equal(squares[0, 0], before.square)
+        np.testing.assert_array_equal(latents[0, 0], before.latents)
+        assert exists[0].tolist() == [True]
+
+
+def test_several_sources_and_then_one(tmp_path, monkeypatch):
+    folder = checkpoint(tmp_path / "tokens", TOKENS)
+    two = blip3o_jax.load(folder, devices=jax.devices()[:1], batch_size=2)
+    a, b = picture(20, 30), picture(16, 16, 1)
+    settings = EditSettings(**QUICK)
+
+    def latents(*sources):
+        edits = two.edits([list(sources)], ["put both together"], settings=settings)
+        return next(edits).latents
+
+    pair = latents(a, b)
+    assert (pair != latents(b, a)).any()
+    assert (pair != latents(a)).any()
+    first, second = two.edits([[a, b]], ["together"], settings=settings, then=["blue"])
+    assert first.image.shape == second.image.shape == (20, 30, 3)
+    assert np.isfinite(second.latents).all()
+    with pytest.raises(InputError, match=r"Edit 2: 3 source images .* takes 1 to 2"):
+        two.edits([a, [a, b, a]], ["x", "y"])
+
+
+def test_unchanged_pixels_are_kept_over_all_turns(pipeline, monkeypatch):
+    """Nothing is new below a threshold that no change reaches, and everything above 0."""
+    image = picture(20, 30)
+    given = {"settings": EditSettings(**QUICK), "then": ["red"]}
+    for sample in pipeline.edits([image], ["blue"], keep_unchanged=256.0, **given):
+        np.testing.assert_array_equal(sample.image, image)
+        assert not sample.mask.any()
+    for sample in pipeline.edits([image], ["blue"], keep_unchanged=0.0, **given):
+        place = geometry.placement(image)
+        np.testing.assert_array_equal(sample.image, geometry.from_square(sample.square, place))
+        assert (sample.mask == 255).all()
+    # What the model makes of the source is compared, not the source: equal to it nothing is new.
+    monkeypatch.setattr(
+        pipeline,
+        "_edit",
+        lambda params, ids, valid, keys, squares, exists, latents, **options: {
+            "images": pipeline._round_trip(params, squares[:, 0]),
+            "latents": np.zeros((2, 2, 2, 16), np.float32),
+            "tokens": np.zeros((2, 4), np.int32),
+        },
+    )
+    (sample,) = pipeline.edits([image], ["blue"], keep_unchanged=1.0)
+    assert np.abs(sample.square.astype(int) - geometry.to_square(image, 16)[0]).mean() > 2
+    np.testing.assert_array_equal(sample.image, image)
+
+
+def test_images_of_any_kind_are_edited_alike(pipeline):
+    expected = pipeline.edit("a.png", "make it blue", **QUICK)[0]
+    assert expected.size == (30, 20)
+    for source in (Image.open("a.png"), picture(20, 30)):
+        (image,) = pipeline.edit([source], ["make it blue"], **QUICK)
+        assert image.tobytes() == expected.tobytes()
+
+
+def test_the_command_writes_what_python_gives_with_its_origin(pipeline, channels, capsys):
+    argv = ["edit", "a.png", "make it blue", "--seed", "3", *FLAGS, "--checkpoint", channels]
+    argv += ["--keep-unchanged", "9", "--mask", "--image-guidance-scale", "1.5"]
+    assert main([*argv, "--out", "made/one.png"]) == 0
+    settings = EditSettings(**QUICK, image_guidance_scale=1.5)
+    (sample,) = pipeline.edits(
+        [picture(20, 30)], ["make it blue"], seed=3, settings=settings, keep_unchanged=9.0
+    )
+    image = Image.open("made/one.png")
+    np.testing.assert_array_equal(np.asarray(image), sample.image)
+    np.testing.assert_array_equal(np.asarray(Image.open("made/one.mask.png")), sample.mask)
+    with open("a.png", "rb") as file:
+        digest = hashlib.sha256(file.read()).hexdigest()
+    assert json.loads(image.text["sources"]) == [{"file": "a.png", "sha256": digest}]
+    text = {"instruction": "make it blue", "seed": "3", "turn": "0", "keep_unchanged": "9.0"}
+    assert image.text | text == image.text
+    assert image.text["checkpoint"] == pipeline.identity
+    assert json.loads(image.text["settings"])["image_guidance_scale"] == 1.5
+    # The same seed gives the same bytes.
+    with open("made/one.png", "rb") as file:
+        before = file.read()
+    assert main([*argv, "--out", "made/one.png", "--overwrite"]) == 0
+    with open("made/one.png", "rb") as file:
+        assert file.read() == before
+
+
+def test_edits_of_a_file_and_their_turns_fill_a_folder(channels, tmp_path):
+    (tmp_path / "lists").mkdir()
+    rows = [{"image": "../a.png", "instruction": "Blue!"}]
+    rows += [{"image": ["../b.png"], "instruction": "remove"}]
+    (tmp_path / "lists/a.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    argv = ["edit", "--edits", "lists/a.jsonl", "--then", "red", "--checkpoint", channels, *FLAGS]
+    assert main([*argv, "--out", "made"]) == 0
+    manifest = [json.loads(x) for x in (tmp_path / "made/manifest.jsonl").read_text().splitlines()]
+    names = ["00000-0-0-blue", "00000-0-1-red", "00001-0-0-remove", "00001-0-1-red"]
+    assert [row["file"] for row in manifest] == [f"{name}.png" for name in names]
+    assert len(list((tmp_path / "made").iterdir())) == 5
+    assert [row["instructions"] for row in manifest[:2]] == [["Blue!"], ["Blue!", "red"]]
+    assert [row["sources"][0]["file"] for row in manifest] == ["a.png"] * 2 + ["b.png"] * 2
+    sizes = [Image.open(tmp_path / "made" / row["file"]).size for row in manifest]
+    assert sizes == [(30, 20)] * 2 + [(16, 16)] * 2
+
+
+def test_scales_become_no_more_guidance_than_they_need():
+    nulls = {
+        (): ("source",),
+        ("image_guidance_scale", 1.5): ("nothing", "source"),
+        ("guidance_scale", 1.0): (),
+        ("reference_quirks", True): ("original",),
+    }
+    for change, expected in nulls.items():
+        settings = EditSettings(**dict([change] if change else []))
+        options = pipeline_module._edit_options(settings)
+        assert options["guidance_scale"].nulls == expected
+        assert options.keys() == asdict(Settings()).keys()
+
+
+def spoilt(tmp_path):
+    """Files that cannot be edited."""
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.png").write_text("no picture")
+    frames = [Image.new("L", (4, 4), i) for i in range(3)]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    header = bytearray(whole)
+    header[16:24] = (60000).to_bytes(4, "big") * 2
+    header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
+    (tmp_path / "bomb.png").write_bytes(header)
+    Image.new("L", (8200, 1)).save(tmp_path / "long.png")
+    rows = ['{"image": "a.png", "instruction": "x"}']
+    for name, line in {
+        "no_image": '{"instruction": "x"}',
+        "no_text": '{"image": "a.png"}',
+        "no_json": "{",
+        "no_object": "[]",
+        "empty": '{"image": "a.png", "instruction": " "}',
+        "number": '{"image": 3, "instruction": "x"}',
+        "gone": '{"image": "c.png", "instruction": "x"}',
+        "several": '{"image": ["a.png", "b.png"], "instruction": "x"}',
+    }.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join([*rows, line]))
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ([], "Give an image and an instruction"),
+        (["a.png"], "Give an image and an instruction, not 'a.png' alone."),
+        (["a.png", "x", "--edits", "empty.jsonl"], "one of the two"),
+        (["a.png", " "], "edit: the instruction is empty; write what to change."),
+        (["a.png", "x", "--then", ""], "--then: the instruction is empty"),
+        (["c.png", "x"], "c.png cannot be read: No such file or directory."),
+        (["cut.png", "x"], "cut.png cannot be used: it is truncated."),
+        (["text.png", "x"], "text.png cannot be used: its format is unknown."),
+        (["moving.gif", "x"], "moving.gif cannot be used: it is animated (3 frames)."),
+        (["bomb.png", "x"], "bomb.png cannot be used: it has more than 67,108,864 pixels."),
+        (["long.png", "x"], "long.png: The picture is 8200 x 1 pixels, more than 8192"),
+        (["a.png", "b.png", "x"], "2 source images for one edit; the checkpoint takes 1."),
+        (["--edits", "no_image.jsonl"], "no_image.jsonl line 2 has no field `image`."),
+        (["--edits", "no_text.jsonl"], "no_text.jsonl line 2 has no field `instruction`."),
+        (["--edits", "no_json.jsonl"], "no_json.jsonl line 2 is not JSON."),
+        (["--edits", "no_object.jsonl"], "no_object.jsonl line 2 is not a JSON object."),
+        (["--edits", "empty.jsonl"], "empty.jsonl line 2: the instruction is empty"),
+        (["--edits", "number.jsonl"], "number.jsonl line 2: `image` is not a path"),
+        (["--edits", "gone.jsonl"], "gone.jsonl line 2: The picture c.png cannot be read"),
+        (["--edits", "several.jsonl"], "several.jsonl line 2: 2 source images"),
+        (["--edits", "nowhere.jsonl"], "The edits file nowhere.jsonl cannot be read"),
+        (["a.png", "x", "--out", "a.png", "--overwrite"], "would replace a.png"),
+        (["a.png", "x", "--out", ".", "--overwrite"], "would replace a.png"),
+        (["a.png", "x", "--mask"], "--mask needs --keep-unchanged."),
+        (["a.png", "x", "--keep-unchanged", "-1"], "--keep-unchanged is at least 0, not -1.0."),
+        (["a.png", "x", "--image-guidance-scale", "-1"], "image_guidance_scale is at least 0"),
+        (["a.png", "x", "--renorm-min", "2"], "renorm_min is in [0, 1], not 2.0."),
+        (["a.png", "x", "--num-images", "0"], "--num-images is at least 1, not 0."),
+        (["a.png", "x", "--then", "y", "--out", "c.png"], "you asked for 2 images"),
+        (["a.png", "x", "--checkpoint", "emoji_64"], "has no editing weights"),
+        (["a.png", "x", "--checkpoint", "emoji_46"], "did you mean 'emoji_64'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_loaded_or_written(
+    argv, sentence, channels, tmp_path, capsys, monkeypatch
+):
+    def load_for(_):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("blip3o_jax.jobs.generate.load_for", load_for)
+    spoilt(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    defaults = [] if "--out" in argv else ["--out", "made"]
+    defaults += [] if "--checkpoint" in argv else ["--checkpoint", channels]
+    assert main(["edit", *argv, *defaults]) == 2
+    error = capsys.readouterr().err.strip()
+    assert sentence in error
+    assert "\n" not in error
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
