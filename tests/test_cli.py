@@ -21,7 +21,16 @@ def fails(argv, capsys):
 
 
 LEAVES = [
-    *(["generate"], ["edit"], ["train"], ["grpo"], ["evaluate"], ["plan"], ["bench"]),
+    *(
+        ["generate"],
+        ["edit"],
+        ["train"],
+        ["grpo"],
+        ["evaluate", "scenes"],
+        ["evaluate", "edits"],
+        ["plan"],
+        ["bench"],
+    ),
     *(["convert", "to-jax"], ["convert", "to-torch"], ["convert", "verify"]),
     *(["data", "check"], ["data", "stats"], ["data", "cache"]),
 ]

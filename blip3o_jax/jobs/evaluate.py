@@ -1,4 +1,5 @@
-"""`blip3o-jax evaluate scenes`: a checkpoint's score, beside the judge's own and the ceilings."""
+"""`blip3o-jax evaluate scenes` and `evaluate edits`: a checkpoint's score, the judge's own and the
+ceilings."""
 
 import argparse
 import json
@@ -8,20 +9,25 @@ from blip3o_jax.errors import require
 from blip3o_jax.jobs.generate import load_for
 from blip3o_jax.jobs.options import model_options, option, settings_of
 from blip3o_jax.jobs.output import new_folder
+from blip3o_jax.sample.settings import EditSettings, Settings
 from blip3o_jax.scenes.config import TAGS
 
 HELP = "score a checkpoint; prints one JSON line last"
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("benchmark", choices=["scenes"])
-    option(parser, "--num-prompts", 402, "held-out prompts, spread over the tags")
-    option(parser, "--seeds", 2, "images of each prompt")
-    model_options(parser)
-    parser.set_defaults(run=run)
+    benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    scenes = benchmarks.add_parser("scenes", help="held-out prompts, GenEval's rules")
+    option(scenes, "--num-prompts", 402, "held-out prompts, spread over the tags")
+    edits = benchmarks.add_parser("edits", help="held-out edits: done, and nothing else changed")
+    option(edits, "--num-edits", 300, "held-out edits, spread over the kinds")
+    for job, settings, run in ((scenes, Settings, run_scenes), (edits, EditSettings, run_edits)):
+        option(job, "--seeds", 2, "images of each")
+        model_options(job, settings)
+        job.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> None:
+def run_scenes(args: argparse.Namespace) -> None:
     """Writes OUT/{result.json,images.jsonl,images.npz,sheet.png}; prints the result as JSON."""
     import numpy as np
     from PIL import Image
@@ -58,5 +64,53 @@ def run(args: argparse.Namespace) -> None:
         np.savez_compressed(folder / "images.npz", images=images)
         sheet = scenes.verdict_sheet(images, asked, verdicts)
         Image.fromarray(sheet).save(folder / "sheet.png")
+        (folder / "result.json").write_text(json.dumps(result, indent=1))
+    print(json.dumps(result))
+
+
+def run_edits(args: argparse.Namespace) -> None:
+    """Writes OUT/{result.json,images.jsonl,images.npz,sheet.png}; prints the result as JSON."""
+    import numpy as np
+    from PIL import Image
+    from tqdm import tqdm
+
+    from blip3o_jax.evaluate import edits as measures
+    from blip3o_jax.evaluate.ceilings import autoencoded
+    from blip3o_jax.scenes.judge import judge_edit
+
+    enough = args.num_edits >= len(measures.KINDS) and args.seeds >= 1
+    require(enough, f"--num-edits is at least {len(measures.KINDS)} and --seeds at least 1.")
+    settings = settings_of(args, EditSettings)
+    with new_folder(args.out, marker="result.json", overwrite=args.overwrite) as folder:
+        # Edits of the held-out scenes, and what the autoencoder makes of the true results.
+        pipeline = load_for(args)
+        edits = measures.heldout(args.num_edits)
+        before, after = measures.pictures(edits)
+        instructions = [edit.instruction for edit in edits]
+        samples = pipeline.edits(list(before), instructions, args.seed, args.seeds, settings)
+        samples = list(tqdm(samples, total=len(edits) * args.seeds, unit="image"))
+        images = np.stack([sample.image for sample in samples])
+        truth = autoencoded(pipeline, after)
+        # Verdicts and measures of the results, and of the round trip alone.
+        asked = [edit for edit in edits for _ in range(args.seeds)]
+        rows = [(image, edit) for image, edit in zip(images, asked, strict=True)]
+        verdicts = [judge_edit(*row) for row in rows]
+        found = [measures.measure(*row) for row in rows]
+        pairs = list(zip(truth, edits, strict=True))
+        ceiling = [measures.measure(*pair)["psnr"] for pair in pairs]
+        psnrs, shifts = ([row[name] for row in found] for name in ("psnr", "shift"))
+        roundtrips = np.repeat(ceiling, args.seeds)
+        result = {"checkpoint": pipeline.identity, "edits": len(edits), "seeds": args.seeds}
+        result |= {"settings": asdict(settings)}
+        result["scores"] = measures.table(asked, verdicts, psnrs, roundtrips, shifts)
+        judged = {"judge_on_true_renders": zip(after, edits, strict=True), "autoencoder": pairs}
+        for name, shown in judged.items():
+            right = [judge_edit(*pair)["success"] for pair in shown]
+            result[name] = round(float(np.mean(right)), 4)
+        # What was judged, for people to look at.
+        seeds = [sample.seed for sample in samples]
+        measures.write_records(folder / "images.jsonl", asked, seeds, verdicts, found)
+        np.savez_compressed(folder / "images.npz", images=images)
+        Image.fromarray(measures.sheet(images, asked, verdicts)).save(folder / "sheet.png")
         (folder / "result.json").write_text(json.dumps(result, indent=1))
     print(json.dumps(result))
