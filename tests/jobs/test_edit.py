@@ -23,6 +23,7 @@ from blip3o_jax.errors import InputError
 from blip3o_jax.presets import preset
 from blip3o_jax.resources import ASSETS
 from blip3o_jax.sample.settings import EditSettings, Settings
+from blip3o_jax.scenes.edits import KINDS
 
 CHANNELS = {"use_und_image_vae_as_channels": True, "sana.in_channels": 32, "max_sources": 1}
 TOKENS = {"use_und_image_vae": True, "max_sources": 2}
@@ -302,3 +303,20 @@ def test_bad_input_is_one_sentence_and_nothing_is_loaded_or_written(
     assert sentence in error
     assert "\n" not in error
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_evaluation_of_edits_measures_each_one(pipeline, monkeypatch, capsys):
+    """Random weights change everything: nothing is kept, and the judge's own score says that this
+    is the model's fault."""
+    monkeypatch.setattr("blip3o_jax.jobs.evaluate.load_for", lambda _: pipeline)
+    argv = ["evaluate", "edits", "--num-edits", "6", "--seeds", "1", *FLAGS, "--out", "scores"]
+    assert main(argv) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["scores"]["overall"]["count"] == 6
+    assert result["scores"]["overall"]["success"] == 0
+    assert result["judge_on_true_renders"] == 1
+    with open("scores/images.jsonl") as file:
+        lines = [json.loads(line) for line in file]
+    assert [line["kind"] for line in lines] == list(KINDS)
+    assert Image.open("scores/sheet.png").width > 3 * 128
+    assert main(["evaluate", "edits", "--num-edits", "5", "--out", "few"]) == 2
