@@ -120,6 +120,8 @@ def encoded_records(
         tally.add(read=1)
         try:
             record = source[number]
+            if record.inputs:
+                raise RecordError("it is an edit, which a cache does not hold")
             return {"key": record.key, "caption": record.caption, "arrays": decode(record)}
         except RecordError as error:
             tally.bad(source.key(number), str(error))
