@@ -37,12 +37,6 @@ class Placement:
     def left(self) -> int:
         return (self.side - self.width) // 2
 
-    def box(self, size: int) -> tuple[float, float, float, float]:
-        """The picture's left, upper, right and lower edge in the model's square, in its pixels."""
-        scale = size / self.side
-        x, y = self.left * scale, self.top * scale
-        return x, y, x + self.width * scale, y + self.height * scale
-
 
 def placement(picture: np.ndarray) -> Placement:
     """Where a picture [h,w,3] goes; InputError for one with a side beyond `MAX_SIDE`."""

@@ -149,9 +149,10 @@ class Feed:
         return grain.MapDataset.source(source).map(row)
 
     def _edits(self, split: str, seed: int) -> grain.MapDataset:
-        """Rows of the embedded world's edits, made on demand."""
+        """Rows of the embedded world's edits, made on demand. The inverse of a held-out one would
+        start from the held-out combination."""
         world = dataclasses.replace(self.data.world, seed=seed)
-        shares = self.data.inverted_edits, self.data.composed_edits
+        shares = self.data.inverted_edits * (split == "train"), self.data.composed_edits
 
         def row(index: int) -> dict[str, np.ndarray]:
             edit = edits.draw(world, index, split, *shares)
@@ -224,8 +225,7 @@ class Feed:
         source images and the result; codes are made on the device and written there."""
         text = self.tokenizer
         codes = np.zeros((num_sources + 1, self.model.ta_tok.num_tokens), int)
-        prompt = (
-            text.encode_edit(caption, codes[1:]) if num_sources else text.encode_prompt(caption)
-        )
+        edit = num_sources > 0
+        prompt = text.encode_edit(caption, codes[1:]) if edit else text.encode_prompt(caption)
         tokens, start = text.training_rows([prompt], codes[:1], self.length)
         return {"tokens": tokens[0], "start": start[0]}

@@ -3,7 +3,6 @@ of hosts."""
 
 import functools
 import math
-import sys
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
@@ -13,6 +12,7 @@ import numpy as np
 from blip3o_jax.data.records import Source
 from blip3o_jax.errors import require
 
+ENDLESS = 1 << 62  # records; grain rounds numbers of batches to floats
 WINDOW = 4  # blocks whose records are shuffled together
 
 
@@ -130,7 +130,7 @@ def mixture(
         source, position = place(i, weights)
         return readers[source](orders[source](position))
 
-    return grain.MapDataset.range(sys.maxsize).map(row)
+    return grain.MapDataset.range(ENDLESS).map(row)
 
 
 def interleaved(first: Sequence, second: Sequence, share: float) -> grain.MapDataset:
@@ -142,7 +142,7 @@ def interleaved(first: Sequence, second: Sequence, share: float) -> grain.MapDat
         source, position = place(i, weights)
         return records[source][position]
 
-    return grain.MapDataset.range(sys.maxsize).map(row)
+    return grain.MapDataset.range(ENDLESS).map(row)
 
 
 def host_rows(records: Sequence, batch_size: int, host: int, hosts: int) -> grain.MapDataset:
@@ -154,4 +154,4 @@ def host_rows(records: Sequence, batch_size: int, host: int, hosts: int) -> grai
         batch, own = divmod(i, rows)
         return records[batch * batch_size + host * rows + own]
 
-    return grain.MapDataset.range(sys.maxsize).map(row).batch(rows)
+    return grain.MapDataset.range(ENDLESS).map(row).batch(rows)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data.records import Record, RecordError
-from blip3o_jax.errors import require
+from blip3o_jax.errors import InputError, require
 from blip3o_jax.geometry import to_square
 from blip3o_jax.pictures import PictureError, decode
 from blip3o_jax.pixels import centre_crop, squash
@@ -96,9 +96,12 @@ def image_arrays(record: Record, model: Blip3oConfig, crop: str) -> dict[str, np
     image, *inputs = map(decode_image, (record.image, *record.inputs))
 
     def square(picture: Image.Image) -> np.ndarray:
-        if inputs and crop != "original":
+        if not inputs or crop == "original":
+            return centre_crop(picture, size)
+        try:
             return to_square(np.asarray(picture), size)[0]
-        return centre_crop(picture, size)
+        except InputError as error:
+            raise RecordError(str(error).rstrip(".")) from error
 
     arrays = {"images": square(image)}
     if inputs:
@@ -113,10 +116,9 @@ def with_sources(arrays: dict[str, np.ndarray], model: Blip3oConfig) -> dict[str
     padded by zeros to as many as the model takes."""
     names = {"source_codes": "codes", "source_latents": "latents"}
     names = names if "codes" in arrays else {"sources": "images"}
+    count = len(arrays.get(next(iter(names)), ()))
     padded = {}
     for name, like in names.items():
-        given = arrays.get(name, arrays[like][None][:0])
-        missing = [(0, model.max_sources - len(given))] + [(0, 0)] * (given.ndim - 1)
-        padded[name] = np.pad(given, missing)
-        count = len(given)
+        padded[name] = np.zeros((model.max_sources, *arrays[like].shape), arrays[like].dtype)
+        padded[name][:count] = arrays.get(name, 0)
     return arrays | padded | {"num_sources": np.int32(count)}

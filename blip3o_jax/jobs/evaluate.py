@@ -95,10 +95,10 @@ def run_edits(args: argparse.Namespace) -> None:
         asked = [edit for edit in edits for _ in range(args.seeds)]
         rows = [(image, edit) for image, edit in zip(images, asked, strict=True)]
         verdicts = [judge_edit(*row) for row in rows]
-        found = [measures.measure(*row) for row in rows]
+        measured = [measures.measure(*row) for row in rows]
         pairs = list(zip(truth, edits, strict=True))
         ceiling = [measures.measure(*pair)["psnr"] for pair in pairs]
-        psnrs, shifts = ([row[name] for row in found] for name in ("psnr", "shift"))
+        psnrs, shifts = ([row[name] for row in measured] for name in ("psnr", "shift"))
         roundtrips = np.repeat(ceiling, args.seeds)
         result = {"checkpoint": pipeline.identity, "edits": len(edits), "seeds": args.seeds}
         result |= {"settings": asdict(settings)}
@@ -109,7 +109,7 @@ def run_edits(args: argparse.Namespace) -> None:
             result[name] = round(float(np.mean(right)), 4)
         # What was judged, for people to look at.
         seeds = [sample.seed for sample in samples]
-        measures.write_records(folder / "images.jsonl", asked, seeds, verdicts, found)
+        measures.write_records(folder / "images.jsonl", asked, seeds, verdicts, measured)
         np.savez_compressed(folder / "images.npz", images=images)
         Image.fromarray(measures.sheet(images, asked, verdicts)).save(folder / "sheet.png")
         (folder / "result.json").write_text(json.dumps(result, indent=1))

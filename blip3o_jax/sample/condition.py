@@ -31,8 +31,8 @@ class Guidance:
 def guidance(
     text: Scalar | None, image: float | None = None, renorm_min: float = 1.0, quirks: bool = False
 ) -> Guidance:
-    """Guidance by the scale of the text, for an edit also by that of its source image; no more
-    forwards a step than these numbers need. 1 and None: none.
+    """Guidance by the scale of the text (None: none), for an edit also by that of its source image
+    (both 1: none); no more forwards a step than these numbers need.
 
     `quirks`: the PyTorch code's null of an edit, which it guides by one scale.
     """

@@ -80,8 +80,8 @@ def generate_tokens(
     """
     batch, length = prompt.shape
     if valid.shape != prompt.shape or keys.shape != (batch,) or num_tokens < 1:
-        given = f"prompts {prompt.shape} do not go with valid {valid.shape} and keys {keys.shape}"
-        raise ValueError(f"{num_tokens} tokens after {given}")
+        shapes = f"prompts {prompt.shape} do not go with valid {valid.shape} and keys {keys.shape}"
+        raise ValueError(f"{num_tokens} tokens after {shapes}")
     apply = functools.partial(model.apply, {"params": params})
     # The prompts, all at once; then only the image tokens' part of the head is needed.
     lengths = valid.sum(axis=1, dtype=jnp.int32)

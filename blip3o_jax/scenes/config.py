@@ -17,7 +17,7 @@ WEIGHTS = {
     "color_attr": 3.0,
 }
 TAGS = tuple(WEIGHTS)
-EXERCISES = ("recital", "sketch", "picture")  # of scenes.exercises
+EXERCISES = ("recital", "sketch", "picture", "edit")  # of scenes.exercises
 
 
 @dataclass(frozen=True)

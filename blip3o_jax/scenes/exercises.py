@@ -3,12 +3,14 @@
 - recital: words, and the same words again as image tokens, forwards or, after another sign,
   backwards;
 - sketch: a scene's prompt, then each sprite's first three patches, at their places;
-- picture: a scene's prompt and all of its image.
+- picture: a scene's prompt and all of its image;
+- edit: an instruction, a scene's image and all of the image after the edit.
 
 A transformer that starts at random learns to copy words from recitals within a hundred steps, as
 there is nothing to memorise, and then applies it to sketches and pictures, whose things follow the
 order of the prompt (prompts._layouts). From pictures alone it hardly does: which colour belongs to
-which object is one bit in a hundred tokens. No scene holds a held-out combination, and no recital
+which object is one bit in a hundred tokens. Of an edit most tokens are copies of the source, which
+is soon learned, so that they count little. No scene holds a held-out combination, and no recital
 both words of one.
 """
 
@@ -18,7 +20,7 @@ from functools import lru_cache
 import numpy as np
 
 from blip3o_jax.errors import require
-from blip3o_jax.scenes import prompts
+from blip3o_jax.scenes import edits, prompts
 from blip3o_jax.scenes.config import EXERCISES, WorldConfig
 from blip3o_jax.scenes.heldout import held_out
 from blip3o_jax.scenes.scene import PATCH_WORDS, SKETCH_WORDS, Scene, patch_words
@@ -26,6 +28,7 @@ from blip3o_jax.text import Text, right_pad
 
 RECITED = 16  # words of a recital
 IMAGE = 64  # tokens of a picture
+KEPT = 0.5  # what a token of an edit counts that is as in the source
 
 # ids, places, and what the prediction of each id counts
 Row = tuple[list[int], list[int], list[float]]
@@ -95,6 +98,15 @@ def _scene(text: Text, prompt: str, scene: Scene, sketch: bool) -> Row:
     return ids + image, places, [0.0] * len(ids) + [1.0] * len(image)
 
 
+def _edit(text: Text, edit: edits.Edit) -> Row:
+    before, after = (patch_words(scene).ravel().astype(int) for scene in (edit.before, edit.after))
+    ids = text.encode_edit(edit.instruction, before[None])
+    image = (text.vocab.image_start_token_id + after).tolist()
+    counts = np.where(after == before, KEPT, 1.0).tolist()
+    ids, counts = [*ids, *image, text.vocab.image_end_tag_id], [*[0.0] * len(ids), *counts, KEPT]
+    return ids, list(range(len(ids))), counts
+
+
 def exercise(
     text: Text, world: WorldConfig, shares: Mapping[str, float], length: int, index: int
 ) -> dict[str, np.ndarray]:
@@ -110,6 +122,8 @@ def exercise(
     kind = EXERCISES[rng.choice(len(EXERCISES), p=weights / weights.sum())]
     if kind == "recital":
         ids, places, counts = _recital(rng, text)
+    elif kind == "edit":
+        ids, places, counts = _edit(text, edits.sample(world, index))
     else:
         metadata, scene = prompts.sample(world, index)
         ids, places, counts = _scene(text, metadata["prompt"], scene, kind == "sketch")

@@ -60,7 +60,6 @@ WORDINGS = {
         "make the background {ground}",
         "turn the background {ground}",
         "color the background {ground}",
-        "put the image on {ground}",
         "replace the background with {ground}",
     ),
 }

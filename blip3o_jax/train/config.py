@@ -20,7 +20,7 @@ from blip3o_jax.train.sections import (
     ProfileConfig,
     TokenizerConfig,
 )
-from blip3o_jax.train.stages import MIXTURE, STAGES, WORLD, Stage
+from blip3o_jax.train.stages import EDITS, MIXTURE, STAGES, WORLD, Stage
 
 COUNTS = (
     *("batch_size", "accumulate", "num_steps", "log_every", "eval_every"),
@@ -102,8 +102,11 @@ class TrainConfig:
             where = f"data.{name} has no effect"
             require(name in read, f"{where} in stage {self.stage!r}; leave it out.")
             beside = "beside" if sources else "without"
-            unread = WORLD if sources else MIXTURE
+            unread = (*WORLD, *EDITS) if sources else MIXTURE
             require(name not in unread, f"{where} {beside} data.sources; leave it out.")
+        for name in ("inverted_edits", "composed_edits"):
+            has_effect = self.data.edits > 0 or not getattr(self.data, name)
+            require(has_effect, f"data.{name} has no effect without data.edits; leave it out.")
         sentence = f"Stage {self.stage!r} trains on data.exercises; name at least one."
         require("exercises" not in read or bool(self.data.exercises), sentence)
         sentence = "data.cache holds each image's likeliest codes"

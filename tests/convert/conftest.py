@@ -1,8 +1,14 @@
 """The tiny published model with random weights, and its checkpoint on disk."""
 
+import json
+import shutil
+
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
+from converting import IGNORED
+from safetensors.numpy import load_file, save_file
 from tiny import PUBLISHED
 
 from blip3o_jax.convert.published import save_published
@@ -28,4 +34,25 @@ def checkpoint(tmp_path_factory, params):
     """A float32 checkpoint in one file. Not to be changed: tests that damage one copy it first."""
     folder = tmp_path_factory.mktemp("published") / "tiny"
     save_published(folder, PUBLISHED, params)
+    return folder
+
+
+@pytest.fixture
+def published(checkpoint, tmp_path):
+    """A checkpoint of mixed dtypes, with tensors that are not needed, and files beside it."""
+    folder = shutil.copytree(checkpoint, tmp_path / "published")
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {
+        name: value.astype(ml_dtypes.bfloat16) if name.startswith("model.layers") else value
+        for name, value in tensors.items()
+    }
+    tensors |= {**IGNORED, "lm_head.weight": tensors["model.embed_tokens.weight"]}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text())) + "  \n"
+    )
+    (folder / "generation_config.json").write_bytes(b'{"top_k": 20}\r\n')
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    (folder / "LICENSE").write_text("as you like")
+    (folder / "README.md").write_text("of no use")
     return folder

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from against_torch import TOLERANCE, close, last
 from reading import load
 from tiny import SMALL
 
@@ -23,7 +24,7 @@ from blip3o_jax.train.config import JointConfig, OptimizerConfig
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
-STEPS, GUIDANCE, TOLERANCE = 5, 2.0, 1e-4
+STEPS, GUIDANCE = 5, 2.0
 
 
 def published_like():
@@ -65,19 +66,6 @@ def sides(request, tmp_path_factory):
         random_checkpoint(folder, published_like())
     cfg, params = load(folder)
     return Blip3o(cfg), params, modules.load(folder)
-
-
-def close(ours, theirs, tolerance=TOLERANCE):
-    """Largest difference at most `tolerance` of the largest value."""
-    ours, theirs = np.asarray(ours, np.float32), theirs.detach().float().numpy()
-    assert ours.shape == theirs.shape
-    assert np.isfinite(ours).all()
-    assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
-
-
-def last(x):
-    """torch [B,C,Y,X] -> [B,Y,X,C]."""
-    return x.movedim(1, -1)
 
 
 def prompts(cfg):

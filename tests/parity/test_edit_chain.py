@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from against_torch import TOLERANCE, close, first, last
 from reading import load
 
 from blip3o_jax.config import replace
@@ -26,7 +27,7 @@ from blip3o_jax.train.config import JointConfig
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
-STEPS, TOLERANCE, ROWS = 4, 1e-4, 4
+STEPS, ROWS = 4, 4
 TOKENS = {"use_und_image_vae": True}
 NOISE = {"use_und_image_vae_as_noise": True}
 VARIANTS = {
@@ -53,24 +54,6 @@ def edit_config(variant):
     sizes = {"qwen3.vocab_size": vocab.size, "ta_tok.codebook_size": vocab.num_image_tokens}
     changes = {"max_sources": 1, "vocab": dataclasses.asdict(vocab)} | VARIANTS[variant]
     return replace(tiny.PUBLISHED, max_prompt_tokens=60, **sizes, **HEADS, **changes)
-
-
-def close(ours, theirs, tolerance=TOLERANCE):
-    """Largest difference at most `tolerance` of the largest value."""
-    ours, theirs = np.asarray(ours, np.float32), theirs.detach().float().numpy()
-    assert ours.shape == theirs.shape
-    assert np.isfinite(ours).all()
-    assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
-
-
-def last(x):
-    """torch [B,C,Y,X] -> [B,Y,X,C]."""
-    return x.movedim(1, -1)
-
-
-def first(x):
-    """numpy [B,Y,X,C] -> torch [B,C,Y,X]."""
-    return torch.from_numpy(np.array(x)).movedim(-1, 1)
 
 
 @dataclasses.dataclass

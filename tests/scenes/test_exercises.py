@@ -10,11 +10,11 @@ import tiny
 from blip3o_jax.data.config import DataConfig
 from blip3o_jax.errors import InputError
 from blip3o_jax.presets import preset
-from blip3o_jax.scenes import exercises
+from blip3o_jax.scenes import edits, exercises
 from blip3o_jax.scenes.config import WorldConfig
 from blip3o_jax.scenes.heldout import held_out
 from blip3o_jax.scenes.prompts import RELATIONS
-from blip3o_jax.scenes.scene import PATCH_WORDS
+from blip3o_jax.scenes.scene import PATCH_WORDS, patch_words
 from blip3o_jax.scenes.sprites import COLORS, OBJECTS
 
 MODEL = preset("emoji_64")
@@ -28,7 +28,7 @@ def rows(
     world = WorldConfig(seed=seed, **changes)
     found = []
     for index in range(count):
-        row = exercises.exercise(TEXT, world, {kind: 1.0}, 116, index)
+        row = exercises.exercise(TEXT, world, {kind: 1.0}, 195, index)
         written = row["tokens"][row["tokens"] != MODEL.vocab.pad_token_id].tolist()
         codes = [
             i - MODEL.vocab.image_start_token_id
@@ -89,7 +89,27 @@ def test_a_sketch_keeps_the_places_of_the_picture():
         assert len(codes) % 3 == 0
 
 
-@pytest.mark.parametrize("kind", ["recital", "sketch"])
+def test_an_edit_holds_both_pictures_and_counts_most_what_changes():
+    for index in range(40):
+        row = exercises.exercise(TEXT, WorldConfig(), {"edit": 1.0}, 195, index)
+        edit = edits.sample(WorldConfig(), index)
+        image = row["tokens"] - MODEL.vocab.image_start_token_id
+        places = np.flatnonzero(image >= 0)
+        before, after = (patch_words(scene).ravel() for scene in (edit.before, edit.after))
+        np.testing.assert_array_equal(image[places], [*before, *after])
+        weights = row["weights"][places]
+        np.testing.assert_array_equal(weights[:64], 0)
+        np.testing.assert_array_equal(weights[64:], np.where(after == before, exercises.KEPT, 1))
+        # Nothing else counts but the sign after the image.
+        end = places[-1] + 1
+        assert row["tokens"][end] == MODEL.vocab.image_end_tag_id
+        assert row["weights"].sum() == weights.sum() + row["weights"][end]
+        np.testing.assert_array_equal(row["positions"][: end + 1], np.arange(end + 1))
+        words = TEXT.tokenizer.decode(row["tokens"][: places[0]].tolist())
+        assert edit.instruction in " ".join(words.split())
+
+
+@pytest.mark.parametrize("kind", ["recital", "sketch", "edit"])
 def test_rows_are_a_function_of_seed_and_index(kind):
     first, again, other = (rows(kind, 5, seed) for seed in (3, 3, 4))
     for a, b, c in zip(first, again, other, strict=True):
