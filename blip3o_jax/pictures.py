@@ -67,11 +67,14 @@ def shown(image: Image.Image) -> Image.Image:
     # Damaged EXIF and profiles are ignored, as viewers do.
     with contextlib.suppress(Exception):
         image = ImageOps.exif_transpose(image)
+    alpha = None
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = Image.fromarray(_eight_bits(np.asarray(image), image.mode == "F"))
+        grey = np.asarray(image)
+        if image.has_transparency_data:
+            alpha = Image.fromarray(np.uint8(255) * (grey != image.info["transparency"]))
+        image = Image.fromarray(_eight_bits(grey, image.mode == "F"))
 
     # Colours are converted without their transparency, then laid on white.
-    alpha = None
     if image.has_transparency_data:
         image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
         alpha = image.getchannel("A")
@@ -107,6 +110,22 @@ def _check(image: Image.Image) -> None:
     if frames > 1 and image.format not in STILLS:
         what = f"has {frames} pages" if image.format == "TIFF" else f"is animated ({frames} frames)"
         raise PictureError(f"it {what}")
+    _spread_transparency(image)
+
+
+def _spread_transparency(image: Image.Image) -> None:
+    """Puts the transparent grey level of a PNG of 1, 2 or 4 bits, which Pillow leaves as it is
+    written, among the eight bits that all levels become when they are read."""
+    level, (tile, *_) = image.info.get("transparency"), getattr(image, "tile", ()) or (None,)
+    written = tile and tile[-1]
+    if level is None or image.format != "PNG":
+        return
+    # Pillow reads the high bytes alone, of which one colour may be another's.
+    if written == "RGB;16B":
+        raise PictureError("it has colours of 16 bits of which one is transparent")
+    if image.mode == "1":
+        level = 255 * bool(level)
+    image.info["transparency"] = level * {"L;2": 85, "L;4": 17}.get(written, 1)
 
 
 def _too_large() -> str:

@@ -82,6 +82,88 @@ def test_transparency_is_laid_on_white():
     assert pixel(encoded(palette, "gif", transparency=1)) == (255, 255, 255)
 
 
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+GREY, COLOUR, GREY_ALPHA = 0, 2, 4  # kinds of PNG
+
+
+def png(kind: int, depth: int, values: list[int], transparent: tuple[int, ...] = ()) -> bytes:
+    """A PNG of one row, not by Pillow; `transparent` is the level or colour that is not seen."""
+    bits = "".join(f"{value:0{depth}b}" for value in values)
+    row = int(bits, 2).to_bytes(len(bits) // 8, "big")
+    channels = {GREY: 1, COLOUR: 3, GREY_ALPHA: 2}[kind]
+    parts = [
+        chunk(b"IHDR", struct.pack(">IIBBBBB", len(values) // channels, 1, depth, kind, 0, 0, 0))
+    ]
+    if transparent:
+        parts.append(chunk(b"tRNS", struct.pack(f">{channels}H", *transparent)))
+    parts += [chunk(b"IDAT", zlib.compress(b"\0" + row)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("depth", "values", "transparent", "shown"),
+    [
+        (1, [0, 0, 0, 0, 1, 1, 1, 1], 0, [255] * 8),
+        (1, [0, 0, 0, 0, 1, 1, 1, 1], 1, [0] * 4 + [255] * 4),
+        (2, [0, 1, 2, 3], 1, [0, 255, 170, 255]),
+        (4, [0, 7, 8, 15], 7, [0, 255, 136, 255]),
+        (8, [0, 7, 8, 15], 7, [0, 255, 8, 15]),
+        (16, [0, 25700, 25701, 65535], 25700, [0, 255, 100, 255]),
+    ],
+)
+def test_a_transparent_grey_level_is_one_of_any_depth(depth, values, transparent, shown):
+    data = png(GREY, depth, values, (transparent,))
+    assert levels(data)[0].tolist() == shown
+    # An image that Pillow opened, twice.
+    image = Image.open(io.BytesIO(data))
+    for _ in range(2):
+        assert pictures.array(image)[0, :, 0].tolist() == shown
+    opaque = np.array(values) * 255 // (2**depth - 1)
+    assert levels(png(GREY, depth, values))[0].tolist() == opaque.tolist()
+
+
+def test_colours_and_alpha_of_sixteen_bits():
+    """A transparent colour is refused: Pillow cuts colours to eight bits, which makes these two
+    one."""
+    assert pixel(png(COLOUR, 16, [65535, 25700, 0])) == (255, 100, 0)
+    assert pixel(png(GREY_ALPHA, 16, [25700, 32896])) == (177, 177, 177)
+    data = png(COLOUR, 16, [771, 515, 3, 770, 515, 3], (771, 515, 3))
+    with pytest.raises(PictureError, match=r"^it has colours of 16 bits of which one is transp"):
+        decode(data)
+
+
+def test_a_palette_has_an_alpha_for_each_of_its_colours():
+    image = Image.new("P", (3, 1))
+    image.putpalette([*RED, *RED, *RED])
+    image.putdata([0, 1, 2])
+    shown = decode(encoded(image, transparency=bytes([0, 128, 255])))
+    assert [shown.getpixel((i, 0)) for i in range(3)] == [(255,) * 3, (255, 127, 127), RED]
+
+
+@pytest.mark.parametrize(
+    ("orientation", "turn"),
+    [
+        (1, lambda stored: stored),
+        (2, np.fliplr),
+        (3, lambda stored: np.rot90(stored, 2)),
+        (4, np.flipud),
+        (5, lambda stored: stored.swapaxes(0, 1)),
+        (6, lambda stored: np.rot90(stored, -1)),
+        (7, lambda stored: np.rot90(stored.swapaxes(0, 1), 2)),
+        (8, np.rot90),
+    ],
+)
+def test_each_of_the_eight_orientations_is_undone(orientation, turn):
+    stored = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    shown = decode(encoded(Image.fromarray(stored), exif=exif))
+    np.testing.assert_array_equal(np.asarray(shown), turn(stored))
+
+
 def test_exif_turns_a_picture():
     image = Image.new("RGB", (8, 4), "black")
     image.paste(RED, (0, 0, 4, 4))  # the left half
@@ -147,6 +229,7 @@ APNG = encoded(
     save_all=True,
     append_images=[Image.new("L", (4, 4), i) for i in (1,)],
 )
+WEBP = encoded(NOISE, "webp", save_all=True, append_images=[NOISE.rotate(90)])
 PAGES = encoded(NOISE, "tiff", save_all=True, append_images=[NOISE])
 
 
@@ -161,6 +244,7 @@ PAGES = encoded(NOISE, "tiff", save_all=True, append_images=[NOISE])
         (bomb(60000, 60000), "it has more than 67,108,864 pixels"),
         (GIF, r"it is animated \(3 frames\)"),
         (APNG, r"it is animated \(2 frames\)"),
+        (WEBP, r"it is animated \(2 frames\)"),
         (PAGES, "it has 2 pages"),
     ],
 )
@@ -189,6 +273,8 @@ def test_a_picture_of_any_kind_is_an_array(tmp_path):
     assert pictures.array(Image.new("RGBA", (4, 4), (*RED, 128)))[0, 0].tolist() == [255, 127, 127]
     with pytest.raises(InputError, match=r"^The picture .*b.png cannot be read: No such file"):
         pictures.array(tmp_path / "b.png")
+    with pytest.raises(InputError, match=r"^The picture .* cannot be read: Is a directory\.$"):
+        pictures.array(tmp_path)
     with pytest.raises(InputError, match=r"float64 \[4,4,3\], not uint8 \[h,w,3\]"):
         pictures.array(np.zeros((4, 4, 3)))
     with pytest.raises(InputError, match=r"uint8 \[0,4,3\], not"):
