@@ -28,8 +28,24 @@ def decode(cfg: config.Blip3oConfig, batch: int, prompt: int) -> int:
 
 def connector(cfg: config.Blip3oConfig, tokens: int) -> int:
     """Of `tokens` hidden states."""
-    width = cfg.sana.caption_channels
-    return 2 * tokens * width * (cfg.qwen3.hidden_size + width)
+    return _connector(tokens, cfg.qwen3.hidden_size, cfg.sana.caption_channels)
+
+
+def source_connectors(cfg: config.Blip3oConfig, images: int) -> int:
+    """Of `images` source images: latents to condition tokens, features to the prompt's
+    embeddings, where the model has these."""
+    total = 0
+    if cfg.reference_tokens:
+        pixels = images * cfg.sana.sample_size**2
+        total += _connector(pixels, cfg.dc_ae.latent_channels, cfg.sana.caption_channels)
+    if cfg.use_tar_siglip_features:
+        tokens, vision = images * cfg.ta_tok.num_tokens, cfg.ta_tok.encoder.hidden_size
+        total += _connector(tokens, vision, cfg.qwen3.hidden_size)
+    return total
+
+
+def _connector(tokens: int, inputs: int, width: int) -> int:
+    return 2 * tokens * width * (inputs + width)
 
 
 def sana_condition(cfg: config.SanaConfig, tokens: int) -> int:
@@ -38,17 +54,20 @@ def sana_condition(cfg: config.SanaConfig, tokens: int) -> int:
     return 2 * tokens * width * (cfg.caption_channels + width + 2 * cfg.num_layers * width)
 
 
-def sana(cfg: config.SanaConfig, rows: int, condition: int, without: int = 0) -> int:
+def sana(
+    cfg: config.SanaConfig, rows: int, condition: int, without: int = 0, grids: int = 1
+) -> int:
     """A forward of `rows` latents, with keys and values of a condition of `condition` tokens each
-    given, but for `without` of them, whose cross-attention is given."""
+    given, but for `without` of them, whose cross-attention is given. Of `grids` latents side by
+    side, the first's velocity is computed."""
     width, pixels = cfg.hidden_size, cfg.sample_size**2
     # projections; the state and its product with the queries
     own = 4 * width * width + 2 * width * cfg.attention_head_dim
     cross = 2 * width * width + 2 * width * condition
     mlp = 3 * width * cfg.mlp_hidden + 9 * 2 * cfg.mlp_hidden
-    layer = pixels * (rows * (own + mlp) + (rows - without) * cross)
+    layer = grids * pixels * (rows * (own + mlp) + (rows - without) * cross)
     time = 256 * width + width * width + 6 * width * width
-    ends = pixels * width * (cfg.in_channels + cfg.out_channels)
+    ends = pixels * width * (grids * cfg.in_channels + cfg.out_channels)
     return 2 * (cfg.num_layers * layer + rows * (time + ends))
 
 
@@ -107,15 +126,16 @@ def dc_ae_encode(cfg: config.DcAeConfig, rows: int, side: int) -> int:
     return _dc_ae(cfg, rows, side, cfg.encoder_layers_per_block, taps=9)
 
 
-def ta_tok_encode(cfg: config.TaTokConfig, rows: int) -> int:
-    """Images to codes: the layers of the vision transformer that are used, and the nearest code."""
+def ta_tok_encode(cfg: config.TaTokConfig, rows: int, features: int = 0) -> int:
+    """Images to codes: the layers of the vision transformer that are used, and the nearest code; of
+    `features` more images the layers alone."""
     vit, dim, codes = cfg.encoder, cfg.bottleneck_dim, cfg.codebook_size
     width, patches = vit.hidden_size, vit.grid**2
     layer = 2 * width * (2 * width + vit.intermediate_size + patches)
     encoder = patches * (vit.patch_size**2 * 3 * width + cfg.num_encoder_layers * layer)
     choice = cfg.num_tokens * (width * width + width * dim + dim * codes)
     # The codebook is projected once.
-    return 2 * (rows * (encoder + choice) + codes * dim * dim)
+    return 2 * ((rows + features) * encoder + rows * choice + codes * dim * dim)
 
 
 def text_to_image(
@@ -127,20 +147,32 @@ def text_to_image(
     return decode(cfg, batch, prompt) + once + num_inference_steps * step + pixels
 
 
-def image_encoders(cfg: config.Blip3oConfig, batch: int) -> int:
-    """Images to codes and to latents: what a cache saves of a training step."""
-    latents = dc_ae_encode(cfg.dc_ae, batch, cfg.sana.sample_size)
-    return ta_tok_encode(cfg.ta_tok, batch) + latents
+def image_encoders(cfg: config.Blip3oConfig, batch: int, sources: int = 0) -> int:
+    """Images, and `sources` source images of each, to codes and to latents: what a cache saves of a
+    training step."""
+    images = batch * sources
+    features = images if cfg.use_tar_siglip_features else 0
+    codes = ta_tok_encode(cfg.ta_tok, batch + images - features, features)
+    images = images if cfg.reads_source_latents else 0
+    return codes + dc_ae_encode(cfg.dc_ae, batch + images, cfg.sana.sample_size)
 
 
-def joint_step(cfg: config.Blip3oConfig, batch: int, length: int, whole_sana: bool = True) -> int:
+def joint_step(
+    cfg: config.Blip3oConfig, batch: int, length: int, whole_sana: bool = True, sources: int = 0
+) -> int:
     """A training step on rows of `length` tokens: three forwards' worth for what is trained (the
     backward pass is two), two for SANA's blocks where only the captions' way into them is trained,
     and one for the frozen tokenizer and autoencoder. Attention is counted as causal, half of the
-    square."""
-    conditions = batch * cfg.num_condition_tokens
+    square. Every row has places for `sources` source images, which are computed, filled or not."""
+    # Qwen3 and the connectors.
     trained = qwen3(cfg.qwen3, batch * length, (length + 1) / 2, cfg.qwen3.vocab_size)
-    trained += connector(cfg, conditions)
-    diffusion = sana_condition(cfg.sana, conditions)
-    diffusion += sana(cfg.sana, batch, cfg.num_condition_tokens)
-    return 3 * trained + (3 if whole_sana else 2) * diffusion + image_encoders(cfg, batch)
+    trained += connector(cfg, batch * cfg.num_condition_tokens)
+    trained += source_connectors(cfg, batch * sources)
+    # SANA, whose condition or grid a source may widen.
+    references = sources * cfg.sana.sample_size**2 if cfg.reference_tokens else 0
+    condition = cfg.num_condition_tokens + references
+    grids = 2 if sources and cfg.use_und_image_vae_as_noise else 1
+    diffusion = sana_condition(cfg.sana, batch * condition)
+    diffusion += sana(cfg.sana, batch, condition, grids=grids)
+    passes = 3 if whole_sana else 2
+    return 3 * trained + passes * diffusion + image_encoders(cfg, batch, sources)

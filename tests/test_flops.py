@@ -15,6 +15,10 @@ from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.models.dc_ae import DcAe
 from blip3o_jax.presets import preset
 from blip3o_jax.sample import generate
+from blip3o_jax.text import row_length
+from blip3o_jax.train import losses
+from blip3o_jax.train.sections import JointConfig
+from blip3o_jax.train.stages import STAGES
 
 TOLERANCE = 0.05
 
@@ -148,6 +152,59 @@ def test_ta_tok_encode(model, params):
         lambda p, x: model.ta_tok.apply({"params": p}, x, method="encode"), params["ta_tok"], images
     )
     close(flops.ta_tok_encode(cfg, 2), counts)
+
+
+TOKENS = {"use_und_image_vae": True, "max_sources": 2}
+BOTH = {"use_und_image_vae": True, "use_und_image_vae_as_noise": True, "max_sources": 1}
+
+
+@pytest.mark.parametrize("way", [TOKENS, BOTH])
+def test_sources_cost_what_xla_counts(way):
+    """The loss of cached edits, less that of cached images, forwards."""
+    cfg = replace(small(), **way)
+    model, rows, sources = Blip3o(cfg), 2, cfg.max_sources
+    params, length, side = model.abstract(), row_length(cfg), cfg.sana.sample_size
+    row, latents = shape(rows, dtype=jnp.int32), (side, side, cfg.dc_ae.latent_channels)
+    batch = {"tokens": shape(rows, length, dtype=jnp.int32), "start": row}
+    batch["codes"] = shape(rows, cfg.ta_tok.num_tokens, dtype=jnp.int32)
+    batch["latents"] = shape(rows, *latents)
+    codes = shape(rows, sources, cfg.ta_tok.num_tokens, dtype=jnp.int32)
+    given = {"source_codes": codes, "source_latents": shape(rows, sources, *latents)}
+    edits = batch | given | {"num_sources": row}
+
+    def loss(params, batch):
+        return losses.joint_loss(model, JointConfig(), params, batch, jax.random.key(0))[0]
+
+    def step(batch):
+        return STAGES["joint"].flops(cfg, JointConfig(trainable_sana="all"), batch)
+
+    # What is trained is passed three times in all.
+    count = counted(loss, params, edits) - counted(loss, params, batch)
+    close((step(edits) - step(batch)) / 3, count)
+
+
+def test_encoders_of_sources(model, params):
+    """Features are of the layers alone; a model that reads no latents encodes none."""
+    cfg, size = model.config, model.config.ta_tok.encoder.image_size
+    pooled = counted(
+        lambda p, x: model.ta_tok.apply({"params": p}, x, method="pooled"),
+        params["ta_tok"],
+        shape(2, size, size, 3),
+    )
+    features = replace(cfg, use_tar_siglip_features=True, max_sources=2)
+    close(flops.image_encoders(features, 1, 2) - flops.image_encoders(features, 1), pooled)
+    both, codes = replace(cfg, **BOTH), flops.ta_tok_encode(cfg.ta_tok, 8)
+    latents = flops.dc_ae_encode(cfg.dc_ae, 8, cfg.sana.sample_size)
+    assert flops.image_encoders(both, 4, 1) == codes + latents
+    vision = cfg.ta_tok.encoder.hidden_size
+    connector = Blip3o(features).siglip_connector
+    states = shape(3, cfg.ta_tok.num_tokens, vision)
+    weights = jax.eval_shape(connector.init, jax.random.key(0), jnp.zeros((1, 1, vision)))
+    close(flops.source_connectors(features, 3), counted(connector.apply, weights, states))
+    # In the step they are trained, on every row's places.
+    step, none = (flops.joint_step(features, 4, 323, sources=n) for n in (2, 0))
+    encoders = flops.image_encoders(features, 4, 2) - flops.image_encoders(features, 4)
+    assert step - none == 3 * flops.source_connectors(features, 8) + encoders
 
 
 def test_layers_and_tokens_add_up():

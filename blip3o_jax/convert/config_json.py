@@ -86,11 +86,11 @@ def _edits_json(cfg: Blip3oConfig) -> dict[str, Any]:
 
 def _max_sources(flags: Mapping[str, Any]) -> int:
     """Source images that an edit may have where a file does not say: one beside the noisy latents
-    or among their channels, four of which the latents are condition tokens, as in training."""
+    or among their channels, four of every other way of taking them."""
     one = ("use_und_image_vae_as_noise", "use_und_image_vae_as_channels")
     if any(flags.get(name) for name in one):
         return 1
-    return 4 if flags.get("use_und_image_vae") else 0
+    return 4 if any(flags.get(name) for name in EDIT_FLAGS) else 0
 
 
 def config_to_json(cfg: Blip3oConfig, dtype: str = "float32") -> dict[str, Any]:

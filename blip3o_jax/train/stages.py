@@ -84,7 +84,7 @@ def _captions(model: Blip3oConfig, data: DataConfig, rows: int) -> Shapes:
             side = model.ta_tok.encoder.image_size
             arrays["view"] = _rows(rows, side, side, 3, dtype=jnp.uint8)
     length = data.row_length or row_length(model)
-    if model.max_sources:
+    if model.max_sources and (data.edits or data.sources):
         names = {"source_codes": "codes", "source_latents": "latents"}
         names = names if data.cache else {"sources": "images"}
         for name, like in names.items():
@@ -98,10 +98,9 @@ def _captions(model: Blip3oConfig, data: DataConfig, rows: int) -> Shapes:
 def _joint_flops(model: Blip3oConfig, cfg: sections.JointConfig, batch: dict) -> int:
     """Counts the encoders, unless the batch comes from a cache."""
     rows, length = batch["tokens"].shape
-    codes = flops.ta_tok_encode(model.ta_tok, rows)
-    latents = flops.dc_ae_encode(model.dc_ae, rows, model.sana.sample_size)
-    encoders = codes + latents if "latents" in batch else 0
-    return flops.joint_step(model, rows, length, cfg.trainable_sana == "all") - encoders
+    sources = model.max_sources if "num_sources" in batch else 0
+    encoders = flops.image_encoders(model, rows, sources) if "latents" in batch else 0
+    return flops.joint_step(model, rows, length, cfg.trainable_sana == "all", sources) - encoders
 
 
 def _joint_trainable(model: Blip3oConfig, cfg: sections.JointConfig, path: str) -> bool:

@@ -20,12 +20,11 @@ from blip3o_jax.parallel.batches import check_batch
 from blip3o_jax.parallel.mesh import AXES, make_mesh, mesh_shape
 from blip3o_jax.parallel.parameters import spec
 from blip3o_jax.plan import estimate, programs
-from blip3o_jax.presets import preset
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.read_config import read_config
 
 CHIP = Chip("", 0, 16)
-POD_CONFIGS = ("pretrain_3b", "sft_3b", "pretrain_0_6b")
+POD_CONFIGS = ("pretrain_3b", "sft_3b", "edit_3b", "pretrain_0_6b")
 PODS = (*("v5e:16x16", "v5p:4x4x8", "v6e:16x16", "v5e:4x4", "v5p:2x2x4", "v6e:4x4"), "tpu7x:2x2x1")
 
 
@@ -103,6 +102,27 @@ def test_what_the_step_does_not_read_is_there_all_the_same():
     )
     assert arguments - argument == encoders
     assert found["bytes"]["total"] > arguments
+
+
+def test_a_step_of_edits_holds_their_sources():
+    """Without a cache: two images a row, and the connector of the sources among what is trained."""
+    run = read_config("edit_3b", [])
+    data = dataclasses.replace(run.data, row_length=256)
+    cfg = small(model=SMALL | run.model, data=data, mesh={"fsdp": 8})
+    program = programs.lower_step(cfg, make_mesh(cfg.mesh))
+    size = cfg.blip3o().image_size
+    assert {name: x.shape[1:] for name, x in program.arguments[2].items()} == {
+        "images": (size, size, 3),
+        "sources": (1, size, size, 3),
+        "tokens": (256,),
+        "start": (),
+        "num_sources": (),
+    }
+    assert set(program.kinds["parameters"]) - set(small().trained_parts) == {
+        "und_image_vae_connector"
+    }
+    edits = flops.joint_step(cfg.blip3o(), 16, 256, whole_sana=False, sources=1)
+    assert program.flops == edits > flops.joint_step(cfg.blip3o(), 16, 256, whole_sana=False)
 
 
 def test_a_device_that_is_too_small(sharded):
@@ -207,7 +227,7 @@ def test_search_prefers_less_computed_again_and_then_more_rows(monkeypatch):
 @pytest.mark.parametrize("name", POD_CONFIGS)
 def test_pods_divide_the_batch_and_every_parameter(name):
     """On meshes as large as the pods, without their devices."""
-    params = flatten_dict(Blip3o(preset(read_config(name, []).preset)).abstract(), sep="/")
+    params = flatten_dict(Blip3o(read_config(name, []).blip3o()).abstract(), sep="/")
     unplanned = read_config(f"{name}:v5e:8x8", [])
     for topology in PODS:
         cfg = read_config(f"{name}:{topology}", [])
@@ -221,10 +241,9 @@ def test_pods_divide_the_batch_and_every_parameter(name):
         for path, leaf in params.items():
             spec(path, leaf.shape, mesh)
         assert cfg.data.row_length % 128 == 0  # the TPU's attention kernel
-        assert (
-            cfg.data.row_length
-            >= cfg.blip3o().max_prompt_tokens + cfg.blip3o().ta_tok.num_tokens + 3
-        )
+        images = cfg.blip3o().max_sources + 1
+        tokens = cfg.blip3o().max_prompt_tokens + images * cfg.blip3o().ta_tok.num_tokens + 3
+        assert cfg.data.row_length >= tokens
 
 
 def test_a_mesh_that_does_not_divide_says_which_does():

@@ -3,10 +3,12 @@ import json
 import re
 
 import pytest
+from flax.traverse_util import flatten_dict
 
 from blip3o_jax.cli import main
 from blip3o_jax.errors import InputError
 from blip3o_jax.jobs.train import REFERENCE_QUIRKS
+from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.resources import shipped_configs
 from blip3o_jax.train.config import JointConfig, TrainConfig
 from blip3o_jax.train.read_config import RENAMED_KEYS, from_dict, read_config, saved_config
@@ -81,6 +83,28 @@ def test_missing_key_and_integer_for_float():
 def test_what_each_stage_trains(stage, sana, path, trained):
     joint = JointConfig(trainable_sana=sana) if stage == "joint" else None
     assert TrainConfig(stage=stage, joint=joint).trainable(path) is trained
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_an_edit_trains_the_ways_in_and_out_of_the_latents(beside):
+    """docs/model.md §6.1 and the sizes of §2.4 and §2.6."""
+    override = f"--config.model.use_und_image_vae_as_noise={str(beside).lower()}"
+    cfg = read_config("edit_3b", [override])
+    shapes = flatten_dict(Blip3o(cfg.blip3o()).abstract(cfg.parts), sep="/")
+    counts = dict.fromkeys(cfg.parts, 0)
+    for path, leaf in shapes.items():
+        counts[path.split("/")[0]] += leaf.size * cfg.trainable(path)
+    width, caption, channels = 2240, 2304, 32
+    captions = (caption + 1) * width + (width + 1) * width + width  # and its norm's scale
+    ends = (channels + 1) * width + (width + 1) * channels
+    assert counts == {
+        "qwen3": sum(leaf.size for path, leaf in shapes.items() if path.startswith("qwen3/")),
+        "diffusion_connector": 10_033_920,
+        "und_image_vae_connector": 5_389_056,
+        "sana": captions + ends * beside,
+        "ta_tok": 0,
+        "dc_ae": 0,
+    }
 
 
 def test_reference_quirks_are_those_of_the_specification():
