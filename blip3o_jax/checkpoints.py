@@ -22,6 +22,7 @@ from blip3o_jax.convert.config_json import config_to_json
 from blip3o_jax.convert.padding import VOCAB_AXIS, padded, with_rows
 from blip3o_jax.errors import InputError, nearest, require
 from blip3o_jax.models.blip3o import parts_of
+from blip3o_jax.text import Text, load_tokenizer
 from blip3o_jax.tree import flatten, unflatten
 
 PUBLISHED, CONVERTED, RUN = "published", "converted", "run"
@@ -48,13 +49,8 @@ class Checkpoint:
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer.json; InputError when a run has none."""
-        file = self.folder / "tokenizer.json"
-        if self.kind != RUN or file.is_file():
-            return file
-        # a run of version 0.1, or of a stage without text
-        run = training_checkpoint.read_config(self.root)
-        return resources.find_tokenizer(self.config.name, run["data"].get("tokenizer", ""))
+        """As `tokenizer_of`."""
+        return tokenizer_of(self.folder)
 
     def padded(self, multiple: int) -> "Checkpoint":
         """The same with rows behind the vocabulary up to a multiple, for a mesh to shard."""
@@ -166,6 +162,23 @@ def config_of(name: str | Path) -> Blip3oConfig:
     if kind == RUN:
         return training_checkpoint.model_config(training_checkpoint.newest(folder))
     return published.read_config(folder)
+
+
+def tokenizer_of(name: str | Path) -> Path:
+    """The tokenizer.json of a checkpoint; InputError when a run has none."""
+    folder, kind = find(name)
+    file = folder / "tokenizer.json"
+    if kind != RUN or file.is_file():
+        return file
+    # a run of version 0.1, or of a stage without text
+    run = training_checkpoint.read_config(training_checkpoint.newest(folder))
+    return resources.find_tokenizer(config_of(folder).name, run["data"].get("tokenizer", ""))
+
+
+def text_of(name: str | Path) -> Text:
+    """What prompts of a checkpoint are encoded and checked with; reads no weights."""
+    config = config_of(name)
+    return Text(load_tokenizer(tokenizer_of(name)), config.vocab, config.max_prompt_tokens)
 
 
 def open(name: str | Path) -> Checkpoint:

@@ -31,6 +31,7 @@ CHAT = (
 )
 IMAGE_END = "<im_end><|im_end|>\n"
 IMAGE_PAD = "<|image_pad|>"
+WISHES = {"prompt": "what the image should show", "instruction": "what to change"}
 # needed by the templates, not named in VocabConfig
 CHAT_TOKENS = ("<|im_start|>", "<|vision_start|>", "<|vision_end|>", IMAGE_PAD)
 
@@ -157,13 +158,13 @@ class Text:
     def encode_prompt(self, caption: str) -> list[int]:
         """Ids of the templated caption, ending in `<im_start> <S0>`; InputError when it is empty,
         too long or holds a control token."""
-        return self._encode(t2i_prompt(caption), caption, 0)
+        return self._encode(t2i_prompt(caption), caption, "prompt", 0)
 
     def encode_edit(self, instruction: str, image_ids: np.ndarray) -> list[int]:
         """Ids of the templated instruction with the source images' codes [images, n] in place;
         errors as `encode_prompt`."""
         prompt = edit_prompt(instruction, *image_ids.shape)
-        ids = np.array(self._encode(prompt, instruction, image_ids.size))
+        ids = np.array(self._encode(prompt, instruction, "instruction", image_ids.size))
         places = ids == self.tokenizer.token_to_id(IMAGE_PAD)
         ids[places] = image_ids.ravel() + self.vocab.image_start_token_id
         return ids.tolist()
@@ -192,20 +193,21 @@ class Text:
     def _controls(self) -> frozenset[int]:
         return frozenset(self.tokenizer.get_added_tokens_decoder())
 
-    def _encode(self, prompt: str, written: str, num_image_tokens: int) -> list[int]:
-        """Ids of a template that holds the user's words `written`, after the checks."""
+    def _encode(self, prompt: str, written: str, what: str, num_image_tokens: int) -> list[int]:
+        """Ids of a template that holds the user's words `written`, after the checks; `what` they
+        are, for the sentence of an error."""
         # The user's words: some, in UTF-8, none of them a control token.
         words = written.split()
         quoted = repr(" ".join(words[:6])[:60] + (" ..." if len(words) > 6 else ""))
-        require(bool(words), "The prompt is empty; write what the image should show.")
+        require(bool(words), f"The {what} is empty; write {WISHES[what]}.")
         surrogates = not written.isascii() and any("\ud800" <= c <= "\udfff" for c in written)
-        require(not surrogates, f"The prompt {quoted} is not UTF-8 text; save it as UTF-8.")
+        require(not surrogates, f"The {what} {quoted} is not UTF-8 text; save it as UTF-8.")
         if controls := [id_ for id_ in self.ids(written) if id_ in self._controls]:
             token = self.tokenizer.id_to_token(controls[0])
-            raise InputError(f"The prompt {quoted} contains the control token {token}; remove it.")
+            raise InputError(f"The {what} {quoted} contains the control token {token}; remove it.")
         # The template, which must fit.
         ids = self.ids(prompt)
         size, limit = len(ids) - num_image_tokens, self.max_prompt_tokens
         many = f"{size} tokens with its template, more than the {limit} allowed; shorten it."
-        require(size <= limit, f"The prompt {quoted} has {many}")
+        require(size <= limit, f"The {what} {quoted} has {many}")
         return ids

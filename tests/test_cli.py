@@ -139,6 +139,31 @@ def test_bad_input_is_one_sentence_exit_2_and_nothing_left(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("file", "contents", "sentence"),
+    [
+        (
+            "a.txt",
+            "a cat\n\n" + "cat " * 400,
+            "a.txt line 3: The prompt 'cat cat cat cat cat cat ...",
+        ),
+        ("a.jsonl", '{"prompt": "a cat"}\n{"prompt": ""}', "a.jsonl line 2: The prompt is empty"),
+        ("a.csv", 'prompt\n"a\ncat"\na <S0>', "a.csv line 4: The prompt 'a <S0>' contains the"),
+    ],
+)
+def test_a_bad_prompt_is_named_before_anything_is_loaded(
+    file, contents, sentence, capsys, tmp_path, monkeypatch
+):
+    def load_for(_):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("blip3o_jax.jobs.generate.load_for", load_for)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / file).write_text(contents)
+    assert sentence in fails(["generate", "--prompts", file, "--out", "made"], capsys)
+    assert [path.name for path in tmp_path.iterdir()] == [file]
+
+
 def test_an_output_of_others_is_never_replaced(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "made").mkdir()

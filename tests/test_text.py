@@ -228,7 +228,7 @@ def test_edit_rows(text):
 def test_an_empty_prompt_is_refused(text, caption):
     with pytest.raises(InputError, match="prompt is empty"):
         text.encode_prompt(caption)
-    with pytest.raises(InputError, match="prompt is empty"):
+    with pytest.raises(InputError, match="instruction is empty; write what to change"):
         text.encode_edit(caption, np.zeros((1, 4), int))
 
 
@@ -243,6 +243,8 @@ def test_a_long_prompt_is_refused_with_both_numbers(text):
         short.encode_prompt("one two three four one two three four")
     # the source image of an edit does not count
     assert len(short.encode_edit("make it", np.zeros((1, 64), int))) > 64
+    with pytest.raises(InputError, match=r"The instruction 'a a .* with its template, more than"):
+        short.encode_edit("a " * 30, np.zeros((1, 64), int))
 
 
 @pytest.mark.parametrize(

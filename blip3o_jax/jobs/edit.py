@@ -99,9 +99,11 @@ def check(path: str, out: str) -> dict[str, str]:
 def run(args: argparse.Namespace) -> None:
     """Writes OUT/NUMBER-INDEX-words.png and OUT/manifest.jsonl, or one image as OUT.png; with
     --then NUMBER-INDEX-TURN-words.png."""
+    import numpy as np
+
     from blip3o_jax import checkpoints
 
-    # All of the command line, and every image, is checked before anything is loaded.
+    # The command line, every instruction and every image are checked before weights are loaded.
     one_way = bool(args.words) != bool(args.edits)
     require(one_way, "Give an image and an instruction, or --edits FILE, one of the two.")
     if args.words:
@@ -109,20 +111,23 @@ def run(args: argparse.Namespace) -> None:
         require(len(args.words) > 1, missing)
     *paths, last = args.words or [""]
     rows = read_edits(args.edits) if args.edits else [Row("edit", paths, last)]
-    wishes = [(row.where, row.instruction) for row in rows]
-    for where, text in [*wishes, *(("--then", text) for text in args.then)]:
-        require(bool(text.strip()), f"{where}: the instruction is empty; write what to change.")
     require(args.num_images >= 1, f"--num-images is at least 1, not {args.num_images}.")
     levels = args.keep_unchanged
     require(levels is None or levels >= 0, f"--keep-unchanged is at least 0, not {levels}.")
     require(levels is not None or not args.mask, "--mask needs --keep-unchanged.")
     settings = settings_of(args, EditSettings)
+    # Each row, by the checkpoint's small files; of its codes only the number counts here.
     config, origins = checkpoints.config_of(args.checkpoint), []
     config.check_sources(1)
+    text, codes = checkpoints.text_of(args.checkpoint), np.zeros((1, config.ta_tok.num_tokens), int)
     for row in rows:
         with about(row.where):
             config.check_sources(len(row.paths))
+            text.encode_edit(row.instruction, codes.repeat(len(row.paths), axis=0))
             origins.append([check(path, args.out) for path in row.paths])
+    for instruction in args.then:
+        with about("--then"):
+            text.encode_edit(instruction, codes)
     turns = 1 + len(args.then)
     images, instructions = [row.paths for row in rows], [row.instruction for row in rows]
 

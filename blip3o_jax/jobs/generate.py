@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from blip3o_jax.errors import InputError, require
+from blip3o_jax.errors import InputError, about, require
 from blip3o_jax.jobs.options import model_options, option, settings_of
 from blip3o_jax.jobs.output import new_file, new_folder
 
@@ -49,26 +49,27 @@ def read_lines(path: str, what: str) -> list[str]:
         raise InputError(f"The {what} file {path} cannot be read: {reason}.") from error
 
 
-def read_prompts(path: str) -> list[str]:
-    """Prompts of a .txt (non-blank lines), .jsonl or .csv file (field or column `prompt`)."""
+def read_prompts(path: str) -> dict[str, str]:
+    """Prompts, by where each stands, of a .txt (non-blank lines), .jsonl or .csv file (field or
+    column `prompt`)."""
     lines, kind = read_lines(path, "prompts"), pathlib.Path(path).suffix
+    numbered = {f"{path} line {n}": line for n, line in enumerate(lines, 1) if line.strip()}
     # The format by the file's name.
     if kind == ".txt":
-        prompts = [line.strip() for line in lines if line.strip()]
+        prompts = {where: line.strip() for where, line in numbered.items()}
     elif kind == ".jsonl":
-        prompts = [_json_prompt(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
+        prompts = {where: _json_prompt(where, line) for where, line in numbered.items()}
     elif kind == ".csv":
         rows = csv.DictReader(lines)
         require("prompt" in (rows.fieldnames or ()), f"{path} has no column `prompt`.")
-        prompts = [row["prompt"] or "" for row in rows]
+        prompts = {f"{path} line {rows.line_num}": row["prompt"] or "" for row in rows}
     else:
         raise InputError(f"{path}: a prompts file ends in .txt, .jsonl or .csv.")
     require(bool(prompts), f"{path} contains no prompts.")
     return prompts
 
 
-def _json_prompt(path: str, number: int, line: str) -> str:
-    where = f"{path} line {number}"
+def _json_prompt(where: str, line: str) -> str:
     try:
         prompt = json.loads(line)["prompt"]
     except (ValueError, KeyError, TypeError) as error:
@@ -110,15 +111,19 @@ def file_name(text: str, number: int, *more: int) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Writes OUT/NUMBER-INDEX-words.png and OUT/manifest.jsonl, or one image as OUT.png."""
-    # All of the command line is checked before anything is loaded.
+    from blip3o_jax import checkpoints
+
+    # All of the command line, and every prompt, is checked before any weights are loaded.
     one_way = bool(args.prompt) != bool(args.prompts)
     require(one_way, "Give prompts as arguments or --prompts FILE, one of the two.")
-    prompts = args.prompt or read_prompts(args.prompts)
-    for number, prompt in enumerate(prompts, 1):
-        empty = f"Prompt {number} is empty; write what the image should show."
-        require(bool(prompt.strip()), empty)
+    named = {f"Prompt {number}": prompt for number, prompt in enumerate(args.prompt, 1)}
+    named = named or read_prompts(args.prompts)
     require(args.num_images >= 1, f"--num-images is at least 1, not {args.num_images}.")
-    settings = settings_of(args)
+    settings, text = settings_of(args), checkpoints.text_of(args.checkpoint)
+    for where, prompt in named.items():
+        with about(where):
+            text.encode_prompt(prompt)
+    prompts = list(named.values())
 
     def result(number: int, sample: Sample) -> Result:
         name = file_name(sample.prompt, number // args.num_images, sample.index)

@@ -20,6 +20,7 @@ from blip3o_jax.cli import main
 from blip3o_jax.config import replace
 from blip3o_jax.convert.random_weights import random_checkpoint
 from blip3o_jax.errors import InputError
+from blip3o_jax.pictures import array
 from blip3o_jax.presets import preset
 from blip3o_jax.resources import ASSETS
 from blip3o_jax.sample.settings import EditSettings, Settings
@@ -168,6 +169,41 @@ def test_images_of_any_kind_are_edited_alike(pipeline):
         assert image.tobytes() == expected.tobytes()
 
 
+def test_one_pipeline_that_generates_and_edits_compiles_its_decoder_once(pipeline):
+    pipeline.generate("a cat", **QUICK)
+    pipeline.edit("a.png", "make it blue", keep_unchanged=9.0, **QUICK)
+    functions = (pipeline._run, pipeline._edit, pipeline._round_trip)
+    pictures = {function.args[0].pictures for function in functions}
+    assert [program._cache_size() for program in pictures] == [1]
+
+
+def test_the_command_edits_a_photograph_as_it_is_shown(channels, tmp_path):
+    """Upright, of its turned size; without colour, with a palette, on white."""
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    image = Image.open("a.png")
+    files = {
+        "turned.png": (image, {"exif": exif}),
+        "cmyk.jpg": (image.convert("CMYK"), {}),
+        "palette.png": (image.convert("P"), {"transparency": 0}),
+        "half.png": (image.convert("LA"), {}),
+        "bit.png": (image.convert("1"), {}),
+    }
+    for name, (stored, options) in files.items():
+        stored.save(name, **options)
+    lines = [json.dumps({"image": name, "instruction": "blue"}) for name in files]
+    (tmp_path / "kinds.jsonl").write_text("\n".join(lines))
+    argv = ["edit", "--edits", "kinds.jsonl", "--keep-unchanged", "256", "--checkpoint", channels]
+    assert main([*argv, *FLAGS, "--out", "made"]) == 0
+    # With everything unchanged the result is the source.
+    for number, name in enumerate(files):
+        result = Image.open(tmp_path / f"made/{number:05d}-0-blue.png")
+        assert result.size == ((20, 30) if name == "turned.png" else (30, 20))
+        np.testing.assert_array_equal(np.asarray(result), array(name))
+    turned = np.asarray(Image.open("made/00000-0-blue.png"))
+    np.testing.assert_array_equal(turned, np.rot90(np.asarray(image)))
+
+
 def test_the_command_writes_what_python_gives_with_its_origin(pipeline, channels, capsys):
     argv = ["edit", "a.png", "make it blue", "--seed", "3", *FLAGS, "--checkpoint", channels]
     argv += ["--keep-unchanged", "9", "--mask", "--image-guidance-scale", "1.5"]
@@ -225,6 +261,9 @@ def test_scales_become_no_more_guidance_than_they_need():
         assert options.keys() == asdict(Settings()).keys()
 
 
+LONG = "make the heart blue and " * 40
+
+
 def spoilt(tmp_path):
     """Files that cannot be edited."""
     whole = (tmp_path / "a.png").read_bytes()
@@ -236,7 +275,10 @@ def spoilt(tmp_path):
     header[16:24] = (60000).to_bytes(4, "big") * 2
     header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
     (tmp_path / "bomb.png").write_bytes(header)
+    frames = [Image.fromarray(picture(16, 16, seed)) for seed in range(3)]
+    frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:])
     Image.new("L", (8200, 1)).save(tmp_path / "long.png")
+    (tmp_path / "nothing.png").touch()
     rows = ['{"image": "a.png", "instruction": "x"}']
     for name, line in {
         "no_image": '{"instruction": "x"}',
@@ -246,6 +288,8 @@ def spoilt(tmp_path):
         "empty": '{"image": "a.png", "instruction": " "}',
         "number": '{"image": 3, "instruction": "x"}',
         "gone": '{"image": "c.png", "instruction": "x"}',
+        "long_text": json.dumps({"image": "a.png", "instruction": LONG}),
+        "control": '{"image": "a.png", "instruction": "x <S0>"}',
         "several": '{"image": ["a.png", "b.png"], "instruction": "x"}',
     }.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join([*rows, line]))
@@ -257,11 +301,18 @@ def spoilt(tmp_path):
         ([], "Give an image and an instruction"),
         (["a.png"], "Give an image and an instruction, not 'a.png' alone."),
         (["a.png", "x", "--edits", "empty.jsonl"], "one of the two"),
-        (["a.png", " "], "edit: the instruction is empty; write what to change."),
-        (["a.png", "x", "--then", ""], "--then: the instruction is empty"),
+        (["a.png", " "], "edit: The instruction is empty; write what to change."),
+        (["a.png", "x", "--then", ""], "--then: The instruction is empty"),
+        (["a.png", LONG], "edit: The instruction 'make the heart blue and make ...' has"),
+        (["a.png", "x", "--then", "y", "--then", LONG], "--then: The instruction 'make"),
+        (["--edits", "long_text.jsonl"], "long_text.jsonl line 2: The instruction 'make the"),
+        (["--edits", "control.jsonl"], "control.jsonl line 2: The instruction 'x <S0>' contains"),
         (["c.png", "x"], "c.png cannot be read: No such file or directory."),
         (["cut.png", "x"], "cut.png cannot be used: it is truncated."),
         (["text.png", "x"], "text.png cannot be used: its format is unknown."),
+        (["nothing.png", "x"], "nothing.png cannot be used: it is empty."),
+        ([".", "x"], "The picture . cannot be read: Is a directory."),
+        (["moving.webp", "x"], "moving.webp cannot be used: it is animated (3 frames)."),
         (["moving.gif", "x"], "moving.gif cannot be used: it is animated (3 frames)."),
         (["bomb.png", "x"], "bomb.png cannot be used: it has more than 67,108,864 pixels."),
         (["long.png", "x"], "long.png: The picture is 8200 x 1 pixels, more than 8192"),
@@ -270,7 +321,7 @@ def spoilt(tmp_path):
         (["--edits", "no_text.jsonl"], "no_text.jsonl line 2 has no field `instruction`."),
         (["--edits", "no_json.jsonl"], "no_json.jsonl line 2 is not JSON."),
         (["--edits", "no_object.jsonl"], "no_object.jsonl line 2 is not a JSON object."),
-        (["--edits", "empty.jsonl"], "empty.jsonl line 2: the instruction is empty"),
+        (["--edits", "empty.jsonl"], "empty.jsonl line 2: The instruction is empty"),
         (["--edits", "number.jsonl"], "number.jsonl line 2: `image` is not a path"),
         (["--edits", "gone.jsonl"], "gone.jsonl line 2: The picture c.png cannot be read"),
         (["--edits", "several.jsonl"], "several.jsonl line 2: 2 source images"),
