@@ -25,7 +25,7 @@ from blip3o_jax.pictures import Picture, array
 from blip3o_jax.sample import generate, programs
 from blip3o_jax.sample.condition import guidance
 from blip3o_jax.sample.settings import EditSettings, Settings
-from blip3o_jax.text import Text, left_pad, load_tokenizer
+from blip3o_jax.text import Text, left_pad
 
 __getattr__ = functools.partial(refuse, "pipeline")
 
@@ -75,9 +75,11 @@ class Pipeline:
         divides = batch_size % batch_shards(mesh) == 0
         require(divides, f"batch_size {batch_size} does not divide by {shards}.")
         self._place = jax.NamedSharding(mesh, BATCH)
-        self._run = programs.text_to_image(model, out_shardings=self._place)
-        self._edit = programs.edit(model, out_shardings=self._place)
-        self._round_trip = programs.round_trip(model, out_shardings=self._place)
+        compiled = programs.programs(model, out_shardings=self._place)
+        self._run, self._edit, self._round_trip = (
+            functools.partial(function, compiled)
+            for function in (programs.text_to_image, programs.edit, programs.round_trip)
+        )
 
     def samples(
         self,
@@ -286,9 +288,9 @@ def load(
     checkpoint = checkpoints.open(name).padded(mesh.shape["tensor"])
     config, shards = checkpoint.config, batch_shards(mesh)
     params = checkpoint.load(dtype=dtype, shardings=lambda tree: shardings(tree, mesh))
-    text = Text(load_tokenizer(checkpoint.tokenizer), config.vocab, config.max_prompt_tokens)
     # The batch fills the mesh; a CPU gains nothing from a large one.
     each = math.ceil(CPU_BATCH / shards) if on_cpu() else 8
     batch_size = batch_size or each * shards
     model = Blip3o(config, dtype=jnp.dtype(dtype))
+    text = checkpoints.text_of(name)
     return Pipeline(model, params, text, mesh, checkpoint.identity, batch_size)

@@ -22,7 +22,7 @@ def ceilings(
     them, "true_tokens" gives the diffusion part the tokens of the true picture."""
     model, params = pipeline.model, pipeline.params
     read = jit(functools.partial(generate.read_tokens, model), model.config)
-    _, draw = programs.programs(model)
+    draw = programs.programs(model).draw
     steps = ("num_inference_steps", "guidance_scale", "shift")
     options = {name: getattr(settings, name) for name in steps}
     # Rows of token ids with the codes open, and the number of each picture's noise.

@@ -1,6 +1,7 @@
 """The run that GRPO gives to the training loop: a batch is a rollout, drawn by the present weights
 and rewarded on the host."""
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -42,7 +43,7 @@ def reinforced(
     """
     mesh, model = make_mesh(cfg.mesh), start.build_model(cfg)
     group = cfg.grpo.num_generations
-    draw = programs.text_to_image(model)
+    draw = functools.partial(programs.text_to_image, programs.programs(model))
     show = asdict(Settings(num_inference_steps=20))
     # Drawn from the whole distribution, as the loss sees it.
     names = ("num_inference_steps", "temperature", "guidance_scale")

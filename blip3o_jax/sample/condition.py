@@ -79,22 +79,33 @@ def build(
     A dropped source is zeros: behind its connector, and as latents. A sample that never had one is
     computed as text to image, whatever the others have.
     """
+    condition = condition_tokens(model, params, hidden, sources, source_dropped)
+    return condition.replace(**reference(model, sources, source_dropped))
+
+
+def condition_tokens(
+    model: Blip3o,
+    params: Params,
+    hidden: Array,
+    sources: Sources | None,
+    source_dropped: Array | None,
+) -> Condition:
+    """The tokens of `build`, with which of them exist."""
     tokens = model.apply(params, "diffusion_connector", hidden)
-    condition = Condition(tokens)
-    if sources is None:
-        return condition
-    keep = sources.exists
-    if source_dropped is not None:
-        keep = keep & ~source_dropped[:, None]
-    if model.config.reference_tokens:
-        extra, exist = reference_tokens(model, params, sources, keep)
-        own = jnp.ones(tokens.shape[:2], bool)
-        condition = Condition(
-            tokens=jnp.concatenate([tokens, extra.astype(tokens.dtype)], axis=1),
-            mask=jnp.concatenate([own, exist], axis=1),
-            num_reference=extra.shape[1],
-        )
-    return condition.replace(**reference(model, sources, keep))
+    if sources is None or not model.config.reference_tokens:
+        return Condition(tokens)
+    extra, exist = reference_tokens(model, params, sources, _kept(sources, source_dropped))
+    own = jnp.ones(tokens.shape[:2], bool)
+    return Condition(
+        tokens=jnp.concatenate([tokens, extra.astype(tokens.dtype)], axis=1),
+        mask=jnp.concatenate([own, exist], axis=1),
+        num_reference=extra.shape[1],
+    )
+
+
+def _kept(sources: Sources, dropped: Array | None) -> Array:
+    """The sources [B,N] that are there and not `dropped` [B]."""
+    return sources.exists if dropped is None else sources.exists & ~dropped[:, None]
 
 
 def reference_tokens(
@@ -110,10 +121,12 @@ def reference_tokens(
     return tokens, jnp.repeat(sources.exists, pixels, axis=1)
 
 
-def reference(model: Blip3o, sources: Sources, keep: Array) -> dict[str, Array]:
-    """The fields of Condition that hold a source's latents, of those to `keep` [B,N]."""
-    if not model.config.use_und_image_vae_as_noise | model.config.use_und_image_vae_as_channels:
+def reference(model: Blip3o, sources: Sources | None, dropped: Array | None) -> dict[str, Array]:
+    """The fields of Condition that hold the latents of sources, zeros for rows `dropped` [B]."""
+    beside = model.config.use_und_image_vae_as_noise | model.config.use_und_image_vae_as_channels
+    if sources is None or not beside:
         return {}
+    keep = _kept(sources, dropped)
     latents = jnp.where(keep[:, :1, None, None], sources.latents[:, 0], 0)
     if model.config.use_und_image_vae_as_channels:
         return {"reference": latents}
@@ -152,7 +165,10 @@ def velocity_function(
     Connectors, caption projection and the keys and values of the cross-attentions are computed
     here, once. The nulls' hidden states are zeros, before the connector: equal tokens, from which a
     cross-attention makes the same for every pixel unless they have positions or others beside them.
+    ValueError for a null that keeps the source where there is none.
     """
+    if sources is None and "source" in nulls and model.config.reads_source_latents:
+        raise ValueError("guidance by the source image needs `sources`")
     batch, rows = len(hidden), len(nulls) + 1
     uniform = nulls and not model.config.sana.condition_positions
     if sources is not None:
@@ -160,15 +176,13 @@ def velocity_function(
         sources = Sources(*(jnp.repeat(x, rows, axis=0) for x in (sources.latents, sources.exists)))
         uniform = uniform and not model.config.reference_tokens
     zeros = jnp.zeros_like(hidden)
-    states = hidden if uniform else flow.alternating(*[zeros] * len(nulls), hidden)
-    dropped = jnp.tile(jnp.array([null != "source" for null in nulls] + [False]), batch)
 
     # Of uniform nulls the tokens are left out, but not their references.
-    condition = build(model, params, states, None if uniform else sources, dropped)
-    if sources is not None:
-        is_reference_dropped = [null == "nothing" for null in nulls] + [False]
-        keep = sources.exists & ~jnp.tile(jnp.array(is_reference_dropped), batch)[:, None]
-        condition = condition.replace(**reference(model, sources, keep))
+    states = hidden if uniform else flow.alternating(*[zeros] * len(nulls), hidden)
+    tokens_dropped = jnp.tile(jnp.array([null != "source" for null in nulls] + [False]), batch)
+    condition = condition_tokens(model, params, states, sources, tokens_dropped)
+    reference_dropped = jnp.tile(jnp.array([null == "nothing" for null in nulls] + [False]), batch)
+    condition = condition.replace(**reference(model, sources, reference_dropped))
     without = None
     if uniform:
         token = model.apply(params, "diffusion_connector", zeros[:1, :1])

@@ -7,6 +7,7 @@ first picture of each of several devices wrong in half of all runs.
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,85 +18,84 @@ from blip3o_jax.models.blip3o import Blip3o, Params
 from blip3o_jax.sample import generate
 from blip3o_jax.sample.condition import Sources
 
+DECODING = ("top_k", "top_p", "temperature")  # settings of `write_tokens`; the others are of `draw`
 
-def programs(
-    model: Blip3o, out_shardings: jax.sharding.Sharding | None = None
-) -> tuple[Callable, Callable]:
-    """(write, draw): `generate.write_tokens`; and `generate.draw_latents`, then
-    `generate.pictures`: (images, latents), the images placed by `out_shardings`."""
-    write = _program(model, generate.write_tokens, static_argnames="top_k")
-    draw_latents = _program(model, generate.draw_latents, static_argnames="num_inference_steps")
-    pictures = _program(model, generate.pictures, out_shardings=out_shardings)
+
+@dataclass(frozen=True)
+class Programs:
+    """One model's functions of `generate` of the same names, each compiled when it is first called,
+    and once for all who share them."""
+
+    write_tokens: Callable
+    encode_latents: Callable
+    encode_sources: Callable
+    draw_latents: Callable
+    pictures: Callable
 
     def draw(
+        self,
         params: Params,
         hidden: Array,
         key_numbers: Array,
         sources: Sources | None = None,
         **settings: Any,
     ) -> tuple[Array, Array]:
-        latents = draw_latents(params, hidden, key_numbers, sources, **settings)
-        return pictures(params, latents), latents
+        """`draw_latents`, then `pictures`: (images, latents)."""
+        latents = self.draw_latents(params, hidden, key_numbers, sources, **settings)
+        return self.pictures(params, latents), latents
 
-    return write, draw
 
+def programs(model: Blip3o, out_shardings: jax.sharding.Sharding | None = None) -> Programs:
+    """The programs of a model, whose images are placed by `out_shardings`."""
 
-def _program(model: Blip3o, function: Callable, **options) -> Callable:
-    return jit(functools.partial(function, model), model.config, **options)
+    def program(function: Callable, **options: Any) -> Callable:
+        return jit(functools.partial(function, model), model.config, **options)
+
+    return Programs(
+        write_tokens=program(generate.write_tokens, static_argnames="top_k"),
+        encode_latents=program(generate.encode_latents),
+        encode_sources=program(generate.encode_sources),
+        draw_latents=program(generate.draw_latents, static_argnames="num_inference_steps"),
+        pictures=program(generate.pictures, out_shardings=out_shardings),
+    )
 
 
 def text_to_image(
-    model: Blip3o, out_shardings: jax.sharding.Sharding | None = None
-) -> Callable[..., dict[str, Array]]:
-    """A function of (params, prompt, valid, key_numbers), and the fields of `Settings` as keywords
-    -> {"images" uint8 [B,H,W,3], "tokens", "logprobs"}, see `generate.write_tokens`."""
-    write, draw = programs(model, out_shardings)
-
-    def sample(params, prompt, valid, key_numbers, *, top_k, top_p, temperature, **settings):
-        decoding = {"top_k": top_k, "top_p": top_p, "temperature": temperature}
-        written = write(params, prompt, valid, key_numbers, **decoding)
-        images, _ = draw(params, written.pop("hidden"), key_numbers, **settings)
-        return {"images": images, **written}
-
-    return sample
+    run: Programs, params: Params, prompt: Array, valid: Array, key_numbers: Array, **settings: Any
+) -> dict[str, Array]:
+    """Images of prompts, with the fields of `Settings` as keywords -> {"images" uint8 [B,H,W,3],
+    "tokens", "logprobs"}, see `generate.write_tokens`."""
+    decoding = {name: settings.pop(name) for name in DECODING}
+    written = run.write_tokens(params, prompt, valid, key_numbers, **decoding)
+    images, _ = run.draw(params, written.pop("hidden"), key_numbers, **settings)
+    return {"images": images, **written}
 
 
 def edit(
-    model: Blip3o, out_shardings: jax.sharding.Sharding | None = None
-) -> Callable[..., dict[str, Array]]:
-    """A function of (params, prompt, valid, key_numbers, images uint8 [B,N,H,W,3], exists [B,N]),
-    and keywords as `text_to_image` takes them, `guidance_scale` being a `condition.Guidance`.
+    run: Programs,
+    params: Params,
+    prompt: Array,
+    valid: Array,
+    key_numbers: Array,
+    images: Array,
+    exists: Array,
+    latents: Array | None = None,
+    **settings: Any,
+) -> dict[str, Array]:
+    """Edits of images uint8 [B,N,H,W,3], which exist [B,N], with keywords as `text_to_image` takes
+    them, `guidance_scale` being a `condition.Guidance`.
 
     The prompts hold image tokens where those of the source images go. `latents` [B,N,Y,X,C], if
     given, are the sources' own, of an edit before, so that they are not encoded again. Returns what
     `text_to_image` does, and the "latents" [B,Y,X,C] of the result.
     """
-    write, draw = programs(model, out_shardings)
-    encode = _program(model, generate.encode_sources)
-
-    def sample(
-        params: Params,
-        prompt: Array,
-        valid: Array,
-        key_numbers: Array,
-        images: Array,
-        exists: Array,
-        latents: Array | None = None,
-        **settings: Any,
-    ) -> dict[str, Array]:
-        codes, sources = encode(params, images, exists, latents)
-        decoding = {name: settings.pop(name) for name in ("top_k", "top_p", "temperature")}
-        written = write(params, prompt, valid, key_numbers, codes, **decoding)
-        images, latents = draw(params, written.pop("hidden"), key_numbers, sources, **settings)
-        return {"images": images, "latents": latents, **written}
-
-    return sample
+    codes, sources = run.encode_sources(params, images, exists, latents)
+    decoding = {name: settings.pop(name) for name in DECODING}
+    written = run.write_tokens(params, prompt, valid, key_numbers, codes, **decoding)
+    images, latents = run.draw(params, written.pop("hidden"), key_numbers, sources, **settings)
+    return {"images": images, "latents": latents, **written}
 
 
-def round_trip(
-    model: Blip3o, out_shardings: jax.sharding.Sharding | None = None
-) -> Callable[[Params, Array], Array]:
-    """A function of (params, images uint8 [B,H,W,3]) -> what the autoencoder makes of them."""
-    encode = _program(model, generate.encode_latents)
-    pictures = _program(model, generate.pictures, out_shardings=out_shardings)
-    return lambda params, images: pictures(params, encode(params, images))
+def round_trip(run: Programs, params: Params, images: Array) -> Array:
+    """What the autoencoder makes of images uint8 [B,H,W,3]."""
+    return run.pictures(params, run.encode_latents(params, images))

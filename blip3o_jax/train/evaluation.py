@@ -70,9 +70,9 @@ def joint(model: Blip3o, cfg: sections.JointConfig, mesh: Mesh) -> Evaluate:
     sources."""
     measure = _measured(losses.joint_loss, model, cfg, mesh)
     encode = _everywhere(functools.partial(losses.encode_sources, model), mesh)
-    write, draw = programs.programs(model, NamedSharding(mesh, PartitionSpec()))
+    compiled = programs.programs(model, NamedSharding(mesh, PartitionSpec()))
     settings = asdict(Settings(num_inference_steps=20))
-    decoding = {name: settings.pop(name) for name in ("top_k", "top_p", "temperature")}
+    decoding = {name: settings.pop(name) for name in programs.DECODING}
     config, pad = model.config, model.config.vocab.pad_token_id
     length = config.max_prompt_tokens + config.max_sources * config.ta_tok.num_tokens
 
@@ -83,8 +83,8 @@ def joint(model: Blip3o, cfg: sections.JointConfig, mesh: Mesh) -> Evaluate:
         numbers = np.stack([np.array([0, 0, i], np.uint32) for i in range(len(prompts))])
         *inputs, keys = put_replicated((*left_pad(prompts, length, pad), numbers), mesh)
         codes, sources = encode(params, shown)
-        hidden = write(params, *inputs, keys, codes, **decoding)["hidden"]
-        images = np.asarray(draw(params, hidden, keys, sources, **settings)[0])
+        hidden = compiled.write_tokens(params, *inputs, keys, codes, **decoding)["hidden"]
+        images = np.asarray(compiled.draw(params, hidden, keys, sources, **settings)[0])
         return measure(params, batch), contact_sheet(images, SHEET_COLUMNS)
 
     return evaluate

@@ -119,6 +119,14 @@ def test_guidance_takes_no_more_forwards_than_its_scales_need(scales, nulls, num
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+def test_guidance_by_a_source_needs_one():
+    model, params, hidden, _, noise = small("channels", positions=True)
+    for image in (1.0, 1.5):
+        guidance = condition.guidance(2.0, image=image)
+        with pytest.raises(ValueError, match="guidance by the source image needs `sources`"):
+            generate.denoise(model, params, hidden, noise, STEPS, guidance, 1.0)
+
+
 def test_renormalisation_shortens_to_the_conditional_norm():
     given = jnp.ones((2, 1, 1, 2))
     rows = jnp.stack([-given, given], axis=1)
