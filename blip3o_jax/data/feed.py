@@ -42,12 +42,18 @@ def open_sources(data: DataConfig, model: Blip3oConfig) -> list[Source]:
     opener = partial(open_cached, data.cache) if data.cache else open_source
     sources = [opener(spec) for spec in data.sources]
     for spec, source in zip(data.sources, sources, strict=True):
-        count, limit = 0 if data.cache else len(first_record(source).inputs), model.max_sources
+        count, limit = _num_sources(first_record(source)), model.max_sources
         holds = f"data.sources: {spec.path!r} holds edits of {count} source images"
         require(count <= limit, f"{holds}, and the model takes {limit} (model.max_sources).")
     if sources:
         HeldOut(sources[0], data.heldout)  # raises where the first is too small
     return sources
+
+
+def _num_sources(record: Record | dict) -> int:
+    """Source images of a Record or of a cache's dict."""
+    cached = isinstance(record, dict)
+    return len(record.get("source_codes", ()) if cached else record.inputs)
 
 
 @dataclasses.dataclass
@@ -94,7 +100,9 @@ class Feed:
         require(fits, f"data.row_length {self.length} {too_short}")
         takes, asks = self.model.max_sources > 0, self.data.edits > 0
         require(takes or not asks, "data.edits needs a model that takes some: model.max_sources.")
-        self.has_sources = self.rows == "captions" and takes and bool(asks or self.sources)
+        # Where nothing is an edit, batches hold no sources, which every step would encode.
+        edits = asks or any(_num_sources(first_record(source)) for source in self.sources)
+        self.has_sources = self.rows == "captions" and takes and edits
 
     def train(self, step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """This host's rows of batch `step`, `step + 1`, ... without end, in a new order every
@@ -198,9 +206,12 @@ class Feed:
         # The caption: shortened, or the record dropped, when its prompt is too long.
         cached, text = isinstance(record, dict), self.tokenizer
         caption = record["caption"] if cached else record.caption
-        count = len(record.get("source_codes", ())) if cached else len(record.inputs)
+        count = _num_sources(record)
         if count > (limit := self.model.max_sources):
             raise RecordError(f"it has {count} source images, and the model takes {limit}")
+        key, alone = record["key"] if cached else record.key, "a source of their own"
+        mixed = f"{key} is an edit, and the first record of every source is none; put edits in"
+        require(not count or self.has_sources, f"{mixed} {alone}.")
         if prompt_length(text, caption, count) > text.max_prompt_tokens:
             if self.data.long_captions == "drop":
                 return self.tally.add(dropped=1)
