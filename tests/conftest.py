@@ -19,6 +19,7 @@ os.environ["XLA_FLAGS"] = (
 SLOWEST = (
     "plan/test_plan_tpu.py",
     "train/test_processes.py",
+    "parity/test_edit_chain.py",
     "parity/test_chain.py",
     "train/test_loop.py",
     "bench/test_bench.py",
