@@ -184,13 +184,17 @@ def _connector(cfg: Blip3oConfig, inputs: int, outputs: int) -> nn.Sequential:
 
 
 def _add_positions(cfg: Blip3oConfig):
-    """Our one addition to SANA: the encoded condition's tokens after the first lie on a grid."""
+    """Our one addition to SANA: the encoded condition's tokens after the first lie on a grid, as do
+    the latents of each source image behind them."""
+    own, side = cfg.num_condition_tokens, cfg.sana.sample_size
+
+    def places(size: int) -> np.ndarray:
+        return np.asarray(grid_positions(cfg.sana, size, size), np.float32).reshape(size**2, -1)
 
     def hook(module, inputs, encoded):
-        grid = math.isqrt(encoded.shape[1] - 1)
-        places = np.asarray(grid_positions(cfg.sana, grid, grid), np.float32)
-        places = np.pad(places.reshape(grid * grid, -1), ((1, 0), (0, 0)))
-        return encoded + torch.from_numpy(places).to(encoded.dtype)
+        sources = [places(side)] * ((encoded.shape[1] - own) // side**2)
+        tokens = np.pad(places(math.isqrt(own - 1)), ((1, 0), (0, 0)))
+        return encoded + torch.from_numpy(np.concatenate([tokens, *sources])).to(encoded.dtype)
 
     return hook
 

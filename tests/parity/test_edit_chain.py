@@ -19,7 +19,7 @@ from blip3o_jax.convert.rules import to_torch
 from blip3o_jax.models.blip3o import EDITING_PARTS, Blip3o
 from blip3o_jax.pixels import to_unit, tokenizer_view
 from blip3o_jax.presets import preset
-from blip3o_jax.sample import condition, generate
+from blip3o_jax.sample import condition, flow, generate
 from blip3o_jax.text import left_pad, targets
 from blip3o_jax.train import losses
 from blip3o_jax.train.config import JointConfig
@@ -30,9 +30,11 @@ pytest.importorskip("diffusers")
 STEPS, ROWS = 4, 4
 TOKENS = {"use_und_image_vae": True}
 NOISE = {"use_und_image_vae_as_noise": True}
+POSITIONS = {"sana.condition_positions": True, "sana.interpolation_scale": 2.0}
 VARIANTS = {
     "ids": {"max_sources": 2},
     "tokens": TOKENS | {"max_sources": 2},
+    "positions": TOKENS | {"max_sources": 2} | POSITIONS,
     "noise": NOISE,
     "both": TOKENS | NOISE,
     "only_noise": TOKENS | NOISE | {"only_use_und_image_vae_as_noise": True},
@@ -199,6 +201,21 @@ def test_guidance_and_pixels(case):
     close(latents, last(expected))
     pixels = case.program(generate.pixels)(case.params, latents)
     close(pixels, last(pipeline.decode(case.ref, expected)))
+
+
+def test_renormalised_guidance():
+    """BAGEL's formula, global, of each sample by itself."""
+    rng = np.random.default_rng(3)
+    rows = rng.standard_normal((3, 3, 4, 4, 2)).astype(np.float32)
+    rows[2, 0] *= 30  # a sample that is longer than the others, and shortened most
+    for least in (0.0, 0.4, 0.8):
+        ours = flow.guided(jnp.asarray(rows), (1.5, 4.0), least)
+        for sample, result in zip(torch.from_numpy(rows), ours, strict=True):
+            nothing, source, whole = sample
+            guided = nothing + 1.5 * (source - nothing) + 4.0 * (whole - source)
+            scale = (torch.norm(whole) / (torch.norm(guided) + 1e-8)).clamp(min=least, max=1.0)
+            close(result, guided * scale)
+            assert scale < 1
 
 
 def test_the_originals_guidance(case):
