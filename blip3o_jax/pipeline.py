@@ -111,30 +111,32 @@ class Pipeline:
     def edits(
         self,
         images: Sequence[Picture | list[Picture]],
-        instructions: list[str],
+        turns: list[list[str]],
         seed: int = 0,
         num_images: int = 1,
         settings: EditSettings | None = None,
-        then: Sequence[str] = (),
         keep_unchanged: float | None = None,
     ) -> Iterator[EditSample]:
-        """Edits of each source image, or of several in order, of which the first gives the size.
+        """Edits of each source image, or of several in order, of which the first gives the size, by
+        the instructions of its turns, as many for each; every further turn edits the last result.
 
-        Each is followed by its further turns, which edit the last result by the instructions
-        `then`. `keep_unchanged`: see `geometry.keep_unchanged`. Pictures are read batch by batch;
+        `keep_unchanged`: see `geometry.keep_unchanged`. Pictures are read batch by batch;
         InputError for anything else at once.
         """
         sources = [row if isinstance(row, list | tuple) else [row] for row in images]
         for number, row in enumerate(sources, 1):
             with about(f"Edit {number}"):
                 self.model.config.check_sources(len(row))
-        same = f"{len(sources)} images need as many instructions, not {len(instructions)}."
-        require(len(sources) == len(instructions), same)
-        work = _work(instructions, num_images)
-        turns = [self._edit_prompts(instructions, [len(row) for row in sources])]
-        turns += [self._edit_prompts([text] * len(sources), [1] * len(sources)) for text in then]
-        ids, valid = (np.stack(arrays, axis=1) for arrays in zip(*turns, strict=True))
-        texts = [[instruction, *then] for instruction in instructions]
+        same = f"{len(sources)} images need as many instructions, not {len(turns)}."
+        require(len(sources) == len(turns), same)
+        require(len({len(texts) for texts in turns}) < 2, "Edits have as many turns each.")
+        work = _work(turns, num_images)
+        counts = [len(row) for row in sources]
+        prompts = []
+        for texts in zip(*turns, strict=True):
+            prompts.append(self._edit_prompts(texts, counts))
+            counts = [1] * len(sources)
+        ids, valid = (np.stack(arrays, axis=1) for arrays in zip(*prompts, strict=True))
         run = functools.partial(
             self._edit_turns, keep_unchanged is not None, _edit_options(settings or EditSettings())
         )
@@ -142,14 +144,14 @@ class Pipeline:
         def rows() -> Iterator[tuple[tuple, tuple]]:
             for r, i in work:
                 pictures = [array(picture) for picture in sources[r]]
-                keys = np.stack([_key(seed, text, i) for text in texts[r]])
+                keys = np.stack([_key(seed, text, i) for text in turns[r]])
                 squares, exists, place = self._squares(pictures)
                 source = None if keep_unchanged is None else pictures[0]
                 yield (r, i, place, source), (ids[r], valid[r], keys, squares, exists)
 
         def edited() -> Iterator[EditSample]:
             for (r, i, place, source), row in self._rows(run, rows()):
-                for turn, text in enumerate(texts[r]):
+                for turn, text in enumerate(turns[r]):
                     image, mask = geometry.from_square(row["images"][turn], place), None
                     if keep_unchanged is not None:
                         seen = geometry.from_square(row["seen"][turn], place)
@@ -171,11 +173,13 @@ class Pipeline:
         **settings,
     ) -> list:
         """PIL images of the sources' sizes, in the order of `edits`; paths, PIL images or arrays
-        uint8 [h,w,3] are edited. Other keywords are those of `EditSettings`."""
+        uint8 [h,w,3] are edited, then each result by the instructions `then`. Other keywords are
+        those of `EditSettings`."""
         if isinstance(instructions, str):
             images, instructions = [images], [instructions]
+        turns = [[instruction, *then] for instruction in instructions]
         samples = self.edits(
-            images, instructions, seed, num_images, EditSettings(**settings), then, keep_unchanged
+            images, turns, seed, num_images, EditSettings(**settings), keep_unchanged
         )
         return [Image.fromarray(sample.image) for sample in samples]
 
@@ -194,7 +198,9 @@ class Pipeline:
             for i, (what, _) in enumerate(chunk):
                 yield what, {name: values[i] for name, values in batch.items()}
 
-    def _edit_prompts(self, texts: list[str], counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    def _edit_prompts(
+        self, texts: Sequence[str], counts: list[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Instructions with the numbers of their source images -> (ids, valid) [B,P]."""
         config, vocab = self.model.config, self.text.vocab
         size = config.ta_tok.num_tokens
@@ -248,7 +254,7 @@ class Pipeline:
         return jax.tree.map(lambda *turns: jnp.stack(turns, axis=1), *results)
 
 
-def _work(texts: Sequence[str], num_images: int) -> list[tuple[int, int]]:
+def _work(texts: Sequence, num_images: int) -> list[tuple[int, int]]:
     """(text, index) of all images to make."""
     require(num_images >= 1, f"num_images is at least 1, not {num_images}.")
     require(len(texts) > 0, "There are no prompts.")

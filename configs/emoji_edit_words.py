@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
             "num_steps": 1400,
             "init": {"qwen3": "emoji_64"},
             "data": {
-                "exercises": {"picture": 0.2, "edit": 0.8},
+                "exercises": {"picture": 0.1, "edit": 0.9},
                 "row_length": 195,  # as long as an edit may be
                 "weights": {
                     "single_object": 1.5,
@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
             },
             "optimizer": {
                 "learning_rate": 1e-3,
-                "final_learning_rate": 2e-4,
+                "final_learning_rate": 1e-4,
                 "warmup_steps": 50,
                 "b2": 0.98,
                 "weight_decay": 0.01,

@@ -18,7 +18,8 @@ import numpy as np
 from blip3o_jax.evaluate.scenes import DATA_SEED
 from blip3o_jax.pixels import labelled_sheet
 from blip3o_jax.scenes.config import WorldConfig
-from blip3o_jax.scenes.edits import KINDS, Edit, region, sample
+from blip3o_jax.scenes.edits import KINDS, Edit, chain, region, sample
+from blip3o_jax.scenes.judge import judge_edit
 from blip3o_jax.scenes.scene import compose
 
 SHEET = 48  # edits shown
@@ -135,6 +136,30 @@ def table(
             row[name] = round(float(most(measured)), 2) if measured else float("nan")
         result[kind] = row
     return result
+
+
+def heldout_chains(count: int, turns: int) -> list[list[Edit]]:
+    """`count` chains of successive edits of scenes that training never drew."""
+    return [chain(WorldConfig(seed=DATA_SEED), i, turns) for i in range(count)]
+
+
+def drift(images: np.ndarray, chains: Sequence[Sequence[Edit]]) -> list[dict[str, float]]:
+    """What is left of the pictures turn by turn, from the results uint8 [N,T,H,W,3] of N chains:
+    psnr against the true picture in dB, where none of the chain's edits changes anything, on
+    average; the share of chains right so far (success)."""
+    rows = []
+    changed = [np.logical_or.reduce([region(edit) for edit in edits]) for edits in chains]
+    right = np.ones(len(chains), bool)
+    for turn, edits in enumerate(zip(*chains, strict=True)):
+        shown = list(zip(images[:, turn], edits, strict=True))
+        right &= [judge_edit(*pair)["success"] for pair in shown]
+        psnrs = [
+            psnr_outside(image, compose(edit.after), own)
+            for (image, edit), own in zip(shown, changed, strict=True)
+        ]
+        psnr = round(float(np.nanmean(psnrs)), 2)
+        rows.append({"turn": turn + 1, "success": round(float(right.mean()), 4), "psnr": psnr})
+    return rows
 
 
 def write_records(

@@ -128,21 +128,19 @@ def run(args: argparse.Namespace) -> None:
     for instruction in args.then:
         with about("--then"):
             text.encode_edit(instruction, codes)
-    turns = 1 + len(args.then)
-    images, instructions = [row.paths for row in rows], [row.instruction for row in rows]
+    images, turns = [row.paths for row in rows], [[row.instruction, *args.then] for row in rows]
+    each = args.num_images * (1 + len(args.then))
 
     def result(count: int, sample: EditSample) -> Result:
-        number = count // (args.num_images * turns)
+        number = count // each
         more = [sample.index, sample.turn][: 2 if args.then else 1]
         origin = {n: getattr(sample, n) for n in ("instruction", "seed", "index", "turn")}
-        origin["instructions"] = [instructions[number], *args.then][: sample.turn + 1]
+        origin["instructions"] = turns[number][: sample.turn + 1]
         origin |= {"sources": origins[number], "keep_unchanged": levels}
         return file_name(sample.instruction, number, *more), origin, sample
 
     def results(pipeline: Pipeline) -> Iterator[Result]:
-        samples = pipeline.edits(
-            images, instructions, args.seed, args.num_images, settings, args.then, levels
-        )
+        samples = pipeline.edits(images, turns, args.seed, args.num_images, settings, levels)
         return itertools.starmap(result, enumerate(samples))
 
-    write(args, len(rows) * args.num_images * turns, asdict(settings), results)
+    write(args, len(rows) * each, asdict(settings), results)

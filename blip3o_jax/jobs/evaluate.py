@@ -1,4 +1,4 @@
-"""`blip3o-jax evaluate scenes` and `evaluate edits`: a checkpoint's score, the judge's own and the
+"""`blip3o-jax evaluate scenes`, `edits` and `drift`: a checkpoint's score, the judge's own and the
 ceilings."""
 
 import argparse
@@ -21,8 +21,13 @@ def options(parser: argparse.ArgumentParser) -> None:
     option(scenes, "--num-prompts", 402, "held-out prompts, spread over the tags")
     edits = benchmarks.add_parser("edits", help="held-out edits: done, and nothing else changed")
     option(edits, "--num-edits", 300, "held-out edits, spread over the kinds")
-    for job, settings, run in ((scenes, Settings, run_scenes), (edits, EditSettings, run_edits)):
-        option(job, "--seeds", 2, "images of each")
+    drift = benchmarks.add_parser("drift", help="what edit after edit leaves of a picture")
+    option(drift, "--num-pictures", 48, "pictures that are edited again and again")
+    option(drift, "--turns", 5, "edits of each")
+    jobs = (scenes, Settings, run_scenes), (edits, EditSettings, run_edits)
+    for job, settings, run in (*jobs, (drift, EditSettings, run_drift)):
+        if job is not drift:
+            option(job, "--seeds", 2, "images of each")
         model_options(job, settings)
         job.set_defaults(run=run)
 
@@ -86,8 +91,8 @@ def run_edits(args: argparse.Namespace) -> None:
         pipeline = load_for(args)
         edits = measures.heldout(args.num_edits)
         before, after = measures.pictures(edits)
-        instructions = [edit.instruction for edit in edits]
-        samples = pipeline.edits(list(before), instructions, args.seed, args.seeds, settings)
+        turns = [[edit.instruction] for edit in edits]
+        samples = pipeline.edits(list(before), turns, args.seed, args.seeds, settings)
         samples = list(tqdm(samples, total=len(edits) * args.seeds, unit="image"))
         images = np.stack([sample.image for sample in samples])
         truth = autoencoded(pipeline, after)
@@ -112,5 +117,39 @@ def run_edits(args: argparse.Namespace) -> None:
         measures.write_records(folder / "images.jsonl", asked, seeds, verdicts, measured)
         np.savez_compressed(folder / "images.npz", images=images)
         Image.fromarray(measures.sheet(images, asked, verdicts)).save(folder / "sheet.png")
+        (folder / "result.json").write_text(json.dumps(result, indent=1))
+    print(json.dumps(result))
+
+
+def run_drift(args: argparse.Namespace) -> None:
+    """Writes OUT/{result.json,sheet.png}; prints the result as JSON."""
+    import numpy as np
+    from PIL import Image
+    from tqdm import tqdm
+
+    from blip3o_jax.evaluate import edits as measures
+    from blip3o_jax.pixels import labelled_sheet
+    from blip3o_jax.scenes.scene import compose
+
+    enough = min(args.num_pictures, args.turns) >= 1
+    require(enough, "--num-pictures and --turns are at least 1.")
+    settings = settings_of(args, EditSettings)
+    with new_folder(args.out, marker="result.json", overwrite=args.overwrite) as folder:
+        # Each picture edited turn by turn.
+        pipeline = load_for(args)
+        chains = measures.heldout_chains(args.num_pictures, args.turns)
+        first = [compose(chain[0].before) for chain in chains]
+        turns = [[edit.instruction for edit in chain] for chain in chains]
+        samples = pipeline.edits(first, turns, args.seed, settings=settings)
+        total = args.num_pictures * args.turns
+        images = np.stack([sample.image for sample in tqdm(samples, total=total, unit="image")])
+        images = images.reshape(len(chains), args.turns, *images.shape[1:])
+        result = {"checkpoint": pipeline.identity, "pictures": len(chains)}
+        result |= {"settings": asdict(settings), "turns": measures.drift(images, chains)}
+        # What was measured, for people to look at: a row a picture.
+        strips = np.concatenate([np.stack(first)[:, None], images], axis=1)[: measures.SHEET]
+        strips = strips.swapaxes(1, 2).reshape(len(strips), strips.shape[2], -1, 3)
+        labels = ["; ".join(texts) for texts in turns[: measures.SHEET]]
+        Image.fromarray(labelled_sheet(strips, labels, columns=1)).save(folder / "sheet.png")
         (folder / "result.json").write_text(json.dumps(result, indent=1))
     print(json.dumps(result))

@@ -25,7 +25,7 @@ from blip3o_jax.scenes.scene import Scene, Thing, compose
 from blip3o_jax.scenes.sprites import COLORS, GROUNDS, OBJECTS
 
 KINDS = ("recolor", "replace", "remove", "add", "move", "ground")
-WEIGHTS = dict(zip(KINDS, (1.25, 1.25, 1.25, 1.0, 1.0, 0.75), strict=True))
+WEIGHTS = dict(zip(KINDS, (2.0, 2.0, 1.25, 0.75, 1.25, 0.25), strict=True))  # the hard ones most
 # The kind that undoes a kind.
 INVERSES = {kind: kind for kind in KINDS} | {"remove": "add", "add": "remove"}
 # Which of the held-out combinations an edit of the split "heldout" asks for.
@@ -100,6 +100,24 @@ def inverted(edit: Edit) -> Edit:
     """The edit that undoes an edit."""
     kinds = [INVERSES[kind] for kind in reversed(edit.kind.split(" and "))]
     return Edit(" and ".join(kinds), edit.inverse, edit.instruction, edit.after, edit.before)
+
+
+def chain(world: WorldConfig, index: int, turns: int) -> list[Edit]:
+    """Successive edits, each of the scene that the last one left; none changes the ground, and
+    combinations are as they come."""
+    rng = _generator(world, index, "heldout", 4)
+    weights = {kind: share for kind, share in WEIGHTS.items() if kind != "ground"}
+    edits: list[Edit] = []
+    scene = _scene(rng)
+    while len(edits) < turns:
+        kind = _pick_kind(rng, weights)
+        after = _change(rng, kind, scene)
+        words = instructions(kind, scene, after) if after else []
+        undo = instructions(INVERSES[kind], after, scene) if after else []
+        if words and undo:
+            edits.append(Edit(kind, _pick(rng, words), _pick(rng, undo), scene, after))
+            scene = after
+    return edits
 
 
 def draw(

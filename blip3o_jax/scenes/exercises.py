@@ -9,9 +9,9 @@
 A transformer that starts at random learns to copy words from recitals within a hundred steps, as
 there is nothing to memorise, and then applies it to sketches and pictures, whose things follow the
 order of the prompt (prompts._layouts). From pictures alone it hardly does: which colour belongs to
-which object is one bit in a hundred tokens. Of an edit most tokens are copies of the source, which
-is soon learned, so that they count little. No scene holds a held-out combination, and no recital
-both words of one.
+which object is one bit in a hundred tokens. Of an edit most tokens are ground that stays, which is
+soon learned and counts little; which of the things is meant is seen on all of them. No scene holds
+a held-out combination, and no recital both words of one.
 """
 
 from collections.abc import Mapping
@@ -24,11 +24,13 @@ from blip3o_jax.scenes import edits, prompts
 from blip3o_jax.scenes.config import EXERCISES, WorldConfig
 from blip3o_jax.scenes.heldout import held_out
 from blip3o_jax.scenes.scene import PATCH_WORDS, SKETCH_WORDS, Scene, patch_words
+from blip3o_jax.scenes.sprites import GROUNDS
 from blip3o_jax.text import Text, right_pad
 
 RECITED = 16  # words of a recital
+GROUND_WORDS = np.isin(PATCH_WORDS, tuple(GROUNDS))
 IMAGE = 64  # tokens of a picture
-KEPT = 0.5  # what a token of an edit counts that is as in the source
+KEPT = 0.25  # what a patch of ground counts that an edit leaves as it is
 
 # ids, places, and what the prediction of each id counts
 Row = tuple[list[int], list[int], list[float]]
@@ -102,7 +104,7 @@ def _edit(text: Text, edit: edits.Edit) -> Row:
     before, after = (patch_words(scene).ravel().astype(int) for scene in (edit.before, edit.after))
     ids = text.encode_edit(edit.instruction, before[None])
     image = (text.vocab.image_start_token_id + after).tolist()
-    counts = np.where(after == before, KEPT, 1.0).tolist()
+    counts = np.where((after == before) & GROUND_WORDS[after], KEPT, 1.0).tolist()
     ids, counts = [*ids, *image, text.vocab.image_end_tag_id], [*[0.0] * len(ids), *counts, KEPT]
     return ids, list(range(len(ids))), counts
 

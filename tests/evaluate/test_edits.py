@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -158,3 +159,23 @@ def test_sheet_shows_before_result_and_true_after(edits, monkeypatch):
     cell = shown[2 : 2 + 128, 2 + 16 : 2 + 16 + 400]
     for i, picture in enumerate((before[0], images[0], after[0])):
         np.testing.assert_array_equal(cell[::2, 136 * i : 136 * i + 128 : 2], picture)
+
+
+def test_drift_is_of_what_no_turn_changes():
+    chains = measures.heldout_chains(4, 3)
+    assert all(a.after == b.before for chain in chains for a, b in pairwise(chain))
+    assert all(edit.kind != "ground" for chain in chains for edit in chain)
+    images = np.stack([[compose(edit.after) for edit in chain] for chain in chains])
+    perfect = [{"turn": turn, "success": 1.0, "psnr": 58.92} for turn in (1, 2, 3)]
+    assert measures.drift(images, chains) == perfect
+    # In the second turn, one picture is not edited, and the untouched part of all is 10 levels off.
+    for image, chain in zip(images, chains, strict=True):
+        untouched = ~np.logical_or.reduce([region(edit) for edit in chain])
+        levels = image[1, untouched].astype(int)
+        image[1, untouched] = np.where(levels > 127, levels - 10, levels + 10)
+    images[0, 1][region(chains[0][1])] = images[0, 0][region(chains[0][1])]
+    drift = measures.drift(images, chains)
+    assert drift[0] == perfect[0]
+    assert (drift[1]["success"], drift[2]["success"]) == (0.75, 0.75)
+    assert drift[1]["psnr"] == pytest.approx(28.13, abs=0.01)
+    assert drift[2]["psnr"] == 58.92

@@ -20,11 +20,13 @@ from blip3o_jax.cli import main
 from blip3o_jax.config import replace
 from blip3o_jax.convert.random_weights import random_checkpoint
 from blip3o_jax.errors import InputError
+from blip3o_jax.evaluate import edits as measures
 from blip3o_jax.pictures import array
 from blip3o_jax.presets import preset
 from blip3o_jax.resources import ASSETS
 from blip3o_jax.sample.settings import EditSettings, Settings
 from blip3o_jax.scenes.edits import KINDS
+from blip3o_jax.scenes.scene import compose
 
 CHANNELS = {"use_und_image_vae_as_channels": True, "sana.in_channels": 32, "max_sources": 1}
 TOKENS = {"use_und_image_vae": True, "max_sources": 2}
@@ -38,7 +40,7 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def checkpoint(folder, changes):
-    random_checkpoint(folder, replace(preset("emoji_64"), **SMALL, **changes))
+    random_checkpoint(folder, replace(preset("emoji_64"), **{**SMALL, **changes}))
     shutil.copy(ASSETS / "emoji_64" / "tokenizer.json", folder)
     return str(folder)
 
@@ -70,19 +72,19 @@ def test_an_edit_has_its_sources_size_and_depends_on_nothing_of_its_batch(pipeli
     images = [picture(20, 30), picture(16, 16, 1), picture(33, 7, 2)]
     texts = ["make it blue", "remove the cat", "make it blue"]
     settings = EditSettings(**QUICK, image_guidance_scale=1.5)
-    together = list(pipeline.edits(images, texts, seed=3, settings=settings))
+    together = list(pipeline.edits(images, [[text] for text in texts], seed=3, settings=settings))
     assert [s.image.shape for s in together] == [(20, 30, 3), (16, 16, 3), (33, 7, 3)]
     assert [(s.instruction, s.index, s.turn, s.seed, s.mask) for s in together] == [
         (text, 0, 0, 3, None) for text in texts
     ]
     for sample, image, text in zip(together, images, texts, strict=True):
-        (alone,) = pipeline.edits([image], [text], seed=3, settings=settings)
+        (alone,) = pipeline.edits([image], [[text]], seed=3, settings=settings)
         assert bytes_of(alone) == bytes_of(sample)
         place = geometry.placement(image)
         np.testing.assert_array_equal(sample.image, geometry.from_square(sample.square, place))
     # It does depend on source, instruction, seed and index.
-    base = {"images": [images[0]], "instructions": [texts[0]], "seed": 3, "settings": settings}
-    for change in ({"images": [images[1]]}, {"instructions": ["x"]}, {"seed": 4}):
+    base = {"images": [images[0]], "turns": [[texts[0]]], "seed": 3, "settings": settings}
+    for change in ({"images": [images[1]]}, {"turns": [["x"]]}, {"seed": 4}):
         (other,) = pipeline.edits(**base | change)
         assert other.latents.tobytes() != together[0].latents.tobytes()
     first, second = pipeline.edits(**base, num_images=2)
@@ -102,7 +104,7 @@ def test_a_further_turn_edits_the_last_square_from_its_latents(pipeline, monkeyp
     monkeypatch.setattr(pipeline, "_edit", spy)
     image = picture(20, 30)
     turns = list(
-        pipeline.edits([image], ["blue"], settings=EditSettings(**QUICK), then=["red", "green"])
+        pipeline.edits([image], [["blue", "red", "green"]], settings=EditSettings(**QUICK))
     )
     assert [(s.instruction, s.turn) for s in turns] == [("blue", 0), ("red", 1), ("green", 2)]
     assert all(s.image.shape == (20, 30, 3) for s in turns)
@@ -122,27 +124,30 @@ def test_several_sources_and_then_one(tmp_path, monkeypatch):
     settings = EditSettings(**QUICK)
 
     def latents(*sources):
-        edits = two.edits([list(sources)], ["put both together"], settings=settings)
+        edits = two.edits([list(sources)], [["put both together"]], settings=settings)
         return next(edits).latents
 
     pair = latents(a, b)
     assert (pair != latents(b, a)).any()
     assert (pair != latents(a)).any()
-    first, second = two.edits([[a, b]], ["together"], settings=settings, then=["blue"])
+    first, second = two.edits([[a, b]], [["together", "blue"]], settings=settings)
     assert first.image.shape == second.image.shape == (20, 30, 3)
     assert np.isfinite(second.latents).all()
     with pytest.raises(InputError, match=r"Edit 2: 3 source images .* takes 1 to 2"):
-        two.edits([a, [a, b, a]], ["x", "y"])
+        two.edits([a, [a, b, a]], [["x"], ["y"]])
+    with pytest.raises(InputError, match="Edits have as many turns each"):
+        two.edits([a, b], [["x"], ["y", "z"]])
 
 
 def test_unchanged_pixels_are_kept_over_all_turns(pipeline, monkeypatch):
     """Nothing is new below a threshold that no change reaches, and everything above 0."""
     image = picture(20, 30)
-    given = {"settings": EditSettings(**QUICK), "then": ["red"]}
-    for sample in pipeline.edits([image], ["blue"], keep_unchanged=256.0, **given):
+    given = [image], [["blue", "red"]]
+    settings = EditSettings(**QUICK)
+    for sample in pipeline.edits(*given, settings=settings, keep_unchanged=256.0):
         np.testing.assert_array_equal(sample.image, image)
         assert not sample.mask.any()
-    for sample in pipeline.edits([image], ["blue"], keep_unchanged=0.0, **given):
+    for sample in pipeline.edits(*given, settings=settings, keep_unchanged=0.0):
         place = geometry.placement(image)
         np.testing.assert_array_equal(sample.image, geometry.from_square(sample.square, place))
         assert (sample.mask == 255).all()
@@ -156,7 +161,7 @@ def test_unchanged_pixels_are_kept_over_all_turns(pipeline, monkeypatch):
             "tokens": np.zeros((2, 4), np.int32),
         },
     )
-    (sample,) = pipeline.edits([image], ["blue"], keep_unchanged=1.0)
+    (sample,) = pipeline.edits([image], [["blue"]], keep_unchanged=1.0)
     assert np.abs(sample.square.astype(int) - geometry.to_square(image, 16)[0]).mean() > 2
     np.testing.assert_array_equal(sample.image, image)
 
@@ -210,7 +215,7 @@ def test_the_command_writes_what_python_gives_with_its_origin(pipeline, channels
     assert main([*argv, "--out", "made/one.png"]) == 0
     settings = EditSettings(**QUICK, image_guidance_scale=1.5)
     (sample,) = pipeline.edits(
-        [picture(20, 30)], ["make it blue"], seed=3, settings=settings, keep_unchanged=9.0
+        [picture(20, 30)], [["make it blue"]], seed=3, settings=settings, keep_unchanged=9.0
     )
     image = Image.open("made/one.png")
     np.testing.assert_array_equal(np.asarray(image), sample.image)
@@ -334,7 +339,6 @@ def spoilt(tmp_path):
         (["a.png", "x", "--renorm-min", "2"], "renorm_min is in [0, 1], not 2.0."),
         (["a.png", "x", "--num-images", "0"], "--num-images is at least 1, not 0."),
         (["a.png", "x", "--then", "y", "--out", "c.png"], "you asked for 2 images"),
-        (["a.png", "x", "--checkpoint", "emoji_64"], "has no editing weights"),
         (["a.png", "x", "--checkpoint", "emoji_46"], "did you mean 'emoji_64'"),
     ],
 )
@@ -356,6 +360,12 @@ def test_bad_input_is_one_sentence_and_nothing_is_loaded_or_written(
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_checkpoint_without_editing_weights_is_named(tmp_path, capsys):
+    plain = checkpoint(tmp_path / "plain", {})
+    assert main(["edit", "a.png", "x", "--checkpoint", plain, "--out", "made"]) == 2
+    assert "has no editing weights" in capsys.readouterr().err
+
+
 def test_evaluation_of_edits_measures_each_one(pipeline, monkeypatch, capsys):
     """Random weights change everything: nothing is kept, and the judge's own score says that this
     is the model's fault."""
@@ -371,3 +381,20 @@ def test_evaluation_of_edits_measures_each_one(pipeline, monkeypatch, capsys):
     assert [line["kind"] for line in lines] == list(KINDS)
     assert Image.open("scores/sheet.png").width > 3 * 128
     assert main(["evaluate", "edits", "--num-edits", "5", "--out", "few"]) == 2
+
+
+def test_drift_is_measured_over_each_pictures_own_turns(pipeline, monkeypatch, capsys):
+    monkeypatch.setattr("blip3o_jax.jobs.evaluate.load_for", lambda _: pipeline)
+    argv = ["evaluate", "drift", "--num-pictures", "3", "--turns", "2", *FLAGS, "--out", "drift"]
+    assert main(argv) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["turn"] for row in result["turns"]] == [1, 2]
+    # The same again from Python.
+    chains = measures.heldout_chains(3, 2)
+    first = [compose(chain[0].before) for chain in chains]
+    texts = [[edit.instruction for edit in chain] for chain in chains]
+    samples = pipeline.edits(first, texts, settings=EditSettings(**QUICK))
+    images = np.stack([sample.image for sample in samples]).reshape(3, 2, 64, 64, 3)
+    assert result["turns"] == measures.drift(images, chains)
+    assert Image.open("drift/sheet.png").width >= 3 * 64
+    assert main(["evaluate", "drift", "--turns", "0", "--out", "none"]) == 2

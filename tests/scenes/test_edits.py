@@ -49,7 +49,8 @@ def test_an_edit_is_a_function_of_seed_split_and_index(training):
 def test_weights_are_the_shares_of_kinds(training):
     counts = Counter(edit.kind for edit in training)
     assert set(counts) == set(KINDS)
-    assert counts["recolor"] / counts["ground"] == pytest.approx(5 / 3, rel=0.2)
+    assert counts["recolor"] / counts["move"] == pytest.approx(1.6, rel=0.2)
+    assert counts["recolor"] / counts["ground"] == pytest.approx(8, rel=0.3)
     assert {sample(WORLD, i, weights={"move": 1.0}).kind for i in range(20)} == {"move"}
     with pytest.raises(InputError, match=r"Unknown kind 'recolour'; .*recolor"):
         sample(WORLD, 0, weights={"recolour": 1.0})
