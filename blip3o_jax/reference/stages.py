@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from blip3o_jax.reference import pipeline
+from blip3o_jax.reference import editing, pipeline
 from blip3o_jax.reference.modules import Reference
-from blip3o_jax.verify.stages import GUIDANCE, NUM_STEPS, TIMESTEP
+from blip3o_jax.verify.stages import EDIT_GUIDANCE, GUIDANCE, NUM_STEPS, TIMESTEP
 
 
 @torch.no_grad()
@@ -30,7 +30,30 @@ def stage_outputs(ref: Reference, inputs: dict[str, np.ndarray]) -> dict[str, np
         "tokens": tokens,
         "pixels": pipeline.decode(ref, latents),
     }
+    if ref.config.max_sources:
+        outputs |= edit_outputs(ref, given)
     return {name: channels_last(value) for name, value in outputs.items()}
+
+
+@torch.no_grad()
+def edit_outputs(ref: Reference, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As verify.stages.edit_outputs."""
+    latents = given["source_latents"][0].movedim(-1, 1)
+    ids = given["source_ids"][0].unflatten(0, (len(latents), -1))
+    ids = ids if ids.is_floating_point() else ids.long()
+    source, prompt = editing.Source(ids, latents), given["edit_prompt"].long()
+    _, embeddings = editing.embed(ref, prompt, torch.tensor([prompt.shape[1] - 1]), [source])
+    states, noise = given["states"], given["noise"][:1].movedim(-1, 1)
+    time = torch.full((1,), TIMESTEP)
+    outputs = {
+        "edit_hidden": ref.ar.model(inputs_embeds=embeddings).last_hidden_state,
+        "edit_condition": editing.condition(ref, states[0], source),
+        "edit_velocity": editing.velocity(ref, noise, time, states[0], source),
+        "edit_guided": editing.denoise(ref, states, [source], noise, NUM_STEPS, *EDIT_GUIDANCE),
+    }
+    if ref.config.use_tar_siglip_features:
+        outputs["features"] = ref.ta_tok.pooled(given["view"].movedim(-1, 1))
+    return outputs
 
 
 def channels_last(x: torch.Tensor) -> np.ndarray:

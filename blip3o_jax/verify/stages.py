@@ -17,13 +17,17 @@ from blip3o_jax.models.blip3o import Blip3o, Params
 from blip3o_jax.sample import condition, generate
 
 NUM_STEPS, GUIDANCE, TIMESTEP, PROMPT = 5, 2.0, 600.0, 12
+EDIT_GUIDANCE = (2.0, 1.5)  # of the text and of the source image
+NUM_SOURCES = 2  # at most
 
 
 def stage_inputs(cfg: Blip3oConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """Random inputs by name.
 
     prompt int32 [2,12] with valid bool (the second has padding on its left), states [1,n+1,D],
-    noise [2,Y,X,C], images and view [1,H,W,3] at the sizes of autoencoder and tokenizer.
+    noise [2,Y,X,C], images and view [1,H,W,3] at the sizes of autoencoder and tokenizer. Of a model
+    that edits also edit_prompt int32 [1,T], in which N source images have open places, their codes
+    (or features) source_ids [1,N*n] (f32 [1,N*n,D]) and source_latents [1,N,Y,X,C].
     """
     rng, vocab = np.random.default_rng(seed), cfg.vocab
     words = min(vocab.pad_token_id, vocab.image_start_tag_id)
@@ -37,13 +41,25 @@ def stage_inputs(cfg: Blip3oConfig, seed: int = 0) -> dict[str, np.ndarray]:
 
     # Pictures within the range that the networks know.
     side, size, view = cfg.sana.sample_size, cfg.image_size, cfg.ta_tok.encoder.image_size
-    return {
+    inputs = {
         "prompt": ids,
         "valid": valid,
         "states": normal(1, cfg.num_condition_tokens, cfg.qwen3.hidden_size),
         "noise": normal(2, side, side, cfg.dc_ae.latent_channels),
         "images": np.clip(0.5 * normal(1, size, size, 3), -1, 1),
         "view": np.clip(0.5 * normal(1, view, view, 3), -1, 1),
+    }
+    if not cfg.max_sources:
+        return inputs
+    # The sources of an edit, with their places within its prompt.
+    count = min(cfg.max_sources, NUM_SOURCES)
+    places = count * cfg.ta_tok.num_tokens
+    codes = rng.integers(0, cfg.ta_tok.codebook_size, (1, places)).astype(np.int32)
+    features = normal(1, places, cfg.ta_tok.encoder.hidden_size)
+    return inputs | {
+        "edit_prompt": np.insert(ids[:1], [PROMPT // 2] * places, vocab.image_start_token_id, 1),
+        "source_ids": features if cfg.use_tar_siglip_features else codes,
+        "source_latents": normal(1, count, side, side, cfg.dc_ae.latent_channels),
     }
 
 
@@ -53,10 +69,17 @@ def run_stages(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     return stage_outputs(Blip3o(config), checkpoint.load(), stage_inputs(config))
 
 
-def _read(model: Blip3o, params: Params, prompt: Array) -> tuple[Array, Array]:
-    """Hidden states and logits of token ids [B,T], all of them valid."""
+def _read(
+    model: Blip3o, params: Params, prompt: Array, source_ids: Array | None = None
+) -> tuple[Array, Array]:
+    """Hidden states and logits of token ids [B,T], all of them valid, with the source images of an
+    edit in their places."""
     positions, valid = jnp.arange(prompt.shape[1])[None], jnp.ones_like(prompt, bool)
-    hidden, _ = model.apply(params, "qwen3", prompt, positions, valid)
+    given = None
+    if source_ids is not None:
+        start = jnp.full(len(prompt), prompt.shape[1] - 1)
+        prompt, given = generate.write_sources(model, params, prompt, start, source_ids)
+    hidden, _ = model.apply(params, "qwen3", prompt, positions, valid, given=given)
     return hidden, model.apply(params, "qwen3", hidden, method="logits")
 
 
@@ -77,7 +100,7 @@ def stage_outputs(
 ) -> dict[str, np.ndarray]:
     """Each stage's result by name: the hidden states and logits of a prompt, the condition, a
     velocity, latents, a picture, codes; then greedy `tokens` [2,n] and the `pixels` [2,H,W,3] that
-    follow from them with the given noise."""
+    follow from them with the given noise. Of a model that edits also `edit_outputs`."""
 
     def run(stage: Callable, *inputs: Any) -> Any:
         return jit(functools.partial(stage, model))(params, *inputs)
@@ -97,4 +120,35 @@ def stage_outputs(
     outputs["codes"] = part("ta_tok", "encode", inputs["view"])
     whole = run(_text_to_image, prompt, inputs["valid"], inputs["noise"])
     outputs["tokens"], outputs["pixels"] = whole
+    if model.config.max_sources:
+        outputs |= edit_outputs(model, params, inputs)
     return {name: np.asarray(value) for name, value in outputs.items()}
+
+
+def edit_outputs(
+    model: Blip3o, params: Params, inputs: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The stages that source images reach: the hidden states of an edit's prompt, the condition, a
+    velocity, latents by guidance on two scales; and the features that some models read."""
+    # The prompt, with the codes or features of its sources.
+    ids, outputs = inputs["source_ids"], {}
+    read = jit(functools.partial(_read, model))
+    outputs["edit_hidden"] = read(params, inputs["edit_prompt"], ids)[0]
+    if model.config.use_tar_siglip_features:
+        features = jit(lambda params, x: model.apply(params, "ta_tok", x, method="pooled"))
+        outputs["features"] = features(params, inputs["view"])
+
+    # The diffusion part, with their latents.
+    @jit
+    def run(params: Params, states: Array, latents: Array, noise: Array, time: Array):
+        sources = condition.Sources(latents, jnp.ones(latents.shape[:2], bool))
+        given = condition.build(model, params, states, sources)
+        velocity = condition.velocity(model, params, noise, time, given)
+        guidance = condition.guidance(*EDIT_GUIDANCE)
+        how = NUM_STEPS, guidance, 1.0, sources
+        return given.tokens, velocity, generate.denoise(model, params, states, noise, *how)
+
+    noise, time = inputs["noise"][:1], np.full(1, TIMESTEP, np.float32)
+    results = run(params, inputs["states"], inputs["source_latents"], noise, time)
+    names = ("edit_condition", "edit_velocity", "edit_guided")
+    return outputs | dict(zip(names, results, strict=True))

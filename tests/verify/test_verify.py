@@ -7,14 +7,16 @@ import jax
 import numpy as np
 import pytest
 from reading import load
-from tiny import SMALL
+from tiny import PUBLISHED, SMALL
 
 from blip3o_jax.cli import main
 from blip3o_jax.config import replace
 from blip3o_jax.convert.published import save_published
 from blip3o_jax.convert.random_weights import random_checkpoint
+from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.presets import preset
 from blip3o_jax.verify.compare import compare_stages, compare_tensors
+from blip3o_jax.verify.stages import edit_outputs, stage_inputs
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,9 @@ def test_a_conversion_and_its_way_back_agree_bit_for_bit(converted, tmp_path, ca
     assert found["unequal"] == []
     assert found["tensors"] == found["bit_identical"] == 401
     assert found["stages"]["tokens"]["identical"] == 1.0
-    assert set(found["stages"]) == {
+    edits = {name for name in found["stages"] if name.startswith("edit_")}
+    assert bool(edits) == (preset("emoji_64").max_sources > 0)
+    assert set(found["stages"]) - edits == {
         "hidden",
         "logits",
         "condition",
@@ -108,6 +112,68 @@ def test_stages_are_held_to_the_tolerance_and_ids_to_identity():
     assert not compare_stages(a, {**near, "velocity": np.array([1.0, np.nan])}, 1e-4)["velocity"][
         "agree"
     ]
+
+
+EDITING = {
+    "features": {
+        "max_sources": 1,
+        "use_und_image_vae": True,
+        "use_und_image_vae_as_noise": True,
+        "use_tar_siglip_features": True,
+    },
+    "tokens": {"max_sources": 3, "use_und_image_vae": True},
+    "channels": {"max_sources": 1, "use_und_image_vae_as_channels": True, "sana.in_channels": 8},
+}
+CONNECTORS = {
+    "und_image_vae_connector": {"edit_condition", "edit_velocity", "edit_guided"},
+    "tar_siglip_features_connector": {"edit_hidden"},
+}
+
+
+def test_a_changed_connector_of_edits_is_seen_where_sources_are(tmp_path):
+    cfg = replace(PUBLISHED, **EDITING["features"])
+    random_checkpoint(tmp_path / "torch", cfg)
+    _, params = load(tmp_path / "torch")
+    inputs = stage_inputs(cfg)
+    # The places of one source are in the prompt.
+    places = inputs["edit_prompt"] == cfg.vocab.image_start_token_id
+    assert places.sum() == cfg.ta_tok.num_tokens
+    before = edit_outputs(Blip3o(cfg), params, inputs)
+    for part, stages in CONNECTORS.items():
+        changed = jax.tree.map(np.array, params)
+        changed[part]["linear_2"]["bias"][0] += 1.0
+        rows = compare_stages(before, edit_outputs(Blip3o(cfg), changed, inputs), 1e-4)
+        assert {name for name, row in rows.items() if not row["agree"]} == stages
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("variant", ["tokens", "channels"])
+def test_stages_of_edits_are_the_same_in_pytorch(variant, tmp_path):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    from blip3o_jax.reference import modules, stages
+
+    random_checkpoint(tmp_path / "torch", replace(PUBLISHED, **EDITING[variant]))
+    cfg, params = load(tmp_path / "torch")
+    inputs = stage_inputs(cfg)
+    given = {name: torch.from_numpy(value) for name, value in inputs.items()}
+    theirs = stages.edit_outputs(modules.load(tmp_path / "torch"), given)
+    theirs = {name: stages.channels_last(value) for name, value in theirs.items()}
+    rows = compare_stages(theirs, edit_outputs(Blip3o(cfg), params, inputs), 1e-4)
+    assert [name for name, row in rows.items() if row["agree"]] == list(theirs)
+    assert len(theirs) == 4
+
+
+@pytest.mark.parity
+def test_an_editing_checkpoint_is_the_same_in_pytorch(tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    random_checkpoint(tmp_path / "torch", replace(PUBLISHED, **EDITING["features"]))
+    folder = str(tmp_path / "torch")
+    assert main(["convert", "verify", folder, folder, "--torch"]) == 0
+    found = report(capsys)
+    stages = {name for name in found["stages"] if name.startswith("edit_")}
+    assert stages == {"edit_hidden", "edit_condition", "edit_velocity", "edit_guided"}
+    assert found["stages"]["features"]["agree"]
 
 
 @pytest.mark.parity
