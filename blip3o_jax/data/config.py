@@ -23,11 +23,11 @@ class SourceConfig:
     weight: float = 0.0  # share of the examples against the other sources'; all 0: by size
     # without weights: how often an epoch shows each record, as the PyTorch code's integer weights
     repeat: int = 1
-    root: str = ""  # jsonl: folder of the images; empty: that of the file
+    root: str = ""  # jsonl, parquet: folder of the images' paths; empty: that of the file
     split: str = "train"  # array_record
     image_field: str = ""
     caption_field: str = ""  # webdataset: a field of the record's json, in place of its txt
-    inputs_field: str = ""  # jsonl: source images of an edit
+    inputs_field: str = ""  # jsonl, parquet: source images of an edit
 
     def __post_init__(self):
         kind, path = self.kind, self.path

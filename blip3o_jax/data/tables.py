@@ -16,32 +16,59 @@ from blip3o_jax.data.records import FileSource, Record, RecordError, first_line
 from blip3o_jax.errors import InputError, nearest, require
 
 CAPTIONS = ("caption", "text", "txt", "prompt")  # the usual names; the first one present is read
-# Editing sets' names of instruction, source images and result: X2I2 reflect, X2I2 and Nano-150k,
-# ShareGPT-4o.
-EDITS = (
-    ("used_instruction", "input_images", "image"),
-    ("instruction", "input_images", "output_image"),
-    ("input_prompt", "input_image", "output_image"),
+# Names in editing sets (docs/data.md) of the instruction, the first one present, and of the source
+# images and the result, of which one must be present.
+INSTRUCTIONS = ("used_instruction", "input_prompt", "edit_prompt", "instruction")
+INPUTS = (
+    *("input_images", "input_image", "source_images", "source_image", "source_img"),
+    "original_image",
 )
+RESULTS = ("output_image", "target_image", "target_img", "edited_image")
+SETTINGS = ("caption_field", "inputs_field", "image_field")
 MAX_GROUPS = 8  # row groups of parquet in memory
 
 
-def _columns(spec: SourceConfig, columns: Iterable[str], path: str) -> tuple[str, str]:
-    """The columns of image and caption: those that the source names, or the usual ones.
+def field_names(
+    spec: SourceConfig, fields: Iterable[str], noun: str = "field"
+) -> tuple[str, str, str]:
+    """Names of (caption or instruction, source images or "", image or result) among the fields of a
+    record: those that the source names, or the usual ones.
 
-    InputError, with the setting that changes it, for one that is not there.
+    RecordError, with the setting that changes it, for one that is missing or ambiguous.
     """
-    usual = next((name for name in CAPTIONS if name in columns), CAPTIONS[0])
-    names = (spec.image_field or "image", spec.caption_field or usual)
-    for setting, name in zip(("image_field", "caption_field"), names, strict=True):
-        how = f"set {setting} of the source, {nearest(name, columns)}"
-        require(name in columns, f"{path} has no column {name!r}; {how}")
-    return names
+    fields = sorted(fields)
+    texts, inputs, results = (
+        [name for name in names if name in fields] for names in (INSTRUCTIONS, INPUTS, RESULTS)
+    )
+    captions = [name for name in CAPTIONS if name in fields]
+    # An edit has two of three usual names at least; "image" may be that of its result.
+    named = (spec.caption_field, spec.inputs_field, spec.image_field)
+    usual_names = sum(map(bool, (texts, inputs, results)))
+    is_edit = bool(spec.inputs_field) or (usual_names >= 2 and not spec.image_field)
+    if is_edit:
+        accepted = ((*INSTRUCTIONS[::-1], *CAPTIONS), INPUTS, (*RESULTS, "image"))
+        results = results or [name for name in ("image",) if name in fields]
+        present = ((texts or captions)[:1], inputs, results)
+    else:
+        accepted = (CAPTIONS, (), ("image",))
+        present = (captions[:1], [""], ["image"])
+    # Each of the three.
+    names = []
+    for setting, own, usual, known in zip(SETTINGS, named, present, accepted, strict=True):
+        how = f"set {setting} of the source"
+        if not own and len(usual) > 1:
+            raise RecordError(f"{noun}s {usual[0]!r} and {usual[1]!r} are both there; {how}")
+        name = own or (usual or known)[0]
+        if name and name not in fields:
+            there = f"it has {', '.join(map(repr, fields))}; usual: {', '.join(known)}"
+            raise RecordError(f"no {noun} {name!r}; {how} ({there})")
+        names.append(name)
+    return tuple(names)
 
 
 class ParquetSource(FileSource):
-    """Rows with an image (bytes, or a struct with `bytes`, as in Hugging Face's data sets) and a
-    caption.
+    """Rows with a caption and an image: bytes, a path, or a struct of both as in Hugging Face's
+    data sets; or edits, whose source images are one such or a list.
 
     A row group is the least that can be read, so the newest few stay in memory; `blocks` says where
     they start, for an order that stays near.
@@ -52,7 +79,9 @@ class ParquetSource(FileSource):
         with ThreadPoolExecutor(8) as pool:
             self.files = list(pool.map(_open_parquet, paths))
         names = [file.schema_arrow.names for file in self.files]
-        self.columns = _columns(spec, names[0], paths[0])
+        self.root = spec.root
+        self.names = _column_names(spec, names[0], paths[0])
+        self.columns = [name for name in self.names if name]
         for path, there in zip(paths, names, strict=True):
             for name in self.columns:
                 require(name in there, f"{path} has no column {name!r}; {nearest(name, there)}")
@@ -70,21 +99,45 @@ class ParquetSource(FileSource):
         group, row = records.locate(self.group_ends, i)
         with self._lock:  # so that threads do not read the same group
             table = self._table(group)
-        image, caption = (table.column(name)[row].as_py() for name in self.columns)
-        image = image.get("bytes") if isinstance(image, dict) else image
-        if not isinstance(image, bytes):
-            raise RecordError(f"no bytes in the column {self.columns[0]!r}")
-        if not isinstance(caption, str):
-            raise RecordError(f"no text in the column {self.columns[1]!r}")
-        return Record(self.key(i), caption.strip(), image)
+        values = {name: table.column(name)[row].as_py() for name in self.columns}
+        caption, inputs, image = self.names
+        if not isinstance(values[caption], str):
+            raise RecordError(f"no text in the column {caption!r}")
+        before = values.get(inputs, [])
+        before = before if isinstance(before, list) else [before]
+        if inputs and not before:
+            raise RecordError(f"no image in the column {inputs!r}")
+        root = self.root or os.path.dirname(self.paths[self.groups[group][0]])
+        result = _image(values[image], image, root)
+        sources = tuple(_image(value, inputs, root) for value in before)
+        return Record(self.key(i), values[caption].strip(), result, sources)
 
     def _read_group(self, group: int):
         file, number = self.groups[group]
         try:
-            return self.files[file].read_row_group(number, columns=list(self.columns))
+            return self.files[file].read_row_group(number, columns=self.columns)
         except (OSError, ValueError) as error:
             where = f"row group {number} of {self.paths[file]}"
             raise RecordError(f"{where} cannot be read ({first_line(error)})") from error
+
+
+def _column_names(spec: SourceConfig, columns: Iterable[str], path: str) -> tuple[str, str, str]:
+    """As `field_names`, of a whole source, so that it is an InputError."""
+    try:
+        return field_names(spec, columns, "column")
+    except RecordError as error:
+        raise InputError(f"{path} has {error}.") from error
+
+
+def _image(value: object, column: str, root: str) -> bytes:
+    """Encoded image of a column's value; paths are relative to `root`."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str) and value:
+        (value,) = records.read_bytes(os.path.join(root, value), (0, -1))
+    if not isinstance(value, bytes):
+        raise RecordError(f"no bytes in the column {column!r}, nor a path")
+    return value
 
 
 def _open_parquet(path: str):
@@ -97,8 +150,8 @@ def _open_parquet(path: str):
 
 
 class JsonlSource(FileSource):
-    """Lines with a caption and the path of an image; or edits, whose field names follow `EDITS`
-    unless the source names them."""
+    """Lines with a caption and the path of an image; or edits, with the path or paths of their
+    source images."""
 
     def __init__(self, spec: SourceConfig):
         self.spec = spec
@@ -121,7 +174,7 @@ class JsonlSource(FileSource):
         if not isinstance(fields, dict):
             raise RecordError("the line is not a JSON object")
         # Its caption and paths.
-        caption, inputs, image = self._names(fields)
+        caption, inputs, image = field_names(self.spec, fields)
         if not isinstance(fields[caption], str) or not isinstance(fields[image], str):
             raise RecordError(f"{caption!r} and {image!r} are not text")
         paths = fields[inputs] if inputs else []
@@ -134,19 +187,6 @@ class JsonlSource(FileSource):
         files = [os.path.join(root, path) for path in (fields[image], *paths)]
         result, *before = (records.read_bytes(file, (0, -1))[0] for file in files)
         return Record(self.key(i), fields[caption].strip(), result, tuple(before))
-
-    def _names(self, fields: dict) -> tuple[str, str, str]:
-        """Field names of (caption or instruction, source images or "", image) in a line."""
-        spec = self.spec
-        usual = next((names for names in EDITS if all(name in fields for name in names)), None)
-        if usual is None or (spec.image_field and not spec.inputs_field):
-            usual = next((name for name in CAPTIONS if name in fields), CAPTIONS[0]), "", "image"
-        named = (spec.caption_field, spec.inputs_field, spec.image_field)
-        names = tuple(own or other for own, other in zip(named, usual, strict=True))
-        if missing := [name for name in names if name and name not in fields]:
-            present = ", ".join(sorted(map(repr, fields)))
-            raise RecordError(f"no field {missing[0]!r} among {present}")
-        return names
 
 
 def _line_starts(path: str) -> np.ndarray:
@@ -182,7 +222,8 @@ class TfdsSource:
         except Exception as error:
             reason = first_line(error)
             raise InputError(f"{spec.path} was not written by TFDS: {reason}") from error
-        self.image, self.caption = _columns(spec, builder.info.features, where)
+        self.caption, inputs, self.image = _column_names(spec, builder.info.features, where)
+        require(not inputs, f"{where} holds edits, which are read from jsonl or parquet.")
         near = nearest(split, builder.info.splits)
         require(split in builder.info.splits, f"{where} has no split {split!r}; {near}")
         self.name = f"{builder.info.full_name}/{split}"
