@@ -1,4 +1,5 @@
-"""The cache of a mixture: each record's codes and latents, so that training encodes no image.
+"""The cache of a mixture: each record's codes and latents, and those of an edit's source images, so
+that training encodes no image.
 
 A folder holds `cache.json`, which says what the records depend on, and shards
 SSS-NNNNN-of-NNNNN.array_record of source SSS. Record i of a source stays record i, and one that
@@ -11,6 +12,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -53,8 +55,9 @@ def describe(model: Blip3oConfig, crop: str, params: dict) -> dict:
 
 
 def place_of(spec: SourceConfig) -> dict:
-    """What a source is known by in cache.json."""
-    return {name: getattr(spec, name) for name in PLACE}
+    """What a source is known by in cache.json; `inputs_field` only where it is set."""
+    inputs_field = {"inputs_field": spec.inputs_field} if spec.inputs_field else {}
+    return {name: getattr(spec, name) for name in PLACE} | inputs_field
 
 
 def source_entry(spec: SourceConfig, source: Source) -> dict:
@@ -120,8 +123,6 @@ def encoded_records(
         tally.add(read=1)
         try:
             record = source[number]
-            if record.inputs:
-                raise RecordError("it is an edit, which a cache does not hold")
             return {"key": record.key, "caption": record.caption, "arrays": decode(record)}
         except RecordError as error:
             tally.bad(source.key(number), str(error))
@@ -132,10 +133,28 @@ def encoded_records(
         for start in range(0, len(numbers), batch_size):
             records = list(pool.map(load, numbers[start : start + batch_size]))
             good = [record for record in records if "arrays" in record]
-            encoded = encode([record.pop("arrays") for record in good]) if good else ((), ())
-            for record, codes, latents in zip(good, *encoded, strict=True):
-                record |= {"codes": codes, "latents": latents}
+            encoded = _encode_records([record.pop("arrays") for record in good], encode)
+            for record, arrays in zip(good, encoded, strict=True):
+                record |= arrays
             yield from records
+
+
+def _encode_records(records: list[dict], encode: Callable[[list[dict]], tuple]) -> Iterator[dict]:
+    """Of each record's image arrays, what a cache holds: `transform.ENCODED`."""
+    # The results and all their sources, which never have a view of their own, in one list.
+    results = [{k: v for k, v in record.items() if k != "sources"} for record in records]
+    sources = [{"images": image} for record in records for image in record.get("sources", ())]
+    groups = [results, sources] if any("view" in r for r in results) else [results + sources]
+    encoded = [pair for group in groups if group for pair in zip(*encode(group), strict=True)]
+    # Back to their records.
+    count = len(records)
+    rest = iter(encoded[count:])
+    for record, (codes, latents) in zip(records, encoded[:count], strict=True):
+        arrays = {"codes": codes, "latents": latents}
+        if own := list(islice(rest, len(record.get("sources", ())))):
+            stacked = map(np.stack, zip(*own, strict=True))
+            arrays |= dict(zip(("source_codes", "source_latents"), stacked, strict=True))
+        yield arrays
 
 
 def write_shard(file: pathlib.Path, records: Iterable[dict]) -> None:
@@ -187,7 +206,8 @@ def check_cache(folder: str, description: dict) -> None:
 
 class CachedSource:
     """Records of one source: dicts of key, caption, codes int32 [n], latents [Y,X,C] as SANA takes
-    them; RecordError for bad ones."""
+    them, and of an edit `source_codes` [N,n], `source_latents` [N,Y,X,C]; RecordError for bad
+    ones."""
 
     def __init__(self, files: list[pathlib.Path], blocks: list[int] | None):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -217,7 +237,8 @@ def open_cached(folder: str, spec: SourceConfig) -> CachedSource:
     # Which of the cache's sources it is.
     description = read_description(folder)
     entries, place = description["sources"], place_of(spec)
-    numbers = [k for k, entry in enumerate(entries) if place.items() <= entry.items()]
+    places = [{k: e[k] for k in e if k not in ("records", "blocks")} for e in entries]
+    numbers = [number for number, there in enumerate(places) if there == place]
     source_name = f"source {spec.path!r} of kind {spec.kind!r}"
     _require_cache(bool(numbers), f"{folder} holds no {source_name}")
     # Its shards, all of them and each complete.

@@ -21,8 +21,9 @@ def open_source(spec: SourceConfig) -> Source:
     return source
 
 
-def first_record(source: Source) -> Record:
-    """The first record that can be read; InputError when none of the first hundred can."""
+def first_record(source: Source) -> Record | dict:
+    """The first record that can be read, as a cache's dict if it is from one; InputError when none
+    of the first hundred can."""
     reasons = []
     for i in range(min(100, len(source))):
         try:

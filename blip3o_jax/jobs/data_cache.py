@@ -71,12 +71,18 @@ def make_encoder(cfg: TrainConfig, params: dict, batch_size: int, dtype: np.dtyp
         codes = losses.encode_codes(model, params, batch)
         return codes, generate.encode_latents(model, params, batch["images"])
 
-    def run(images: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    def run_batch(images: list[dict]) -> tuple[np.ndarray, np.ndarray]:
         padded = images + [images[-1]] * (batch_size - len(images))
         batch = {name: np.stack([image[name] for image in padded]) for name in images[0]}
         codes, latents = jax.device_get(encode(params, jax.device_put(batch, place)))
         codes, latents = codes.astype(np.int32), latents.astype(dtype)
         return codes[: len(images)], latents[: len(images)]
+
+    def run(images: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+        starts = range(0, len(images), batch_size)
+        batches = [run_batch(images[start : start + batch_size]) for start in starts]
+        codes, latents = map(np.concatenate, zip(*batches, strict=True))
+        return codes, latents
 
     return run
 
@@ -92,12 +98,14 @@ def run(args) -> None:
     from blip3o_jax.data.transform import Tally, image_arrays
     from blip3o_jax.kernels.platform import enable_compilation_cache
     from blip3o_jax.parallel.processes import barrier, start_processes
+    from blip3o_jax.train.config import CACHE_WITHOUT_FEATURES
     from blip3o_jax.train.start import encoder_params
 
     for name in ("shard_records", "batch_size"):
         number = getattr(args, name)
         require(number >= 1, f"--{name.replace('_', '-')} is at least 1, not {number}.")
     cfg = read_mixture(args, "so there is nothing to cache", "--config.data.cache=")
+    require(not cfg.blip3o().use_tar_siglip_features, CACHE_WITHOUT_FEATURES)
     for directory in cfg.init.values():
         checkpoints.find(directory)
     # The folder, with what its records depend on.

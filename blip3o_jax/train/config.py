@@ -27,6 +27,10 @@ COUNTS = (
     *("checkpoint_every", "keep_checkpoints"),
 )
 CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "remat": ("none", "full", "dots")}
+CACHE_WITHOUT_FEATURES = (
+    "A model with use_tar_siglip_features reads the features of source images, and data.cache "
+    "holds none; train without a cache."
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,8 @@ class TrainConfig:
         sentence = "data.cache holds each image's likeliest codes"
         contradicts = self.data.cache and self.joint.stochastic_codes
         require(not contradicts, f"{sentence}, so joint.stochastic_codes must be false.")
+        contradicts = self.data.cache and self.blip3o().use_tar_siglip_features
+        require(not contradicts, CACHE_WITHOUT_FEATURES)
 
     def _check_parts(self) -> None:
         """Refuses what names a part that the run does not hold or does not train."""

@@ -11,8 +11,6 @@ from blip3o_jax.cli import main
 from blip3o_jax.config import replace
 from blip3o_jax.convert.random_weights import random_checkpoint, random_params
 from blip3o_jax.data import cache, feed
-from blip3o_jax.data.records import Record
-from blip3o_jax.data.transform import Tally
 from blip3o_jax.jobs.train import open_feed
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.presets import preset
@@ -307,17 +305,3 @@ def test_what_the_job_refuses(folder, tmp_path, capsys):
     assert "holds a cache with other settings (latents float32 there, bfloat16 here" in sentence(
         capsys, other
     )
-
-
-def test_an_edit_is_named_as_bad_and_not_cached_as_a_caption(tmp_path):
-    class Pairs(list):
-        def key(self, i):
-            return self[i].key
-
-    pairs = Pairs([Record("pairs.jsonl:1", "make it blue", b"", inputs=(b"",))])
-    tally = Tally(1.0, tmp_path / "bad.jsonl")
-    records = list(cache.encoded_records(pairs, range(1), dict, dict, tally, 4))
-    assert records == [
-        {"key": "pairs.jsonl:1", "error": "it is an edit, which a cache does not hold"}
-    ]
-    assert tally.counts["bad"] == 1
