@@ -6,7 +6,7 @@ from PIL import Image
 
 from blip3o_jax import geometry
 from blip3o_jax.errors import InputError
-from blip3o_jax.evaluate.edits import shift
+from blip3o_jax.registration import shift
 
 SIZES = [
     *((1, 1), (1, 1000), (1000, 1), (7, 300), (300, 7)),
@@ -22,7 +22,7 @@ def picture(height: int, width: int) -> np.ndarray:
 
 
 def moved(result: np.ndarray, source: np.ndarray) -> float:
-    """By how many pixels, see `evaluate.edits.shift`."""
+    """By how many pixels, see `registration.shift`."""
     return shift(result, source, np.zeros(source.shape[:2], bool))
 
 

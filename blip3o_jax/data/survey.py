@@ -1,5 +1,5 @@
 """Surveys a source record by record: what cannot be used and why, sizes, perceptual hashes, lengths
-of captions."""
+of captions; of edits, whether the result lies on its source."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -10,21 +10,27 @@ import numpy as np
 from PIL import Image
 
 from blip3o_jax.data.records import RecordError, Source
-from blip3o_jax.data.transform import decode_image, fit_caption, prompt_length
+from blip3o_jax.data.transform import decode_image, fit_caption, fit_square, prompt_length
 from blip3o_jax.errors import InputError
+from blip3o_jax.registration import register
 from blip3o_jax.text import Text, edit_prompt
 
 NEAR = 3  # bits of 64 in which the hashes of near duplicates differ at most
 BANDS = NEAR + 1  # of two such hashes at least one band agrees
 # and of a thumbnail of 8x8 cells none by more than this; a flat picture's hash says too little
 CELLS, NEAR_CELLS = 8, 16
+# Pictures are registered at most this large. Beyond these limits an edit is misplaced: pixels at
+# the model's size, and a share of the picture's.
+REGISTERED = 256
+SHIFTED, ZOOMED = 0.5, 0.01
 
 
 class Seen(NamedTuple):
     """One record; `problem` is "" when it can be used.
 
     `pixels` is a 64-bit hash of all pixels, `hash` is `dhash`, `thumbnail` the RGB bytes of `CELLS`
-    x `CELLS` cells; `tokens` are the templated caption's, without source images.
+    x `CELLS` cells; `tokens` are the templated caption's, without source images; `registration` is
+    the result's against each source image, as `registration.register`, in the model's pixels.
     """
 
     key: str
@@ -36,6 +42,7 @@ class Seen(NamedTuple):
     thumbnail: bytes = b""
     tokens: int = 0
     inputs: int = 0
+    registration: tuple[tuple[float, float] | None, ...] = ()
 
 
 def dhash(image: Image.Image) -> int:
@@ -45,12 +52,13 @@ def dhash(image: Image.Image) -> int:
     return int.from_bytes(np.packbits(grey[:, :-1] > grey[:, 1:]).tobytes(), "big")
 
 
-def look(source: Source, i: int, tokenizer: Text) -> Seen:
+def look(source: Source, i: int, tokenizer: Text, image_size: int, crop: str) -> Seen:
     """Record i, decoded and tokenised as training would."""
     key = source.key(i)
     try:
         record = source[i]
-        image, *_ = map(decode_image, (record.image, *record.inputs))
+        image, *inputs = map(decode_image, (record.image, *record.inputs))
+        registration = _registration(image, inputs, image_size, crop)
         tokenizer.encode_prompt(fit_caption(tokenizer, record.caption))
     except (RecordError, InputError) as error:
         return Seen(key, str(error).rstrip("."))
@@ -59,14 +67,49 @@ def look(source: Source, i: int, tokenizer: Text) -> Seen:
         tokens = len(tokenizer.ids(edit_prompt(record.caption, len(record.inputs), 0)))
     pixels = int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=8).digest(), "big")
     thumbnail = image.resize((CELLS, CELLS), Image.Resampling.BOX).tobytes()
-    return Seen(key, "", *image.size, pixels, dhash(image), thumbnail, tokens, len(record.inputs))
+    counts = tokens, len(inputs)
+    return Seen(key, "", *image.size, pixels, dhash(image), thumbnail, *counts, registration)
 
 
-def survey(source: Source, tokenizer: Text, count: int, threads: int) -> Iterator[Seen]:
+def _registration(
+    image: Image.Image, inputs: list[Image.Image], image_size: int, crop: str
+) -> tuple[tuple[float, float] | None, ...]:
+    """Shift and zoom of an edit's result against each source, all as the model sees them."""
+    if not inputs:
+        return ()
+    side = min(image_size, REGISTERED)
+    result, *sources = (fit_square(p, side, crop != "original") for p in (image, *inputs))
+    scale = np.array([image_size / side, 1])
+    pairs = (register(result, source) for source in sources)
+    return tuple(pair and tuple((scale * pair).tolist()) for pair in pairs)
+
+
+def survey(
+    source: Source, tokenizer: Text, count: int, threads: int, image_size: int, crop: str
+) -> Iterator[Seen]:
     """Looks at `count` records, evenly spread."""
     numbers = [i * len(source) // count for i in range(count)]
     with ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(lambda i: look(source, i, tokenizer), numbers)
+        yield from pool.map(lambda i: look(source, i, tokenizer, image_size, crop), numbers)
+
+
+def misplaced(seen: list[Seen]) -> list[dict]:
+    """The pairs of a result and a source image that do not lie on each other: key, source (from 1),
+    reason, and unless they are not comparable shift and zoom."""
+    lines = []
+    for record in seen:
+        for number, pair in enumerate(record.registration, 1):
+            line = {"key": record.key, "source": number}
+            if pair is None:
+                lines.append(line | {"reason": "not comparable"})
+                continue
+            shift, zoom = pair
+            reasons = [f"shifted by {shift:.1f} px"] if shift > SHIFTED else []
+            reasons += [f"zoomed by {100 * zoom:+.1f} %"] if abs(zoom) > ZOOMED else []
+            numbers = {"shift": round(shift, 2), "zoom": round(zoom, 4)}
+            if reasons:
+                lines.append(line | {"reason": ", ".join(reasons)} | numbers)
+    return lines
 
 
 def equal_groups(seen: list[Seen]) -> list[list[int]]:
@@ -130,11 +173,16 @@ def summary(seen: list[Seen], image_size: int, max_prompt_tokens: int) -> dict:
     good = [s for s in seen if not s.problem]
     sides = np.array([min(s.width, s.height) for s in good])
     tokens = np.array([s.tokens for s in good])
+    # Of an edit, one source image that the result does not lie on is enough.
+    pairs = [[pair for pair in s.registration if pair] for s in good if s.inputs]
     return {
         "looked_at": len(seen),
         "usable": len(good),
         "bad": len(seen) - len(good),
-        "edits": sum(s.inputs > 0 for s in good),
+        "edits": len(pairs),
+        "shifted_edits": sum(any(shift > SHIFTED for shift, _ in own) for own in pairs),
+        "zoomed_edits": sum(any(abs(zoom) > ZOOMED for _, zoom in own) for own in pairs),
+        "not_comparable_edits": pairs.count([]),
         "shorter_side": quantiles(sides),
         "smaller_than_the_run": int((sides < image_size).sum()),
         "aspect_ratio": quantiles([s.width / s.height for s in good]),

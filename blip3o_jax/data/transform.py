@@ -89,23 +89,26 @@ class Tally:
             require(few, f"{bad} of {read} records cannot be used, {limit} {last}.")
 
 
+def fit_square(picture: Image.Image, size: int, padded: bool) -> np.ndarray:
+    """A picture as uint8 [size,size,3]: `padded` to a square as `edit` does, or its middle;
+    RecordError for one with too long a side."""
+    if not padded:
+        return centre_crop(picture, size)
+    try:
+        return to_square(np.asarray(picture), size)[0]
+    except InputError as error:
+        raise RecordError(str(error).rstrip(".")) from error
+
+
 def image_arrays(record: Record, model: Blip3oConfig, crop: str) -> dict[str, np.ndarray]:
     """`images` uint8 [size,size,3]; of an edit also `sources` [N,size,size,3], all padded to a
     square as `edit` does; with the original's crop, `view`, the tokenizer's."""
     size = model.image_size
     image, *inputs = map(decode_image, (record.image, *record.inputs))
-
-    def square(picture: Image.Image) -> np.ndarray:
-        if not inputs or crop == "original":
-            return centre_crop(picture, size)
-        try:
-            return to_square(np.asarray(picture), size)[0]
-        except InputError as error:
-            raise RecordError(str(error).rstrip(".")) from error
-
-    arrays = {"images": square(image)}
+    padded = bool(inputs) and crop != "original"
+    arrays = {"images": fit_square(image, size, padded)}
     if inputs:
-        arrays["sources"] = np.stack([square(picture) for picture in inputs])
+        arrays["sources"] = np.stack([fit_square(picture, size, padded) for picture in inputs])
     if crop == "original":
         arrays["view"] = squash(image, model.ta_tok.encoder.image_size)
     return arrays

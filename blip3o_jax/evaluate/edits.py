@@ -17,6 +17,7 @@ import numpy as np
 
 from blip3o_jax.evaluate.scenes import DATA_SEED
 from blip3o_jax.pixels import labelled_sheet
+from blip3o_jax.registration import shift
 from blip3o_jax.scenes.config import WorldConfig
 from blip3o_jax.scenes.edits import KINDS, Edit, chain, region, sample
 from blip3o_jax.scenes.judge import judge_edit
@@ -25,8 +26,6 @@ from blip3o_jax.scenes.scene import compose
 SHEET = 48  # edits shown
 GAP = 4  # px between the pictures of an edit on the sheet
 LEAST_ERROR = 1 / 12  # of pixels, squared: what rounding to whole levels costs, 58.9 dB
-STEPS = 20  # places a pixel at which a shift is looked for
-SOFT = 2  # px over which a region is blended out
 
 
 def heldout(count: int) -> list[Edit]:
@@ -50,55 +49,6 @@ def psnr_outside(image: np.ndarray, target: np.ndarray, region: np.ndarray) -> f
         return float("nan")
     difference = image[~region].astype(np.float64) - target[~region]
     return float(10 * np.log10(255**2 / max(np.square(difference).mean(), LEAST_ERROR)))
-
-
-def shift(image: np.ndarray, reference: np.ndarray, region: np.ndarray) -> float:
-    """How many pixels an image uint8 [H,W,3] is shifted against a reference, to 1/20, where a
-    region, bool [H,W], is blended out of both.
-
-    It is the peak of their cross-correlation, found to a whole pixel by FFT, then on a finer grid
-    by a Fourier sum. NaN where nothing is left to compare.
-    """
-    # What stands out from the commonest colour outside, fading into the region; then zeros, as
-    # shifts are not cyclic.
-    if region.all():
-        return float("nan")
-    height, width = region.shape
-    weight = _faded(~region)[..., None]
-    spectra = []
-    for picture in (image, reference):
-        content = (picture - np.median(picture[~region], axis=0)) * weight / 255
-        spectra.append(np.fft.fft2(content, (2 * height, 2 * width), axes=(0, 1)))
-    cross = (spectra[0] * spectra[1].conj()).sum(axis=-1)
-    # The best whole pixel, of shifts to both sides.
-    correlation = np.fft.ifft2(cross).real
-    if correlation.max() <= 0:
-        return float("nan")
-    peak = np.unravel_index(correlation.argmax(), correlation.shape)
-    # The best place around it.
-    fine = np.arange(-STEPS, STEPS + 1) / STEPS
-    frequencies = [np.fft.fftfreq(size) for size in cross.shape]
-    places = [
-        (at + size // 2) % size - size // 2 + fine
-        for at, size in zip(peak, cross.shape, strict=True)
-    ]
-    rows, columns = (
-        np.exp(2j * np.pi * np.outer(place, frequency))
-        for place, frequency in zip(places, frequencies, strict=True)
-    )
-    best = (rows @ cross @ columns.T).real
-    i, j = np.unravel_index(best.argmax(), best.shape)
-    return float(np.hypot(places[0][i], places[1][j]))
-
-
-def _faded(mask: np.ndarray) -> np.ndarray:
-    """A mask [H,W] that falls to 0 over SOFT px inside its edges with the rest."""
-    faded = np.zeros(mask.shape)
-    for reach in range(SOFT + 1):
-        padded = np.pad(mask, reach, mode="edge")
-        windows = np.lib.stride_tricks.sliding_window_view(padded, (2 * reach + 1,) * 2)
-        faded += windows.all(axis=(2, 3)) / (SOFT + 1)
-    return faded
 
 
 def measure(image: np.ndarray, edit: Edit) -> dict[str, float]:

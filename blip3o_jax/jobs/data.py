@@ -49,8 +49,8 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_check(args) -> None:
-    """Looks at every record of every source; writes report.json, problems.jsonl, duplicates.jsonl
-    and plots; prints the report as JSON."""
+    """Looks at every record of every source; writes report.json, problems.jsonl, duplicates.jsonl,
+    misplaced.jsonl and plots; prints the report as JSON."""
     from tqdm import tqdm
 
     from blip3o_jax.data import survey
@@ -68,7 +68,8 @@ def run_check(args) -> None:
         records, problems, rows = [], [], []
         for spec, source in zip(cfg.data.sources, sources, strict=True):
             count = min(args.limit or len(source), len(source))
-            surveyed = survey.survey(source, tokenizer, count, cores())
+            how = cores(), model.image_size, cfg.data.crop
+            surveyed = survey.survey(source, tokenizer, count, *how)
             seen = list(tqdm(surveyed, spec.path, count, disable=None, mininterval=1))
             bad = [{"key": s.key, "reason": s.problem} for s in seen if s.problem]
             row = {"path": spec.path, "kind": spec.kind, "records": len(source)}
@@ -76,13 +77,19 @@ def run_check(args) -> None:
             problems += bad
             records += [s for s in seen if not s.problem]
             log.info("%s: %d of %d records cannot be used.", spec.path, len(bad), len(seen))
-        # All of them: what cannot be used, duplicates, plots.
+            if edits := rows[-1]["edits"]:
+                kinds = ("shifted", "zoomed", "not_comparable")
+                numbers = [rows[-1][f"{kind}_edits"] for kind in kinds]
+                text = "%s: of %d edits, %d are shifted, %d zoomed, %d not comparable."
+                log.info(text, spec.path, edits, *numbers)
+        # All of them: what cannot be used, duplicates, misplaced edits, plots.
         groups = {
             "duplicates": survey.equal_groups(records),
             "near_duplicates": survey.near_groups(records),
         }
         near = [[records[i].key for i in group] for group in groups["near_duplicates"]]
-        for name, lines in (("problems", problems), ("duplicates", near)):
+        files = {"problems": problems, "duplicates": near, "misplaced": survey.misplaced(records)}
+        for name, lines in files.items():
             text = "".join(json.dumps(line) + "\n" for line in lines)
             (folder / f"{name}.jsonl").write_text(text)
         for name, image in survey_plots(records, *limits).items():

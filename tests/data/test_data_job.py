@@ -64,6 +64,14 @@ def test_flat_pictures_of_different_colours_are_not_near():
     assert survey.near_groups([seen(0, 0, 100), seen(1, 0, 116), seen(2, 0, 133)]) == [[0, 1]]
 
 
+def write_config(folder, config):
+    code = (
+        "from ml_collections import ConfigDict\n"
+        f"def get_config():\n    return ConfigDict({config!r})\n"
+    )
+    (folder / "config.py").write_text(code)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, made):
     """A mixture: a tar with a damaged, an empty and a long record; jsonl with copies of the tar's
@@ -84,11 +92,7 @@ def folder(tmp_path_factory, made):
         {"kind": "jsonl", "path": str(folder / "b.jsonl")},
     ]
     config = {"stage": "joint", "batch_size": 4, "data": {"sources": sources, "heldout": 2}}
-    code = (
-        "from ml_collections import ConfigDict\n"
-        f"def get_config():\n    return ConfigDict({config!r})\n"
-    )
-    (folder / "config.py").write_text(code)
+    write_config(folder, config)
     return folder
 
 
@@ -135,6 +139,55 @@ def test_check_reports_what_is_wrong_and_draws_it(folder, tmp_path, capsys, toke
         assert Image.open(tmp_path / "report" / f"{name}.png").size == (720, 360)
     assert main(argv) == 2
     assert "--overwrite" in capsys.readouterr().err
+
+
+def test_check_names_edits_that_do_not_lie_on_their_source(tmp_path, capsys):
+    """Of pictures 200 x 160, of which four pixels are 1.28 of the model's."""
+    rng = np.random.default_rng(0)
+    whole, other = (
+        Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).resize((320, 240))
+        for _ in range(2)
+    )
+    before = whole.crop((60, 40, 260, 200))
+    patched = before.copy()
+    patched.paste((200, 30, 30), (20, 20, 80, 70))
+    results = {
+        "same": before,
+        "recoloured": patched,
+        "shifted": whole.crop((56, 40, 256, 200)),
+        "zoomed": whole.resize((200, 160), box=(63, 42.4, 257, 197.6)),
+        "other": other.crop((60, 40, 260, 200)),
+    }
+    before.save(tmp_path / "before.png")
+    lines = []
+    for name, image in results.items():
+        image.save(tmp_path / f"{name}.png")
+        line = {"instruction": name, "source_image": "before.png", "target_image": f"{name}.png"}
+        lines.append(json.dumps(line))
+    # A reference to an object beside the picture that is edited.
+    both = {"input_images": ["before.png", "other.png"], "output_image": "shifted.png"}
+    lines.append(json.dumps({"instruction": "both"} | both))
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    sources = [{"kind": "jsonl", "path": str(tmp_path / "a.jsonl")}]
+    write_config(tmp_path, {"stage": "joint", "data": {"sources": sources, "heldout": 2}})
+    places = ("--config", str(tmp_path / "config.py"), "--out", str(tmp_path / "report"))
+    assert main(["data", "check", *places]) == 0
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["sources"]
+    assert (row["edits"], row["shifted_edits"], row["zoomed_edits"]) == (6, 2, 1)
+    assert row["not_comparable_edits"] == 1
+    named = [
+        json.loads(line)
+        for line in (tmp_path / "report" / "misplaced.jsonl").read_text().splitlines()
+    ]
+    assert [(line["key"], line["source"], line["reason"].split(" by ")[0]) for line in named] == [
+        *(("a.jsonl:3", 1, "shifted"), ("a.jsonl:4", 1, "zoomed")),
+        *(("a.jsonl:5", 1, "not comparable"), ("a.jsonl:6", 1, "shifted")),
+        ("a.jsonl:6", 2, "not comparable"),
+    ]
+    assert named[0]["shift"] == pytest.approx(1.28, abs=0.1)
+    assert named[0]["reason"] in ("shifted by 1.2 px", "shifted by 1.3 px")
+    assert named[1]["zoom"] == pytest.approx(200 / 194 - 1, abs=0.006)
+    assert "shift" not in named[2]
 
 
 def test_a_limit_spreads_over_the_source(folder, tmp_path, capsys):
