@@ -129,6 +129,8 @@ class Pipeline:
                 self.model.config.check_sources(len(row))
         same = f"{len(sources)} images need as many instructions, not {len(turns)}."
         require(len(sources) == len(turns), same)
+        text = next((texts for texts in turns if isinstance(texts, str)), "")
+        require(not text, f"An edit's turns are a list of instructions, not {text!r} alone.")
         require(len({len(texts) for texts in turns}) < 2, "Edits have as many turns each.")
         work = _work(turns, num_images)
         counts = [len(row) for row in sources]

@@ -63,7 +63,7 @@ def edited(pipeline, monkeypatch, source, answer, size=SIDE):
     side = size // pipeline.model.config.dc_ae.factor
     model = Blip3o(replace(pipeline.model.config, **{"sana.sample_size": side}))
     monkeypatch.setattr(pipeline, "model", model)
-    (sample,) = pipeline.edits([source], ["change nothing"])
+    (sample,) = pipeline.edits([source], [["change nothing"]])
     assert sample.image.shape == source.shape
     return sample.image
 

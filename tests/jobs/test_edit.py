@@ -137,6 +137,8 @@ def test_several_sources_and_then_one(tmp_path, monkeypatch):
         two.edits([a, [a, b, a]], [["x"], ["y"]])
     with pytest.raises(InputError, match="Edits have as many turns each"):
         two.edits([a, b], [["x"], ["y", "z"]])
+    with pytest.raises(InputError, match="turns are a list of instructions, not 'x' alone"):
+        two.edits([a], ["x"])
 
 
 def test_unchanged_pixels_are_kept_over_all_turns(pipeline, monkeypatch):
