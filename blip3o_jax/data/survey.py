@@ -4,7 +4,7 @@ of captions; of edits, whether the result lies on its source."""
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -168,8 +168,10 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
     return dict(zip(("min", "p5", "median", "p95", "max"), numbers, strict=True))
 
 
-def summary(seen: list[Seen], image_size: int, max_prompt_tokens: int) -> dict:
-    """Counts and quantiles of one source's records."""
+def summary(
+    seen: list[Seen], image_size: int, max_prompt_tokens: int, max_sources: int
+) -> dict[str, Any]:
+    """Counts and quantiles of one source's records, against the limits of a model."""
     good = [s for s in seen if not s.problem]
     sides = np.array([min(s.width, s.height) for s in good])
     tokens = np.array([s.tokens for s in good])
@@ -180,6 +182,7 @@ def summary(seen: list[Seen], image_size: int, max_prompt_tokens: int) -> dict:
         "usable": len(good),
         "bad": len(seen) - len(good),
         "edits": len(pairs),
+        "more_sources_than_the_model_takes": sum(s.inputs > max_sources for s in good),
         "shifted_edits": sum(any(shift > SHIFTED for shift, _ in own) for own in pairs),
         "zoomed_edits": sum(any(abs(zoom) > ZOOMED for _, zoom in own) for own in pairs),
         "not_comparable_edits": pairs.count([]),

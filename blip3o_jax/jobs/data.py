@@ -73,7 +73,8 @@ def run_check(args) -> None:
             seen = list(tqdm(surveyed, spec.path, count, disable=None, mininterval=1))
             bad = [{"key": s.key, "reason": s.problem} for s in seen if s.problem]
             row = {"path": spec.path, "kind": spec.kind, "records": len(source)}
-            rows.append(row | survey.summary(seen, *limits) | {"examples": bad[:EXAMPLES]})
+            counts = survey.summary(seen, *limits, model.max_sources)
+            rows.append(row | counts | {"examples": bad[:EXAMPLES]})
             problems += bad
             records += [s for s in seen if not s.problem]
             log.info("%s: %d of %d records cannot be used.", spec.path, len(bad), len(seen))

@@ -169,12 +169,18 @@ def test_check_names_edits_that_do_not_lie_on_their_source(tmp_path, capsys):
     lines.append(json.dumps({"instruction": "both"} | both))
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     sources = [{"kind": "jsonl", "path": str(tmp_path / "a.jsonl")}]
-    write_config(tmp_path, {"stage": "joint", "data": {"sources": sources, "heldout": 2}})
+    cfg = {
+        "stage": "joint",
+        "data": {"sources": sources, "heldout": 2},
+        "model": {"max_sources": 1},
+    }
+    write_config(tmp_path, cfg)
     places = ("--config", str(tmp_path / "config.py"), "--out", str(tmp_path / "report"))
     assert main(["data", "check", *places]) == 0
     (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["sources"]
     assert (row["edits"], row["shifted_edits"], row["zoomed_edits"]) == (6, 2, 1)
     assert row["not_comparable_edits"] == 1
+    assert row["more_sources_than_the_model_takes"] == 1
     named = [
         json.loads(line)
         for line in (tmp_path / "report" / "misplaced.jsonl").read_text().splitlines()
