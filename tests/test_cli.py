@@ -27,6 +27,7 @@ LEAVES = [
         ["train"],
         ["grpo"],
         ["evaluate", "scenes"],
+        ["evaluate", "drift"],
         ["evaluate", "edits"],
         ["plan"],
         ["bench"],

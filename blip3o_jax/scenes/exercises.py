@@ -29,6 +29,7 @@ from blip3o_jax.text import Text, right_pad
 
 RECITED = 16  # words of a recital
 GROUND_WORDS = np.isin(PATCH_WORDS, tuple(GROUNDS))
+COMPOSED = 0.5  # share of the edits that are two at once, so that the first thing is not a guess
 IMAGE = 64  # tokens of a picture
 KEPT = 0.25  # what a patch of ground counts that an edit leaves as it is
 
@@ -125,7 +126,7 @@ def exercise(
     if kind == "recital":
         ids, places, counts = _recital(rng, text)
     elif kind == "edit":
-        ids, places, counts = _edit(text, edits.sample(world, index))
+        ids, places, counts = _edit(text, edits.draw(world, index, composed_edits=COMPOSED))
     else:
         metadata, scene = prompts.sample(world, index)
         ids, places, counts = _scene(text, metadata["prompt"], scene, kind == "sketch")

@@ -19,6 +19,7 @@ from blip3o_jax.train.metrics import MetricWriter
 
 log = logging.getLogger(__name__)
 
+AHEAD = 2  # steps that may be dispatched before one is done: a SIGTERM must wait for all of them
 LAST = ("learning_rate", "skipped")  # of the interval's steps the last one's value, not the mean
 
 
@@ -76,10 +77,13 @@ class Meter:
             yield
 
     def add(self, step: int, batch: dict, metrics: dict) -> None:
-        """Takes a step's metrics, and waits for them only at the end of a profile."""
+        """Takes a step's metrics; waits for the step `AHEAD` before it, and at the end of a profile
+        for this one."""
         cfg, window = self.cfg, self.cfg.profile
         self.flops = self.flops or cfg.record.flops(cfg.blip3o(), cfg.section, batch)
         self.metrics.append(metrics)
+        if len(self.metrics) > AHEAD:
+            jax.block_until_ready(self.metrics[-1 - AHEAD])
         if self.profiling and step == min(window.start + window.steps - 1, cfg.num_steps):
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()

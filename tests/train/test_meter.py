@@ -61,6 +61,21 @@ def test_where_the_time_goes(clock, tmp_path):
     assert "mfu" not in first  # nobody knows the peak of a CPU
 
 
+def test_the_host_is_at_most_two_steps_ahead_of_the_device(tmp_path):
+    """All that is dispatched must be done before a SIGTERM's checkpoint."""
+    waited = []
+
+    class Later(float):
+        def block_until_ready(self):
+            waited.append(float(self))
+            return self
+
+    meter = Meter(CFG, tmp_path, 0, {})
+    for step in range(1, 6):
+        meter.add(step, {"tokens": np.zeros((4, 116))}, ROW | {"loss": Later(step)})
+        assert waited == list(range(1, step - 1))
+
+
 def test_goodput_counts_the_pause_and_the_steps_that_were_lost(clock, tmp_path):
     # of a checkpoint; then steps that a kill lost, and a pause
     kept = {"began": 900.0, "stepping": 40.0}
