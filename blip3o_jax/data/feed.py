@@ -100,9 +100,8 @@ class Feed:
         require(fits, f"data.row_length {self.length} {too_short}")
         takes, asks = self.model.max_sources > 0, self.data.edits > 0
         require(takes or not asks, "data.edits needs a model that takes some: model.max_sources.")
-        # Where nothing is an edit, batches hold no sources, which every step would encode.
-        edits = asks or any(_num_sources(first_record(source)) for source in self.sources)
-        self.has_sources = self.rows == "captions" and takes and edits
+        # Any record of a file may be an edit, not the first alone.
+        self.has_sources = self.rows == "captions" and takes and bool(asks or self.sources)
 
     def train(self, step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """This host's rows of batch `step`, `step + 1`, ... without end, in a new order every
@@ -209,9 +208,6 @@ class Feed:
         count = _num_sources(record)
         if count > (limit := self.model.max_sources):
             raise RecordError(f"it has {count} source images, and the model takes {limit}")
-        key, alone = record["key"] if cached else record.key, "a source of their own"
-        mixed = f"{key} is an edit, and the first record of every source is none; put edits in"
-        require(not count or self.has_sources, f"{mixed} {alone}.")
         if prompt_length(text, caption, count) > text.max_prompt_tokens:
             if self.data.long_captions == "drop":
                 return self.tally.add(dropped=1)

@@ -68,14 +68,15 @@ def table(
     psnrs: Sequence[float],
     roundtrip_psnrs: Sequence[float],
     shifts: Sequence[float],
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
     """By kind and overall: count; shares of success, done and kept; mean psnr and roundtrip_psnr
-    (of the autoencoder alone) in dB; the largest shift in px."""
+    (of the autoencoder alone) in dB; the largest shift in px; None where nothing is measured, as
+    NaN is not JSON."""
     kinds = np.array([edit.kind for edit in edits])
     result = {}
     for kind in ("overall", *(kind for kind in KINDS if kind in kinds)):
         own = np.flatnonzero((kinds == kind) | (kind == "overall"))
-        row: dict[str, float] = {"count": len(own)}
+        row: dict[str, float | None] = {"count": len(own)}
         for rule in ("success", "done", "kept"):
             row[rule] = round(float(np.mean([verdicts[i][rule] for i in own])), 4)
         # What cannot be measured is left out, not counted as perfect.
@@ -83,7 +84,7 @@ def table(
         for name, values in numbers.items():
             measured = [values[i] for i in own if not np.isnan(values[i])]
             most = max if name == "shift" else np.mean
-            row[name] = round(float(most(measured)), 2) if measured else float("nan")
+            row[name] = round(float(most(measured)), 2) if measured else None
         result[kind] = row
     return result
 
@@ -93,10 +94,10 @@ def heldout_chains(count: int, turns: int) -> list[list[Edit]]:
     return [chain(WorldConfig(seed=DATA_SEED), i, turns) for i in range(count)]
 
 
-def drift(images: np.ndarray, chains: Sequence[Sequence[Edit]]) -> list[dict[str, float]]:
+def drift(images: np.ndarray, chains: Sequence[Sequence[Edit]]) -> list[dict[str, float | None]]:
     """What is left of the pictures turn by turn, from the results uint8 [N,T,H,W,3] of N chains:
     psnr against the true picture in dB, where none of the chain's edits changes anything, on
-    average; the share of chains right so far (success)."""
+    average (None where there is no such place); the share of chains right so far (success)."""
     rows = []
     changed = [np.logical_or.reduce([region(edit) for edit in edits]) for edits in chains]
     right = np.ones(len(chains), bool)
@@ -106,8 +107,9 @@ def drift(images: np.ndarray, chains: Sequence[Sequence[Edit]]) -> list[dict[str
         psnrs = [
             psnr_outside(image, compose(edit.after), own)
             for (image, edit), own in zip(shown, changed, strict=True)
+            if not own.all()
         ]
-        psnr = round(float(np.nanmean(psnrs)), 2)
+        psnr = round(float(np.mean(psnrs)), 2) if psnrs else None
         rows.append({"turn": turn + 1, "success": round(float(right.mean()), 4), "psnr": psnr})
     return rows
 

@@ -24,10 +24,10 @@ def options(parser: argparse.ArgumentParser) -> None:
     drift = benchmarks.add_parser("drift", help="what edit after edit leaves of a picture")
     option(drift, "--num-pictures", 48, "pictures that are edited again and again")
     option(drift, "--turns", 5, "edits of each")
-    jobs = (scenes, Settings, run_scenes), (edits, EditSettings, run_edits)
-    for job, settings, run in (*jobs, (drift, EditSettings, run_drift)):
-        if job is not drift:
-            option(job, "--seeds", 2, "images of each")
+    for job in (scenes, edits):
+        option(job, "--seeds", 2, "images of each")
+    runs = (scenes, Settings, run_scenes), (edits, EditSettings, run_edits)
+    for job, settings, run in (*runs, (drift, EditSettings, run_drift)):
         model_options(job, settings)
         job.set_defaults(run=run)
 
@@ -79,12 +79,14 @@ def run_edits(args: argparse.Namespace) -> None:
     from PIL import Image
     from tqdm import tqdm
 
+    from blip3o_jax import checkpoints
     from blip3o_jax.evaluate import edits as measures
     from blip3o_jax.evaluate.ceilings import autoencoded
     from blip3o_jax.scenes.judge import judge_edit
 
     enough = args.num_edits >= len(measures.KINDS) and args.seeds >= 1
     require(enough, f"--num-edits is at least {len(measures.KINDS)} and --seeds at least 1.")
+    checkpoints.config_of(args.checkpoint).check_sources(1)
     settings = settings_of(args, EditSettings)
     with new_folder(args.out, marker="result.json", overwrite=args.overwrite) as folder:
         # Edits of the held-out scenes, and what the autoencoder makes of the true results.
@@ -127,12 +129,14 @@ def run_drift(args: argparse.Namespace) -> None:
     from PIL import Image
     from tqdm import tqdm
 
+    from blip3o_jax import checkpoints
     from blip3o_jax.evaluate import edits as measures
     from blip3o_jax.pixels import labelled_sheet
     from blip3o_jax.scenes.scene import compose
 
     enough = min(args.num_pictures, args.turns) >= 1
     require(enough, "--num-pictures and --turns are at least 1.")
+    checkpoints.config_of(args.checkpoint).check_sources(1)
     settings = settings_of(args, EditSettings)
     with new_folder(args.out, marker="result.json", overwrite=args.overwrite) as folder:
         # Each picture edited turn by turn.

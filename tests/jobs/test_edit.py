@@ -362,17 +362,26 @@ def test_bad_input_is_one_sentence_and_nothing_is_loaded_or_written(
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_checkpoint_without_editing_weights_is_named(tmp_path, capsys):
+def test_a_checkpoint_without_editing_weights_is_named_before_they_are_loaded(
+    tmp_path, capsys, monkeypatch
+):
+    def load_for(_):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("blip3o_jax.jobs.generate.load_for", load_for)
+    monkeypatch.setattr("blip3o_jax.jobs.evaluate.load_for", load_for)
     plain = checkpoint(tmp_path / "plain", {})
-    assert main(["edit", "a.png", "x", "--checkpoint", plain, "--out", "made"]) == 2
-    assert "has no editing weights" in capsys.readouterr().err
+    for command in (["edit", "a.png", "x"], ["evaluate", "edits"], ["evaluate", "drift"]):
+        assert main([*command, "--checkpoint", plain, "--out", "made"]) == 2
+        assert "has no editing weights" in capsys.readouterr().err
 
 
-def test_evaluation_of_edits_measures_each_one(pipeline, monkeypatch, capsys):
+def test_evaluation_of_edits_measures_each_one(pipeline, channels, monkeypatch, capsys):
     """Random weights change everything: nothing is kept, and the judge's own score says that this
     is the model's fault."""
     monkeypatch.setattr("blip3o_jax.jobs.evaluate.load_for", lambda _: pipeline)
     argv = ["evaluate", "edits", "--num-edits", "6", "--seeds", "1", *FLAGS, "--out", "scores"]
+    argv += ["--checkpoint", channels]
     assert main(argv) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["scores"]["overall"]["count"] == 6
@@ -385,9 +394,10 @@ def test_evaluation_of_edits_measures_each_one(pipeline, monkeypatch, capsys):
     assert main(["evaluate", "edits", "--num-edits", "5", "--out", "few"]) == 2
 
 
-def test_drift_is_measured_over_each_pictures_own_turns(pipeline, monkeypatch, capsys):
+def test_drift_is_measured_over_each_pictures_own_turns(pipeline, channels, monkeypatch, capsys):
     monkeypatch.setattr("blip3o_jax.jobs.evaluate.load_for", lambda _: pipeline)
     argv = ["evaluate", "drift", "--num-pictures", "3", "--turns", "2", *FLAGS, "--out", "drift"]
+    argv += ["--checkpoint", channels]
     assert main(argv) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["turn"] for row in result["turns"]] == [1, 2]
