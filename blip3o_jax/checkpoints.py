@@ -1,11 +1,13 @@
 """One door to a checkpoint of any kind: `open(name)` takes the name of an embedded checkpoint, a
 folder in the published layout or of `convert to-jax`, or the workdir of a training run, of which it
-takes the newest checkpoint. What tells the kinds apart is here and nowhere else."""
+takes the newest checkpoint, and that of a step for WORKDIR@STEP. What tells the kinds apart is here
+and nowhere else."""
 
 import dataclasses
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +17,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from blip3o_jax import resources, training_checkpoint
+from blip3o_jax import presets, resources, training_checkpoint
 from blip3o_jax.config import Blip3oConfig
-from blip3o_jax.convert import converted, hashes, orbax_io, published
+from blip3o_jax.convert import converted, hashes, lora, orbax_io, published, unused
 from blip3o_jax.convert.config_json import config_to_json
 from blip3o_jax.convert.padding import VOCAB_AXIS, padded, with_rows
 from blip3o_jax.errors import InputError, nearest, require
@@ -50,7 +52,7 @@ class Checkpoint:
     @property
     def tokenizer(self) -> Path:
         """As `tokenizer_of`."""
-        return tokenizer_of(self.folder)
+        return _tokenizer(self.folder, self.kind, self.root)
 
     def padded(self, multiple: int) -> "Checkpoint":
         """The same with rows behind the vocabulary up to a multiple, for a mesh to shard."""
@@ -101,6 +103,8 @@ class Checkpoint:
         """(identity from every byte, whether a record confirms it); InputError if one denies it."""
         recorded = hashes.compare(self.root, self.files, whole=True)
         weights = recorded or hashes.measure(self.root, self.files)
+        if self.kind == CONVERTED:
+            unused.verify(self.folder, whole=True)
         return self._identity(weights), recorded is not None
 
     def _identity(self, weights: dict[str, str]) -> str:
@@ -138,41 +142,79 @@ def embedded() -> dict[str, Path]:
     return {file.parent.name: file.parent for file in resources.ASSETS.glob("*/config.json")}
 
 
+def _split(name: str | Path) -> tuple[str, str | None]:
+    """(NAME, STEP) of NAME@STEP; without a step, also where a folder has such a name itself."""
+    match = re.fullmatch("(.+)@(.*)", str(name))
+    if match is None or Path(name).exists():
+        return str(name), None
+    is_known = match[1] in embedded() or Path(match[1]).is_dir()
+    return match.groups() if is_known else (str(name), None)
+
+
+def _folder_of_run(workdir: str, step: str | None) -> Path:
+    """The folder of a run's checkpoint of a step, by default of the newest; InputError that names
+    those that are there."""
+    if step is None:
+        return training_checkpoint.newest(workdir)
+    complete = training_checkpoint.complete(Path(workdir).absolute() / "checkpoints")
+    folders = {folder.name: folder for folder in complete}
+    steps = ", ".join(sorted(folders, key=int))
+    require(step in folders, f"{workdir} has no checkpoint of step {step!r}; it has {steps}.")
+    return folders[step]
+
+
 def find(name: str | Path) -> tuple[Path, str]:
     """(folder, kind) of a checkpoint; InputError with the nearest name if there is none."""
-    folder = embedded().get(str(name), Path(name))
+    return _find(name)[:2]
+
+
+def _find(name: str | Path) -> tuple[Path, str, Path]:
+    """As `find`, and the folder of the weights, which a run has one of for each step."""
+    name, step = _split(given := name)
+    folder = embedded().get(name, Path(name))
     if training_checkpoint.is_workdir(folder):  # whose config.json is the run's
-        return folder, RUN
+        return folder, RUN, _folder_of_run(name, step)
     # A workdir without weights to read is no model, whatever its config.json says.
     has_weights = any(folder.glob("*.safetensors*"))
     begun = f"{name} is a training run without a complete checkpoint as yet."
     require(has_weights or not (folder / "checkpoints").is_dir(), begun)
+    require(step is None, f"{given}: {name} is not a training run, so it has no steps.")
     if (folder / "config.json").is_file():
         is_converted = (folder / converted.PARAMS / "_METADATA").is_file()
-        return folder, CONVERTED if is_converted else PUBLISHED
+        return folder, CONVERTED if is_converted else PUBLISHED, folder
+    lora.refuse_adapter_folder(folder)
     neither = "neither config.json (a published or converted model) nor checkpoints"
     require(not folder.is_dir(), f"{name} holds {neither} (a training run).")
+    absent = f"The weights of {name} are not part of the package; download a checkpoint from the"
+    hub = "Hugging Face Hub, e.g. BLIP3o/BLIP3o-NEXT-SFT-3B, and give the path of its folder"
+    own = "as it is, or converted once with `blip3o-jax convert to-jax`"
+    require(str(name) not in presets.PRESETS, f"{absent} {hub}, {own}.")
     neither = "neither a folder nor an embedded name"
     raise InputError(f"No checkpoint {str(name)!r}, {neither}; {nearest(str(name), embedded())}")
 
 
 def config_of(name: str | Path) -> Blip3oConfig:
     """The config of a checkpoint as its small files alone describe it; touches no device."""
-    folder, kind = find(name)
+    folder, kind, root = _find(name)
     if kind == RUN:
-        return training_checkpoint.model_config(training_checkpoint.newest(folder))
+        return training_checkpoint.model_config(root)
     return published.read_config(folder)
 
 
 def tokenizer_of(name: str | Path) -> Path:
     """The tokenizer.json of a checkpoint; InputError when a run has none."""
-    folder, kind = find(name)
+    return _tokenizer(*_find(name))
+
+
+def _tokenizer(folder: Path, kind: str, root: Path) -> Path:
     file = folder / "tokenizer.json"
     if kind != RUN or file.is_file():
         return file
     # a run of version 0.1, or of a stage without text
-    run = training_checkpoint.read_config(training_checkpoint.newest(folder))
-    return resources.find_tokenizer(config_of(folder).name, run["data"].get("tokenizer", ""))
+    data = training_checkpoint.read_config(root).get("data")
+    own = data.get("tokenizer", "") if isinstance(data, dict) else None
+    require(isinstance(own, str), f"The config of the run {folder} has no data.tokenizer.")
+    return resources.find_tokenizer(training_checkpoint.model_config(root).name, own)
 
 
 def text_of(name: str | Path) -> Text:
@@ -183,14 +225,15 @@ def text_of(name: str | Path) -> Text:
 
 def open(name: str | Path) -> Checkpoint:
     """The checkpoint of that name; InputError for a missing, damaged or contradictory one."""
-    folder, kind = find(name)
-    step, root = None, folder
+    folder, kind, root = _find(name)
+    step = None
     if kind == RUN:
-        root = training_checkpoint.newest(folder)
+        files = training_checkpoint.weight_files(root)
+        # A full disk or a lost host may have cut short what was written last.
+        hashes.compare(root, files)
         step, config = int(root.name), training_checkpoint.model_config(root)
         leaves = _unpadded(training_checkpoint.open_weights(root), config.qwen3.vocab_size)
-        files = training_checkpoint.weight_files(root)
-        select = functools.partial(_of_run, folder, config, leaves)
+        select = functools.partial(_of_run, folder, root, config, leaves)
     elif kind == CONVERTED:
         config, leaves = converted.open_converted(folder)
         files = (folder / converted.PARAMS).rglob("*")
@@ -220,11 +263,13 @@ def _of_parts(leaves: Leaves, parts: tuple[str, ...]) -> Leaves:
     return {path: leaf for path, leaf in leaves.items() if path.split("/")[0] in parts}
 
 
-def _of_run(folder: Path, config: Blip3oConfig, leaves: Leaves, parts: tuple[str, ...]) -> Leaves:
+def _of_run(
+    folder: Path, root: Path, config: Blip3oConfig, leaves: Leaves, parts: tuple[str, ...]
+) -> Leaves:
     """The same of a run, which may be of a stage that trains some parts only."""
     held = tuple(dict.fromkeys(path.split("/")[0] for path in leaves))
     if missing := [part for part in parts if part not in held]:
-        run = training_checkpoint.read_config(training_checkpoint.newest(folder))
+        run = training_checkpoint.read_config(root)
         stage = f"it is a run of stage {run.get('stage')!r}"
         raise InputError(f"{folder} holds no {missing[0]!r}, only {', '.join(held)}: {stage}.")
     chosen = _of_parts(leaves, parts)

@@ -13,8 +13,10 @@ _3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
 class Chip:
     """An accelerator, from its vendor's data sheet.
 
-    `kind` is how JAX's `device_kind` begins; `peak` the dense bfloat16 FLOP/s and `hbm` the GiB of
-    a JAX device, of which a chip may be several; `layouts` the topologies that can be compiled for.
+    `kind` is how JAX's `device_kind` begins; `peak` the dense bfloat16 FLOP/s of a JAX device, of
+    which a chip may be several; `hbm` the MiB of a device that a program may have: where there are
+    `layouts`, topologies that can be compiled for, those that the TPU's compiler grants, of a GPU
+    the share of launch/env/gpu.env.
     """
 
     kind: str
@@ -25,15 +27,16 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip("TPU v4", 275e12, 32),
-    "v5e": Chip("TPU v5 lite", 197e12, 16, 1, _2D),
-    "v5p": Chip("TPU v5", 459e12, 95, 1, _3D),
-    "v6e": Chip("TPU v6", 918e12, 32, 1, _2D),
-    "tpu7x": Chip("TPU7x", 2307e12 / 2, 96, 2, _3D),
-    "a100": Chip("NVIDIA A100", 312e12, 80),
-    "h100": Chip("NVIDIA H100", 989e12, 80),
-    "h200": Chip("NVIDIA H200", 989e12, 141),
+    "v4": Chip("TPU v4", 275e12, 32 * 1024),
+    "v5e": Chip("TPU v5 lite", 197e12, 16_126, 1, _2D),
+    "v5p": Chip("TPU v5", 459e12, 98_025, 1, _3D),
+    "v6e": Chip("TPU v6", 918e12, 31_992, 1, _2D),
+    "tpu7x": Chip("TPU7x", 2307e12 / 2, 97_012, 2, _3D),
+    "a100": Chip("NVIDIA A100", 312e12, 74_500),
+    "h100": Chip("NVIDIA H100", 989e12, 74_500),
+    "h200": Chip("NVIDIA H200", 989e12, 131_700),
 }
+GPUS = tuple(name for name, chip in CHIPS.items() if chip.kind.startswith("NVIDIA"))
 
 
 def chip_of(kind: str) -> Chip | None:

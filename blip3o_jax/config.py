@@ -9,12 +9,18 @@ diffusers' SanaTransformer2DModel and AutoencoderDC, TA-Tok's checkpoint argumen
 import dataclasses
 import functools
 import math
+import reprlib
+import types
+import typing
 from dataclasses import dataclass, field
+from typing import Any
 
-from blip3o_jax.errors import nearest, require
+from blip3o_jax.errors import InputError, nearest, require
 from blip3o_jax.moved import refuse
 
 __getattr__ = functools.partial(refuse, "config")
+MAX_LAYERS, MAX_STAGES = 1024, 16
+MAX_DC_AE_SIZE = 512  # of either half, layers and their taps, which are traced one by one
 
 
 @dataclass(frozen=True)
@@ -194,6 +200,10 @@ class DcAeConfig:
             uneven = f"DC-AE: width {width} does not divide into heads of {head}."
             require(kind == "ResBlock" or width % head == 0, uneven)
         for counts in (getattr(self, name) for name in layers):
+            taps = [1 + sum(kernel**2 for kernel in scales) for scales in self.qkv_multiscales]
+            size = sum(map(math.prod, zip(counts, taps, strict=True)))
+            many = f"DC-AE: {size} layers and taps of qkv_multiscales in one half, more than"
+            require(size <= MAX_DC_AE_SIZE, f"{many} {MAX_DC_AE_SIZE}.")
             empty = "DC-AE: only the first and the last stage may have no layers, the others"
             require(all(counts[1:-1]), f"{empty} would not change the resolution.")
             for fine, coarse, count in zip(widths, widths[1:], counts, strict=False):
@@ -304,23 +314,46 @@ class Blip3oConfig:
         require(1 <= count <= self.max_sources, limit)
 
 
-def replace(config, **changes):
+def typed(value: Any, kind: Any, name: str) -> Any:
+    """`value`, also of JSON, as annotated; InputError for another type or one beyond sense."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return None if value is None else typed(value, arguments[0], name)
+    if origin is tuple and isinstance(value, list | tuple) and len(value) <= MAX_STAGES:
+        return tuple(typed(item, arguments[0], name) for item in value)
+    if kind is float and type(value) in (int, float) and 0 < value < 1e9:
+        return float(value)
+    # Numbers beyond these would only fail later, or fill the memory.
+    if kind is int and type(value) is int:
+        may_be_none = name.endswith(("layers_per_block", "_id", "max_sources", "vocab_padding"))
+        least = 0 if may_be_none else 1
+        most = MAX_LAYERS if "layers" in name or "depth" in name else 2**31 - 1
+        if least <= value <= most or name == "select_layer_id":
+            return value
+    if kind not in (int, float) and isinstance(kind, type) and type(value) is kind:
+        return value
+    kind = getattr(kind, "__name__", kind)
+    raise InputError(f"{name} is {reprlib.repr(value)}, which makes no sense as {kind}.")
+
+
+def replace(config, /, **changes):
     """`dataclasses.replace` that accepts dotted names, replace(c, **{"sana.num_layers": 2}), and
     nested ones, replace(c, sana={"num_layers": 2}).
 
     All changes are made before any check.
     """
-    names = {field.name for field in dataclasses.fields(config)}
+    kinds = {field.name: field.type for field in dataclasses.fields(config)}
     own: dict = {}
     nested: dict[str, dict] = {}
     for key, value in changes.items():
         head, _, rest = key.partition(".")
-        require(head in names, f"Unknown key {key!r}; {nearest(head, names)}")
-        if rest or isinstance(value, dict):
+        require(head in kinds, f"Unknown key {key!r}; {nearest(head, kinds)}")
+        if rest or (isinstance(value, dict) and dataclasses.is_dataclass(kinds[head])):
             nested.setdefault(head, {}).update({rest: value} if rest else value)
         else:
-            own[head] = value
+            own[head] = typed(value, kinds[head], head)
     # Each part with all of its own changes at once.
     for head, part in nested.items():
+        require(dataclasses.is_dataclass(kinds[head]), f"{head} is a value, not a group of keys.")
         own[head] = replace(getattr(config, head), **part)
     return dataclasses.replace(config, **own)

@@ -2,8 +2,11 @@
 
 import contextlib
 import difflib
+import numbers
 import re
 from collections.abc import Iterator
+
+MAX_SEED = 2**32 - 1  # jax and grain keep 32 bits of a seed: a larger one would be another's twin
 
 
 class InputError(ValueError):
@@ -32,10 +35,22 @@ def disk_reason(error: Exception) -> str | None:
     return match[0] if match else getattr(error, "strerror", None)
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what a library says, or its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def require(holds: bool, message: str) -> None:
     """InputError with this sentence unless the condition holds."""
     if not holds:
         raise InputError(message)
+
+
+def check_seed(seed: object, name: str = "The seed") -> None:
+    """InputError unless it is a whole number from 0 to `MAX_SEED`."""
+    is_whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
+    in_range = is_whole and 0 <= seed <= MAX_SEED
+    require(in_range, f"{name} is a whole number from 0 to {MAX_SEED}, not {seed!r}.")
 
 
 @contextlib.contextmanager

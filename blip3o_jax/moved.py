@@ -35,7 +35,7 @@ NAMES = {
     "config.PRESETS": "presets.PRESETS",
     "config.SANA_PRESETS": "presets.SANA_PRESETS",
     "plan.CHIPS": "chips.CHIPS",
-    "plan.lower_generation": "plan.programs.lower_generation",
+    "plan.lower_generation": "plan.generation.lower",
     "plan.lower_step": "plan.programs.lower_step",
     "plan.measure": "plan.estimate.measure",
     "plan.open_topology": "plan.programs.open_topology",

@@ -5,8 +5,10 @@ A picture comes as bytes, a path, a PIL image or an array, and leaves as RGB of 
 
 import contextlib
 import io
+import math
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -14,7 +16,21 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from blip3o_jax.errors import InputError, os_errors
 
 MAX_PIXELS = 1 << 26  # 8192 x 8192: those of one picture are in memory at once
+MAX_ASPECT = 20.0  # longer side by shorter of a picture that is trained on
+ORIENTATION = 0x0112  # EXIF's tag
+ROWS = 256  # of a picture that become eight bits at once
+DRAWINGS = ("EPS", "WMF")  # formats that Pillow has other programs render, such as Ghostscript
 STILLS = ("MPO", "PSD")  # formats whose further frames are previews and layers
+
+
+class Limits(NamedTuple):
+    """What a picture may have at most, told by its header."""
+
+    pixels: int = MAX_PIXELS
+    aspect: float = math.inf  # longer side by shorter
+
+
+LIMITS = Limits()  # of a picture that is edited
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
 
@@ -23,18 +39,18 @@ class PictureError(ValueError):
     """Why a picture cannot be shown: a phrase about `it`, without a full stop."""
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes, limits: Limits = LIMITS) -> Image.Image:
     """Encoded bytes -> RGB, as `shown`; PictureError for a file that is unknown, damaged, animated
-    or too large, which its header says before it is decoded."""
+    or beyond the limits, which its header says before it is decoded."""
     try:
         image = Image.open(io.BytesIO(data))
-        _check(image)
+        _check(image, limits)
         image.load()
         return shown(image)
     except PictureError:
         raise
     except Image.DecompressionBombError as error:
-        raise PictureError(_too_large()) from error
+        raise PictureError(_too_large(limits)) from error
     except UnidentifiedImageError as error:  # whose text names an address in memory
         raise PictureError("its format is unknown" if data else "it is empty") from error
     except Exception as error:  # decoders of images raise what they please
@@ -66,17 +82,22 @@ def shown(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
     # Damaged EXIF and profiles are ignored, as viewers do.
     with contextlib.suppress(Exception):
-        image = ImageOps.exif_transpose(image)
+        is_upright = image.getexif().get(ORIENTATION, 1) == 1
+        image = image if is_upright else ImageOps.exif_transpose(image)
     alpha = None
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         grey = np.asarray(image)
         if image.has_transparency_data:
-            alpha = Image.fromarray(np.uint8(255) * (grey != image.info["transparency"]))
+            opaque = grey != image.info["transparency"]
+            alpha = Image.fromarray(np.uint8(255) * opaque)
+            del opaque
         image = Image.fromarray(_eight_bits(grey, image.mode == "F"))
+        del grey
 
-    # Colours are converted without their transparency, then laid on white.
+    # Colours are converted without their transparency, then laid on white; a conversion copies.
     if image.has_transparency_data:
-        image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
+        mode = "LA" if image.mode in ("1", "L", "LA", "La") else "RGBA"
+        image = image if image.mode == mode else image.convert(mode)
         alpha = image.getchannel("A")
         image = image.convert(image.mode[:-1])
     image = image.convert("RGB") if image.mode in ("P", "PA") else image
@@ -84,10 +105,12 @@ def shown(image: Image.Image) -> Image.Image:
         with contextlib.suppress(Exception):
             source, target = io.BytesIO(profile), ImageCms.createProfile("sRGB")
             image = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
-    image = image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")
     if alpha is None:
         return image
-    return Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+    ground = Image.new("RGB", image.size, "white")
+    ground.paste(image, mask=alpha)
+    return ground
 
 
 def _eight_bits(levels: np.ndarray, is_float: bool) -> np.ndarray:
@@ -100,12 +123,21 @@ def _eight_bits(levels: np.ndarray, is_float: bool) -> np.ndarray:
     if not 0 <= least <= most <= limit:
         kinds = "floats beyond 0 to 255" if is_float else "beyond 16 bits"
         raise PictureError(f"its grey levels are {kinds}")
-    return np.rint(levels * (255 / limit)).astype(np.uint8)
+    # In float64, a few rows at a time.
+    shown = np.empty(levels.shape, np.uint8)
+    for start in range(0, len(levels), ROWS):
+        rows = slice(start, start + ROWS)
+        shown[rows] = np.rint(levels[rows] * (255 / limit))
+    return shown
 
 
-def _check(image: Image.Image) -> None:
-    if image.width * image.height > MAX_PIXELS:
-        raise PictureError(_too_large())
+def _check(image: Image.Image, limits: Limits = LIMITS) -> None:
+    if image.format in DRAWINGS:
+        raise PictureError(f"it is a drawing ({image.format}), which is not rendered")
+    if image.width * image.height > limits.pixels:
+        raise PictureError(_too_large(limits))
+    if max(image.size) > limits.aspect * min(image.size):
+        raise PictureError(f"its longer side is more than {limits.aspect:g} times its shorter")
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format not in STILLS:
         what = f"has {frames} pages" if image.format == "TIFF" else f"is animated ({frames} frames)"
@@ -128,8 +160,8 @@ def _spread_transparency(image: Image.Image) -> None:
     image.info["transparency"] = level * {"L;2": 85, "L;4": 17}.get(written, 1)
 
 
-def _too_large() -> str:
-    return f"it has more than {MAX_PIXELS:,} pixels"
+def _too_large(limits: Limits) -> str:
+    return f"it has more than {limits.pixels:,} pixels"
 
 
 def _checked(pixels: np.ndarray) -> np.ndarray:

@@ -3,8 +3,8 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import jax
@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from blip3o_jax import checkpoints, geometry
-from blip3o_jax.errors import about, require
+from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.errors import InputError, require
 from blip3o_jax.kernels.platform import dtype_for, enable_compilation_cache, on_cpu
 from blip3o_jax.models.blip3o import Blip3o, Params
 from blip3o_jax.moved import refuse
@@ -22,54 +23,51 @@ from blip3o_jax.parallel.batches import batch_shards
 from blip3o_jax.parallel.mesh import BATCH, make_mesh
 from blip3o_jax.parallel.parameters import shardings
 from blip3o_jax.pictures import Picture, array
-from blip3o_jax.sample import generate, programs
+from blip3o_jax.request import Request, Sample, bucket, encode, repeated
+from blip3o_jax.sample import generate, int8, programs
 from blip3o_jax.sample.condition import guidance
 from blip3o_jax.sample.settings import EditSettings, Settings
+from blip3o_jax.scenes import lexicon
 from blip3o_jax.text import Text, left_pad
 
 __getattr__ = functools.partial(refuse, "pipeline")
 
 CPU_BATCH = 4  # images made at once
+WINDOW = 16  # batches whose requests are sorted by shape
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One image uint8 [H,W,3] and what it was made from; `tokens` int32 [n] are codebook ids."""
+@dataclass
+class Row:
+    """A request at its place in the window: what it becomes for the model, and what comes of it,
+    samples or the error by which it cannot be served."""
 
-    prompt: str
-    index: int
-    seed: int
-    image: np.ndarray
-    tokens: np.ndarray
-
-
-@dataclass(frozen=True)
-class EditSample:
-    """One edited image uint8 [h,w,3], of its source's size, and what it was made from.
-
-    The model drew `square` uint8 [H,W,3] from `latents` f32 [Y,X,C]; `mask` uint8 [h,w] says what
-    is new where unchanged pixels are the source's own. `turn` counts from 0.
-    """
-
-    instruction: str
-    index: int
-    turn: int
-    seed: int
-    image: np.ndarray
-    square: np.ndarray
-    tokens: np.ndarray
-    latents: np.ndarray
-    mask: np.ndarray | None
+    place: int
+    request: Request
+    tokens: list[list[int]] = field(default_factory=list)  # as `encode` gives them
+    pictures: list[np.ndarray] = field(default_factory=list)  # sources, where they are compared
+    placement: geometry.Placement | None = None
+    samples: list[Sample] = field(default_factory=list)
+    error: InputError | None = None
 
 
 class Pipeline:
     """A model on a mesh. Prompts run through compiled programs of fixed shape, so that an image
-    does not depend on the others of its batch."""
+    does not depend on the others of its batch.
+
+    `embedded` names a model that knows the words of the embedded world alone; others are warned of.
+    """
 
     def __init__(
-        self, model: Blip3o, params: Params, text: Text, mesh: Mesh, identity: str, batch_size: int
+        self,
+        model: Blip3o,
+        params: Params,
+        text: Text,
+        mesh: Mesh,
+        identity: str,
+        batch_size: int,
+        embedded: str = "",
     ):
-        self.model, self.params, self.text = model, params, text
+        self.model, self.params, self.text, self.embedded = model, params, text, embedded
         self.mesh, self.identity, self.batch_size = mesh, identity, batch_size
         shards = f"the mesh's {batch_shards(mesh)} batch shards"
         divides = batch_size % batch_shards(mesh) == 0
@@ -81,6 +79,46 @@ class Pipeline:
             for function in (programs.text_to_image, programs.edit, programs.round_trip)
         )
 
+    def run(
+        self, requests: Iterable[Request], failed: Callable[[Request, str], None] | None = None
+    ) -> Iterator[Sample]:
+        """The image of every request, or of every turn of an edit, in order, made batch by batch
+        as the iterator advances: requests of one shape, out of a window, run together.
+
+        A request that cannot be served, for its text or for a picture, ends the run by its
+        InputError; or it is left out, and `failed` is told it and the reason.
+        """
+        requests = iter(requests)
+        while window := list(itertools.islice(requests, WINDOW * self.batch_size)):
+            rows = [Row(place, request) for place, request in enumerate(window)]
+            done, due = set(), 0
+            for batch in self._batches(rows):
+                done |= {row.place for row in batch}
+                # In order, as far as all before are done.
+                while due in done:
+                    row = rows[due]
+                    due += 1
+                    if row.error and failed is None:
+                        raise row.error
+                    if row.error:
+                        failed(row.request, str(row.error))
+                    yield from row.samples
+                    row.samples = []
+
+    def check(self, requests: list[Request]) -> None:
+        """InputError for the first request that cannot be served, its pictures unread; a warning
+        as of `warn`."""
+        for request in requests:
+            encode(request, self.model.config, self.text)
+        self.warn(requests)
+
+    def warn(self, requests: list[Request]) -> None:
+        """Names the words that an embedded model does not know."""
+        if self.embedded:
+            for is_edit, words in enumerate((lexicon.of_prompts, lexicon.of_instructions)):
+                texts = [r.texts for r in requests if bool(r.images) == is_edit]
+                lexicon.warn(self.embedded, itertools.chain(*texts), words())
+
     def samples(
         self,
         prompts: list[str],
@@ -88,81 +126,20 @@ class Pipeline:
         num_images: int = 1,
         settings: Settings | None = None,
     ) -> Iterator[Sample]:
-        """`num_images` of each prompt in order, generated batch by batch as the iterator advances;
-        InputError for a bad prompt at once."""
-        work = _work(prompts, num_images)
-        limit = self.model.config.max_prompt_tokens
-        ids, valid = self.text.encode_prompts(prompts, limit)
-        run = functools.partial(self._run, self.params, **asdict(settings or Settings()))
-        rows = (((p, i), (ids[p], valid[p], _key(seed, prompts[p], i))) for p, i in work)
-        return (
-            Sample(prompts[p], i, seed, row["images"], row["tokens"])
-            for (p, i), row in self._rows(run, rows)
-        )
+        """`run` for `num_images` of each prompt in order; InputError for a bad one at once."""
+        asked = [Request(prompt, seed=seed, settings=settings) for prompt in prompts]
+        asked = repeated(asked, num_images)
+        self.check(asked)
+        return self.run(asked)
 
     def generate(
         self, prompts: str | list[str], seed: int = 0, num_images: int = 1, **settings
     ) -> list:
-        """PIL images, `num_images` a prompt in order. Keywords are those of `Settings`."""
+        """PIL images, `num_images` a prompt in order, with their origin in `info`. Keywords are
+        those of `Settings`."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         samples = self.samples(prompts, seed, num_images, Settings(**settings))
-        return [Image.fromarray(sample.image) for sample in samples]
-
-    def edits(
-        self,
-        images: Sequence[Picture | list[Picture]],
-        turns: list[list[str]],
-        seed: int = 0,
-        num_images: int = 1,
-        settings: EditSettings | None = None,
-        keep_unchanged: float | None = None,
-    ) -> Iterator[EditSample]:
-        """Edits of each source image, or of several in order, of which the first gives the size, by
-        the instructions of its turns, as many for each; every further turn edits the last result.
-
-        `keep_unchanged`: see `geometry.keep_unchanged`. Pictures are read batch by batch;
-        InputError for anything else at once.
-        """
-        sources = [row if isinstance(row, list | tuple) else [row] for row in images]
-        for number, row in enumerate(sources, 1):
-            with about(f"Edit {number}"):
-                self.model.config.check_sources(len(row))
-        same = f"{len(sources)} images need as many instructions, not {len(turns)}."
-        require(len(sources) == len(turns), same)
-        text = next((texts for texts in turns if isinstance(texts, str)), "")
-        require(not text, f"An edit's turns are a list of instructions, not {text!r} alone.")
-        require(len({len(texts) for texts in turns}) < 2, "Edits have as many turns each.")
-        work = _work(turns, num_images)
-        counts = [len(row) for row in sources]
-        prompts = []
-        for texts in zip(*turns, strict=True):
-            prompts.append(self._edit_prompts(texts, counts))
-            counts = [1] * len(sources)
-        ids, valid = (np.stack(arrays, axis=1) for arrays in zip(*prompts, strict=True))
-        run = functools.partial(
-            self._edit_turns, keep_unchanged is not None, _edit_options(settings or EditSettings())
-        )
-
-        def rows() -> Iterator[tuple[tuple, tuple]]:
-            for r, i in work:
-                pictures = [array(picture) for picture in sources[r]]
-                keys = np.stack([_key(seed, text, i) for text in turns[r]])
-                squares, exists, place = self._squares(pictures)
-                source = None if keep_unchanged is None else pictures[0]
-                yield (r, i, place, source), (ids[r], valid[r], keys, squares, exists)
-
-        def edited() -> Iterator[EditSample]:
-            for (r, i, place, source), row in self._rows(run, rows()):
-                for turn, text in enumerate(turns[r]):
-                    image, mask = geometry.from_square(row["images"][turn], place), None
-                    if keep_unchanged is not None:
-                        seen = geometry.from_square(row["seen"][turn], place)
-                        image, mask = geometry.keep_unchanged(source, image, seen, keep_unchanged)
-                        source = image
-                    drawn = (row[name][turn] for name in ("images", "tokens", "latents"))
-                    yield EditSample(text, i, turn, seed, image, *drawn, mask)
-
-        return edited()
+        return [self._picture(sample, "prompt") for sample in samples]
 
     def edit(
         self,
@@ -174,44 +151,102 @@ class Pipeline:
         keep_unchanged: float | None = None,
         **settings,
     ) -> list:
-        """PIL images of the sources' sizes, in the order of `edits`; paths, PIL images or arrays
-        uint8 [h,w,3] are edited, then each result by the instructions `then`. Other keywords are
-        those of `EditSettings`."""
+        """PIL images of the sources' sizes, in order; paths, PIL images or arrays uint8 [h,w,3] are
+        edited, or several of them together, then each result by the instructions `then`. Other
+        keywords are those of `EditSettings`."""
         if isinstance(instructions, str):
             images, instructions = [images], [instructions]
-        turns = [[instruction, *then] for instruction in instructions]
-        samples = self.edits(
-            images, turns, seed, num_images, EditSettings(**settings), keep_unchanged
-        )
-        return [Image.fromarray(sample.image) for sample in samples]
-
-    def _rows(
-        self, run: Callable[..., dict[str, jax.Array]], rows: Iterator[tuple[Any, tuple]]
-    ) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
-        """(what it is, its inputs) of each row -> (what it is, its results), batch by batch."""
-        while chunk := list(itertools.islice(rows, self.batch_size)):
-            # A full batch: what is missing repeats the first row and is dropped.
-            full = [inputs for _, inputs in chunk]
-            full += [full[0]] * (self.batch_size - len(chunk))
-            inputs = tuple(np.stack(arrays) for arrays in zip(*full, strict=True))
-            # From the mesh the model knows the platform's kernels and how the batch is sharded.
-            with jax.set_mesh(self.mesh):
-                batch = jax.device_get(run(*jax.device_put(inputs, self._place)))
-            for i, (what, _) in enumerate(chunk):
-                yield what, {name: values[i] for name, values in batch.items()}
-
-    def _edit_prompts(
-        self, texts: Sequence[str], counts: list[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Instructions with the numbers of their source images -> (ids, valid) [B,P]."""
-        config, vocab = self.model.config, self.text.vocab
-        size = config.ta_tok.num_tokens
-        prompts = [
-            self.text.encode_edit(text, np.zeros((count, size), np.int32))
-            for text, count in zip(texts, counts, strict=True)
+        same = f"{len(images)} images need as many instructions, not {len(instructions)}."
+        require(len(images) == len(instructions), same)
+        rows = [tuple(row) if isinstance(row, list | tuple) else (row,) for row in images]
+        how = {"seed": seed, "settings": EditSettings(**settings), "keep_unchanged": keep_unchanged}
+        asked = [
+            Request(text, row, tuple(then), **how, id=f"Edit {number}")
+            for number, (row, text) in enumerate(zip(rows, instructions, strict=True), 1)
         ]
-        length = config.max_prompt_tokens + config.max_sources * size
-        return left_pad(prompts, length, vocab.pad_token_id)
+        asked = repeated(asked, num_images)
+        self.check(asked)
+        return [self._picture(sample, "instruction") for sample in self.run(asked)]
+
+    def _picture(self, sample: Sample, words: str) -> Any:
+        """A PIL image whose `info` says what it was made from."""
+        picture, settings = Image.fromarray(sample.image), asdict(sample.request.settings)
+        picture.info |= {words: sample.prompt, "seed": sample.seed, "index": sample.index}
+        picture.info |= {"turn": sample.turn} if sample.request.images else {}
+        picture.info |= {"checkpoint": self.identity, "settings": settings}
+        return picture
+
+    def _batches(self, rows: list[Row]) -> Iterator[list[Row]]:
+        """Rows as they are done, batch by batch. The devices already work on the next batch while
+        one is taken over."""
+        # A batch goes through the same compiled programs with the same settings.
+        groups: dict[tuple, list[Row]] = {}
+        for row in rows:
+            try:
+                row.tokens = encode(row.request, self.model.config, self.text)
+                key = shape(row.request, row.tokens, self.model.config)
+                groups.setdefault(key, []).append(row)
+            except InputError as error:
+                row.error = error
+        yield [row for row in rows if row.error]
+        last = None
+        for group in groups.values():
+            for start in range(0, len(group), self.batch_size):
+                batch = group[start : start + self.batch_size]
+                results = self._start(batch)
+                if last:
+                    yield self._finish(*last)
+                last = batch, results
+        if last:
+            yield self._finish(*last)
+
+    def _start(self, rows: list[Row]) -> dict[str, jax.Array]:
+        """Sets the devices to work on those rows of one shape that can be made."""
+        inputs = []
+        for row in rows:
+            try:
+                with row.request.named():
+                    row.pictures = [array(picture) for picture in row.request.images]
+                    inputs.append(self._inputs(row))
+            except InputError as error:
+                row.error = error
+        if not inputs:
+            return {}
+        # A full batch: what is missing repeats the first row and is dropped.
+        inputs += [inputs[0]] * (self.batch_size - len(inputs))
+        arrays = jax.device_put(tuple(map(np.stack, zip(*inputs, strict=True))), self._place)
+        request = rows[0].request
+        # From the mesh the model knows the platform's kernels and how the batch is sharded.
+        with jax.set_mesh(self.mesh):
+            if request.images:
+                return self._edit_turns(request, *arrays)
+            return self._run(self.params, *arrays, **asdict(request.settings))
+
+    def _inputs(self, row: Row) -> tuple[np.ndarray, ...]:
+        """A row's own part of a batch: ids, valid and key, of an edit for each turn, and then its
+        source images and which there are."""
+        request, config = row.request, self.model.config
+        length = bucket(request, row.tokens, config)
+        ids, valid = left_pad(row.tokens, length, self.text.vocab.pad_token_id)
+        keys = [generate.sample_key(request.seed, text, request.index) for text in request.texts]
+        prompts = ids, valid, np.array(keys, np.uint32)
+        if not request.images:
+            return tuple(x[0] for x in prompts)
+        squares, exists, row.placement = self._squares(row.pictures)
+        if request.keep_unchanged is None:
+            row.pictures = []
+        return *prompts, squares, exists
+
+    def _finish(self, rows: list[Row], results: dict[str, jax.Array]) -> list[Row]:
+        """The rows with their samples, once the devices are ready."""
+        results = jax.device_get(results)
+        for i, row in enumerate(row for row in rows if not row.error):
+            own = {name: values[i] for name, values in results.items()}
+            if row.request.images:
+                row.samples = list(_edited(row, own))
+            else:
+                row.samples = [Sample(row.request, 0, own["images"], own["tokens"])]
+        return rows
 
     def _squares(
         self, pictures: list[np.ndarray]
@@ -229,19 +264,21 @@ class Pipeline:
 
     def _edit_turns(
         self,
-        is_compared: bool,
-        options: dict[str, Any],
+        request: Request,
         ids: jax.Array,
         valid: jax.Array,
         keys: jax.Array,
         squares: jax.Array,
         exists: jax.Array,
     ) -> dict[str, jax.Array]:
-        """All turns T of a batch, from ids and valid [B,T,P] and keys [B,T,3] -> the results of
-        `programs.edit`, [B,T,...]; also, if they are to be compared with it, `seen`, what the
-        autoencoder makes of each turn's source."""
-        results, latents = [], None
-        seen = self._round_trip(self.params, squares[:, 0]) if is_compared else None
+        """All turns T of a batch of edits like `request`, from ids and valid [B,T,P] and keys
+        [B,T,3] -> the results of `programs.edit`, [B,T,...]; also, if they are to be compared with
+        it, `seen`, what the autoencoder makes of each turn's source."""
+        options = _edit_options(request.settings)
+        is_compared = request.keep_unchanged is not None
+        results, latents, seen = [], None, None
+        if is_compared:
+            seen = self._round_trip(self.params, squares[:, 0])
         for turn in range(ids.shape[1]):
             prompt = (x[:, turn] for x in (ids, valid, keys))
             result = self._edit(self.params, *prompt, squares, exists, latents, **options)
@@ -256,15 +293,25 @@ class Pipeline:
         return jax.tree.map(lambda *turns: jnp.stack(turns, axis=1), *results)
 
 
-def _work(texts: Sequence, num_images: int) -> list[tuple[int, int]]:
-    """(text, index) of all images to make."""
-    require(num_images >= 1, f"num_images is at least 1, not {num_images}.")
-    require(len(texts) > 0, "There are no prompts.")
-    return [(p, i) for p in range(len(texts)) for i in range(num_images)]
+def shape(request: Request, tokens: list[list[int]], config: Blip3oConfig) -> tuple:
+    """What the requests of one batch have in common."""
+    length = bucket(request, tokens, config)
+    compared = request.keep_unchanged is not None
+    return length, request.settings, bool(request.images), len(request.then), compared
 
 
-def _key(seed: int, text: str, index: int) -> np.ndarray:
-    return np.array(generate.sample_key(seed, text, index), np.uint32)
+def _edited(row: Row, results: dict[str, np.ndarray]) -> Iterator[Sample]:
+    """The sample of each turn from its results [T,...], back in its source's size."""
+    request = row.request
+    for turn in range(len(request.texts)):
+        image, mask = geometry.from_square(results["images"][turn], row.placement), None
+        if request.keep_unchanged is not None:
+            seen = geometry.from_square(results["seen"][turn], row.placement)
+            source = row.pictures[0]
+            image, mask = geometry.keep_unchanged(source, image, seen, request.keep_unchanged)
+            row.pictures[0] = image
+        drawn = (results[name][turn] for name in ("tokens", "images", "latents"))
+        yield Sample(request, turn, image, *drawn, mask)
 
 
 def _edit_options(settings: EditSettings) -> dict[str, Any]:
@@ -284,21 +331,28 @@ def load(
 ) -> Pipeline:
     """A checkpoint of any kind by name or folder, placed on the mesh and ready to generate.
 
-    mesh: sizes of the axes data, fsdp and tensor over `devices` (all by default). dtype: "auto" is
-    float32 on CPU and bfloat16 elsewhere, for weights and compute. batch_size: images made at once,
-    by default eight per part of the batch, and on CPU four in all or as many as it has parts.
+    mesh: sizes of the axes data, fsdp and tensor over `devices` (those of this process by default).
+    dtype: "auto" is float32 on CPU and bfloat16 elsewhere, for weights and compute; "int8" the
+    same with weights of eight bits in the layers of Qwen3 and SANA (`sample.int8`). batch_size:
+    images made at once, by default eight per part of the batch, and on CPU four in all or as many
+    as it has parts.
     InputError for anything missing, damaged or contradictory.
     """
     enable_compilation_cache()
     checkpoints.find(name)  # before anything touches a device
-    mesh, dtype = make_mesh(mesh, devices), dtype_for(dtype)
+    mesh, weights = make_mesh(mesh, devices or jax.local_devices()), dtype
+    dtype = dtype_for("auto" if weights == "int8" else weights)
     # Weights go straight to their shards, with rows that make the vocabulary divisible.
     checkpoint = checkpoints.open(name).padded(mesh.shape["tensor"])
     config, shards = checkpoint.config, batch_shards(mesh)
     params = checkpoint.load(dtype=dtype, shardings=lambda tree: shardings(tree, mesh))
+    identity = checkpoint.identity
+    if weights == "int8":
+        params, identity = int8.quantized(params), f"{identity}+int8"
     # The batch fills the mesh; a CPU gains nothing from a large one.
     each = math.ceil(CPU_BATCH / shards) if on_cpu() else 8
     batch_size = batch_size or each * shards
     model = Blip3o(config, dtype=jnp.dtype(dtype))
-    text = checkpoints.text_of(name)
-    return Pipeline(model, params, text, mesh, checkpoint.identity, batch_size)
+    text, folder = checkpoints.text_of(name), checkpoint.folder
+    embedded = folder.name if folder in checkpoints.embedded().values() else ""
+    return Pipeline(model, params, text, mesh, identity, batch_size, embedded)

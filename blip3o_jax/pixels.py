@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw
 if TYPE_CHECKING:
     import jax
 
+LONG = 4  # longer side by shorter from which on `centre_crop` saves memory
+
 Array = TypeVar("Array", np.ndarray, "jax.Array")
 
 
@@ -43,11 +45,20 @@ def tokenizer_view(images: jax.Array, size: int) -> jax.Array:
 
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:
     """uint8 [size,size,3]: the shorter side resized (bilinear, antialiased), then the middle of the
-    longer one (docs/model.md §6.4)."""
+    longer one (docs/model.md §6.4).
+
+    Of a picture that is longer than `LONG` times its shorter side only that middle is resized, so
+    that memory does not grow with it; its values are those of the other way, or one level apart.
+    """
     width, height = (max(size, int(size * side / min(image.size))) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    if max(width, height) > LONG * size:
+        # the same middle in the picture's own pixels
+        x, y = image.width / width, image.height / height
+        box = left * x, top * y, (left + size) * x, (top + size) * y
+        return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box))
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = round((width - size) / 2), round((height - size) / 2)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
@@ -69,14 +80,24 @@ def contact_sheet(images: np.ndarray, columns: int = 8, margin: int = 4) -> np.n
     return np.pad(sheet, ((0, margin), (0, margin), (0, 0)), constant_values=255)
 
 
-def labelled_sheet(images: np.ndarray, labels: Sequence[str], columns: int = 8) -> np.ndarray:
-    """uint8 [B,H,W,3] -> a contact sheet at twice the size, two lines of label below each."""
-    height, width = (2 * side for side in images.shape[1:3])
+def labelled_sheet(
+    images: np.ndarray, labels: Sequence[str], columns: int = 8, scale: int = 2, lines: int = 2
+) -> np.ndarray:
+    """uint8 [B,H,W,3] -> a contact sheet at `scale` times the size, `lines` of label below each."""
+    height, width = (scale * side for side in images.shape[1:3])
     cells = []
     for image, label in zip(images, labels, strict=True):
-        cell = Image.new("RGB", (width + 32, height + 24), "white")
+        cell = Image.new("RGB", (width + 32, height + 12 * lines), "white")
         cell.paste(Image.fromarray(image).resize((width, height), Image.NEAREST), (16, 0))
-        text = "\n".join(textwrap.wrap(label, (width + 4) // 5)[:2])  # 5 px a letter
+        text = "\n".join(textwrap.wrap(label, (width + 4) // 5)[:lines])  # 5 px a letter
         ImageDraw.Draw(cell).multiline_text((4, height + 1), text, "black", font_size=10, spacing=1)
         cells.append(np.asarray(cell))
     return contact_sheet(np.stack(cells), columns, margin=2)
+
+
+def with_legend(sheet: np.ndarray, legend: str) -> np.ndarray:
+    """uint8 [H,W,3] -> the same with lines of text below it."""
+    lines = textwrap.wrap(legend, sheet.shape[1] // 6)  # 5 px a letter, and some are wider
+    foot = Image.new("RGB", (sheet.shape[1], 13 * len(lines) + 4), "white")
+    ImageDraw.Draw(foot).multiline_text((6, 0), "\n".join(lines), "black", font_size=10, spacing=1)
+    return np.concatenate([sheet, np.asarray(foot)])

@@ -18,7 +18,8 @@ SIGLIP = {"emoji_64": (128, 512, 3, 4, 64, 8), "mid_128": (384, 1536, 12, 6, 128
 
 
 def _emoji_64() -> config.Blip3oConfig:
-    """A miniature of every part, trained and embedded: 64 px, 8x8 of 256 codes, 8x8 latents."""
+    """A miniature of every part, trained and embedded: 64 px, 8x8 of 256 codes, 8x8 latents, and
+    edits of one source, whose latents are more channels."""
     # bytes and words of assets/emoji_64/tokenizer.json, and behind them three vision tokens, the
     # pad and two chat tokens
     words = 559
@@ -47,7 +48,7 @@ def _emoji_64() -> config.Blip3oConfig:
             decoder_num_patches=64,
         ),
         sana=config.SanaConfig(
-            in_channels=16,
+            in_channels=32,
             out_channels=16,
             num_layers=6,
             num_attention_heads=6,
@@ -72,6 +73,8 @@ def _emoji_64() -> config.Blip3oConfig:
             scaling_factor=0.01872,
         ),
         max_prompt_tokens=64,
+        max_sources=1,
+        use_und_image_vae_as_channels=True,
     )
 
 

@@ -29,8 +29,10 @@ CHAT = (
     "<|im_start|>user\n{content}<|im_end|>\n"
     "<|im_start|>assistant\n<im_start><S0>"
 )
+T2I_REQUEST = "Please generate image based on the following caption: "
 IMAGE_END = "<im_end><|im_end|>\n"
 IMAGE_PAD = "<|image_pad|>"
+CHARACTERS = 1024  # more than any token has
 WISHES = {"prompt": "what the image should show", "instruction": "what to change"}
 # needed by the templates, not named in VocabConfig
 CHAT_TOKENS = ("<|im_start|>", "<|vision_start|>", "<|vision_end|>", IMAGE_PAD)
@@ -38,7 +40,7 @@ CHAT_TOKENS = ("<|im_start|>", "<|vision_start|>", "<|vision_end|>", IMAGE_PAD)
 
 def t2i_prompt(caption: str) -> str:
     """The text that asks for an image of `caption`, in inference, GRPO and training (§4.2)."""
-    return CHAT.format(content=f"Please generate image based on the following caption: {caption}")
+    return CHAT.format(content=T2I_REQUEST + caption)
 
 
 def edit_prompt(instruction: str, num_images: int, num_image_tokens: int) -> str:
@@ -50,15 +52,15 @@ def edit_prompt(instruction: str, num_images: int, num_image_tokens: int) -> str
     return CHAT.format(content=request + images)
 
 
-def load_tokenizer(path: str | Path) -> Any:
-    """The `tokenizers.Tokenizer` of a tokenizer.json, with any truncation or padding saved in the
-    file switched off."""
+def load_tokenizer(path: str | Path, text: str | None = None) -> Any:
+    """The `tokenizers.Tokenizer` of a tokenizer.json, or of its `text`, which `path` then only
+    names; with any truncation or padding saved in the file switched off."""
     from tokenizers import Tokenizer
 
     missing = f"No tokenizer at {str(path)!r}; checkpoints hold a tokenizer.json."
     require(Path(path).is_file(), missing)
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(text) if text else Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise InputError(f"{str(path)!r} is not a tokenizer.json ({error}).") from error
     tokenizer.no_truncation()
@@ -202,12 +204,16 @@ class Text:
         require(bool(words), f"The {what} is empty; write {WISHES[what]}.")
         surrogates = not written.isascii() and any("\ud800" <= c <= "\udfff" for c in written)
         require(not surrogates, f"The {what} {quoted} is not UTF-8 text; save it as UTF-8.")
+        # Tokenising takes some hundred times the memory of a text.
+        limit, count = self.max_prompt_tokens, len(written)
+        many = f"{count:,} characters, more than {limit} tokens can have; shorten it."
+        require(count <= CHARACTERS * limit, f"The {what} {quoted} has {many}")
         if controls := [id_ for id_ in self.ids(written) if id_ in self._controls]:
             token = self.tokenizer.id_to_token(controls[0])
             raise InputError(f"The {what} {quoted} contains the control token {token}; remove it.")
         # The template, which must fit.
         ids = self.ids(prompt)
-        size, limit = len(ids) - num_image_tokens, self.max_prompt_tokens
+        size = len(ids) - num_image_tokens
         many = f"{size} tokens with its template, more than the {limit} allowed; shorten it."
         require(size <= limit, f"The {what} {quoted} has {many}")
         return ids

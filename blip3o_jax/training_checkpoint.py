@@ -5,7 +5,8 @@ WORKDIR/checkpoints/STEP/{model,optimizer,config,model_config,notes} and hashes.
 "guard"}; `config` the run's config, `model_config` the model's as in a published config.json,
 `notes` the clock's totals. The data position is the step itself, and so is the state of every
 random key. A folder appears under its number when everything in it is written; one that was killed
-on the way is removed by the next run, one that lost files later is set aside under another name.
+on the way is removed by the next run; one that lost files later, or of which a byte is not what
+hashes.json recorded, is set aside under another name, and the run resumes from the one before.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from blip3o_jax.config import Blip3oConfig, replace
 from blip3o_jax.convert import hashes, orbax_io
 from blip3o_jax.convert.config_json import config_from_json, config_to_json
 from blip3o_jax.convert.safetensors_io import read_json
-from blip3o_jax.errors import InputError, about, disk_reason, os_errors, require
+from blip3o_jax.errors import InputError, about, disk_reason, first_line, os_errors, require
 from blip3o_jax.moved import refuse
 from blip3o_jax.parallel.processes import process_zero_first
 from blip3o_jax.presets import preset
@@ -40,10 +41,12 @@ LAST_FILES += ("model/_METADATA", "model/manifest.ocdbt")
 LAST_FILES += ("optimizer/_METADATA", "optimizer/manifest.ocdbt")
 UNFINISHED = "*.orbax-checkpoint-tmp*"  # folders of checkpoints that have no name yet
 CONFIG_LIMIT = 4 << 20  # bytes
+HASHING = 3600  # seconds that other processes wait while the first reads a checkpoint whole
 
 
 def open_manager(workdir: str | Path, keep: int = 1):
-    """Orbax's manager of a workdir's checkpoints, after incomplete ones are set aside."""
+    """Orbax's manager of a workdir's checkpoints, after incomplete and damaged ones are set aside;
+    InputError when no other is left."""
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").addFilter(_not_orbax)
@@ -52,8 +55,14 @@ def open_manager(workdir: str | Path, keep: int = 1):
     then = ocp.options.AsyncOptions(post_finalization_callback=lambda: _record_hashes(folder))
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, async_options=then)
     with os_errors(f"The checkpoints {folder} cannot be written"):
-        with process_zero_first("the checkpoints"):
-            _set_aside(folder)
+        with process_zero_first("the checkpoints", HASHING) as first:
+            if first:
+                _set_aside(folder)
+        # A run that has lost all it had does not begin anew unasked.
+        broken = sorted(path.name for path in folder.glob("*.broken-*"))
+        is_left = bool(complete(folder)) or not broken
+        lost = f"{folder} holds damaged checkpoints alone ({', '.join(broken)})"
+        require(is_left, f"{lost}; restore one under its number, or remove them to begin anew.")
         return ocp.CheckpointManager(folder, options=options)
 
 
@@ -63,21 +72,42 @@ def _not_orbax(record: logging.LogRecord) -> bool:
 
 
 def _set_aside(folder: Path) -> None:
-    """Removes checkpoints that a killed run was writing; renames those that lost files later."""
+    """Removes checkpoints that a killed run was writing; renames those that lost files later, and
+    the newest ones until one is as it was written."""
     for unfinished in folder.glob(UNFINISHED):
         log.warning("%s was not written to its end and is removed.", unfinished)
         shutil.rmtree(unfinished, ignore_errors=True)
     for broken in _numbered(folder) - complete(folder):
-        names = (folder / f"{broken.name}.broken-{n}" for n in itertools.count())
-        aside = next(name for name in names if not name.exists())
-        log.warning("%s lacks some of its files and is now %s.", broken, aside.name)
-        broken.rename(aside)
+        _rename(broken, f"{broken} lacks some of its files")
+    for checkpoint in sorted(complete(folder), key=lambda path: -int(path.name)):
+        try:
+            hashes.compare(checkpoint, _recorded(checkpoint), whole=True)
+            break
+        except InputError as error:
+            _rename(checkpoint, str(error))
+
+
+def _rename(checkpoint: Path, reason: str) -> None:
+    """Sets a checkpoint aside."""
+    names = (checkpoint.with_name(f"{checkpoint.name}.broken-{n}") for n in itertools.count())
+    aside = next(name for name in names if not name.exists())
+    log.warning("%s It is set aside as %s.", reason.rstrip(".") + ".", aside.name)
+    checkpoint.rename(aside)
+
+
+def _recorded(checkpoint: Path) -> list[Path]:
+    """The files of a checkpoint whose hashes were recorded; those of version 0.1 have none."""
+    if not (checkpoint / hashes.RECORD).is_file():
+        return []
+    names = read_json(checkpoint / hashes.RECORD, hashes.RECORD_LIMIT)
+    return [checkpoint / name for name in names if (checkpoint / name).is_file()]
 
 
 def _record_hashes(folder: Path) -> None:
-    """Records the hashes of the weights of the checkpoint that is just being written."""
+    """Records the hashes of all that the checkpoint holds that is just being written: Orbax's
+    format has none of arrays."""
     for unfinished in folder.glob(UNFINISHED):
-        hashes.record(unfinished, weight_files(unfinished))
+        hashes.record(unfinished, [file for file in unfinished.rglob("*/*") if file.is_file()])
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -105,7 +135,7 @@ def _writing(manager) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
-        reason = disk_reason(error) or str(error).strip().splitlines()[0][:200]
+        reason = disk_reason(error) or first_line(error)[:200]
         what = f"A checkpoint cannot be written to {manager.directory}: {reason}"
         raise InputError(f"{what}; those before it are whole.") from error
 
@@ -156,8 +186,8 @@ def restore(manager, state, frozen):
     items["notes"], step = ocp.args.JsonRestore(), manager.latest_step()
     try:
         saved = manager.restore(step, args=ocp.args.Composite(**items))
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:300]
+    except Exception as error:  # Orbax raises plain ones too
+        reason = first_line(error)[:300]
         what = f"The checkpoint {manager.directory / str(step)} cannot be read: {reason}"
         fix = "Move it away, and the run resumes from the one before."
         raise InputError(f"{what} {fix}") from error
@@ -187,7 +217,10 @@ def model_config(folder: Path) -> Blip3oConfig:
     else:  # version 0.1 saved the run's config alone: a preset and changes to it
         run = read_config(folder)
         with about(folder / "config" / "metadata"):
-            fields = config_to_json(replace(preset(run["preset"]), **run["model"]))
+            name, changes = run.get("preset"), run.get("model")
+            is_model = isinstance(name, str) and isinstance(changes, dict)
+            require(is_model, "it has no preset with changes to it.")
+            fields = config_to_json(replace(preset(name), **changes))
     with about(file):
         return config_from_json(fields, None)
 

@@ -13,13 +13,11 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = joint()
     parts = ("ta_tok", "dc_ae", "sana", "diffusion_connector")
-    editing = {"max_sources": 1, "use_und_image_vae_as_channels": True, "sana": {"in_channels": 32}}
     # Rows as long as an edit may be.
     edits = {"row_length": 0, "edits": 0.6, "inverted_edits": 0.2, "composed_edits": 0.1}
     changes = {
         "seed": 3,
         "num_steps": 2000,
-        "model": editing,
         "init": {**dict.fromkeys(parts, "emoji_64"), "qwen3": "runs/edit_words"},
         "frozen_parts": ("qwen3",),  # which has learned edits by itself
         "data": {**config.data, **edits},

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = picture()
     # Rows as long as an edit may be.
-    data = {"exercises": {"picture": 0.1, "edit": 0.9}, "row_length": 195}
+    data = {"exercises": {"picture": 0.2, "edit": 0.8}, "row_length": 195}
     changes = {
         "seed": 4,
         "num_steps": 1400,

@@ -3,9 +3,11 @@
 
     python launch/preflight.py --workdir /mnt/runs/pretrain_3b --config pretrain_3b:v5e:16x16
 
+The config is read as the run reads it, with --config.key=value; its own topology must be there.
+
 A check that hangs, as a pod does that lacks a host, fails after --timeout seconds. Processes find
-each other as those of a run do (mesh.start_processes). Exit code 75 is never given: what fails here
-fails again.
+each other as those of a run do (mesh.start_processes). Exit code 75 is given after a SIGTERM or
+SIGUSR1 alone: what fails here fails again.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import glob
 import importlib.metadata
 import os
 import platform
+import signal
 import socket
 import sys
 import threading
@@ -57,6 +60,13 @@ def deadline(name: str, seconds: float) -> Iterator[None]:
         timer.cancel()
 
 
+def config_of(args):
+    """The run's config, as `blip3o-jax train` reads it."""
+    from blip3o_jax.train.read_config import read_config
+
+    return read_config(args.config, args.overrides)
+
+
 def versions(args) -> str:
     installed = {}
     for name in PACKAGES:
@@ -87,16 +97,17 @@ def workdir(args) -> str:
 
 def data(args) -> str:
     """The first bytes of the first file of everything that the config reads: its cache, or its
-    sources, and what parts come from."""
+    sources, and the checkpoints, also embedded ones, that parts come from."""
     if not args.config:
         return "no --config, nothing to look for"
-    from blip3o_jax.train.read_config import read_config
+    from blip3o_jax import checkpoints
 
-    cfg = read_config(args.config, [])
-    patterns = [cfg.data.cache] if cfg.data.cache else [source.path for source in cfg.data.sources]
-    patterns += [cfg.data.tokenizer, *sorted(set(cfg.init.values()))]
-    patterns = [pattern for pattern in patterns if pattern]
-    for pattern in patterns:
+    cfg = config_of(args)
+    names = [cfg.data.cache] if cfg.data.cache else [source.path for source in cfg.data.sources]
+    names = [name for name in [*names, cfg.data.tokenizer] if name]
+    inits = sorted(set(cfg.init.values()))
+    folders = [glob.escape(str(checkpoints.find(name)[0])) for name in inits]
+    for pattern in [*names, *folders]:
         # Lazily: a folder may hold millions of files.
         paths = (Path(path) for path in sorted(glob.glob(pattern)))
         files = (file for path in paths for file in ([path] if path.is_file() else path.rglob("*")))
@@ -108,7 +119,7 @@ def data(args) -> str:
                 file.read(4096)
         except OSError as error:
             raise CheckError(f"{first} cannot be read: {error.strerror}") from error
-    return f"{', '.join(patterns) or 'the config reads no files'}"
+    return f"{', '.join([*names, *inits]) or 'the config reads no files'}"
 
 
 def processes(args) -> str:
@@ -126,7 +137,7 @@ def processes(args) -> str:
 
 
 def devices(args) -> str:
-    """All are there, of one kind, and those that the config is for."""
+    """All are there, of one kind, and those that the config is for; its batch divides over them."""
     import jax
 
     kinds = sorted({device.device_kind for device in jax.devices()})
@@ -134,13 +145,23 @@ def devices(args) -> str:
     present = f"{local} of {count} devices are local, {' and '.join(kinds)}"
     is_even = len(kinds) == 1 and local * jax.process_count() == count
     need(is_even, f"{present}; all hosts must have as many of the same")
-    if args.topology:
+    cfg = config_of(args) if args.config else None
+    topology = args.topology or (cfg and cfg.topology)
+    if topology:
         from blip3o_jax.chips import chip_of, parse_topology
 
-        chip, planned = parse_topology(args.topology)
+        chip, planned = parse_topology(topology)
         is_planned = count == planned and chip_of(kinds[0]) == chip
-        need(is_planned, f"{present}; {args.topology} has {planned} of {chip.kind}")
-    return present
+        fix = (
+            "" if args.topology else "; name the config's own NAME:TOPOLOGY, or --config.topology="
+        )
+        need(is_planned, f"{present}; {topology} has {planned} of {chip.kind}{fix}")
+    if cfg:
+        from blip3o_jax.parallel.batches import check_batch
+        from blip3o_jax.parallel.mesh import make_mesh
+
+        check_batch(cfg.batch_size, make_mesh(cfg.mesh), cfg.accumulate)
+    return f"{present}{f', as {topology}' if topology else ''}"
 
 
 def all_reduce(args) -> str:
@@ -164,15 +185,26 @@ def all_reduce(args) -> str:
 CHECKS = (versions, workdir, data, processes, devices, all_reduce)
 
 
+def interrupted(number: int, frame: object) -> None:
+    os._exit(75)  # JAX's runtime may be anywhere, and there is nothing to save
+
+
 def main(argv: list[str] | None = None) -> int:
+    signal.signal(signal.SIGTERM, interrupted)
+    signal.signal(signal.SIGUSR1, interrupted)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", required=True)
-    parser.add_argument("--config", help="whose data must be there")
-    parser.add_argument("--topology", help="devices that must be there, e.g. v5e:16x16")
+    config = "whose data and devices must be there; with --config.key=value as for the run"
+    parser.add_argument("--config", help=config)
+    topology = "devices that must be there, e.g. v5e:16x16 (default: the config's)"
+    parser.add_argument("--topology", help=topology)
     parser.add_argument("--processes", type=int, help="that must be there")
     timeout = "seconds of each check (default: %(default)s)"
     parser.add_argument("--timeout", type=float, default=300, help=timeout)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    args.overrides = [word for word in rest if args.config and word.startswith("--config.")]
+    if unknown := [word for word in rest if word not in args.overrides]:
+        parser.error(f"unknown argument {unknown[0]}")
     for check in CHECKS:
         name = check.__name__
         try:

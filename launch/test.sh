@@ -3,11 +3,11 @@
 # `--all`: also parity with PyTorch's own modules, and the pod configs through the TPU's compiler.
 set -euo pipefail
 
-case "${1:-}" in
+case "$*" in
   "") all=false ;;
   --all) all=true ;;
   *)
-    echo "Unknown argument '$1'; usage: bash launch/test.sh [--all]" >&2
+    echo "Unknown argument '$*'; usage: bash launch/test.sh [--all]" >&2
     exit 2
     ;;
 esac
@@ -15,6 +15,7 @@ esac
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
+echo "Installing the package and what its tests need into $PWD/.venv: some minutes the first time, seconds later."
 if $all; then
   # PyTorch alone and first: named exactly, a CPU build on disk or on an index set for pip
   # (PIP_INDEX_URL, PIP_FIND_LINKS) is taken, and the extra below then finds it installed instead of

@@ -4,9 +4,11 @@
 #   bash launch/tpu_vm.sh --name pretrain --zone us-west4-a --type v5litepod-256 --runtime v2-alpha-tpuv5-lite [--project P] [--spot]
 #       [--setup 'sudo mount ...'] [--max-restarts 100] [--dry-run] -- train --config pretrain_3b:v5e:16x16 --workdir /mnt/runs/pretrain_3b
 #
-# Behind -- stands a job of blip3o-jax. --setup runs on every host before it, e.g. to mount the disk that holds data and workdir. The slice is
-# created as a queued resource where there is none of that name, again where it was pre-empted, and stays when the run is over: delete it with
-# the command that is printed last. --dry-run prints the gcloud commands. Exit code: the run's.
+# Behind -- stands a job of blip3o-jax; of generate and edit each host makes a share. --setup runs on every host before it, e.g. to mount the disk
+# that holds data and results. The slice is created as a queued resource where there is none of that name, again where it was pre-empted, and
+# stays when the run is over: delete it with the command that is printed last. --dry-run prints the gcloud commands. The job, its config and
+# whether that is for slices of this type are checked here first (launch/check_job.py; the clone's .venv or another Python must have the
+# package). Exit code: the run's.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
@@ -15,17 +17,19 @@ wrong() {
   echo "$1" >&2
   exit 2
 }
+usage() { sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//p}' launch/tpu_vm.sh; }
 while (($#)); do
   case $1 in
     --name | --zone | --type | --runtime | --project | --setup | --max-restarts)
-      (($# > 1)) || wrong "$1 wants a value."
+      [[ $# -gt 1 && $2 != --* ]] || wrong "$1 wants a value."
       declare "$(tr - _ <<<"${1#--}")=$2"
       shift 2
       ;;
     --spot) spot=true && shift ;;
     --dry-run) dry_run=true && shift ;;
     --) shift && break ;;
-    *) wrong "Unknown argument '$1'; the beginning of this file says which there are." ;;
+    --help | -h) usage && exit ;;
+    *) wrong "Unknown argument '$1'; the job stands behind --, and --help shows the options before it." ;;
   esac
 done
 for option in name zone type runtime; do
@@ -33,6 +37,26 @@ for option in name zone type runtime; do
 done
 [[ $max_restarts =~ ^[0-9]+$ ]] || wrong "--max-restarts is a number, not '$max_restarts'."
 (($#)) || wrong "Give the job behind --, e.g. -- train --config pretrain_3b --workdir /mnt/runs/pretrain_3b."
+for word in "$@"; do
+  case ${word%%=*} in
+    --name | --zone | --type | --runtime | --project | --setup | --max-restarts | --spot | --dry-run)
+      wrong "${word%%=*} stands behind --, where the job's own options are; put it before --."
+      ;;
+  esac
+done
+# What reads buckets is installed where the job names one.
+extras=tpu
+[[ "$*" != *gs://* ]] || extras+=,gcs
+[[ "$*" != *s3://* ]] || extras+=,s3
+# All that can be wrong is found before a slice is asked for: the job's options, its config, the programs, what is installed.
+export PATH="$PWD/.venv/bin:$PATH"
+python=$(command -v python || command -v python3) || wrong "No Python here, with which the job is checked."
+preflight=$("$python" launch/check_job.py --type "$type" --fresh -- "$@") || wrong "Nothing was asked for: the job would not start."
+$dry_run || command -v gcloud >/dev/null || wrong "gcloud is not installed here; see https://cloud.google.com/sdk/docs/install."
+archive=$(mktemp --suffix=.tar.gz)
+trap 'rm -f "$archive"' EXIT
+git archive --format=tar.gz --prefix=blip3o_jax/ --output="$archive" HEAD || wrong "The hosts get this clone's last commit, and there is none."
+git diff --quiet HEAD || echo "The hosts get this clone's last commit, without the changes since." >&2
 where=(--zone "$zone")
 [[ -z $project ]] || where+=(--project "$project")
 poll=${POLL_SECONDS:-30}
@@ -89,34 +113,32 @@ on_all() {
 }
 
 install() {
-  say "Installing on all hosts."
-  git archive --format=tar.gz --prefix=blip3o_jax/ --output="$archive" HEAD || return 1
+  say "Installing on all hosts, which usually takes some minutes."
   call compute tpus tpu-vm scp "$archive" "$name:blip3o_jax.tar.gz" "${where[@]}" --worker=all --quiet || return 1
   # shellcheck disable=SC2016 # expanded on the hosts
-  on_all 'set -e; rm -rf blip3o_jax; tar xzf blip3o_jax.tar.gz; cd blip3o_jax; source launch/venv.sh; pip install --quiet ".[tpu]"' || return 1
+  on_all 'set -e; rm -rf blip3o_jax; tar xzf blip3o_jax.tar.gz; cd blip3o_jax; source launch/venv.sh; pip install --quiet ".['"$extras"']"' || return 1
   on_all "$setup"
 }
 
-# The job on all hosts; their output is this script's. gcloud does not hand on exit codes of hosts, so the first one keeps its own.
+# The job on all hosts; their output is this script's. gcloud does not hand on exit codes of hosts, so each keeps its own.
 run() {
-  local job='' preflight='' before='' word
-  for word in "$@"; do
-    job+=" $(printf '%q' "$word")"
-    [[ $before =~ ^--(config|workdir)$ ]] && preflight+=" $before $(printf '%q' "$word")"
-    before=$word
-  done
-  job="blip3o-jax$job"
-  [[ $preflight != *--workdir* ]] || job="python launch/preflight.py$preflight && $job"
+  local job
+  job="blip3o-jax$(printf ' %q' "$@")"
+  [[ -z $preflight ]] || job="python launch/preflight.py $preflight && $job"
   on_all "rm -f blip3o.exit; cd blip3o_jax; source launch/env/tpu.env; source launch/venv.sh; $job; code=\$?; echo \$code > ~/blip3o.exit; exit \$code"
   $dry_run && return 0
-  local code
-  code=$(gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=0 --quiet --command='cat blip3o.exit' 2>/dev/null)
-  [[ $code =~ ^[0-9]+$ ]] && return "$code"
-  return 255 # the hosts are gone
+  local codes code
+  # shellcheck disable=SC2016 # expanded on the hosts
+  codes=$(gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --quiet --command='echo "blip3o.exit=$(cat blip3o.exit || echo 255)"' 2>/dev/null |
+    sed -n 's/.*blip3o\.exit=\([0-9][0-9]*\).*/\1/p' | sort -rn)
+  # First what starts the job again, then what a host says of itself, then what its end does to the others.
+  for code in 255 75 143 130 2; do
+    ! grep -qx "$code" <<<"$codes" || return "$code"
+  done
+  [[ -n $codes ]] || return 255 # the hosts are gone
+  return "${codes%%$'\n'*}"      # the highest
 }
 
-archive=$(mktemp --suffix=.tar.gz)
-trap 'rm -f "$archive"' EXIT
 for ((restarts = 0; restarts <= max_restarts; restarts++)); do
   ensure_slice
   code=255
@@ -125,9 +147,9 @@ for ((restarts = 0; restarts <= max_restarts; restarts++)); do
     run "$@"
     code=$?
   fi
-  # 75: saved after a SIGTERM. 255: a host does not answer. Anything else is the run's own end, unless its hosts were taken away meanwhile.
+  # 75: saved after a SIGTERM or SIGUSR1; 143: one that came before the run listened. 130: ended from a keyboard. 255: a host does not answer. Anything else is the run's own end, unless its hosts were taken away meanwhile.
   now=$(state)
-  if ((code == 0)) || { ((code != 75 && code != 255)) && [[ $now == ACTIVE ]]; }; then
+  if ((code == 0)) || { ((code != 75 && code != 143 && code != 255)) && [[ $now == ACTIVE ]]; }; then
     say "The run ended with code $code. The slice is still there: gcloud compute tpus queued-resources delete $name ${where[*]} --force"
     exit "$code"
   fi

@@ -158,6 +158,48 @@ def test_steps_of_a_run_are_told_apart(params, tmp_path):
     assert first[5:] != second[5:]
 
 
+def test_a_step_of_a_run_is_chosen_by_its_number(params, tmp_path, monkeypatch, capsys):
+    other = changed(params, "dc_ae/decoder/norm_out/bias")
+    workdir = save_run(save_run(tmp_path / "run", params, 3), other, 5)
+    for name, step, weights in (("run", 5, other), ("run@5", 5, other), ("run@3", 3, params)):
+        checkpoint = checkpoints.open(tmp_path / name)
+        assert (checkpoint.folder, checkpoint.step) == (workdir, step)
+        assert checkpoint.identity.startswith(f"run/{step}@")
+        jax.tree.map(np.testing.assert_array_equal, checkpoint.load(), weights)
+        part = checkpoints.load_part(tmp_path / name, "dc_ae")
+        jax.tree.map(np.testing.assert_array_equal, part, weights["dc_ae"])
+        assert checkpoints.config_of(tmp_path / name) == RUN.blip3o()
+        assert checkpoint.tokenizer == checkpoints.tokenizer_of(tmp_path / name)
+    convert("to-torch", tmp_path / "run@3", tmp_path / "back")
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.open(tmp_path / "back").load(), params)
+    report = json.loads((tmp_path / "back" / "convert.json").read_text())
+    assert (report["source"], report["origin"]) == (str(tmp_path / "run@3"), {"step": 3})
+    # Every byte of the step that is named, whatever became of the newest.
+    shutil.rmtree(workdir / "checkpoints" / "5" / "model" / "d")
+    capsys.readouterr()
+    convert("verify", tmp_path / "run@3")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["identity"].startswith("run/3@")
+    # What is not there.
+    monkeypatch.chdir(tmp_path)
+    options = ["--workdir", "next", "--config", "emoji_joint", "--config.init.dc_ae=run@4"]
+    assert main(["train", *options]) == 2
+    missing = "blip3o-jax: init of dc_ae: run has no checkpoint of step '4'; it has 3, 5.\n"
+    assert capsys.readouterr().err == missing
+    with pytest.raises(InputError, match=r"^run has no checkpoint of step 'x'; it has 3, 5\.$"):
+        checkpoints.open("run@x")
+    none = r"^emoji_64@3: emoji_64 is not a training run, so it has no steps\.$"
+    with pytest.raises(InputError, match=none):
+        checkpoints.open("emoji_64@3")
+    with pytest.raises(InputError, match=r"^No checkpoint 'nowhere@3', neither a folder nor"):
+        checkpoints.open("nowhere@3")
+    # A folder of that very name, which is none of the run's.
+    earlier = checkpoints.open("run@3")
+    tokenizer = earlier.tokenizer
+    shutil.copytree(tmp_path / "back", "run@3")
+    assert checkpoints.open("run@3").kind == "published"
+    assert earlier.tokenizer == tokenizer
+
+
 def flip(file, place):
     data = bytearray(file.read_bytes())
     data[place] ^= 1
@@ -241,6 +283,16 @@ def test_a_run_of_an_earlier_version_opens(params, tmp_path):
     assert main(["convert", "to-torch", str(workdir), str(tmp_path / "back")]) == 0
     back = checkpoints.open(tmp_path / "back").load()
     jax.tree.map(np.testing.assert_array_equal, back, params)
+    # Damaged, it is refused in one sentence.
+    config = json.loads((folder / "config" / "metadata").read_text())
+    for change, sentence in {
+        "preset": r"metadata: it has no preset with changes to it\.",
+        "model": r"metadata: it has no preset with changes to it\.",
+        "data": r"The config of the run .*run has no data\.tokenizer\.",
+    }.items():
+        (folder / "config" / "metadata").write_text(json.dumps(config | {change: []}))
+        with pytest.raises(InputError, match=sentence):
+            checkpoints.tokenizer_of(workdir)
 
 
 def test_a_run_with_a_tokenizer_of_its_own_leaves_with_it(params, tmp_path):
@@ -303,3 +355,35 @@ def test_a_run_without_a_checkpoint_is_not_taken_for_a_model(tmp_path):
     (tmp_path / "run" / "config.json").write_text('{"stage": "joint"}')
     with pytest.raises(InputError, match="run is a training run without a complete checkpoint"):
         checkpoints.open(tmp_path / "run")
+
+
+def cut(content):
+    return content[:-10]
+
+
+def empty(content):
+    return b""
+
+
+def flip_a_bit(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [cut, empty, flip_a_bit], ids=lambda function: function.__name__)
+def test_a_damaged_run_is_one_sentence_to_all_that_read_it(damage, kinds, capsys, tmp_path):
+    run = kinds[2]
+    files = (run / "checkpoints" / "3" / "model").rglob("d/*")
+    file = max(files, key=lambda file: file.stat().st_size)
+    file.write_bytes(damage(file.read_bytes()))
+    commands = [["convert", "to-torch", str(run), str(tmp_path / "back")]]
+    commands += [["convert", "verify", str(run)]]
+    # A picture's samples of each file show what is cut; every byte is compared by the others.
+    picture = ["generate", "a red heart", "--checkpoint", str(run), "--out", str(tmp_path / "out")]
+    commands += [picture] if damage is not flip_a_bit else []
+    for command in commands:
+        assert main(command) == 2
+        (sentence,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("blip3o")]
+        assert f"{file} is not what hashes.json beside it recorded" in sentence
+    assert not (tmp_path / "back").exists()
+    assert file.exists()  # readers leave things as they are

@@ -1,13 +1,18 @@
 import argparse
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from blip3o_jax.cli import build_parser, main
+from blip3o_jax import __version__
+from blip3o_jax.cli import EXAMPLES, JOBS, build_parser, main, parse
+from blip3o_jax.evaluate.exporters.table import BENCHMARKS
 from blip3o_jax.jobs.options import settings_of
+from blip3o_jax.resources import shipped_configs
 from blip3o_jax.sample.settings import EditSettings, Settings
 
 
@@ -33,8 +38,9 @@ LEAVES = [
         ["bench"],
     ),
     *(["convert", "to-jax"], ["convert", "to-torch"], ["convert", "verify"]),
-    *(["data", "check"], ["data", "stats"], ["data", "cache"]),
+    *(["data", "check"], ["data", "stats"], ["data", "preview"], ["data", "cache"]),
 ]
+OFFICIAL = [["evaluate", name, action] for name in BENCHMARKS for action in ("export", "import")]
 
 
 def leaves(parser, words=()):
@@ -46,7 +52,7 @@ def leaves(parser, words=()):
     return [leaf for name, child in commands for leaf in leaves(child, (*words, name))]
 
 
-@pytest.mark.parametrize("words", [[], *LEAVES], ids=" ".join)
+@pytest.mark.parametrize("words", [[], *LEAVES, OFFICIAL[0], OFFICIAL[-1]], ids=" ".join)
 def test_help_answers_without_importing_anything_heavy(words):
     code = f"""
 import contextlib, sys
@@ -64,7 +70,7 @@ print("imported:", *(new - sys.stdlib_module_names - {{"blip3o_jax"}}))
 
 
 def test_every_command_declares_its_own_options():
-    assert sorted(leaves(build_parser())) == sorted(LEAVES)
+    assert sorted(leaves(build_parser())) == sorted([*LEAVES, *OFFICIAL])
 
 
 def test_sampling_options_are_the_settings():
@@ -77,7 +83,7 @@ def test_sampling_options_are_the_settings():
     words = ["edit", "a.png", "make it blue"]
     assert settings_of(parser.parse_args(words), EditSettings) == EditSettings()
     args = parser.parse_args([*words, *options, "--renorm-min", "0.5", "--reference-quirks"])
-    given = EditSettings(30, 3.0, 7, 0.25, 1.0, 0.5, renorm_min=0.5, reference_quirks=True)
+    given = EditSettings(30, 3.0, 7, 0.25, 0.0, 0.5, renorm_min=0.5, reference_quirks=True)
     assert settings_of(args, EditSettings) == given
     assert parser.parse_args(["plan", "--config", "x"]).num_inference_steps == 30
 
@@ -98,12 +104,105 @@ def test_an_unknown_option_is_refused(argv, unknown, capsys):
     assert f"unknown argument {unknown}" in capsys.readouterr().err
 
 
+RUN = ["train", "--config", "emoji_joint", "--workdir", "x"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "end"),
+    [
+        (["generate", "a cat", "--steps", "9"], "--steps; did you mean --num-inference-steps?"),
+        (["generate", "a cat", "--sed=9"], "--sed=9; did you mean --seed?"),
+        (["evaluate", "scenes", "--promts", "9"], "--promts; did you mean --num-prompts?"),
+        ([*RUN, "--steps", "9"], "--steps; settings of a run are changed with --config.KEY=VALUE"),
+        ([*RUN, "--work-dir", "y"], "--work-dir; did you mean --workdir?"),
+        (["data", "check", "--config", "x", "--out", "y", "more"], "unknown argument more"),
+    ],
+)
+def test_an_unknown_option_suggests_what_is_like_it(argv, end, capsys):
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert capsys.readouterr().err.strip().endswith(end)
+
+
+def test_every_job_has_an_example_that_parses(capsys):
+    """And the help of a config names those that are shipped."""
+    for job in JOBS:
+        with pytest.raises(SystemExit):
+            main([job, "--help"])
+        printed = " ".join(capsys.readouterr().out.split())
+        line = EXAMPLES[job]
+        assert f"example: {line}" in printed
+        program, *words = shlex.split(line)
+        assert (program, parse(words).job) == ("blip3o-jax", job)
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ", ".join(shipped_configs()) in printed
+
+
+def test_the_package_runs_as_a_module():
+    command = [sys.executable, "-m", "blip3o_jax", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == __version__
+
+
+def test_a_shell_completes_jobs_options_choices_and_files(tmp_path):
+    pytest.importorskip("shtab")  # of the extra [test] too
+    command = [sys.executable, "-m", "blip3o_jax", "--print-completion"]
+    script, other = (
+        subprocess.run([*command, shell], capture_output=True, text=True, check=True).stdout
+        for shell in ("bash", "zsh")
+    )
+    assert other.startswith("#compdef blip3o-jax\n")
+    (tmp_path / "prompts.txt").touch()
+    expected = {
+        "ge": ["generate"],
+        "convert to-": ["to-jax", "to-torch"],
+        "convert to-torch --dt": ["--dtype"],
+        "convert to-jax a b --dtype b": ["bfloat16"],
+        "generate --num": ["--num-images", "--num-inference-steps"],
+        "generate --prompts pro": ["prompts.txt"],
+        "train --config a.py --workd": ["--workdir"],
+        "generate --seed ": [],
+    }
+    for line, words in expected.items():
+        typed = f"COMP_WORDS=(blip3o-jax {line.rpartition(' ')[0]} '{line.rpartition(' ')[2]}')"
+        last = f"{typed}; COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _shtab_blip3o_jax"
+        reply = ["bash", "-c", f'{script}\n{last}; printf "%s\\n" "${{COMPREPLY[@]}}"']
+        done = subprocess.run(reply, capture_output=True, text=True, cwd=tmp_path, check=True)
+        assert done.stdout.split() == words, line
+
+
+def test_a_reader_that_has_seen_enough_is_no_traceback():
+    """As `blip3o-jax ... | head -1`, where the parser prints and where a job does."""
+    pytest.importorskip("shtab")
+    job = "from blip3o_jax import cli; cli._run_job = lambda args: print('a line') or 0"
+    code = f"{job}; raise SystemExit(cli.main(['bench']))"
+    for argv in (["-m", "blip3o_jax", "--print-completion", "zsh"], ["-c", code]):
+        with subprocess.Popen(
+            [sys.executable, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            process.stdout.close()
+            assert process.stderr.read() == ""
+        assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_completion_without_its_library_names_the_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as stop:
+        main(["--print-completion", "zsh"])
+    assert stop.value.code == 2
+    end = "error: --print-completion needs shtab: pip install 'blip3o-jax[completion]'\n"
+    assert capsys.readouterr().err.endswith(end)
+
+
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
         (["generate"], "Give prompts"),
         (["generate", ""], "empty"),
         (["generate", "a cat", "--checkpoint", "emoji_46"], "did you mean 'emoji_64'"),
+        (["generate", "a cat", "--checkpoint", "blip3o_next_3b"], "e.g. BLIP3o/BLIP3o-NEXT-SFT-3B"),
         (["generate", "a cat", "--num-images", "0"], "at least 1"),
         (["generate", "a cat", "--num-inference-steps", "-3"], "at least 1"),
         (["generate", "a cat", "--top-p", "0"], "top_p"),
@@ -127,7 +226,9 @@ def test_an_unknown_option_is_refused(argv, unknown, capsys):
             ["convert", "to-jax", "emoji_64", "x", "--mesh", "fsdp=7"],
             "does not divide by the mesh's fsdp=7",
         ),
-        (["convert", "to-jax", "emoji_64", "x", "--dit", "y"], "y holds no config.json"),
+        (["convert", "to-jax", "emoji_64", "x", "--dit", "y"], "--dit y: there is no such"),
+        (["convert", "to-jax", "emoji_64", "x", "--dit", "/dev"], "/dev holds no config.json"),
+        (["convert", "to-jax", "emoji_64", "x", "--tokenizer", "y"], "--tokenizer y: there is no"),
     ],
 )
 def test_bad_input_is_one_sentence_exit_2_and_nothing_left(
@@ -143,33 +244,30 @@ def test_bad_input_is_one_sentence_exit_2_and_nothing_left(
 @pytest.mark.parametrize(
     ("file", "contents", "sentence"),
     [
-        (
-            "a.txt",
-            "a cat\n\n" + "cat " * 400,
-            "a.txt line 3: The prompt 'cat cat cat cat cat cat ...",
-        ),
-        ("a.jsonl", '{"prompt": "a cat"}\n{"prompt": ""}', "a.jsonl line 2: The prompt is empty"),
-        ("a.csv", 'prompt\n"a\ncat"\na <S0>', "a.csv line 4: The prompt 'a <S0>' contains the"),
+        ("a.txt", "\n\n" + "cat " * 400, "a.txt line 3: The prompt 'cat cat cat cat cat cat ..."),
+        ("a.jsonl", '\n{"prompt": ""}', "a.jsonl line 2: The prompt is empty"),
+        ("a.csv", 'prompt\n"a\n<S0>"\n', "a.csv line 3: The prompt 'a <S0>' contains the"),
     ],
 )
-def test_a_bad_prompt_is_named_before_anything_is_loaded(
+def test_a_bad_prompt_of_a_file_is_named_and_nothing_is_loaded_for_it(
     file, contents, sentence, capsys, tmp_path, monkeypatch
 ):
     def load_for(_):
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("blip3o_jax.jobs.generate.load_for", load_for)
+    monkeypatch.setattr("blip3o_jax.jobs.work.load_for", load_for)
     monkeypatch.chdir(tmp_path)
     (tmp_path / file).write_text(contents)
-    assert sentence in fails(["generate", "--prompts", file, "--out", "made"], capsys)
-    assert [path.name for path in tmp_path.iterdir()] == [file]
+    assert main(["generate", "--prompts", file, "--out", "made"]) == 1
+    assert "1 requests failed" in capsys.readouterr().out
+    assert sentence in json.loads((tmp_path / "made/manifest.jsonl").read_text())["error"]
 
 
 def test_an_output_of_others_is_never_replaced(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "thesis.txt").write_text("years of work")
-    assert "--overwrite" in fails(["generate", "a cat", "--out", "made"], capsys)
+    assert "name another folder" in fails(["generate", "a cat", "--out", "made"], capsys)
     assert "not overwritten" in fails(["generate", "a cat", "--out", "made", "--overwrite"], capsys)
     (tmp_path / "file").write_text("x")
     assert "not a folder" in fails(["generate", "a cat", "--out", "file"], capsys)

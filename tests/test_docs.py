@@ -150,7 +150,12 @@ def check_command(words: list[str], folder: Path, inline: bool = False) -> None:
         check_job(rest, folder)
     elif words[:2] == ["source", ".venv/bin/activate"]:
         return
-    elif program in ("bash", "sbatch", "source") or (program == "python" and rest[0] != "-m"):
+    elif program == "sbatch":
+        # Its own options, the script, and a job of ours.
+        script = next((i for i, word in enumerate(rest) if not word.startswith("--")), 0)
+        check_file(rest[script])
+        check_job(rest[script + 1 :], folder)
+    elif program in ("bash", "source") or (program == "python" and rest[0] != "-m"):
         # Behind -- a launcher is given a job of ours.
         end = rest.index("--") if "--" in rest else len(rest)
         check_script(rest[0], rest[1:end])
@@ -239,6 +244,9 @@ def test_shell_is_read(shell, expected):
         ("python tests/train/equal_meshes.py --step 3", "has no --step"),
         ("bash launch/tpu_vm.sh --name N -- train --config emoji_joint", "required: --workdir"),
         ("kubectl apply -f launch/gke.yml", "does not exist"),
+        ("sbatch --array=0-7 launch/slurm.sh generate cat", "does not exist"),
+        ("sbatch --array=0-7 launch/slurm.sbatch generate cat --otu x", "unknown argument --otu"),
+        ("sbatch launch/slurm.sbatch pretrain_3b /runs/a", "invalid choice"),
         ("python -m pytest tests/test_nothing.py", "does not exist"),
         ("make test", "not a command"),
     ],

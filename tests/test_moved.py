@@ -48,6 +48,6 @@ def test_other_missing_names_are_missed_as_usual():
 
 def test_the_public_names_are_there():
     code = "from blip3o_jax import load, __version__; from blip3o_jax.pipeline import Pipeline"
-    code += "; print(__version__, callable(load), Pipeline.generate and Pipeline.samples and 1)"
+    code += "; print(__version__, callable(load), Pipeline.generate and Pipeline.run and 1)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-3:] == [blip3o_jax.__version__, "True", "1"]

@@ -18,6 +18,7 @@ from blip3o_jax.evaluate.edits import heldout, pictures
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.parallel.mesh import make_mesh
 from blip3o_jax.pipeline import Pipeline
+from blip3o_jax.request import Request
 
 CHANNELS = {"use_und_image_vae_as_channels": True, "sana.in_channels": 32, "max_sources": 1}
 SIDE = 64  # px of the embedded model's pictures
@@ -63,7 +64,7 @@ def edited(pipeline, monkeypatch, source, answer, size=SIDE):
     side = size // pipeline.model.config.dc_ae.factor
     model = Blip3o(replace(pipeline.model.config, **{"sana.sample_size": side}))
     monkeypatch.setattr(pipeline, "model", model)
-    (sample,) = pipeline.edits([source], [["change nothing"]])
+    (sample,) = pipeline.run([Request("change nothing", (source,))])
     assert sample.image.shape == source.shape
     return sample.image
 

@@ -246,6 +246,7 @@ PAGES = encoded(NOISE, "tiff", save_all=True, append_images=[NOISE])
         (APNG, r"it is animated \(2 frames\)"),
         (WEBP, r"it is animated \(2 frames\)"),
         (PAGES, "it has 2 pages"),
+        (encoded(NOISE, "eps"), r"it is a drawing \(EPS\), which is not rendered"),
     ],
 )
 def test_what_cannot_be_shown_is_refused_by_name(data, phrase, tmp_path):

@@ -13,6 +13,7 @@ from blip3o_jax.cli import main
 from blip3o_jax.config import replace
 from blip3o_jax.errors import InputError
 from blip3o_jax.sample.settings import Settings
+from blip3o_jax.scenes.config import TAGS
 from blip3o_jax.scenes.judge import judge
 
 PROMPTS = [
@@ -29,9 +30,13 @@ def pipeline():
     return blip3o_jax.load("emoji_64", devices=jax.devices()[:1], batch_size=4)
 
 
+def samples(pipeline, prompts, seed=0, num_images=1, settings=QUICK):
+    return list(pipeline.samples(prompts, seed, num_images, settings))
+
+
 @pytest.fixture(scope="module")
 def batch(pipeline):
-    return list(pipeline.samples(PROMPTS, seed=3, settings=QUICK))
+    return samples(pipeline, PROMPTS, seed=3)
 
 
 def test_images_and_tokens_have_their_shapes(batch):
@@ -45,13 +50,13 @@ def test_images_and_tokens_have_their_shapes(batch):
 
 def test_a_ragged_batch_equals_single_runs_bit_for_bit(pipeline, batch):
     for sample in batch:
-        (alone,) = pipeline.samples([sample.prompt], seed=3, settings=QUICK)
+        (alone,) = samples(pipeline, [sample.prompt], seed=3)
         np.testing.assert_array_equal(alone.tokens, sample.tokens)
         np.testing.assert_array_equal(alone.image, sample.image)
 
 
 def test_an_image_depends_on_prompt_seed_and_index_only(pipeline, batch):
-    again = list(pipeline.samples([PROMPTS[3], PROMPTS[0]], seed=3, num_images=2, settings=QUICK))
+    again = samples(pipeline, [PROMPTS[3], PROMPTS[0]], seed=3, num_images=2)
     assert [(s.prompt, s.index) for s in again] == [
         (PROMPTS[3], 0),
         (PROMPTS[3], 1),
@@ -61,7 +66,7 @@ def test_an_image_depends_on_prompt_seed_and_index_only(pipeline, batch):
     np.testing.assert_array_equal(again[0].image, batch[3].image)
     np.testing.assert_array_equal(again[2].image, batch[0].image)
     assert (again[1].tokens != again[0].tokens).any()
-    (other,) = pipeline.samples([PROMPTS[0]], seed=4, settings=QUICK)
+    (other,) = samples(pipeline, [PROMPTS[0]], seed=4)
     assert (other.tokens != batch[0].tokens).any()
 
 
@@ -74,9 +79,9 @@ def test_new_prompts_and_settings_compile_nothing(pipeline, batch):
         changed = Settings(
             num_inference_steps=8, guidance_scale=3.0, top_p=0.5, temperature=0.7, shift=2.0
         )
-        list(pipeline.samples(["a dog", "four yellow keys"], seed=9, settings=changed))
+        samples(pipeline, ["a dog", "four yellow keys"], seed=9, settings=changed)
         assert [name for name in compiled if "backend_compile" in name] == []
-        list(pipeline.samples(["a dog"], seed=9, settings=Settings(num_inference_steps=2)))
+        samples(pipeline, ["a dog"], seed=9, settings=Settings(num_inference_steps=2))
         # the listener does see compilations
         assert [name for name in compiled if "backend_compile" in name]
     finally:
@@ -85,9 +90,43 @@ def test_new_prompts_and_settings_compile_nothing(pipeline, batch):
 
 def test_eight_devices_give_the_same_tokens_and_pixels(batch):
     spread = blip3o_jax.load("emoji_64", mesh={"data": 2, "fsdp": 2, "tensor": 2}, batch_size=4)
-    for one, other in zip(batch, spread.samples(PROMPTS, seed=3, settings=QUICK), strict=True):
+    for one, other in zip(batch, samples(spread, PROMPTS, seed=3), strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
         assert np.abs(one.image.astype(int) - other.image).max() <= 2
+
+
+def warnings(caplog):
+    """What was logged since the last call."""
+    messages = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    caplog.clear()
+    return messages
+
+
+def test_words_outside_the_embedded_world_are_named_once(pipeline, tmp_path, monkeypatch, caplog):
+    known = ["a photo of an orange fish left of four cacti, a hat and a key on cream", "a cat."]
+    monkeypatch.setattr(pipeline, "run", lambda *_: iter(()))
+    pipeline.generate([*known, 'the word "WILD" on gray'])
+    assert warnings(caplog) == []
+    pipeline.generate(["a silver dragon", "a Red heart", "two dragons and a silver T-shirt"])
+    sentence = (
+        "emoji_64 does not know silver, dragon, Red, dragons, T-shirt and draws something else "
+        "instead. Its words, all in lower case, are in docs/emoji.md."
+    )
+    assert warnings(caplog) == [sentence]
+    pipeline.generate(
+        ["one big dog sits under", "2 small old black shoes by an", "empty dusty road"]
+    )
+    (sentence,) = warnings(caplog)
+    names = "one, big, sits, under, 2, small, old, black, shoes, by and 3 more and draws"
+    assert sentence.startswith(f"emoji_64 does not know {names} something else instead.")
+    # The command says the same; of another checkpoint, whose words may be any, nothing is said.
+    monkeypatch.setattr("blip3o_jax.jobs.work.load_for", lambda _: pipeline)
+    command = ["generate", "a silver heart", "--out"]
+    assert main([*command, str(tmp_path / "a")]) == 0
+    assert [text[:31] for text in warnings(caplog)] == ["emoji_64 does not know silver a"]
+    monkeypatch.setattr(pipeline, "embedded", "")
+    assert main([*command, str(tmp_path / "b")]) == 0
+    assert warnings(caplog) == []
 
 
 @pytest.mark.parametrize(
@@ -139,15 +178,9 @@ def test_the_model_draws_what_is_asked(pipeline):
         name: {"tag": "single_object", "include": [{"class": name, "count": 1}]}
         for name in ("apple", "heart", "tree", "key")
     }
-    samples = pipeline.samples(
-        [f"a photo of {'an' if name == 'apple' else 'a'} {name}" for name in asked],
-        seed=0,
-        settings=QUICK,
-    )
-    right = [
-        judge(sample.image, meta)["correct"]
-        for sample, meta in zip(samples, asked.values(), strict=True)
-    ]
+    prompts = [f"a photo of {'an' if name == 'apple' else 'a'} {name}" for name in asked]
+    drawn = zip(samples(pipeline, prompts), asked.values(), strict=True)
+    right = [judge(sample.image, meta)["correct"] for sample, meta in drawn]
     assert sum(right) >= 3
 
 
@@ -183,21 +216,28 @@ def test_python_and_command_line_give_the_same_image(pipeline, tmp_path, monkeyp
         assert kept.text["index"] == str(line["index"])
         assert kept.text["checkpoint"] == pipeline.identity == line["checkpoint"]
         assert json.loads(kept.text["settings"])["num_inference_steps"] == 8
-    assert len(list((tmp_path / "made").iterdir())) == 5
+        info = image.info
+        assert (info["prompt"], info["seed"], info["index"]) == (line["prompt"], 3, line["index"])
+        assert info["checkpoint"] == pipeline.identity
+        assert info["settings"] == json.loads(kept.text["settings"])
+    assert len(list((tmp_path / "made").iterdir())) == 6  # with the job's own folder
     assert sorted(p.name for p in tmp_path.iterdir()) == ["made", "prompts.jsonl"]
 
 
-def test_a_failure_half_way_leaves_nothing(pipeline, tmp_path, monkeypatch):
-    whole = pipeline.samples
+def test_a_failure_half_way_is_told_and_gives_no_manifest(pipeline, tmp_path, monkeypatch):
+    whole = pipeline.run
 
-    def broken(*_, **__):
-        yield next(whole(PROMPTS[:1], settings=QUICK))
+    def broken(requests, failed=None):
+        yield next(whole(list(requests)[:1]))
         raise InputError("The device is gone.")
 
-    monkeypatch.setattr(pipeline, "samples", broken, raising=False)
+    monkeypatch.setattr(pipeline, "run", broken)
     monkeypatch.setattr("blip3o_jax.pipeline.load", lambda *_, **__: pipeline)
-    assert main(["generate", *PROMPTS, "--out", str(tmp_path / "made")]) == 2
-    assert list(tmp_path.iterdir()) == []
+    command = ["generate", *PROMPTS[:2], "--num-inference-steps", "8", "--out"]
+    assert main([*command, str(tmp_path / "made")]) == 2
+    assert not (tmp_path / "made/manifest.jsonl").exists()
+    assert main([*command, str(tmp_path / "one.png")]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
 def test_the_embedded_files_are_complete_and_small():
@@ -225,8 +265,13 @@ def test_evaluation_writes_scores_ceilings_and_a_sheet(pipeline, tmp_path, monke
         str(tmp_path / "made"),
     ]
     assert main(argv) == 0
-    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    *table, line = capsys.readouterr().out.strip().splitlines()
+    result = json.loads(line)
     assert result == json.loads((tmp_path / "made" / "result.json").read_text())
+    rules = [f"{name}, {rule}" for name in list(result)[-4:] for rule in ("correct", "strict")]
+    assert [line.split("  ")[0] for line in table[2:]] == rules
+    strict = [f"{rate:.2f}" for rate in result["scores"]["strict"].values()]
+    assert table[3].split() == ["scores,", "strict", *strict]
     assert set(result["scores"]["correct"]) == {
         "overall",
         "single_object",
@@ -235,18 +280,20 @@ def test_evaluation_writes_scores_ceilings_and_a_sheet(pipeline, tmp_path, monke
         "colors",
         "position",
         "color_attr",
+        "three_object",
+        "one_color",
     }
     assert result["judge_on_true_renders"]["strict"]["overall"] == 1.0
     for rule in ("correct", "strict"):
-        tags = {k: v for k, v in result["scores"][rule].items() if k != "overall"}
+        tags = {k: v for k, v in result["scores"][rule].items() if k in TAGS}  # GenEval's
         assert result["scores"][rule]["overall"] == pytest.approx(
             np.mean(list(tags.values())), abs=1e-3
         )
     lines = [
         json.loads(line) for line in (tmp_path / "made" / "images.jsonl").read_text().splitlines()
     ]
-    assert [line["index"] for line in lines] == [0, 1] * 6
-    assert np.mean([line["correct"] for line in lines]) == pytest.approx(
+    assert [line["index"] for line in lines] == [0, 1] * 8
+    assert np.mean([line["correct"] for line in lines[:12]]) == pytest.approx(
         result["scores"]["correct"]["overall"], abs=1e-3
     )
     assert Image.open(tmp_path / "made" / "sheet.png").size[0] > 1000

@@ -93,9 +93,9 @@ def test_true_edits_of_the_embedded_world_lie_on_their_source():
     before, after = pictures(edits)
     pairs = [register(image, source) for image, source in zip(after, before, strict=True)]
     comparable = np.array([pair for pair in pairs if pair])
-    assert len(comparable) >= 58
+    assert len(comparable) >= 55
     assert comparable[:, 0].max() <= 0.5
-    assert (np.abs(comparable[:, 1]) > 0.01).sum() <= 1
+    assert (np.abs(comparable[:, 1]) > 0.01).sum() == 0
     moved = np.roll(after, 2, axis=2)
     pairs = [register(image, source) for image, source in zip(moved, before, strict=True)]
-    assert sum(bool(pair) and abs(pair[0] - 2) < 0.3 for pair in pairs) >= 57
+    assert sum(bool(pair) and abs(pair[0] - 2) < 0.3 for pair in pairs) >= 56

@@ -245,6 +245,9 @@ def test_a_long_prompt_is_refused_with_both_numbers(text):
     assert len(short.encode_edit("make it", np.zeros((1, 64), int))) > 64
     with pytest.raises(InputError, match=r"The instruction 'a a .* with its template, more than"):
         short.encode_edit("a " * 30, np.zeros((1, 64), int))
+    # What no number of tokens can hold is not even tokenised, which would take gigabytes.
+    with pytest.raises(InputError, match=r"' has 37,889 characters, more than 37 tokens can have"):
+        short.encode_prompt("a" * (37 * 1024 + 1))
 
 
 @pytest.mark.parametrize(

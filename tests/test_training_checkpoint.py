@@ -99,6 +99,7 @@ def test_a_damaged_checkpoint_is_named_and_what_to_do(tmp_path):
     save(tmp_path, 1, 2)
     for file in (tmp_path / "checkpoints" / "2" / "model").rglob("d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    (tmp_path / "checkpoints" / "2" / "hashes.json").unlink()  # as version 0.1 wrote it
     with pytest.raises(InputError, match=r"checkpoints/2 cannot be read: .* Move it away"):
         training_checkpoint.restore(training_checkpoint.open_manager(tmp_path), *state_at(0))
     shutil.move(tmp_path / "checkpoints" / "2", tmp_path / "damaged")
@@ -108,6 +109,51 @@ def test_a_damaged_checkpoint_is_named_and_what_to_do(tmp_path):
         ]
         == 1
     )
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, empty, flip], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("item", ["model", "optimizer"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(
+    item, damage, tmp_path, caplog
+):
+    save(tmp_path, 1, 2)
+    files = (tmp_path / "checkpoints" / "2" / item / "ocdbt.process_0" / "d").iterdir()
+    damage(max(files, key=lambda file: file.stat().st_size))
+    manager = training_checkpoint.open_manager(tmp_path, 2)
+    state, frozen, notes = training_checkpoint.restore(manager, *state_at(0))
+    jax.tree.map(np.testing.assert_array_equal, (state, frozen), state_at(1))
+    assert notes["stepping"] == 1.0
+    assert kept(tmp_path) == ["1", "2.broken-0"]
+    (line,) = [r.getMessage() for r in caplog.records if r.name.startswith("blip3o_jax")]
+    assert f"checkpoints/2/{item}/ocdbt.process_0/d/" in line
+    assert line.endswith("It is set aside as 2.broken-0.")
+    # The step is saved again under its number.
+    training_checkpoint.save(manager, CFG, *state_at(2), {})
+    training_checkpoint.finish(manager)
+    assert kept(tmp_path) == ["1", "2", "2.broken-0"]
+
+
+def test_a_run_that_has_damaged_checkpoints_alone_does_not_begin_anew(tmp_path):
+    save(tmp_path, 1)
+    flip(tmp_path / "checkpoints" / "1" / "notes" / "metadata")
+    for _ in range(2):
+        sentence = r"holds damaged checkpoints alone \(1\.broken-0\); restore one under its number"
+        with pytest.raises(InputError, match=sentence):
+            training_checkpoint.open_manager(tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_is_named():

@@ -95,7 +95,10 @@ PUBLISHED = Blip3oConfig(
     connector_eps=1e-4,
 )
 
+# The embedded model without editing.
+TEXT_ONLY = {"max_sources": 0, "use_und_image_vae_as_channels": False, "sana.in_channels": 16}
 SMALL = {
+    **TEXT_ONLY,
     "qwen3.num_hidden_layers": 1,
     "qwen3.hidden_size": 32,
     "qwen3.intermediate_size": 32,

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from blip3o_jax.kernels.platform import jit
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.parallel.mesh import BATCH
 from blip3o_jax.parallel.parameters import shardings
-from blip3o_jax.sample import decode, flow, generate
+from blip3o_jax.sample import condition, decode, flow, generate, programs
 from blip3o_jax.train import losses, steps
 from blip3o_jax.train.config import JointConfig, OptimizerConfig, TrainConfig
 
@@ -30,6 +30,7 @@ class Workload:
     num_inference_steps: int
     prompt: np.ndarray  # int32 [B,P], ends in <S0>
     valid: np.ndarray  # bool [B,P]
+    edit_prompt: np.ndarray  # int32 [B,n+P], the same with the tokens of a source open
     states: np.ndarray  # f32 [B,n+1,D]
     noise: np.ndarray  # f32 [B,Y,X,C]
     images: np.ndarray  # uint8 [B,H,W,3]
@@ -54,6 +55,11 @@ def make(cfg: Blip3oConfig, batch_size: int, num_inference_steps: int, seed: int
         row[:length] = prompt[longest - length :]
         row[length : length + n] = vocab.image_start_token_id
         row[length + n : length + n + 2] = vocab.image_end_tag_id, vocab.eos_token_id
+    # The same prompts with a source image before their first word.
+    edit_ids = np.full((batch_size, n + longest), vocab.pad_token_id, np.int32)
+    for row, prompt, length in zip(edit_ids, ids, lengths, strict=True):
+        row[longest - length :][:n] = vocab.image_start_token_id
+        row[-length:] = prompt[-length:]
     # The first step's noise and levels, as losses.joint_loss draws them from the run's seed.
     _, _, time_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 4)
     latents = (batch_size, side, side, cfg.dc_ae.latent_channels)
@@ -64,6 +70,7 @@ def make(cfg: Blip3oConfig, batch_size: int, num_inference_steps: int, seed: int
         num_inference_steps,
         prompt=np.where(valid, ids, vocab.pad_token_id),
         valid=valid,
+        edit_prompt=edit_ids,
         states=rng.standard_normal((batch_size, n + 1, cfg.qwen3.hidden_size), np.float32),
         noise=rng.standard_normal(latents, np.float32),
         images=rng.integers(0, 256, pixels, np.uint8),
@@ -114,6 +121,16 @@ def ours(work: Workload, params, mesh) -> dict[str, Callable[[], dict]]:
         images = pixels(params, denoise(params, written["hidden"], noise))
         return {"tokens": written["tokens"], "pixels": images}
 
+    # An edit as `blip3o-jax edit` makes it: the pipeline's own programs.
+    run_edit, guidance = programs.programs(model, place), condition.guidance(GUIDANCE, 1.0)
+    settings = {"top_k": 1, "top_p": 1.0, "temperature": 0.0, "shift": 1.0}
+    settings |= {"num_inference_steps": steps_, "guidance_scale": guidance}
+
+    def edit(params, prompt, images, exists, keys):
+        valid = prompt != cfg.vocab.pad_token_id
+        edited = programs.edit(run_edit, params, prompt, valid, keys, images, exists, **settings)
+        return {name: edited[name] for name in ("tokens", "images")}
+
     # What runs a program on given arrays; `name` is that of a result which is one array.
     def stage(function, name="", **inputs):
         arrays = jax.device_put(inputs, place)
@@ -126,11 +143,14 @@ def ours(work: Workload, params, mesh) -> dict[str, Callable[[], dict]]:
         return run
 
     prompts = {"prompt": work.prompt, "valid": work.valid}
+    sources = {"images": work.images[:, None], "exists": np.ones((work.batch_size, 1), bool)}
+    sources["keys"] = np.array([generate.sample_key(0, "", i) for i in range(work.batch_size)])
     return {
         "decode": stage(write, **prompts),
         "denoise": stage(denoise, "latents", states=work.states, noise=work.noise),
         "autoencoder": stage(pixels, "pixels", latents=work.noise),
         "text_to_image": stage(whole, **prompts, noise=work.noise),
+        "edit": stage(edit, prompt=work.edit_prompt, **sources),
         "train_step": _training(model, params, work, mesh, cached=False),
         "cached_train_step": _training(model, params, work, mesh, cached=True),
     }
@@ -198,6 +218,11 @@ def phases(work: Workload, stage: str, sizes: dict[str, int]) -> list[Phase]:
     if stage == "text_to_image":
         parts = ("decode", "denoise", "autoencoder")
         return [phase for part in parts for phase in phases(work, part, sizes)]
+    if stage == "edit":
+        encoders = flops.image_encoders(cfg, batch)
+        read = 4 * (sizes["ta_tok_encoder"] + sizes["encoder"])
+        work = replace(work, prompt=work.edit_prompt)
+        return [Phase(1, encoders, read), *phases(work, "text_to_image", sizes)]
     if stage == "decode":
         # A token sees half of the image on average, and reads keys and values of every layer.
         context = prompt + (n + 1) / 2

@@ -10,20 +10,17 @@ AutoencoderDC, "vision_tower" in those of TA-Tok's arguments and transformers' S
 import dataclasses
 import json
 import reprlib
-import types
-import typing
 from collections.abc import Mapping
 from typing import Any
 
 from blip3o_jax import config
-from blip3o_jax.config import Blip3oConfig, DcAeConfig, SanaConfig, TaTokConfig, VocabConfig
+from blip3o_jax.config import Blip3oConfig, DcAeConfig, SanaConfig, TaTokConfig, VocabConfig, typed
 from blip3o_jax.errors import InputError, nearest, require
 
 EMBEDDING = "model.embed_tokens.weight"
 SUPPORTED = "supported is BLIP3o-NEXT, which stands on Qwen3, SANA and TA-Tok"
 # beginnings of model_type; the first two also name the BLIP3o of 4B and 8B
 FAMILIES = ("blip3o_qwen", "llava_qwen", "qwen3")
-MAX_LAYERS, MAX_STAGES = 1024, 16
 
 # Facts of the architecture that have no field here: written, and a file that says otherwise is
 # refused.
@@ -39,6 +36,9 @@ DC_AE_FACTS |= {"encoder_out_shortcut": True, "decoder_in_shortcut": True}
 QK_NORM = "rms_norm_across_heads"
 # one field here, one for each half in diffusers
 DC_AE_SHARED = ("block_types", "block_out_channels", "qkv_multiscales")
+# Kinds of resampling: what all words but one mean, and that one.
+RESAMPLING_WORDS = {"downsample_block_type": ("Conv", "pixel_unshuffle")}
+RESAMPLING_WORDS |= {"upsample_block_type": ("pixel_shuffle", "interpolate")}
 # fields of Blip3oConfig that PyTorch has no name for
 OURS = ("name", "max_prompt_tokens", "connector_eps")
 # and those of them that are written only where they say something
@@ -114,28 +114,6 @@ def config_to_json(cfg: Blip3oConfig, dtype: str = "float32") -> dict[str, Any]:
     return json.loads(json.dumps(fields))  # tuples become lists
 
 
-def _typed(value: Any, kind: Any, name: str) -> Any:
-    """`value` from JSON as annotated; InputError for another type or one beyond all sense."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:
-        return None if value is None else _typed(value, arguments[0], name)
-    if origin is tuple and isinstance(value, list) and len(value) <= MAX_STAGES:
-        return tuple(_typed(item, arguments[0], name) for item in value)
-    if kind is float and type(value) in (int, float) and 0 < value < 1e9:
-        return float(value)
-    # Numbers beyond these would only fail later, or fill the memory.
-    if kind is int and type(value) is int:
-        may_be_none = "layers_per_block" in name or name.endswith("_id") or name == "max_sources"
-        least = 0 if may_be_none else 1
-        most = MAX_LAYERS if "layers" in name or "depth" in name else 2**31 - 1
-        if least <= value <= most or name == "select_layer_id":
-            return value
-    if kind in (str, bool) and type(value) is kind:
-        return value
-    kind = getattr(kind, "__name__", kind)
-    raise InputError(f"{name} is {reprlib.repr(value)}, which makes no sense as {kind}.")
-
-
 def _object(fields: Any, section: str) -> Mapping[str, Any]:
     """`fields` itself; InputError when it is not a JSON object."""
     kind = type(fields).__name__
@@ -143,13 +121,13 @@ def _object(fields: Any, section: str) -> Mapping[str, Any]:
     return fields
 
 
-def _read(cls: type, fields: Any, section: str, **given) -> Any:
+def read_fields(cls: type, fields: Any, section: str, **given) -> Any:
     """`cls` from the JSON object `fields` by its field names, but for those that are `given`."""
     fields = _object(fields, section)
     for field in dataclasses.fields(cls):
         if field.name not in given:
             require(field.name in fields, f"{section} has no {field.name}.")
-            given[field.name] = _typed(fields[field.name], field.type, field.name)
+            given[field.name] = typed(fields[field.name], field.type, field.name)
     return cls(**given)
 
 
@@ -168,8 +146,8 @@ def _agree(fields: Mapping[str, Any], expected: Mapping[str, Any], section: str)
 def _read_ta_tok(fields: Any) -> TaTokConfig:
     # The encoder's fields are an object of their own.
     inner = fields.get("encoder") if isinstance(fields, Mapping) else None
-    encoder = _read(config.SiglipConfig, inner, "vision_tower.encoder")
-    cfg = _read(TaTokConfig, fields, "vision_tower", encoder=encoder)
+    encoder = read_fields(config.SiglipConfig, inner, "vision_tower.encoder")
+    cfg = read_fields(TaTokConfig, fields, "vision_tower", encoder=encoder)
     expected = _ta_tok_json(cfg)
     _agree(inner, expected["encoder"], "vision_tower.encoder")
     _agree(fields, {**expected, "encoder": inner}, "vision_tower")
@@ -180,17 +158,21 @@ def read_sana(fields: Any) -> SanaConfig:
     """From diffusers' field names, as in SanaTransformer2DModel's own config.json."""
     ours = {"condition_positions": False}
     fields = ours | dict(_object(fields, "sana"))
-    cfg = _read(SanaConfig, fields, "sana", qk_norm=fields.get("qk_norm") is not None)
+    cfg = read_fields(SanaConfig, fields, "sana", qk_norm=fields.get("qk_norm") is not None)
     _agree(fields, ours | sana_json(cfg), "sana")
     return cfg
 
 
 def read_dc_ae(fields: Any) -> DcAeConfig:
     """From diffusers' field names, as in AutoencoderDC's own config.json."""
-    fields = _object(fields, "sana_vae")
+    fields = dict(_object(fields, "sana_vae"))
+    # diffusers asks for one word only, and takes every other as the other kind.
+    for name, (other, word) in RESAMPLING_WORDS.items():
+        if isinstance(kind := fields.get(name), str) and kind != word:
+            fields[name] = other
     # Our one field from the encoder's; the decoder's must agree.
     shared = {x: fields[f"encoder_{x}"] for x in DC_AE_SHARED if f"encoder_{x}" in fields}
-    cfg = _read(DcAeConfig, {**fields, **shared}, "sana_vae")
+    cfg = read_fields(DcAeConfig, {**fields, **shared}, "sana_vae")
     theirs = {name: value for name, value in fields.items() if name not in DC_AE_SHARED}
     _agree(theirs, dc_ae_json(cfg), "sana_vae")
     return cfg
@@ -204,19 +186,34 @@ NETWORKS = {
 }
 
 
+def _rope_theta(fields: Mapping[str, Any]) -> Any:
+    """The base of the rotary embedding, at the top level (transformers 4) or in `rope_parameters`
+    (5); InputError when the two differ, of which each version takes another, or for a scaled one,
+    which would give wrong angles silently."""
+    theta = fields.get("rope_theta")
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = fields.get(key) or {}
+        is_object, names = isinstance(rope, Mapping), {"rope_type", "type", "rope_theta"}
+        kind = rope.get("rope_type", rope.get("type", "default")) if is_object else None
+        others = [x for name, x in rope.items() if name not in names] if is_object else []
+        plain = kind == "default" and all(x is None or x == 1 for x in others)
+        scaled = f"the rotary embedding is scaled ({reprlib.repr(rope)}), which is not supported."
+        require(plain, scaled)
+        inner = rope.get("rope_theta")
+        both = f"rope_theta is {theta!r} and {key} has {inner!r}; keep the one that is meant."
+        require(None in (theta, inner) or theta == inner, both)
+        theta = inner if theta is None else theta
+    return theta
+
+
 def read_qwen3(fields: Mapping[str, Any], shapes: Shapes | None) -> config.Qwen3Config:
     """From transformers 4 or 5; the vocabulary is as long as an embedding of known shape."""
-    # A scaled embedding would give wrong angles silently.
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else None
-    scaled = f"the rotary embedding is scaled ({reprlib.repr(rope)}), which is not supported."
-    require(kind == "default", scaled)
-    fields = {"tie_word_embeddings": True, "rope_theta": rope.get("rope_theta"), **fields}
+    fields = {"tie_word_embeddings": True, **fields, "rope_theta": _rope_theta(fields)}
     if shapes is not None:
         require(len(shapes.get(EMBEDDING, ())) == 2, f"the files hold no matrix {EMBEDDING}.")
         fields["vocab_size"] = shapes[EMBEDDING][0]
     _agree({name: fields[name] for name in QWEN3_FACTS if name in fields}, QWEN3_FACTS, "it")
-    return _read(config.Qwen3Config, fields, "it", vocab_padding=0)
+    return read_fields(config.Qwen3Config, fields, "it", vocab_padding=0)
 
 
 def check_family(fields: Mapping[str, Any]) -> None:
@@ -240,7 +237,7 @@ def config_from_json(
     # The ids; their ends follow from them, and have to agree where they are given.
     missing = [key for key in ("pad_token_id", "eos_token_id") if fields.get(key) is None]
     missing = {key: getattr(VocabConfig, key) for key in missing}
-    vocab = _read(VocabConfig, {**fields, **missing}, "it")
+    vocab = read_fields(VocabConfig, {**fields, **missing}, "it")
     ends = {"scale_end_token_id", "image_end_token_id"} & fields.keys()
     _agree({key: fields[key] for key in ends}, _vocab_json(vocab), "it")
     # The other networks, where the file describes them.
@@ -253,6 +250,12 @@ def config_from_json(
     require(is_ours, f"blip3o_jax is {reprlib.repr(ours)} and {should}.")
     kinds = {field.name: field.type for field in dataclasses.fields(Blip3oConfig)}
     flags = {key: fields[key] for key in EDIT_FLAGS if fields.get(key) is not None}
-    plain = {key: _typed(value, kinds[key], key) for key, value in {**ours, **flags}.items()}
+    plain = {key: typed(value, kinds[key], key) for key, value in {**ours, **flags}.items()}
     plain = {"name": name, "max_sources": _max_sources(plain)} | plain
-    return Blip3oConfig(qwen3=read_qwen3(fields, shapes), vocab=vocab, **parts, **plain)
+    qwen3 = read_qwen3(fields, shapes)
+    for key in ("pad_token_id", "eos_token_id"):
+        number, rows = getattr(vocab, key), qwen3.vocab_size
+        source = "is the default, as no file says it, and" if key in missing else "is"
+        outside = f"{key} {number} {source} outside the vocabulary of {rows} rows."
+        require(number < rows, outside)
+    return Blip3oConfig(qwen3=qwen3, vocab=vocab, **parts, **plain)

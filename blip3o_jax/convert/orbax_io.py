@@ -21,7 +21,7 @@ import numpy as np
 
 from blip3o_jax.convert.rules import Shape
 from blip3o_jax.convert.safetensors_io import BLOCK, finite, row_blocks
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import InputError, first_line
 from blip3o_jax.tree import unflatten
 
 # Orbax's own choice; a fifth smaller than none for bfloat16 weights, and as fast
@@ -160,4 +160,4 @@ def _disk_errors(what: str, reading: bool = False) -> Iterator[None]:
         code = re.search(r"os_error_code='(\d+)'", str(error))
         if code and not reading:
             raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
-        raise InputError(f"{what}: {str(error).splitlines()[0][:200]}.") from error
+        raise InputError(f"{what}: {first_line(error)[:200]}.") from error

@@ -3,10 +3,12 @@ shapes are those of docs/model.md §3; one parameter at a time is read or writte
 
 import fnmatch
 import functools
+import itertools
 import json
 import logging
 import os
 import shutil
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +18,20 @@ import numpy as np
 from tqdm import tqdm
 
 from blip3o_jax.config import Blip3oConfig, replace
-from blip3o_jax.convert import config_json, hashes, rules, safetensors_io, ta_tok
+from blip3o_jax.convert import (
+    config_json,
+    folders,
+    hashes,
+    rules,
+    safetensors_io,
+    small_files,
+    ta_tok,
+)
 from blip3o_jax.convert.config_json import EMBEDDING, Shapes, config_to_json
 from blip3o_jax.convert.dc_ae import dc_ae_rules
 from blip3o_jax.convert.qwen3 import qwen3_rules
 from blip3o_jax.convert.rules import Rule, Shape, under
-from blip3o_jax.convert.safetensors_io import Entry, Stored, open_tensors, read_json, row_blocks
+from blip3o_jax.convert.safetensors_io import Entry, Stored, read_json, row_blocks
 from blip3o_jax.convert.sana import connector_rules, sana_rules
 from blip3o_jax.errors import InputError, about, require
 from blip3o_jax.models.blip3o import Blip3o, parts_of
@@ -81,7 +91,8 @@ def resolve_lm_head(tied: bool, stored: Mapping[str, Stored]) -> tuple[bool, dic
     # The two as numbers, a few rows of each in memory at a time.
     head, embedding = stored[LM_HEAD], stored[EMBEDDING]
     pairs = ((head.raw(rows), embedding.raw(rows)) for rows in row_blocks(head.shape, 4))
-    same = (np.array_equal(*(x.astype(np.float32) for x in pair)) for pair in pairs)
+    # Their bits: the way back makes the one from the other, signs of zeros included.
+    same = (np.array_equal(*(x.astype(np.float32).view("u4") for x in pair)) for pair in pairs)
     if head.shape == embedding.shape and all(same):
         return True, {LM_HEAD: "repeats the embedding, to which it is tied"}
     log.warning("%s differs from the embedding, so they are not tied as config.json says.", LM_HEAD)
@@ -114,12 +125,64 @@ class PublishedLeaf:
 Leaves = dict[str, PublishedLeaf]  # by path
 
 
+def _missing(name: str, stored: Mapping[str, Stored], where: Path) -> str:
+    """Says where the tensor of a published name should be, in the words of the files that hold its
+    neighbours: their folder, and its own name there."""
+
+    def same_words(one: list[str], two: list[str]) -> int:
+        pairs = zip(one, two, strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def nearness(item: tuple[str, Stored]) -> tuple[int, bool]:
+        return same_words(name.split("."), item[0].split(".")), item[1].file.parent == where
+
+    neighbours = [item for item in stored.items() if getattr(item[1], "file", None)]
+    if not neighbours:
+        return f"{where}: tensor {name!r} is missing"
+    theirs, tensor = max(neighbours, key=nearness)
+    # What is the same at the end of a neighbour's two names; the rest is a prefix.
+    ends = theirs.split(".")[::-1], tensor.name.split(".")[::-1]
+    same = same_words(*ends)
+    ours, own = ("".join(f"{word}." for word in end[same:][::-1]) for end in ends)
+    name = own + name.removeprefix(ours) if name.startswith(ours) else name
+    return f"{tensor.file.parent}: tensor {name!r} is missing"
+
+
+def _asked_for(
+    stored: Mapping[str, Stored], patterns: Iterable[str], expected: Mapping[str, Shape]
+) -> dict[str, str]:
+    """{name: reason} of the tensors that `--ignore` names, by the published names or their own."""
+    asked = {}
+    for pattern in patterns:
+        names = [
+            name
+            for name, tensor in stored.items()
+            if any(fnmatch.fnmatchcase(x, pattern) for x in (name, tensor.name))
+        ]
+        require(len(names) > 0, f"--ignore {pattern!r} matches no tensor of the source.")
+        needed = next((name for name in names if name in expected), None)
+        cannot = f"--ignore {pattern!r} matches {stored.get(needed)}, which the model needs."
+        require(needed is None, cannot)
+        asked |= dict.fromkeys(names, f"--ignore {pattern}")
+    return asked
+
+
+@functools.cache  # once a process, however often a checkpoint is opened for one of its parts
+def _report(where: str, tensors: int, ignored: int) -> None:
+    log.info("%s: %d tensors, %d not needed.", where, tensors, ignored)
+
+
 def open_leaves(
-    where: Path, cfg: Blip3oConfig, stored: Mapping[str, Stored], parts: tuple[str, ...]
+    where: Path,
+    cfg: Blip3oConfig,
+    stored: Mapping[str, Stored],
+    parts: tuple[str, ...],
+    ignore: Iterable[str] = (),
 ) -> tuple[Leaves, dict[str, str]]:
     """(the parameters of `parts` by path, {name: reason} of the tensors that are not needed);
-    InputError beginning with `where` unless `stored`, by published name, has every tensor of
-    `parts`, and nothing that is neither expected nor ignored, in the expected shapes."""
+    InputError unless `stored`, by published name, has every tensor of `parts`, and nothing that is
+    neither expected nor ignored, in the expected shapes. where: the folder of the most; ignore:
+    patterns of tensors to do without."""
     abstract, table = Blip3o(cfg).abstract(parts_of(cfg)), published_rules(cfg)
     shapes, expected = rules.leaf_shapes(table, abstract), rules.torch_shapes(table, abstract)
     # What is needed is there ...
@@ -127,17 +190,19 @@ def open_leaves(
     needed = {name for rule in chosen for name in rule.names(shapes[rule.path])}
     if missing := sorted(needed - set(stored)):
         others = f"and {len(missing) - 1} others"
-        raise InputError(f"{where}: tensor {missing[0]!r} is missing, {others}.")
+        raise InputError(f"{_missing(missing[0], stored, where)}, {others}.")
     # ... and what is there is needed, or known to be superfluous.
     ignored = ignored_tensors(cfg, stored)
+    ignored = _asked_for(stored, ignore, expected) | ignored
     for name, tensor in stored.items():
         if name not in ignored:
-            stray = f"{tensor} is not part of the model that config.json describes."
+            stray = f"{tensor} is not part of the model that config.json describes; if it is not"
+            stray += " needed, convert with --ignore."
             require(name in expected, stray)
             shape, implied = tensor.shape, expected[name]
             other = f"{tensor} has shape {shape}, and config.json implies {implied}."
             require(shape == implied, other)
-    log.info("%s: %d tensors, %d not needed.", where, len(stored), len(ignored))
+    _report(str(where), len(stored), len(ignored))
     leaves = {}
     for rule in chosen:
         tensors = {name: stored[name] for name in rule.names(shapes[rule.path])}
@@ -163,8 +228,10 @@ def read_fields(directory: Path) -> dict[str, Any]:
 def read_config(
     directory: Path, shapes: Shapes | None = None, fields: Mapping | None = None
 ) -> Blip3oConfig:
-    """The configuration in a folder's config.json, or of its `fields`, see `config_from_json`."""
+    """The configuration in a folder's config.json, or of its `fields`, see `config_from_json`; what
+    they leave out comes from the small files beside it."""
     fields = read_fields(directory) if fields is None else fields
+    fields = small_files.completed(directory, fields)
     with about(directory / "config.json"):
         return config_json.config_from_json(fields, shapes, directory.resolve().name)
 
@@ -174,7 +241,8 @@ def open_published(directory: Path) -> tuple[Blip3oConfig, dict[str, Stored]]:
     embedding); InputError for another family of models, and for contradicting files."""
     require(directory.is_dir(), f"{directory} is not a directory.")
     fields = read_fields(directory)  # before the weights: another family's need no opening
-    stored = by_published_name(open_tensors(directory))
+    weights = folders.open_weights(directory, "model", fields, folders.Options(), is_qwen3=True)
+    stored = by_published_name(weights.tensors)
     cfg = read_config(directory, {name: x.shape for name, x in stored.items()}, fields)
     tied, repeated = resolve_lm_head(cfg.qwen3.tie_word_embeddings, stored)
     cfg = replace(cfg, **{"qwen3.tie_word_embeddings": tied})
@@ -199,19 +267,32 @@ def write_published(
     dtype: np.dtype | None,
     max_shard_bytes: float,
     beside: Mapping[str, Path | str],
+    more: Mapping[str, tuple[Entry, Any]] = types.MappingProxyType({}),
+    names: Mapping[str, str] = types.MappingProxyType({}),
 ) -> dict[str, Entry]:
     """Writes the published layout into a folder; returns what is known of each tensor.
 
     leaves: by path, arrays or unread ones, see `torch_tensors`. dtype: of every tensor; None
-    keeps each leaf's own. beside: as in `write_beside`; config.json need not be among them.
+    keeps each leaf's own. beside: as in `write_beside`; config.json need not be among them. more:
+    tensors that are no parameters, written behind those. names: of tensors that have another than
+    the published one.
     """
     table, entries = published_rules(cfg), {}
     for rule in table:
         leaf = leaves[rule.path]
         entry = Entry(rule.tensor_shape(leaf.shape), dtype or leaf.dtype)
         entries |= dict.fromkeys(rule.names(leaf.shape), entry)
+    twice = min(entries.keys() & more.keys(), default="")
+    require(not twice, f"Tensor {twice!r} is a parameter and is kept as an unused tensor too.")
+    entries |= {name: entry for name, (entry, _) in more.items()}
+    entries = {names.get(name, name): entry for name, entry in entries.items()}
     # The weights and their hashes, then the small files.
-    tensors = rules.torch_tensors(table, leaves)
+    others = (
+        (name, x if isinstance(x, Stored) else next(x.layers(False)))
+        for name, (_, x) in more.items()
+    )
+    tensors = itertools.chain(rules.torch_tensors(table, leaves), others)
+    tensors = ((names.get(name, name), tensor) for name, tensor in tensors)
     tensors = tqdm(tensors, "Writing", len(entries), unit="tensor", delay=3, disable=None)
     safetensors_io.write_tensors(folder, entries, tensors, max_shard_bytes)
     hashes.record(folder, folder.glob("*.safetensors"))

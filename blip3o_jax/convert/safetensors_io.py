@@ -6,6 +6,7 @@ memory to read them, which a process's peak then counts, and wants a whole shard
 """
 
 import json
+import logging
 import math
 import os
 import re
@@ -25,6 +26,13 @@ HEADER_LIMIT, INDEX_LIMIT = 100 << 20, 16 << 20  # bytes; the first is the libra
 BLOCK = 64 << 20  # bytes of a tensor that are checked, converted and written at once
 DTYPES = {"F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 DTYPES |= {"F32": np.dtype("float32")}
+# What no parameter has, and a tensor that is only carried along may have.
+CARRIED = {"F64": "float64", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"}
+CARRIED |= {"U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool"}
+CARRIED |= {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
+CARRIED = DTYPES | {code: np.dtype(dtype) for code, dtype in CARRIED.items()}
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,19 +52,28 @@ class Stored:
         require(self.code in DTYPES, f"{self} has dtype {self.code}; readable are {readable}.")
         return DTYPES[self.code]
 
-    def raw(self, rows: slice | None = None) -> np.ndarray:
-        """The values as they are stored, finite or not: all, or `rows` of the first axis."""
+    @property
+    def carried_dtype(self) -> np.dtype:
+        """The same of any values that can be carried along."""
+        unknown = f"{self} has dtype {self.code}, which cannot be kept; add --drop-unused."
+        require(self.code in CARRIED, unknown)
+        return CARRIED[self.code]
+
+    def raw(self, rows: slice | None = None, carried: bool = False) -> np.ndarray:
+        """The values as they are stored, finite or not: all, or `rows` of the first axis; only
+        those that are `carried` along may be other than floats."""
         shape, offset = self.shape, self.offset
-        if rows is not None:
+        dtype = self.carried_dtype if carried else self.dtype
+        if rows is not None and shape:
             start, stop, _ = rows.indices(shape[0])
             shape = (max(0, stop - start), *shape[1:])
-            offset += start * math.prod(shape[1:]) * self.dtype.itemsize
+            offset += start * math.prod(shape[1:]) * dtype.itemsize
         # readinto allocates nothing beside the result.
-        buffer = np.empty(math.prod(shape) * self.dtype.itemsize, np.uint8)
+        buffer = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
         with os_errors(f"{self} cannot be read"), self.file.open("rb") as stream:
             stream.seek(offset)
             require(stream.readinto(buffer.data) == buffer.size, f"{self} is cut short.")
-        return buffer.view(self.dtype).reshape(shape)
+        return buffer.view(dtype).reshape(shape)
 
     def read(self, dtype) -> np.ndarray:
         """The values as `dtype`; InputError when they are not floats, or not finite in it."""
@@ -106,7 +123,7 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
     return value
 
 
-def _open(file: Path) -> dict[str, Stored]:
+def open_file(file: Path) -> dict[str, Stored]:
     """The tensors of one file; InputError when header and length disagree or a name repeats."""
     try:
         with safe_open(file, framework="numpy"):
@@ -135,25 +152,58 @@ def _read_index(path: Path) -> dict[str, str]:
         is_plain = isinstance(file, str) and re.fullmatch(r"[\w.-]+\.safetensors", file)
         sentence = f"{path} places {name!r} in {file!r}, which is not the plain name of a"
         require(is_plain, f"{sentence} .safetensors file.")
-        is_there = (path.parent / file).is_file()
+        is_there = os.path.isfile(path.parent / file)  # also where the name is too long for one
         require(is_there, f"{path} places {name!r} in {file}, which is missing.")
     return places
 
 
-def open_tensors(directory: Path, stem: str = "model") -> dict[str, Stored]:
-    """All tensors of `STEM.safetensors`, or of the shards that `STEM.safetensors.index.json` names;
-    none is read yet. InputError when there are neither or both, when a shard is missing or damaged,
-    when a tensor is in two shards, or when the index and the shards disagree."""
-    single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
-    which = "both" if single.is_file() else "neither"
-    choice = f"{directory} needs either {single.name} or {index.name}, and has {which}."
-    require(single.is_file() != index.is_file(), choice)
-    if single.is_file():
-        return _open(single)
+def metadata(file: Path) -> dict[str, str]:
+    """What a file says of itself beside its tensors."""
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            return opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} is damaged or cut short: {error}.") from error
+
+
+def _find(directory: Path, stem: str, variant: str | None) -> Path:
+    """The file or index that holds the weights: of `variant` where there is one, else the plain
+    ones, else those of the only variant."""
+    pattern = rf"{stem}(?:\.(\w+))?\.safetensors(?:\.index(?:\.(\w+))?\.json)?"
+    files: dict[str, list[Path]] = {}
+    for file in sorted(directory.glob(f"{stem}*")):
+        if (match := re.fullmatch(pattern, file.name)) and file.is_file():
+            files.setdefault(match[1] or match[2] or "", []).append(file)
+    # One of them, and of that one file or one index.
+    choices = f"{directory} holds the weights as {', '.join(files)}; choose with --variant."
+    require(variant in files or "" in files or len(files) < 2, choices)
+    name = variant if variant in files else "" if "" in files else next(iter(files), "")
+    chosen, dot = files.get(name, []), f".{name}" if name else ""
+    either = f"{stem}{dot}.safetensors or {stem}.safetensors.index{dot}.json"
+    which = "both" if chosen else "neither"
+    # PyTorch's older files are programs.
+    pickles = sorted(file.name for file in directory.glob("*.bin"))[:1] if not chosen else []
+    which += "".join(f" ({file} is a pickle, which is not read)" for file in pickles)
+    require(len(chosen) == 1, f"{directory} needs either {either}, and has {which}.")
+    if name:
+        log.info("%s: the variant %s.", directory, name)
+    return chosen[0]
+
+
+def open_tensors(
+    directory: Path, stem: str = "model", variant: str | None = None
+) -> dict[str, Stored]:
+    """All tensors of `STEM.safetensors`, or of the shards that `STEM.safetensors.index.json` names,
+    or of those of a variant (see `_find`); none is read yet. InputError when there are neither or
+    both, when a shard is missing or damaged, when a tensor is in two shards, or when the index and
+    the shards disagree."""
+    index = _find(directory, stem, variant)
+    if index.suffix == ".safetensors":
+        return open_file(index)
     # Every shard holds just what the index says.
     places, tensors = _read_index(index), {}
     for file in sorted(set(places.values())):
-        for name, stored in _open(directory / file).items():
+        for name, stored in open_file(directory / file).items():
             if name in tensors:
                 both = f"{tensors[name].file.name} and {file}"
                 raise InputError(f"{directory}: tensor {name!r} is in both {both}.")
@@ -194,7 +244,7 @@ def _plan(entries: Mapping[str, Entry], limit: float) -> list[list[str]]:
 
 def _header(names: list[str], entries: Mapping[str, Entry]) -> bytes:
     """Length and JSON of the header of a file that holds the tensors `names`."""
-    codes = {dtype: code for code, dtype in DTYPES.items()}
+    codes = {dtype: code for code, dtype in CARRIED.items()}
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
@@ -206,19 +256,25 @@ def _header(names: list[str], entries: Mapping[str, Entry]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _write(stream, tensor: np.ndarray, dtype: np.dtype, where: str) -> None:
-    """The bytes of `tensor`, a view of any order, converted and checked a block at a time."""
-    tensor = tensor if tensor.ndim else tensor[None]
-    for rows in row_blocks(tensor.shape, dtype.itemsize):
-        block = np.ascontiguousarray(finite(tensor[rows], dtype, where))
-        stream.write(block.reshape(-1).view(np.uint8).data)
+def _write(stream, tensor: np.ndarray | Stored, dtype: np.dtype, where: str) -> None:
+    """The bytes of `tensor`, a view of any order, converted and checked a block at a time; one that
+    is unread and has `dtype` already is copied, whatever it holds."""
+    is_carried = isinstance(tensor, Stored)
+    if not is_carried and not tensor.ndim:
+        tensor = tensor[None]
+    for rows in row_blocks(tensor.shape or (1,), dtype.itemsize):
+        block = tensor.raw(rows, carried=True) if is_carried else tensor[rows]
+        if not is_carried or block.dtype != dtype:
+            block = finite(block, dtype, where)
+        stream.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
 
 
 def write_tensors(
     directory: Path, entries: Mapping[str, Entry], tensors: Iterable, max_shard_bytes: float
 ) -> None:
-    """Writes (name, array) pairs in the order of `entries`, into one file, or into shards with an
-    index when they exceed `max_shard_bytes`; InputError for a value not finite in its dtype."""
+    """Writes (name, array or Stored) pairs in the order of `entries`, into one file, or into shards
+    with an index when they exceed `max_shard_bytes`; InputError for a value not finite in its
+    dtype."""
     shards, tensors, places = _plan(entries, max_shard_bytes), iter(tensors), {}
     for i, names in enumerate(shards, 1):
         number = "" if len(shards) == 1 else f"-{i:05}-of-{len(shards):05}"
@@ -229,7 +285,8 @@ def write_tensors(
             for expected in names:
                 name, tensor = next(tensors)
                 assert (name, tensor.shape) == (expected, tuple(entries[expected].shape))
-                _write(stream, tensor, entries[expected].dtype, f"Tensor {name!r}")
+                where = str(tensor) if isinstance(tensor, Stored) else f"Tensor {name!r}"
+                _write(stream, tensor, entries[expected].dtype, where)
     # One file needs no index.
     if len(shards) > 1:
         total = sum(entry.size for entry in entries.values())

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from blip3o_jax.config import Blip3oConfig, replace
-from blip3o_jax.convert import published, upstream, vocabulary
+from blip3o_jax.convert import published, small_files, tokenizer_files, upstream, vocabulary
 from blip3o_jax.convert.config_json import EMBEDDING, NETWORKS, config_to_json, read_qwen3
-from blip3o_jax.convert.published import LM_HEAD, TA_TOK, by_published_name, to_text
+from blip3o_jax.convert.folders import Options, open_weights
+from blip3o_jax.convert.published import LM_HEAD, TA_TOK, by_published_name, published_name, to_text
 from blip3o_jax.convert.rules import to_torch
-from blip3o_jax.convert.safetensors_io import open_tensors
+from blip3o_jax.convert.safetensors_io import Stored
 from blip3o_jax.convert.vocabulary import Made
 from blip3o_jax.errors import about, require
 from blip3o_jax.models.blip3o import Blip3o, parts_of
@@ -49,11 +51,21 @@ class Source:
     folders: dict[str, Path]
     files: set[Path]  # all that were read
     beside: dict[str, Path | str]  # name in the result -> the file to copy, or the text to write
+    unused: dict[str, Stored]  # by published name, the tensors that fill none, but for
+    repeated: dict[str, np.dtype]  # those that repeat another
+    renamed: dict[str, str]  # published name -> the checkpoint's own, where it has another
+    # What was done to names, by the label of their folder, and what was merged into tensors.
+    notes: dict[str, str] = field(default_factory=dict)
+    merged: dict[str, str] = field(default_factory=dict)
     made: dict[str, str] = field(default_factory=dict)  # how those came about that no file holds
 
 
 def open_source(
-    directory: Path | None, flags: dict[str, str | None], new_vocabulary: str | None, name: str
+    directory: Path | None,
+    flags: dict[str, str | None],
+    new_vocabulary: str | None,
+    name: str,
+    options: Options,
 ) -> Source:
     """Opens a checkpoint, or the upstream parts that `flags` (ar, dit, vae, tokenizer) name; `name`
     is for a model that has none. Reads headers and small files; InputError for everything that is
@@ -61,28 +73,40 @@ def open_source(
     modes = " or ".join(vocabulary.MODES)
     is_mode = new_vocabulary in (None, *vocabulary.MODES)
     require(is_mode, f"--new-vocabulary is {modes}, not {new_vocabulary!r}.")
-    if directory is None:
-        return _from_parts(flags, new_vocabulary, name)
     # A checkpoint has its vocabulary, parts may need one.
     plain = "--new-vocabulary belongs to a plain Qwen3 given by --ar; a BLIP3o checkpoint has its"
-    require(new_vocabulary is None, f"{plain} vocabulary.")
-    return _from_checkpoint(directory, flags)
+    require(directory is None or new_vocabulary is None, f"{plain} vocabulary.")
+    if directory is None:
+        source = _from_parts(flags, new_vocabulary, name, options)
+    else:
+        source = _from_checkpoint(directory, flags, options)
+    # Options that nothing obeyed.
+    variant = rf"\.{re.escape(options.variant or '')}\b"
+    is_there = any(re.search(variant, file.name) for file in source.files)
+    no_variant = f"No folder of the source has a variant {options.variant!r}."
+    require(options.variant is None or is_there, no_variant)
+    nothing = "The source has no adapter beside its weights; --merge-lora has nothing to merge."
+    require(bool(source.merged) or not options.merge_lora, nothing)
+    return source
 
 
-def _open_parts(flags: dict[str, str | None]) -> tuple[dict[str, upstream.Upstream], dict]:
+def _open_parts(
+    flags: dict[str, str | None], options: Options
+) -> tuple[dict[str, upstream.Upstream], dict]:
     """(the groups that flags name, their tensors by published name)."""
     named = {group: opener for group, (flag, opener, _) in GROUPS.items() if flags.get(flag)}
-    parts = {group: opener(flags[FLAGS[group]]) for group, opener in named.items()}
+    parts = {group: opener(flags[FLAGS[group]], options) for group, opener in named.items()}
     stored: dict[str, Any] = {}
     for part in parts.values():
         stored |= by_published_name(part.tensors)
     return parts, stored
 
 
-def _from_checkpoint(directory: Path, flags: dict[str, str | None]) -> Source:
+def _from_checkpoint(directory: Path, flags: dict[str, str | None], options: Options) -> Source:
     """A published checkpoint; a flag fills a group that it lacks, and overrides nothing."""
     file, fields = directory / "config.json", published.read_fields(directory)
-    stored, (parts, more) = by_published_name(open_tensors(directory)), _open_parts(flags)
+    weights = open_weights(directory, "model", fields, options, is_qwen3=True)
+    stored, (parts, more) = by_published_name(weights.tensors), _open_parts(flags, options)
     # Each group of tensors is either in the checkpoint or in the files that a flag names.
     for group, (flag, _, begins) in GROUPS.items():
         held = next((name for name in stored if name.startswith(begins)), None)
@@ -93,7 +117,8 @@ def _from_checkpoint(directory: Path, flags: dict[str, str | None]) -> Source:
     stored |= more
     # The config describes all of them; without a network's object it means the published one.
     networks = {group: part.config for group, part in parts.items() if group in NETWORKS}
-    added, says_enough = {}, True
+    added = small_files.networks(directory, fields)
+    says_enough = not added
     for group, network in networks.items():
         key, to_json, _ = NETWORKS[group]
         if key not in fields:
@@ -107,33 +132,44 @@ def _from_checkpoint(directory: Path, flags: dict[str, str | None]) -> Source:
     tied, repeated = published.resolve_lm_head(cfg.qwen3.tie_word_embeddings, stored)
     cfg = replace(cfg, **{"qwen3.tie_word_embeddings": tied})
     # config.json stays as it is where it says enough.
-    source = _finish(directory, cfg, stored, repeated, parts, {"checkpoint": directory})
-    source.files.add(file)
+    folders = {"checkpoint": directory}
+    source = _finish(directory, cfg, stored, repeated, parts, folders, options)
+    source.files |= {file, *weights.files}
+    source.notes |= {"checkpoint": weights.note} if weights.note else {}
+    source.merged |= weights.merged
+    if tokenizer_files.is_slow(directory):
+        source.beside["tokenizer.json"] = tokenizer_files.to_tokenizer_json(directory)
     source.beside["config.json"] = file if says_enough else to_text(fields)
     return source
 
 
-def _from_parts(flags: dict[str, str | None], new_vocabulary: str | None, name: str) -> Source:
+def _from_parts(
+    flags: dict[str, str | None], new_vocabulary: str | None, name: str, options: Options
+) -> Source:
     """The four upstream parts, with a new connector."""
     if flags.get("vae") is None and flags.get("dit") and (Path(flags["dit"]) / "vae").is_dir():
         flags = {**flags, "vae": flags["dit"]}
     for flag in FLAGS.values():
         missing = f"Name a checkpoint to convert, or all of its parts: --{flag} is missing."
         require(bool(flags.get(flag)), missing)
-    parts, stored = _open_parts(flags)
+    parts, stored = _open_parts(flags, options)
     ar, codes = parts["qwen3"], parts["ta_tok"].config.codebook_size
     require(EMBEDDING in stored, f"{ar.folder}: tensor {EMBEDDING!r} is missing.")
     tied = ar.config.get("tie_word_embeddings", True)
     tied, repeated = published.resolve_lm_head(bool(tied), stored)
     # A plain Qwen3 gets the image tokens: in its tokenizer, its embedding and its head.
     file, made, texts = ar.folder / "tokenizer.json", {}, {}
-    vocab = vocabulary.known_vocabulary(load_tokenizer(file), codes)
+    if tokenizer_files.is_slow(ar.folder):
+        file = ar.folder / "vocab.json"
+        texts["tokenizer.json"] = tokenizer_files.to_tokenizer_json(ar.folder)
+    tokenizer = load_tokenizer(file, texts.get("tokenizer.json"))
+    vocab = vocabulary.known_vocabulary(tokenizer, codes)
     plain = f"{ar.folder} is a plain Qwen3 without image tokens; say how to make them with"
     require(vocab or new_vocabulary, f"{plain} --new-vocabulary mean (or another).")
     has = f"{file} has the image tokens already, so --new-vocabulary has nothing to make."
     require(vocab is None or not new_vocabulary, has)
     if vocab is None:
-        texts["tokenizer.json"], vocab = vocabulary.extend_tokenizer(file, codes)
+        texts["tokenizer.json"], vocab = vocabulary.extend_tokenizer(file, tokenizer, codes)
         keys = ("embedding.weight", "embedding_proj.weight", "embedding_proj.bias")
         inputs = [stored.get(f"{TA_TOK}bottleneck.regularizer.{key}") for key in keys]
         blocks = functools.partial(vocabulary.codebook, *inputs)
@@ -158,10 +194,10 @@ def _from_parts(flags: dict[str, str | None], new_vocabulary: str | None, name: 
     for key, how in made.items():
         log.info("%s: %s.", key, how)
     # Its own files beside the weights, but for those that the new tokens change.
-    source = _finish(ar.folder, cfg, stored, repeated, parts, {})
+    source = _finish(ar.folder, cfg, stored, repeated, parts, {}, options)
     source.files.add(file)
     source.made = made
-    if "tokenizer.json" in texts:
+    if new_vocabulary:
         source.beside.pop("added_tokens.json", None)  # it says nothing of the new tokens
     texts["config.json"] = to_text(config_to_json(cfg, stored[EMBEDDING].dtype.name))
     source.beside |= texts
@@ -175,20 +211,28 @@ def _finish(
     repeated: dict[str, str],
     parts: dict[str, upstream.Upstream],
     folders: dict[str, Path],
+    options: Options,
 ) -> Source:
     """Compares names and shapes; finds the tokenizer at `where` and licences beside all weights."""
     needed = {name: tensor for name, tensor in stored.items() if name not in repeated}
-    leaves, ignored = published.open_leaves(where, cfg, needed, parts_of(cfg))
+    leaves, ignored = published.open_leaves(where, cfg, needed, parts_of(cfg), options.ignore)
     folders = folders | {FLAGS[group]: part.folder for group, part in parts.items()}
     files = {tensor.file for tensor in stored.values() if tensor.file}
     files |= {file for part in parts.values() for file in part.files}
     beside = {name: where / name for name in TOKENIZER_FILES if (where / name).is_file()}
     for label, folder in folders.items():
-        files |= set(folder.glob("*.safetensors.index.json"))
+        files |= set(folder.glob("*.safetensors.index*.json"))
         # A diffusers repository has its licence above its models.
         places = [folder, folder.parent] if folder.name in ("transformer", "vae") else [folder]
         for file in sorted(file for place in places for file in place.iterdir()):
             if file.is_file() and LICENCE.match(file.name):
                 name = file.name if label == "checkpoint" else f"{label}-{file.name}"
                 beside.setdefault(name, file)
-    return Source(cfg, leaves, {**ignored, **repeated}, folders, files, beside)
+    # What is written again on the way back.
+    unused = {name: stored[name] for name in ignored}
+    dtypes = {name: stored[name].dtype for name in repeated}
+    own = {name: x.name for name, x in stored.items() if published_name(x.name) == name != x.name}
+    notes = {FLAGS[group]: part.note for group, part in parts.items() if part.note}
+    merged = {name: how for part in parts.values() for name, how in part.merged.items()}
+    ignored |= repeated
+    return Source(cfg, leaves, ignored, folders, files, beside, unused, dtypes, own, notes, merged)

@@ -16,7 +16,7 @@ import numpy as np
 from blip3o_jax.config import VocabConfig
 from blip3o_jax.convert.safetensors_io import Stored, finite, row_blocks
 from blip3o_jax.errors import require
-from blip3o_jax.text import Text, load_tokenizer
+from blip3o_jax.text import Text
 
 MODES = ("mean", "projected-codebook")
 TAGS, SCALES = ("<im_start>", "<im_end>"), ("<S0>", "<S1>", "<S2>")
@@ -54,12 +54,15 @@ def known_vocabulary(tokenizer: Any, num_image_tokens: int) -> VocabConfig | Non
     return VocabConfig(**ids, num_scale_tokens=len(scales), num_image_tokens=num_image_tokens)
 
 
-def extend_tokenizer(file: Path, num_image_tokens: int) -> tuple[str, VocabConfig]:
-    """(tokenizer.json with BLIP3o's tokens at its end, their ids)."""
-    tokenizer = load_tokenizer(file)
+def extend_tokenizer(file: Path, tokenizer: Any, num_image_tokens: int) -> tuple[str, VocabConfig]:
+    """(tokenizer.json with BLIP3o's tokens at the end of a tokenizer from `file`, their ids)."""
     for token in (*TAGS, *SCALES):
         is_new = tokenizer.token_to_id(token) is None
         require(is_new, f"{file} has the token {token} already, and not all of the others.")
+    beside = "the tokenizer_config.json or added_tokens.json that belongs to vocab.json is needed"
+    for token in (TOKENS["pad_token_id"], TOKENS["eos_token_id"]):
+        lacks = f"{file}: the tokenizer has no token {token}; {beside}."
+        require(tokenizer.token_to_id(token) is not None, lacks)
     # In the order of BLIP3o's ids.
     tokenizer.add_special_tokens(list(TAGS))
     tokenizer.add_tokens([*SCALES, *(f"<I{i}>" for i in range(num_image_tokens))])

@@ -6,8 +6,11 @@ SSS-NNNNN-of-NNNNN.array_record of source SSS. Record i of a source stays record
 cannot be used is stored with its reason, so a run reads the same order with and without the cache.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,14 +23,17 @@ from flax import serialization
 from flax.traverse_util import flatten_dict
 
 from blip3o_jax.config import Blip3oConfig
-from blip3o_jax.data.config import SourceConfig
-from blip3o_jax.data.records import Record, RecordError, Source, first_line
+from blip3o_jax.data import origin
+from blip3o_jax.data.config import DataConfig, SourceConfig
+from blip3o_jax.data.records import Record, RecordError, Source
 from blip3o_jax.data.transform import Tally
-from blip3o_jax.errors import InputError, require
+from blip3o_jax.errors import InputError, first_line, require
 
-FORMAT = 1
+FORMAT, MAX_SHARDS = 1, 10**5
+log = logging.getLogger(__name__)
 # what identifies a source; its weight may change
 PLACE = ("kind", "path", "root", "split", "image_field", "caption_field")
+MOVED = ("path", "root", "files")  # what may differ where the files are the same
 
 
 def weights_hash(params: dict) -> str:
@@ -40,14 +46,15 @@ def weights_hash(params: dict) -> str:
     return digest.hexdigest()
 
 
-def describe(model: Blip3oConfig, crop: str, params: dict) -> dict:
+def describe(model: Blip3oConfig, data: DataConfig, params: dict) -> dict:
     """What a cache's codes and latents depend on besides the records, as cache.json stores it;
     params of `ta_tok` and `dc_ae`."""
     tokenizer, autoencoder = params["ta_tok"], params["dc_ae"]["encoder"]
     description = {
         "format": FORMAT,
         "image_size": model.image_size,
-        "crop": crop,
+        "crop": data.crop,
+        "limits": data.limits._asdict(),
         "ta_tok": {"config": asdict(model.ta_tok), "weights": weights_hash(tokenizer)},
         "dc_ae": {"config": asdict(model.dc_ae), "weights": weights_hash(autoencoder)},
     }
@@ -61,9 +68,19 @@ def place_of(spec: SourceConfig) -> dict:
 
 
 def source_entry(spec: SourceConfig, source: Source) -> dict:
-    """A source in cache.json, with its blocks, which decide its order."""
+    """A source in cache.json, with its blocks, which decide its order, and its files."""
     blocks = None if source.blocks is None else [int(start) for start in source.blocks]
-    return place_of(spec) | {"records": len(source), "blocks": blocks}
+    return place_of(spec) | {"records": len(source), "blocks": blocks, "files": origin.look(spec)}
+
+
+def _source_difference(there: dict, here: dict) -> str | None:
+    """How two descriptions of a source differ, in words; None when they do not, wherever it lies
+    (a cache that does not say its files knows its source by the place)."""
+    if "files" in there and (changes := origin.compare(there["files"], here["files"])):
+        return f"of {there['path']!r} {changes}"
+    moved = MOVED if "files" in there else ("files",)
+    one, two = ({k: v for k, v in entry.items() if k not in moved} for entry in (there, here))
+    return None if one == two else difference(one, two) or "other fields"
 
 
 class Shard(NamedTuple):
@@ -103,9 +120,16 @@ def begin(folder: pathlib.Path, description: dict, process: int) -> None:
         raise InputError(f"{folder} cannot be written: {error.strerror}.") from error
     # Which is this one.
     there = read_description(str(folder))
-    differs = difference(there, description) or "other fields"
-    other = f"{folder} holds a cache with other settings ({differs}); name another."
-    require(there == description, other)
+    own, theirs = ({k: v for k, v in x.items() if k != "sources"} for x in (description, there))
+    if own != theirs:
+        differs = difference(theirs, own) or "other fields"
+        raise InputError(f"{folder} holds a cache with other settings ({differs}); name another.")
+    # ... and of these sources.
+    cached, sources = there["sources"], description["sources"]
+    differs = f"{len(cached)} sources there and {len(sources)} here"
+    if len(cached) == len(sources):
+        differs = next(filter(None, map(_source_difference, cached, sources)), None)
+    require(not differs, f"{folder} holds a cache of other sources ({differs}); name another.")
 
 
 def encoded_records(
@@ -123,7 +147,9 @@ def encoded_records(
         tally.add(read=1)
         try:
             record = source[number]
-            return {"key": record.key, "caption": record.caption, "arrays": decode(record)}
+            row = {"key": record.key, "caption": record.caption, "arrays": decode(record)}
+            several = len(record.captions) > 1
+            return row | ({"captions": list(record.captions)} if several else {})
         except RecordError as error:
             tally.bad(source.key(number), str(error))
             return {"key": source.key(number), "error": str(error)}
@@ -178,13 +204,42 @@ def read_description(folder: str) -> dict:
     file = pathlib.Path(folder) / "cache.json"
     try:
         description = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         description = None
     readable = description is not None
     _require_cache(readable, f"{folder} holds no cache ({file.name} cannot be read)")
     is_ours = isinstance(description, dict) and description.get("format") == FORMAT
     _require_cache(is_ours, f"{file} does not have format {FORMAT}")
-    return description
+    sources, size = description.get("sources"), description.get("shard_records")
+    is_whole = isinstance(sources, list) and all(map(_is_entry, sources)) and _is_count(size, 1)
+    is_whole = is_whole and sum(-(-entry["records"] // size) for entry in sources) <= MAX_SHARDS
+    _require_cache(is_whole, f"{file} is damaged")
+    # caches that do not name the limits were made before there were any
+    return {"limits": DataConfig().limits._asdict()} | description
+
+
+def _is_count(number: object, least: int = 0) -> bool:
+    return type(number) is int and least <= number < 1 << 63
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether all that is read of a source in cache.json is there, of the types that it has."""
+    if not isinstance(entry, dict):
+        return False
+    path, size, blocks = map(entry.get, ("path", "records", "blocks"))
+    files = entry.get("files", [])
+    are_files = isinstance(files, list) and all(map(_is_file, files))
+    are_blocks = isinstance(blocks, list) and all(map(_is_count, blocks))
+    are_blocks = are_blocks or (blocks is None and "blocks" in entry)
+    return are_files and are_blocks and isinstance(path, str) and _is_count(size, 1)
+
+
+def _is_file(file: object) -> bool:
+    names, numbers = ("name", "digest"), ("size", "time")
+    if not isinstance(file, dict) or not {*names, *numbers} <= file.keys():
+        return False
+    are_names = all(isinstance(file[name], str | None) for name in names)
+    return are_names and all(_is_count(file[name]) for name in numbers)
 
 
 def difference(there: dict, here: dict) -> str | None:
@@ -206,49 +261,89 @@ def check_cache(folder: str, description: dict) -> None:
 
 class CachedSource:
     """Records of one source: dicts of key, caption, codes int32 [n], latents [Y,X,C] as SANA takes
-    them, and of an edit `source_codes` [N,n], `source_latents` [N,Y,X,C]; RecordError for bad
-    ones."""
+    them, of several captions all `captions`, and of an edit `source_codes` [N,n], `source_latents`
+    [N,Y,X,C]; RecordError for bad ones."""
 
     def __init__(self, files: list[pathlib.Path], blocks: list[int] | None):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+        self.folder = files[0].parent
         self.blocks = None if blocks is None else np.array(blocks)
-        try:
+        with self._read():
             self.source = ArrayRecordDataSource([str(file) for file in files])
+
+    @contextlib.contextmanager
+    def _read(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # array_record's own errors are not public
-            damaged = f"a shard in {files[0].parent} is damaged ({first_line(error)})"
+            damaged = f"a shard in {self.folder} is damaged ({first_line(error)})"
             raise InputError(f"data.cache: {damaged}; delete it.") from error
 
     def __len__(self) -> int:
         return len(self.source)
 
     def key(self, i: int) -> str:
-        return serialization.msgpack_restore(self.source[i])["key"]
+        return self._record(i)["key"]
+
+    def _record(self, i: int) -> dict:
+        with self._read():
+            return serialization.msgpack_restore(self.source[i])
 
     def __getitem__(self, i: int) -> dict:
-        record = serialization.msgpack_restore(self.source[i])
+        record = self._record(i)
         if "error" in record:
             raise RecordError(record["error"])
         return record
 
 
+def _find_entry(folder: str, entries: list[dict], spec: SourceConfig) -> int | None:
+    """The number of a source among a cache's: that of its place, whose files must not have changed,
+    else one whose files are the same, elsewhere."""
+    place = place_of(spec)
+    for number, entry in enumerate(entries):
+        if {k: entry[k] for k in entry if k not in ("records", "blocks", "files")} == place:
+            _check_files(folder, entry, spec)
+            return number
+    fields = {k: v for k, v in place.items() if k not in MOVED}
+    for number, entry in enumerate(entries):
+        alike = entry.get("files") and all(entry.get(k) == v for k, v in fields.items())
+        if alike and origin.compare(entry["files"], origin.look(spec, entry["files"])) is None:
+            return number
+    return None
+
+
+def _check_files(folder: str, entry: dict, spec: SourceConfig) -> None:
+    """InputError naming what has changed in a source since its cache was made, where its files are
+    on this machine."""
+    if "files" not in entry:
+        unnoticed = "%s does not record the files of %s, whose changes go unnoticed; make it again."
+        log.warning(unnoticed, folder, spec.path)
+        return
+    if here := origin.look(spec, entry["files"]):
+        changes = origin.compare(entry["files"], here)
+        stale = f"{spec.path!r} has changed since {folder} was made ({changes})"
+        _require_cache(not changes, stale)
+
+
 def open_cached(folder: str, spec: SourceConfig) -> CachedSource:
     """A source's records in a cache; InputError when it is missing or incomplete there."""
-    # Which of the cache's sources it is.
+    # Which of the cache's sources it is, by its place, else by its files.
     description = read_description(folder)
-    entries, place = description["sources"], place_of(spec)
-    places = [{k: e[k] for k in e if k not in ("records", "blocks")} for e in entries]
-    numbers = [number for number, there in enumerate(places) if there == place]
+    entries = description["sources"]
+    number = _find_entry(folder, entries, spec)
     source_name = f"source {spec.path!r} of kind {spec.kind!r}"
-    _require_cache(bool(numbers), f"{folder} holds no {source_name}")
+    _require_cache(number is not None, f"{folder} holds no {source_name}")
+    entry = entries[number]
+    records = entry["records"]
     # Its shards, all of them and each complete.
-    number, records = numbers[0], entries[numbers[0]]["records"]
     every = shards([entry["records"] for entry in entries], description["shard_records"])
     files = [pathlib.Path(folder) / shard.name for shard in every if shard.source == number]
-    missing = [file for file in files if not file.is_file()]
+    there = set(os.listdir(folder))  # at once: a damaged cache.json may name many
+    missing = [file for file in files if file.name not in there]
     lost = f"{len(missing)} of {len(files)} shards of {spec.path!r}"
     _require_cache(not missing, f"{folder} lacks {lost}")
-    source = CachedSource(files, entries[number]["blocks"])
+    source = CachedSource(files, entry["blocks"])
     size = f"{len(source)} of {records} records of {spec.path!r}"
     _require_cache(len(source) == records, f"{folder} holds {size}")
     return source

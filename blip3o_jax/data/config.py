@@ -3,10 +3,12 @@
 import math
 from dataclasses import dataclass, field
 
-from blip3o_jax.errors import nearest, require
+from blip3o_jax.errors import check_seed, nearest, require
+from blip3o_jax.pictures import MAX_ASPECT, MAX_PIXELS, Limits
 from blip3o_jax.scenes.config import EXERCISES, WEIGHTS, WorldConfig
 
-KINDS = ("webdataset", "parquet", "jsonl", "array_record")
+KINDS = ("webdataset", "parquet", "jsonl", "array_record", "folder")
+TABLES = ("parquet", "jsonl")  # kinds whose records may name files, and be edits
 CHOICES = {"crop": ("shared", "original"), "long_captions": ("truncate", "drop")}
 
 
@@ -18,15 +20,17 @@ class SourceConfig:
     """
 
     kind: str
-    # a file or a pattern of files, e.g. "tars/*.tar"; array_record: a folder written by TFDS
+    # a file or a pattern of files, e.g. "tars/*.tar"; array_record: a folder written by TFDS;
+    # folder: one of pictures, each with its caption beside it
     path: str
     weight: float = 0.0  # share of the examples against the other sources'; all 0: by size
     # without weights: how often an epoch shows each record, as the PyTorch code's integer weights
     repeat: int = 1
     root: str = ""  # jsonl, parquet: folder of the images' paths; empty: that of the file
     split: str = "train"  # array_record
-    image_field: str = ""
-    caption_field: str = ""  # webdataset: a field of the record's json, in place of its txt
+    image_field: str = ""  # webdataset, folder: an extension, e.g. "input.png"
+    # folder: an extension in place of txt; webdataset: also a field of the record's json
+    caption_field: str = ""
     inputs_field: str = ""  # jsonl, parquet: source images of an edit
 
     def __post_init__(self):
@@ -34,6 +38,9 @@ class SourceConfig:
         near = nearest(kind, KINDS)
         require(kind in KINDS, f"Unknown kind of source {kind!r} ({path}); {near}")
         require(bool(path), f"A source of kind {kind!r} has an empty path.")
+        for name in ("root", "inputs_field"):
+            has_effect = not getattr(self, name) or kind in TABLES
+            require(has_effect, f"{name} has no effect on a source of kind {kind!r} ({path}).")
         given = f"weight {self.weight} and repeat {self.repeat}"
         in_range = self.weight >= 0 and self.repeat >= 1
         require(in_range, f"The source {path} has {given}; at least 0 and 1.")
@@ -74,6 +81,10 @@ class DataConfig:
     crop: str = "shared"
     # captions that do not fit the prompt: "truncate", or "drop", and the next record is taken
     long_captions: str = "truncate"
+    # pictures beyond these are bad records: pixels, and the longer side by the shorter
+    max_pixels: int = MAX_PIXELS
+    max_aspect: float = MAX_ASPECT
+    row_group_mb: int = 1024  # row groups of Parquet in memory, of all sources together
     max_bad_fraction: float = 0.01  # of the records read; beyond it the run stops
     # folder of `blip3o-jax data cache`: codes and latents of `sources`, so that steps encode no
     # image
@@ -81,13 +92,17 @@ class DataConfig:
 
     def __post_init__(self):
         # Ranges and choices.
+        check_seed(self.seed, "data.seed")
         shares = ("edits", "inverted_edits", "composed_edits")
         for name in ("extra", "named_ground", "max_bad_fraction", *shares):
             value = getattr(self, name)
             require(0 <= value <= 1, f"data.{name} is in [0, 1], not {value}.")
-        for name in ("reader_threads", "heldout"):
+        for name in ("reader_threads", "heldout", "max_aspect", "row_group_mb"):
             value = getattr(self, name)
             require(value >= 1, f"data.{name} is at least 1, not {value}.")
+        pixels = self.max_pixels
+        in_range = 1 <= pixels <= MAX_PIXELS
+        require(in_range, f"data.max_pixels is from 1 to {MAX_PIXELS}, not {pixels}.")
         for name, (one, other) in CHOICES.items():
             value = getattr(self, name)
             require(value in (one, other), f"data.{name} is {one!r} or {other!r}, not {value!r}.")
@@ -109,6 +124,16 @@ class DataConfig:
             above_0 = is_number and 0 < share < math.inf
             require(above_0, f"data.exercises are shares above 0, not {share!r} ({kind}).")
         self.world  # noqa: B018, refuses unknown tags
+
+    @property
+    def may_hold_edits(self) -> bool:
+        """Whether a record may have source images: any of a table, not the first alone."""
+        return self.edits > 0 or any(source.kind in TABLES for source in self.sources)
+
+    @property
+    def limits(self) -> Limits:
+        """What a picture may have at most."""
+        return Limits(self.max_pixels, self.max_aspect)
 
     @property
     def world(self) -> WorldConfig:

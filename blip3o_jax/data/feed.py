@@ -11,9 +11,11 @@ import numpy as np
 
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data.cache import open_cached
+from blip3o_jax.data.captions import draw
 from blip3o_jax.data.config import DataConfig
 from blip3o_jax.data.mixture import HeldOut, host_rows, interleaved, mixture, whole_weights
 from blip3o_jax.data.records import Record, RecordError, Source
+from blip3o_jax.data.row_groups import RowGroups
 from blip3o_jax.data.sources import first_record, open_source
 from blip3o_jax.data.transform import (
     ENCODED,
@@ -30,7 +32,7 @@ from blip3o_jax.scenes.scene import compose
 from blip3o_jax.text import Text, row_length
 
 ATTEMPTS = 100  # records in the place of one that cannot be used
-ROWS = ("patches", "captions", "exercises")
+ROWS = ("images", "captions", "exercises")
 HELDOUT_SEED = 1 << 32  # of the exercises that a run is measured by; no run's own seed
 
 
@@ -39,15 +41,35 @@ def open_sources(data: DataConfig, model: Blip3oConfig) -> list[Source]:
 
     InputError for one that is missing, empty, too small or of edits that the model cannot take.
     """
-    opener = partial(open_cached, data.cache) if data.cache else open_source
-    sources = [opener(spec) for spec in data.sources]
+    uncached = partial(open_source, groups=RowGroups(data.row_group_mb))
+    opener = partial(open_cached, data.cache) if data.cache else uncached
+    sources = list(map(opener, data.sources))
+    check_sources(data, model, sources)
+    return sources
+
+
+def check_sources(data: DataConfig, model: Blip3oConfig, sources: list[Source]) -> None:
+    """InputError when the model cannot take what the sources hold, or the first is too small."""
     for spec, source in zip(data.sources, sources, strict=True):
         count, limit = _num_sources(first_record(source)), model.max_sources
         holds = f"data.sources: {spec.path!r} holds edits of {count} source images"
         require(count <= limit, f"{holds}, and the model takes {limit} (model.max_sources).")
     if sources:
         HeldOut(sources[0], data.heldout)  # raises where the first is too small
-    return sources
+
+
+def row_tokens(data: DataConfig, model: Blip3oConfig) -> int:
+    """Tokens of a training row; InputError for a config that leaves no room in it, or asks for
+    edits that the model cannot take."""
+    longest, prompt = row_length(model), model.max_prompt_tokens
+    length = data.row_length or longest
+    too_short = f"does not hold a prompt of {prompt} tokens and its image; 0 finds the length."
+    # captions of sources may be as long as the model allows
+    fits = not data.sources or length >= longest
+    require(fits, f"data.row_length {length} {too_short}")
+    takes = model.max_sources > 0 or data.edits == 0
+    require(takes, "data.edits needs a model that takes some: model.max_sources.")
+    return length
 
 
 def _num_sources(record: Record | dict) -> int:
@@ -60,7 +82,7 @@ def _num_sources(record: Record | dict) -> int:
 class Feed:
     """A run's batches as numpy arrays, opened once and read from any step. Their `rows`:
 
-    - "patches": `images` uint8 [B,H,W,3] and `patches` int32 [B,h,w] of the embedded world;
+    - "images": `images` uint8 [B,H,W,3], of the embedded world with `patches` int32 [B,h,w];
     - "captions": `tokens` int32 [B,T] with the image's codes open, `start` int32 [B], and `images`
       (with crop "original" also `view`) or, from a cache, `codes` and `latents`; where some rows
       are edits also `num_sources` int32 [B], and `sources` or, from a cache, `source_codes` and
@@ -84,24 +106,17 @@ class Feed:
     bad_records: pathlib.Path | None = None
 
     def __post_init__(self):
-        if self.rows not in ROWS or (self.rows != "patches" and self.tokenizer is None):
+        if self.rows not in ROWS or (self.rows != "images" and self.tokenizer is None):
             raise ValueError(f"rows {self.rows!r} of {ROWS}, tokenizer {self.tokenizer}")
         size, hosts = self.batch_size, self.hosts[1]
         if size % hosts:
             near = multiples(size, hosts)
             raise InputError(f"batch_size {size} is not divisible by {hosts} hosts; {near}")
-        # The sources, whose captions may be as long as the model allows.
-        longest, prompt = row_length(self.model), self.model.max_prompt_tokens
-        self.length = self.data.row_length or longest
+        self.length = row_tokens(self.data, self.model)
         self.tally = Tally(self.data.max_bad_fraction, self.bad_records)
         self.sources = open_sources(self.data, self.model)
-        too_short = f"does not hold a prompt of {prompt} tokens and its image; 0 finds the length."
-        fits = not self.sources or self.length >= longest
-        require(fits, f"data.row_length {self.length} {too_short}")
-        takes, asks = self.model.max_sources > 0, self.data.edits > 0
-        require(takes or not asks, "data.edits needs a model that takes some: model.max_sources.")
-        # Any record of a file may be an edit, not the first alone.
-        self.has_sources = self.rows == "captions" and takes and bool(asks or self.sources)
+        takes = self.model.max_sources > 0 and self.rows == "captions"
+        self.has_sources = takes and self.data.may_hold_edits
 
     def train(self, step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """This host's rows of batch `step`, `step + 1`, ... without end, in a new order every
@@ -125,9 +140,9 @@ class Feed:
     def heldout(self, count: int) -> dict[str, np.ndarray]:
         """The first `count` rows that are never trained on, the same on every host; of a mixture at
         most `data.heldout`."""
-        if self.sources and self.rows == "captions":
+        if self.sources:
             source = HeldOut(self.sources[0], self.data.heldout)
-            rows = [self._read(source, i) for i in range(min(count, len(source)))]
+            rows = [self._read(source, 0, i, 0) for i in range(min(count, len(source)))]
             return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         exercises = self.rows == "exercises"
         records = self._exercises(HELDOUT_SEED) if exercises else self._world("heldout")
@@ -148,7 +163,7 @@ class Feed:
 
         def row(record: dict) -> dict[str, np.ndarray]:
             images = {"images": record["image"]}
-            if self.rows == "patches":
+            if self.rows == "images":
                 return images | {"patches": record["patches"].astype(np.int32)}
             row = images | self._tokens(record["prompt"].decode())
             return with_sources(row, self.model) if self.has_sources else row
@@ -184,27 +199,34 @@ class Feed:
         weights = [spec.weight for spec in specs]
         if not any(weights):
             weights = [s.repeat * len(source) for s, source in zip(specs, trained, strict=True)]
-        readers = [partial(self._read, source) for source in trained]
+        readers = [partial(self._read, source, k) for k, source in enumerate(trained)]
         return mixture(readers, trained, whole_weights(weights), self.seed)
 
-    def _read(self, source: Source, i: int) -> dict[str, np.ndarray]:
-        """The row of record i, or of the next that can be used."""
+    def _read(
+        self, source: Source, source_number: int, i: int, epoch: int
+    ) -> dict[str, np.ndarray]:
+        """The row of record i in an epoch, or of the next that can be used."""
         for attempt in range(ATTEMPTS):
             number = (i + attempt) % len(source)
             self.tally.add(read=1)
             try:
-                if (row := self._row(source[number])) is not None:
+                draw_by = self.seed, source_number, epoch, number
+                if (row := self._row(source[number], draw_by)) is not None:
                     return row
             except RecordError as error:
                 self.tally.bad(source.key(number), str(error))
         none = f"None of {ATTEMPTS} records from {source.key(i)} on can be used"
         raise InputError(f"{none}; see `blip3o-jax data check`.")
 
-    def _row(self, record: Record | dict) -> dict[str, np.ndarray] | None:
-        """A row of a Record or of a cache's dict; None when its caption is dropped."""
+    def _row(self, record: Record | dict, draw_by: tuple[int, ...]) -> dict[str, np.ndarray] | None:
+        """A row of a Record or of a cache's dict, with the caption that the numbers draw; None when
+        it is dropped."""
+        if self.rows == "images":
+            return {"images": self._arrays(record)["images"]}
         # The caption: shortened, or the record dropped, when its prompt is too long.
         cached, text = isinstance(record, dict), self.tokenizer
-        caption = record["caption"] if cached else record.caption
+        several = record.get("captions") or [record["caption"]] if cached else record.captions
+        caption = draw(several, *draw_by)
         count = _num_sources(record)
         if count > (limit := self.model.max_sources):
             raise RecordError(f"it has {count} source images, and the model takes {limit}")
@@ -222,10 +244,14 @@ class Feed:
             arrays = {name: record[name] for name in record if name in ENCODED}
             self.tally.add(bytes=sum(array.nbytes for array in arrays.values()))
         else:
-            self.tally.add(bytes=sum(map(len, (record.image, *record.inputs))))
-            arrays = image_arrays(record, self.model, self.data.crop)
+            arrays = self._arrays(record)
         row |= arrays
         return with_sources(row, self.model) if self.has_sources else row
+
+    def _arrays(self, record: Record) -> dict[str, np.ndarray]:
+        """The pixels of a Record, whose bytes are counted."""
+        self.tally.add(bytes=sum(map(len, (record.image, *record.inputs))))
+        return image_arrays(record, self.model, self.data.crop, self.data.limits)
 
     def _tokens(self, caption: str, num_sources: int = 0) -> dict[str, np.ndarray]:
         """`tokens` int32 [T] and `start` int32 of a caption and an image, or of an instruction, its

@@ -87,7 +87,7 @@ class HeldOut:
         self.count = count
         self.rest = rest
         self.stride = len(source) // count
-        few = f"too few of the first source's {len(source)} records; at most half."
+        few = f"too few of the first source's {len(source)} records; hold out at most half."
         require(self.stride >= 2, f"data.heldout {count} leaves {few}")
 
     def __len__(self) -> int:
@@ -118,7 +118,8 @@ class HeldOut:
 def mixture(
     readers: list[Callable], sources: list[Source], weights: tuple[int, ...], seed: int
 ) -> grain.MapDataset:
-    """Endless: position -> `readers[source](i)` of the record i there; `weights` as in `place`."""
+    """Endless: position -> `readers[source](i, epoch)` of the record i there; `weights` as in
+    `place`."""
     orders = [
         shuffled(len(source), seed + k)
         if source.blocks is None
@@ -128,7 +129,7 @@ def mixture(
 
     def row(i: int):
         source, position = place(i, weights)
-        return readers[source](orders[source](position))
+        return readers[source](orders[source](position), position // len(sources[source]))
 
     return grain.MapDataset.range(ENDLESS).map(row)
 

@@ -5,13 +5,15 @@ import glob
 import itertools
 import os
 import posixpath
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from blip3o_jax.errors import InputError, require
+
+MAX_BYTES = 256 << 20  # of one encoded image, caption or line
 
 
 class RecordError(Exception):
@@ -20,19 +22,25 @@ class RecordError(Exception):
 
 @dataclass(frozen=True)
 class Record:
-    """An image with its caption; or an edit: `inputs` are the images before, `caption` the
-    instruction, `image` the result. All encoded."""
+    """An image with its captions, of which training draws one; or an edit: `inputs` are the images
+    before, a caption is the instruction, `image` the result. All encoded."""
 
     key: str
-    caption: str
+    captions: tuple[str, ...]
     image: bytes
     inputs: tuple[bytes, ...] = ()
+
+    @property
+    def caption(self) -> str:
+        """The first caption."""
+        return self.captions[0]
 
 
 class Source(Protocol):
     """What a mixture reads: records by number, or RecordError."""
 
     blocks: np.ndarray | None  # where runs start that are read at once
+    notes: Sequence[str]  # what the files hold besides records, as phrases
 
     def __len__(self) -> int: ...
     def __getitem__(self, i: int) -> Any: ...
@@ -43,6 +51,7 @@ class FileSource:
     """Records of several files, file after file; a subclass says which fields make one."""
 
     blocks = None
+    notes: Sequence[str] = ()  # what the files hold besides records, as phrases
 
     def __init__(self, paths: list[str], counts: Iterable[int]):
         self.paths = paths
@@ -106,6 +115,17 @@ def open_binary(path: str):
     return epath.Path(path).open("rb")
 
 
+def state(path: str) -> tuple[int, int]:
+    """(bytes, time of the last change: in ns, of a bucket in s)."""
+    if "://" in path:
+        from etils import epath
+
+        stat = epath.Path(path).stat()
+        return stat.length, int(stat.mtime)
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns
+
+
 def read_bytes(path: str, *spans: tuple[int, int]) -> list[bytes]:
     """The file's bytes at each (offset, size), size -1 to its end; RecordError when it cannot be
     read."""
@@ -114,12 +134,11 @@ def read_bytes(path: str, *spans: tuple[int, int]) -> list[bytes]:
         with open_binary(path) as file:
             for start, size in spans:
                 file.seek(start)
-                contents.append(file.read(size))
-    except OSError as error:
-        raise RecordError(f"{path} cannot be read ({error.strerror or error})") from error
+                # one byte more than is allowed tells that there are too many
+                contents.append(file.read(size if 0 <= size <= MAX_BYTES else MAX_BYTES + 1))
+                if len(contents[-1]) > MAX_BYTES:
+                    raise RecordError(f"more than {MAX_BYTES >> 20} MB in {path}")
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise RecordError(f"{path} cannot be read ({reason})") from error
     return contents
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what a library says."""
-    return str(error).splitlines()[0]

@@ -1,8 +1,9 @@
 """Opens the sources of a mixture."""
 
-from blip3o_jax.data import tables, tars
+from blip3o_jax.data import folder, tables, tars
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.records import Record, RecordError, Source
+from blip3o_jax.data.row_groups import RowGroups
 from blip3o_jax.errors import InputError, require
 
 OPENERS = {
@@ -10,12 +11,15 @@ OPENERS = {
     "parquet": tables.ParquetSource,
     "jsonl": tables.JsonlSource,
     "array_record": tables.TfdsSource,
+    "folder": folder.FolderSource,
 }
 
 
-def open_source(spec: SourceConfig) -> Source:
-    """The source; InputError when files are missing, damaged or empty."""
-    source = OPENERS[spec.kind](spec)
+def open_source(spec: SourceConfig, groups: RowGroups | None = None) -> Source:
+    """The source, which shares the memory `groups` with others; InputError when files are missing,
+    damaged or empty."""
+    shared = [groups or RowGroups()] if spec.kind == "parquet" else []
+    source = OPENERS[spec.kind](spec, *shared)
     empty = f"{spec.path!r} ({spec.kind}) holds no records; remove it."
     require(len(source) > 0, f"data.sources: {empty}")
     return source

@@ -2,6 +2,8 @@
 of captions; of edits, whether the result lies on its source."""
 
 import hashlib
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -12,8 +14,9 @@ from PIL import Image
 from blip3o_jax.data.records import RecordError, Source
 from blip3o_jax.data.transform import decode_image, fit_caption, fit_square, prompt_length
 from blip3o_jax.errors import InputError
+from blip3o_jax.pictures import Limits
 from blip3o_jax.registration import register
-from blip3o_jax.text import Text, edit_prompt
+from blip3o_jax.text import Text
 
 NEAR = 3  # bits of 64 in which the hashes of near duplicates differ at most
 BANDS = NEAR + 1  # of two such hashes at least one band agrees
@@ -23,14 +26,16 @@ CELLS, NEAR_CELLS = 8, 16
 # the model's size, and a share of the picture's.
 REGISTERED = 256
 SHIFTED, ZOOMED = 0.5, 0.01
+REASONS = 10  # kinds of bad records that a report counts
 
 
 class Seen(NamedTuple):
     """One record; `problem` is "" when it can be used.
 
     `pixels` is a 64-bit hash of all pixels, `hash` is `dhash`, `thumbnail` the RGB bytes of `CELLS`
-    x `CELLS` cells; `tokens` are the templated caption's, without source images; `registration` is
-    the result's against each source image, as `registration.register`, in the model's pixels.
+    x `CELLS` cells; `tokens` are the longest templated caption's, without source images;
+    `registration` is the result's against each source image, as `registration.register`, in the
+    model's pixels.
     """
 
     key: str
@@ -41,6 +46,7 @@ class Seen(NamedTuple):
     hash: int = 0
     thumbnail: bytes = b""
     tokens: int = 0
+    captions: int = 1
     inputs: int = 0
     registration: tuple[tuple[float, float] | None, ...] = ()
 
@@ -52,22 +58,23 @@ def dhash(image: Image.Image) -> int:
     return int.from_bytes(np.packbits(grey[:, :-1] > grey[:, 1:]).tobytes(), "big")
 
 
-def look(source: Source, i: int, tokenizer: Text, image_size: int, crop: str) -> Seen:
+def look(
+    source: Source, i: int, tokenizer: Text, image_size: int, crop: str, limits: Limits
+) -> Seen:
     """Record i, decoded and tokenised as training would."""
     key = source.key(i)
     try:
         record = source[i]
-        image, *inputs = map(decode_image, (record.image, *record.inputs))
+        image, *inputs = (decode_image(data, limits) for data in (record.image, *record.inputs))
         registration = _registration(image, inputs, image_size, crop)
-        tokenizer.encode_prompt(fit_caption(tokenizer, record.caption))
+        for caption in record.captions:
+            tokenizer.encode_prompt(fit_caption(tokenizer, caption))
     except (RecordError, InputError) as error:
         return Seen(key, str(error).rstrip("."))
-    tokens = prompt_length(tokenizer, record.caption)
-    if record.inputs:
-        tokens = len(tokenizer.ids(edit_prompt(record.caption, len(record.inputs), 0)))
+    tokens = max(prompt_length(tokenizer, text, len(inputs)) for text in record.captions)
     pixels = int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=8).digest(), "big")
     thumbnail = image.resize((CELLS, CELLS), Image.Resampling.BOX).tobytes()
-    counts = tokens, len(inputs)
+    counts = tokens, len(record.captions), len(inputs)
     return Seen(key, "", *image.size, pixels, dhash(image), thumbnail, *counts, registration)
 
 
@@ -85,12 +92,19 @@ def _registration(
 
 
 def survey(
-    source: Source, tokenizer: Text, count: int, threads: int, image_size: int, crop: str
+    source: Source,
+    tokenizer: Text,
+    count: int,
+    threads: int,
+    image_size: int,
+    crop: str,
+    limits: Limits,
 ) -> Iterator[Seen]:
     """Looks at `count` records, evenly spread."""
+    how = tokenizer, image_size, crop, limits
     numbers = [i * len(source) // count for i in range(count)]
     with ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(lambda i: look(source, i, tokenizer, image_size, crop), numbers)
+        yield from pool.map(lambda i: look(source, i, *how), numbers)
 
 
 def misplaced(seen: list[Seen]) -> list[dict]:
@@ -177,10 +191,15 @@ def summary(
     tokens = np.array([s.tokens for s in good])
     # Of an edit, one source image that the result does not lie on is enough.
     pairs = [[pair for pair in s.registration if pair] for s in good if s.inputs]
+    # Reasons of bad records without the numbers in them; those in names stay.
+    number = re.compile(r"(?<![\w.-])\d[\d.,]*(?!\w)")
+    reasons = Counter(number.sub("N", s.problem) for s in seen if s.problem)
     return {
         "looked_at": len(seen),
         "usable": len(good),
         "bad": len(seen) - len(good),
+        "reasons": dict(reasons.most_common(REASONS)),
+        "several_captions": sum(s.captions > 1 for s in good),
         "edits": len(pairs),
         "more_sources_than_the_model_takes": sum(s.inputs > max_sources for s in good),
         "shifted_edits": sum(any(shift > SHIFTED for shift, _ in own) for own in pairs),

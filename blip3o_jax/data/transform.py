@@ -12,7 +12,7 @@ from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data.records import Record, RecordError
 from blip3o_jax.errors import InputError, require
 from blip3o_jax.geometry import to_square
-from blip3o_jax.pictures import PictureError, decode
+from blip3o_jax.pictures import LIMITS, Limits, PictureError, decode
 from blip3o_jax.pixels import centre_crop, squash
 from blip3o_jax.text import Text, edit_prompt, t2i_prompt
 
@@ -22,10 +22,10 @@ MIN_READ = 1000  # records before the share of bad ones means something
 log = logging.getLogger(__name__)
 
 
-def decode_image(data: bytes) -> Image.Image:
+def decode_image(data: bytes, limits: Limits = LIMITS) -> Image.Image:
     """Encoded bytes -> RGB, as `pictures.decode`; RecordError when they cannot be used."""
     try:
-        return decode(data)
+        return decode(data, limits)
     except PictureError as error:
         raise RecordError(f"the image cannot be decoded ({error})") from error
 
@@ -100,11 +100,13 @@ def fit_square(picture: Image.Image, size: int, padded: bool) -> np.ndarray:
         raise RecordError(str(error).rstrip(".")) from error
 
 
-def image_arrays(record: Record, model: Blip3oConfig, crop: str) -> dict[str, np.ndarray]:
+def image_arrays(
+    record: Record, model: Blip3oConfig, crop: str, limits: Limits
+) -> dict[str, np.ndarray]:
     """`images` uint8 [size,size,3]; of an edit also `sources` [N,size,size,3], all padded to a
     square as `edit` does; with the original's crop, `view`, the tokenizer's."""
     size = model.image_size
-    image, *inputs = map(decode_image, (record.image, *record.inputs))
+    image, *inputs = (decode_image(data, limits) for data in (record.image, *record.inputs))
     padded = bool(inputs) and crop != "original"
     arrays = {"images": fit_square(image, size, padded)}
     if inputs:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from blip3o_jax.evaluate.scenes import DATA_SEED
-from blip3o_jax.pixels import labelled_sheet
+from blip3o_jax.pixels import contact_sheet, labelled_sheet, with_legend
 from blip3o_jax.registration import shift
 from blip3o_jax.scenes.config import WorldConfig
 from blip3o_jax.scenes.edits import KINDS, Edit, chain, region, sample
@@ -24,6 +24,11 @@ from blip3o_jax.scenes.judge import judge_edit
 from blip3o_jax.scenes.scene import compose
 
 SHEET = 48  # edits shown
+LEGEND = (
+    "Before, result and true picture after. + done, and everything else kept; o done, but "
+    "something else changed; - not done"
+)
+DRIFT_LEGEND = "The picture and what each edit makes of the last result; below, the true pictures."
 GAP = 4  # px between the pictures of an edit on the sheet
 LEAST_ERROR = 1 / 12  # of pixels, squared: what rounding to whole levels costs, 58.9 dB
 
@@ -131,12 +136,7 @@ def write_records(
 
 def sheet(images: np.ndarray, edits: Sequence[Edit], verdicts: Sequence[Mapping]) -> np.ndarray:
     """`SHEET` edits, those of a kind together: before, result and the true picture after, above a
-    sign and the instruction:
-
-    - `+` done, and everything else kept;
-    - `o` done, but something else changed;
-    - `-` not done.
-    """
+    sign of LEGEND and the instruction."""
     order = sorted(range(len(edits)), key=lambda i: KINDS.index(edits[i].kind))
     step = max(1, len(order) / SHEET)
     shown = [order[int(k * step)] for k in range(min(SHEET, len(order)))]
@@ -144,4 +144,18 @@ def sheet(images: np.ndarray, edits: Sequence[Edit], verdicts: Sequence[Mapping]
     gap = np.full((len(shown), before.shape[1], GAP, 3), 255, np.uint8)
     rows = np.concatenate([before, gap, images[shown], gap, after], axis=2)
     signs = ["+" if v["success"] else "o" if v["done"] else "-" for v in verdicts]
-    return labelled_sheet(rows, [f"{signs[i]} {edits[i].instruction}" for i in shown], columns=3)
+    labels = [f"{signs[i]} {edits[i].instruction}" for i in shown]
+    return with_legend(labelled_sheet(rows, labels, columns=3), LEGEND)
+
+
+def drift_sheet(images: np.ndarray, chains: Sequence[Sequence[Edit]]) -> np.ndarray:
+    """`SHEET` chains, a row each, of results uint8 [N,T,H,W,3]: the picture and what each turn made
+    of it, the true pictures below, above the instructions."""
+    chains, rows = chains[:SHEET], []
+    for result, turns in zip(images, chains, strict=False):
+        first = compose(turns[0].before)[None]
+        truth = np.stack([compose(edit.after) for edit in turns])
+        shown = np.concatenate([first, result, first, truth])
+        rows.append(contact_sheet(shown, len(turns) + 1, GAP))
+    labels = ["; ".join(edit.instruction for edit in turns) for turns in chains]
+    return with_legend(labelled_sheet(np.stack(rows), labels, columns=1), DRIFT_LEGEND)

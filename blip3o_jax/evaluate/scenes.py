@@ -6,29 +6,34 @@ import pathlib
 import numpy as np
 
 from blip3o_jax.pipeline import Sample
-from blip3o_jax.pixels import labelled_sheet
+from blip3o_jax.pixels import labelled_sheet, with_legend
 from blip3o_jax.scenes import prompts, scene
-from blip3o_jax.scenes.config import TAGS, WorldConfig
+from blip3o_jax.scenes.config import FURTHER_TAGS, TAGS, WorldConfig
 
 SHEET = 48  # pictures shown
+LEGEND = "+ correct, and nothing else in the picture; o correct by GenEval's rules; - wrong"
 DATA_SEED = 1  # of the held-out prompts; training draws from seed 0
 
 
 def heldout(count: int) -> list[tuple[dict, scene.Scene]]:
-    """`count` held-out prompts with a scene each, spread evenly over the six tags of GenEval."""
-    worlds = [WorldConfig(seed=DATA_SEED, weights={tag: 1.0}) for tag in TAGS]
-    return [prompts.sample(worlds[i % len(TAGS)], i, "heldout") for i in range(count)]
+    """`count` held-out prompts with a scene each, spread evenly over the six tags of GenEval, and
+    behind them a sixth as many of each of FURTHER_TAGS."""
+    tags = [TAGS[i % len(TAGS)] for i in range(count)]
+    tags += [tag for tag in FURTHER_TAGS for _ in range(count // len(TAGS))]
+    worlds = [WorldConfig(seed=DATA_SEED, weights={tag: 1.0}) for tag in tags]
+    return [prompts.sample(world, i, "heldout") for i, world in enumerate(worlds)]
 
 
 def table(metadata: list[dict], verdicts: list[dict]) -> dict[str, dict[str, float]]:
-    """Shares of `correct` and `strict` by tag and overall, the mean of the tags as in GenEval."""
+    """Shares of `correct` and `strict` by tag and overall, the mean of GenEval's tags as there."""
     tags, result = [row["tag"] for row in metadata], {}
     for rule in ("correct", "strict"):
         rates = {}
-        for tag in (tag for tag in TAGS if tag in tags):
+        for tag in (tag for tag in (*TAGS, *FURTHER_TAGS) if tag in tags):
             own = [v[rule] for v, its in zip(verdicts, tags, strict=True) if its == tag]
             rates[tag] = round(float(np.mean(own)), 4)
-        result[rule] = {"overall": round(float(np.mean(list(rates.values()))), 4), **rates}
+        overall = np.mean([rate for tag, rate in rates.items() if tag in TAGS])
+        result[rule] = {"overall": round(float(overall), 4), **rates}
     return result
 
 
@@ -44,15 +49,11 @@ def write_records(
 
 
 def verdict_sheet(images: np.ndarray, metadata: list[dict], verdicts: list[dict]) -> np.ndarray:
-    """`SHEET` pictures spread over all, twice as large, each above a sign and its prompt:
-
-    - `+` right, and nothing else in the picture;
-    - `o` right by GenEval's rules;
-    - `-` wrong.
-    """
+    """`SHEET` pictures spread over all, twice as large, each above a sign of LEGEND and its
+    prompt."""
     # an odd step, so that all tags and seeds are shown
     step = max(1, len(images) // SHEET) | 1
     shown = [i * step % len(images) for i in range(min(SHEET, len(images)))]
     signs = ["+" if v["strict"] else "o" if v["correct"] else "-" for v in verdicts]
     labels = [f"{signs[i]} {metadata[i]['prompt']}" for i in shown]
-    return labelled_sheet(images[shown], labels)
+    return with_legend(labelled_sheet(images[shown], labels), LEGEND)

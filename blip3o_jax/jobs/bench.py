@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     from blip3o_jax.bench.stages import Workload
 
 HELP = "how fast each stage is here, against PyTorch if asked; prints one JSON line last"
-STAGES = ("decode", "denoise", "autoencoder", "text_to_image", "train_step", "cached_train_step")
+STAGES = (
+    "decode",
+    "denoise",
+    "autoencoder",
+    "text_to_image",
+    "edit",
+    "train_step",
+    "cached_train_step",
+)
+OURS = ("edit", "cached_train_step")  # which PyTorch's side does not have
 TOLERANCE = 1e-4  # of a result, relative to its largest value
 LARGEST = 1_000_000_000  # parameters
 
@@ -45,13 +54,14 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def checked_stages(args: argparse.Namespace) -> list[str]:
-    """The stages to measure, with the command line checked."""
+def checked_stages(args: argparse.Namespace, cfg: Blip3oConfig) -> list[str]:
+    """The stages of the model to measure, with the command line checked."""
     for name in ("batch_size", "num_inference_steps", "repeats"):
         flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
         require(value >= 1, f"{flag} is at least 1, not {value}.")
-    # PyTorch's code has no cache.
-    names = [name for name in STAGES if not (args.against and name == "cached_train_step")]
+    left_out = {"edit"} if cfg.max_sources != 1 else set()
+    left_out |= set(OURS) if args.against else set()
+    names = [name for name in STAGES if name not in left_out]
     chosen = args.stages.split(",") if args.stages else names
     for stage in chosen:
         require(stage in names, f"--stages: unknown stage {stage!r}; {nearest(stage, names)}")
@@ -162,11 +172,13 @@ def weights(cfg: Blip3oConfig) -> Iterator[pathlib.Path]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints a table and one JSON line; 1 when the sides' results differ."""
+    """Prints a table and one JSON line, whose `agree` is null where nothing was compared; 1 when
+    the sides' results differ."""
     from blip3o_jax.bench.timing import table
     from blip3o_jax.kernels.platform import enable_compilation_cache
 
-    chosen, cfg = checked_stages(args), preset(args.preset)
+    cfg = preset(args.preset)
+    chosen = checked_stages(args, cfg)
     meshes = stage_meshes(cfg, chosen, args.batch_size)
     enable_compilation_cache()
     with contextlib.ExitStack() as stack:
@@ -189,5 +201,5 @@ def run(args: argparse.Namespace) -> int:
     print(table(report["stages"]))
     if comparisons:
         print("Results agree." if agree else f"Results DIFFER: {report['agreement']}")
-    print(json.dumps(report | {"agree": agree}))
+    print(json.dumps(report | {"agree": agree if comparisons else None}))
     return 0 if agree else 1

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import math
 import resource
 import shutil
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from blip3o_jax.checkpoints import Checkpoint
+
+log = logging.getLogger(__name__)
 
 HELP = "PyTorch checkpoints in and out; prints one JSON report last"
 
@@ -53,11 +56,20 @@ def options(parser: argparse.ArgumentParser) -> None:
     to_jax.add_argument("--mesh", default="", help=text)
     modes, text = ["mean", "projected-codebook"], "how a plain Qwen3 gets its image tokens"
     to_jax.add_argument("--new-vocabulary", choices=modes, help=text)
+    text = "take the .fp16, .bf16, ... weights of a folder that has them; needed where it has"
+    to_jax.add_argument("--variant", metavar="NAME", help=f"{text} several and no plain ones")
+    text = "do without the tensors of this name, * for any characters; may be repeated"
+    to_jax.add_argument("--ignore", metavar="PATTERN", action="append", default=[], help=text)
+    text = "merge the LoRA adapter that lies beside a part's weights"
+    to_jax.add_argument("--merge-lora", action="store_true", help=text)
     # Back, and a comparison of both.
     text = "a converted checkpoint or a training run in the published PyTorch layout"
     to_torch = directions.add_parser("to-torch", help=text)
-    to_torch.add_argument("source", metavar="SRC", help="folder of to-jax, or training workdir")
+    text = "folder of to-jax, training workdir, or WORKDIR@STEP for one of its checkpoints"
+    to_torch.add_argument("source", metavar="SRC", help=text)
     _result_options(to_torch, run_to_torch, "each parameter's own")
+    text = "a converted checkpoint whose unused tensors a training run's result gets"
+    to_torch.add_argument("--unused", metavar="DIR", help=text)
     text = "size of a file (default: %(default).0f)"
     to_torch.add_argument("--max-shard-bytes", type=float, default=5e9, help=text)
     verify.options(directions.add_parser("verify", help=verify.HELP))
@@ -68,6 +80,8 @@ def _result_options(parser: argparse.ArgumentParser, run: Callable, own: str) ->
     parser.add_argument("destination", metavar="DST")
     text = f"of the result (default: {own})"
     parser.add_argument("--dtype", default=KEEP, choices=DTYPES, help=text)
+    text = "leave out the tensors of the source that the model here does not use"
+    parser.add_argument("--drop-unused", action="store_true", help=text)
     overwrite_option(parser, "an earlier conversion")
     parser.set_defaults(run=run)
 
@@ -75,7 +89,8 @@ def _result_options(parser: argparse.ArgumentParser, run: Callable, own: str) ->
 def run_to_jax(args: argparse.Namespace) -> None:
     """SRC, or the parts that flags name -> the directory DST."""
     from blip3o_jax import checkpoints
-    from blip3o_jax.convert import converted, hashes, sources
+    from blip3o_jax.convert import converted, hashes, sources, unused
+    from blip3o_jax.convert.folders import Options
     from blip3o_jax.convert.published import float_dtype, write_beside
     from blip3o_jax.parallel.mesh import parse_mesh
 
@@ -84,6 +99,9 @@ def run_to_jax(args: argparse.Namespace) -> None:
     left = "sizes are positive here, where no devices say what is left"
     require(min(mesh.values()) >= 1, f"--mesh {args.mesh!r}: {left}.")
     flags = {flag: getattr(args, flag) for flag in sources.FLAGS.values()}
+    for flag, path in flags.items():
+        exists = not path or Path(path).exists()
+        require(exists, f"--{flag} {path}: there is no such file or folder.")
     directory, kind = checkpoints.find(args.source) if args.source else (None, None)
     is_torch = kind in (None, checkpoints.PUBLISHED)
     require(is_torch, f"{args.source} is for JAX already; `convert to-torch` takes it.")
@@ -93,30 +111,45 @@ def run_to_jax(args: argparse.Namespace) -> None:
         # Headers alone say whether everything is there, and fits the disk. Compression saves a
         # tenth to a quarter; half is out of the question, so this is the time to say so.
         name = Path(args.destination).absolute().name
-        source = sources.open_source(directory, flags, args.new_vocabulary, name)
+        options = Options(args.variant, tuple(args.ignore), args.merge_lora)
+        source = sources.open_source(directory, flags, args.new_vocabulary, name, options)
+        if "tokenizer.json" not in source.beside:
+            where = f"copy one into {args.destination}"
+            log.warning(
+                "The source has no tokenizer.json, without which no prompt is read; %s.", where
+            )
+        kept = {} if args.drop_unused else source.unused
         size = _size(source.leaves, dtype) // 2 + len(source.leaves) * FILE_COST
+        size += unused.size(kept, dtype)
         _need_space(folder, size, args.destination)
         # The result, and what it was made of.
         parts = converted.write_params(folder, source.leaves, dtype, mesh)
+        unused.keep(folder, kept, dtype)
         write_beside(folder, source.beside)
         read = hashes.over_files(hashes.hash_file, source.files, "Hashing the source")
-        used, made = sum(part["tensors"] for part in parts.values()), source.made
+        numbers = {"used": sum(part["tensors"] for part in parts.values())}
+        numbers |= {"ignored": len(source.ignored), "kept": len(kept), "made": len(source.made)}
+        repeated = {} if args.drop_unused else source.repeated
         report |= {
             "source": {label: str(path) for label, path in source.folders.items()},
             "dtype": args.dtype,
             "mesh": args.mesh,
             "parameters": sum(part["parameters"] for part in parts.values()),
-            "tensors": {"used": used, "ignored": len(source.ignored), "made": len(made)},
+            "tensors": numbers,
             "ignored": source.ignored,
-            "made": made,
+            "made": source.made,
+            "names": source.notes,
+            "merged": source.merged,
         }
-        details |= {"parts": parts, "carried": sorted(source.beside)}
+        details |= {"parts": parts, "carried": sorted(source.beside), "renamed": source.renamed}
+        details["repeated"] = {name: (dtype or own).name for name, own in repeated.items()}
         details["files"] = {str(file): row for file, row in read.items()}
 
 
 def run_to_torch(args: argparse.Namespace) -> None:
     """SRC, a directory of `to-jax` or a joint training run -> the published layout at DST."""
     from blip3o_jax import checkpoints
+    from blip3o_jax.convert import unused
     from blip3o_jax.convert.published import float_dtype, write_published
 
     dtype = None if args.dtype == KEEP else float_dtype(args.dtype)
@@ -125,20 +158,36 @@ def run_to_torch(args: argparse.Namespace) -> None:
     folder, kind = checkpoints.find(args.source)
     is_jax = kind != checkpoints.PUBLISHED
     require(is_jax, f"{args.source} is in the published layout already.")
+    # A run keeps none of its source's unused tensors.
+    keeper = Path(args.unused) if args.unused else folder
+    own = f"{args.source} is converted and keeps its own unused tensors; --unused is for a run."
+    require(not args.unused or kind == checkpoints.RUN, own)
+    no_keeper = f"--unused {args.unused} is not a folder of `convert to-jax`."
+    require(not args.unused or checkpoints.find(keeper)[1] == checkpoints.CONVERTED, no_keeper)
     # DST appears when all is written.
     with _conversion(args, [folder]) as (target, report, details):
         checkpoint = checkpoints.open(args.source)
+        checkpoint.verify()  # every byte: damage would travel on under a good name
+        if args.unused:
+            unused.verify(keeper, whole=True)
         config, leaves = checkpoint.config, checkpoint.leaves
-        # Nothing is written unless all of it fits.
-        _need_space(target, _size(leaves, dtype), args.destination)
         origin, beside = _beside(checkpoint, dtype)
-        entries = write_published(target, config, leaves, dtype, shard, beside)
+        # What the model does not use, under the names that the source had.
+        more, names, source = {}, {}, _origin(keeper) if args.unused else origin
+        if not args.drop_unused:
+            more = unused.restored(keeper, source, (config, leaves), dtype)
+            names = unused.own_names(source)
+        # Nothing is written unless all of it fits.
+        size = _size(leaves, dtype) + sum(entry.size for entry, _ in more.values())
+        _need_space(target, size, args.destination)
+        entries = write_published(target, config, leaves, dtype, shard, beside, more, names)
         report |= {
             "source": str(args.source),
             "dtype": args.dtype,
             "preset": config.name,
             "parameters": sum(math.prod(entry.shape) for entry in entries.values()),
             "tensors": len(entries),
+            "restored": len(more),
             "dtypes": Counter(entry.dtype.name for entry in entries.values()),
             "ignored_on_the_way_in": origin.get("ignored", {}),
         }
@@ -180,6 +229,14 @@ def _size(leaves: dict[str, Any], dtype: np.dtype | None) -> int:
     return sum(math.prod(x.shape) * (dtype or x.dtype).itemsize for x in leaves.values())
 
 
+def _origin(folder: Path) -> dict[str, Any]:
+    """A folder's convert.json, where it has one."""
+    from blip3o_jax.convert.safetensors_io import read_json
+
+    report = folder / REPORT
+    return read_json(report, REPORT_LIMIT) if report.is_file() else {}
+
+
 def _beside(
     checkpoint: Checkpoint, dtype: np.dtype | None
 ) -> tuple[dict[str, Any], dict[str, Path | str]]:
@@ -191,8 +248,7 @@ def _beside(
 
     if checkpoint.kind == checkpoints.RUN:
         return {"step": checkpoint.step}, {"tokenizer.json": checkpoint.tokenizer}
-    report, config = checkpoint.folder / REPORT, checkpoint.folder / "config.json"
-    origin = read_json(report, REPORT_LIMIT) if report.is_file() else {}
+    config, origin = checkpoint.folder / "config.json", _origin(checkpoint.folder)
     names = {file.name for file in checkpoint.folder.iterdir()}
     names = (x for x in names if x in TOKENIZER_FILES or LICENCE.search(x))
     beside: dict[str, Path | str] = {name: checkpoint.folder / name for name in names}

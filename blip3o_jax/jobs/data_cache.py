@@ -105,6 +105,8 @@ def run(args) -> None:
         number = getattr(args, name)
         require(number >= 1, f"--{name.replace('_', '-')} is at least 1, not {number}.")
     cfg = read_mixture(args, "so there is nothing to cache", "--config.data.cache=")
+    unread = f"Stage {cfg.stage!r} trains the encoders that fill a cache, and reads none;"
+    require("cache" in cfg.record.data, f"{unread} name the config of a joint run.")
     require(not cfg.blip3o().use_tar_siglip_features, CACHE_WITHOUT_FEATURES)
     for directory in cfg.init.values():
         checkpoints.find(directory)
@@ -113,7 +115,7 @@ def run(args) -> None:
     sources = open_sources(cfg.data, cfg.blip3o())
     params = encoder_params(cfg, checkpoints.load_part)
     entries = [cache.source_entry(*pair) for pair in zip(cfg.data.sources, sources, strict=True)]
-    description = cache.describe(cfg.blip3o(), cfg.data.crop, params)
+    description = cache.describe(cfg.blip3o(), cfg.data, params)
     description |= {"latents": args.latents, "shard_records": args.shard_records}
     folder, host, hosts = pathlib.Path(args.out), jax.process_index(), jax.process_count()
     encode = make_encoder(cfg, params, args.batch_size, jnp.dtype(args.latents))
@@ -125,7 +127,8 @@ def run(args) -> None:
     log.info("%d of %d shards to make on host %d of %d.", len(missing), len(shards), host, hosts)
     tally = Tally(cfg.data.max_bad_fraction, folder / f"bad_records.{host}.jsonl")
     start = time.perf_counter()
-    decode = functools.partial(image_arrays, model=cfg.blip3o(), crop=cfg.data.crop)
+    how = {"crop": cfg.data.crop, "limits": cfg.data.limits}
+    decode = functools.partial(image_arrays, model=cfg.blip3o(), **how)
     for done, shard in enumerate(missing, 1):
         own = sources[shard.source], shard.numbers
         records = cache.encoded_records(*own, decode, encode, tally, args.batch_size)

@@ -1,13 +1,19 @@
 """Options that several jobs share."""
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import InputError, check_seed, require
+from blip3o_jax.resources import shipped_configs
 from blip3o_jax.sample.settings import Settings
+
+if TYPE_CHECKING:
+    from blip3o_jax.pipeline import Pipeline
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
@@ -20,9 +26,20 @@ def option(parser: argparse.ArgumentParser, flag: str, default: object, text: st
 
 def config_option(parser: argparse.ArgumentParser, more: str = "") -> None:
     """Adds --config, beside which `cli.main` accepts --config.key=value."""
-    text = f"a config file or the name of a shipped one{more}"
+    text = f"a config file or a shipped one{more}: {', '.join(shipped_configs())}"
     parser.add_argument("--config", required=True, help=text)
     parser.set_defaults(overridable=True)
+
+
+def run_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --config, --workdir and --allow, whose keys become a tuple."""
+    config_option(parser)
+    parser.add_argument("--workdir", required=True)
+    text = (
+        "config keys, with commas between them, that may differ from the workdir's (docs/data.md)"
+    )
+    keys = {"default": (), "type": lambda value: tuple(filter(None, value.split(",")))}
+    parser.add_argument("--allow", metavar="KEYS", help=text, **keys)
 
 
 def overwrite_option(parser: argparse.ArgumentParser, what: str) -> None:
@@ -33,8 +50,11 @@ def overwrite_option(parser: argparse.ArgumentParser, what: str) -> None:
 def model_options(parser: argparse.ArgumentParser, kind: type[Settings] = Settings) -> None:
     """Adds the checkpoint, how it samples, and where the results go."""
     folders = "folder in the published PyTorch layout or of `convert to-jax`, or training workdir"
+    folders += ", of which WORKDIR@STEP is the checkpoint of a step"
     option(parser, "--checkpoint", "emoji_64", f"embedded name, {folders}")
-    option(parser, "--out", "out", "folder for the results, or NAME.png for one image")
+    option(
+        parser, "--out", "out", "folder for the results, or NAME.png, .webp or .jpg for one image"
+    )
     overwrite_option(parser, "earlier results")
     option(parser, "--seed", 0, "of the images")
     parser.add_argument("--batch-size", type=int, help="images made at once (default: by device)")
@@ -47,8 +67,47 @@ def model_options(parser: argparse.ArgumentParser, kind: type[Settings] = Settin
             option(parser, flag, field.default, field.metadata["help"])
 
 
+def job_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what belongs to a job of many requests."""
+    share = "make share I, from 0, of N alone (default: as the launcher's variables say)"
+    parser.add_argument("--share", default="", metavar="I/N", help=share)
+    formats = "of the pictures, or of files of many: tar, array_record (default: %(default)s)"
+    kinds = ("png", "webp", "jpeg", "tar", "array_record")
+    parser.add_argument("--format", choices=kinds, default="png", help=formats)
+    best = "keep the best by --reward of so many candidates for each image"
+    option(parser, "--best-of", 1, best)
+    reward = "scenes (the embedded world's judge) or http://HOST/PATH: score images in the manifest"
+    parser.add_argument("--reward", default="", metavar="NAME", help=reward)
+    status = "print what is done of the job in --out, and how fast, as JSON"
+    parser.add_argument("--status", action="store_true", help=status)
+
+
+def check_devices(args: argparse.Namespace) -> None:
+    """InputError for a --batch-size or --mesh that no devices have."""
+    from blip3o_jax.parallel.mesh import parse_mesh
+
+    size = args.batch_size
+    require(size is None or size >= 1, f"--batch-size is at least 1, not {size}.")
+    parse_mesh(args.mesh)
+
+
+def load_for(args: argparse.Namespace) -> Pipeline:
+    """The checkpoint of the command line on its mesh."""
+    from blip3o_jax import checkpoints, pipeline
+    from blip3o_jax.kernels.platform import is_narrow
+    from blip3o_jax.parallel import mesh
+
+    check_devices(args)
+    size = args.batch_size
+    # A narrow model is faster with each core of a CPU as a device; --mesh decides otherwise.
+    if not args.mesh and is_narrow(checkpoints.config_of(args.checkpoint)):
+        mesh.split_cpu_into_devices(size or pipeline.CPU_BATCH)
+    return pipeline.load(args.checkpoint, mesh=mesh.parse_mesh(args.mesh), batch_size=size)
+
+
 def settings_of(args: argparse.Namespace, kind: type[AnySettings] = Settings) -> AnySettings:
-    """The sampling options of the command line."""
+    """The sampling options of the command line; InputError also for its seed."""
+    check_seed(args.seed, "--seed")
     return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
 
 

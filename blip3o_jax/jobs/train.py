@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blip3o_jax.errors import require
-from blip3o_jax.jobs.options import config_option
+from blip3o_jax.errors import InputError, require
+from blip3o_jax.jobs.options import run_options
 
 if TYPE_CHECKING:
     from blip3o_jax.data.feed import Feed
@@ -23,8 +23,7 @@ REFERENCE_QUIRKS = ("--config.joint.last_slice=true", "--config.joint.stochastic
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    config_option(parser)
-    parser.add_argument("--workdir", required=True)
+    run_options(parser)
     quirks = "train as the PyTorch code does: last positions, sampled codes"
     parser.add_argument("--reference-quirks", action="store_true", help=quirks)
     parser.set_defaults(run=run)
@@ -44,8 +43,11 @@ def open_run(name: str, overrides: list[str], job: str) -> TrainConfig:
     cfg = read_config(name, overrides)
     command = f"blip3o-jax {cfg.record.job}"
     require(cfg.record.job == job, f"{name} is of stage {cfg.stage!r}; `{command}` runs that.")
-    for directory in cfg.init.values():
-        checkpoints.find(directory)
+    for part, directory in cfg.init.items():
+        try:
+            checkpoints.find(directory)
+        except InputError as error:
+            raise InputError(f"init of {part}: {error}") from error
     cfg = with_editing_parts(cfg)
     start_processes()
     check_batch(cfg.batch_size, make_mesh(cfg.mesh), cfg.accumulate)
@@ -112,10 +114,10 @@ def run(args: argparse.Namespace) -> None:
     feed = open_feed(cfg, tokenizer, data_dir, batch_hosts(make_mesh(cfg.mesh)), workdir)
     if cfg.data.cache:
         encoders = start.encoder_params(cfg, checkpoints.load_part)
-        cache.check_cache(cfg.data.cache, cache.describe(cfg.blip3o(), cfg.data.crop, encoders))
+        cache.check_cache(cfg.data.cache, cache.describe(cfg.blip3o(), cfg.data, encoders))
     words = name_ids(tokenizer) if cfg.pretrain_ar and cfg.pretrain_ar.named_tokens else None
 
-    with own_workdir(cfg, workdir) as folder:
+    with own_workdir(cfg, workdir, args.allow) as folder:
         enable_compilation_cache()
         with process_zero_first("the data"):
             heldout = feed.heldout(64)

@@ -23,7 +23,7 @@ LARGEST_RUN = 1_000_000_000  # parameters, beyond which stages run only when ask
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    text = "embedded name, published or converted folder, training workdir"
+    text = "embedded name, published or converted folder, training workdir or WORKDIR@STEP"
     parser.add_argument("a", metavar="A", help=f"a checkpoint of any kind: {text}")
     text = "another; without it, every byte of A's weights is compared with the hashes recorded"
     parser.add_argument("b", metavar="B", nargs="?", help=f"{text} when A was saved or converted")
@@ -57,8 +57,10 @@ def run(args: argparse.Namespace) -> int:
     count = sum(math.prod(row["shape"]) for row in tensors.values())
     rows = {}
     if not differing and (args.stages or args.torch or count <= LARGEST_RUN):
-        ours = _run_in_torch(a) if args.torch else stages.run_stages(a)
-        rows = compare.compare_stages(ours, stages.run_stages(b), args.tolerance)
+        # A conversion to a coarser dtype rounded its weights; so are the other's.
+        rounded = compare.rounding(tensors)
+        ours = _run_in_torch(a, rounded) if args.torch else stages.run_stages(a, rounded)
+        rows = compare.compare_stages(ours, stages.run_stages(b, rounded), args.tolerance)
     passed = not differing and not unequal and all(row["agree"] for row in rows.values())
     # A table for people ...
     largest = sorted(tensors, key=lambda name: -tensors[name].get("max_abs", math.inf))[:3]
@@ -81,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         "bit_identical": sum(mine == theirs for mine, theirs in hashes),
         "largest": {name: tensors[name] for name in largest},
         "stages": rows or "not run: pass --stages to run a model of this size",
+        "stages_rounded_to": rounded if rows else None,
     }
     if args.report:
         text = json.dumps({**report, "every_tensor": tensors}, indent=1) + "\n"
@@ -97,10 +100,11 @@ def _verify_one(name: str, checkpoint: Checkpoint) -> int:
     return 0
 
 
-def _run_in_torch(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+def _run_in_torch(checkpoint: Checkpoint, rounded: str) -> dict[str, np.ndarray]:
     from blip3o_jax.verify.stages import stage_inputs
 
     with needs_torch("--torch"):
         from blip3o_jax.reference import modules
         from blip3o_jax.reference.stages import stage_outputs
-    return stage_outputs(modules.load(checkpoint.folder), stage_inputs(checkpoint.config))
+    reference = modules.round_to(modules.load(checkpoint.folder), rounded)
+    return stage_outputs(reference, stage_inputs(checkpoint.config))

@@ -1,5 +1,8 @@
 """The platform a program is compiled for, its compiler options, and the cache on disk."""
 
+import contextlib
+import functools
+import logging
 import os
 import pathlib
 from collections.abc import Callable
@@ -7,6 +10,10 @@ from collections.abc import Callable
 import jax
 
 from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.errors import first_line
+from blip3o_jax.kernels.waiting import tell_of_compilation
+
+log = logging.getLogger(__name__)
 
 # jaxlib 0.10 hands products, sums and convolutions to YNNPACK by default. XLA's own are as fast or
 # faster, except for the products of a narrow model, where sharing one among the cores costs more
@@ -20,6 +27,8 @@ FOR_NARROW = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 # it would write what it sums (`cpu._sums_of_products`: a matrix for each row).
 ONE_PASS = {"xla_disable_hlo_passes": "tree_reduction_rewriter"}
 UNROLLED_LAYERS = 16  # at most, on a CPU
+
+_tell_of_compilation_once = functools.cache(tell_of_compilation)
 
 
 def platform() -> str:
@@ -68,8 +77,34 @@ def jit(function: Callable, generates: Blip3oConfig | None = None, **options):
 
 def enable_compilation_cache() -> None:
     """Keeps compiled programs between processes, under $XDG_CACHE_HOME/blip3o_jax, unless
-    JAX_COMPILATION_CACHE_DIR names another folder."""
+    JAX_COMPILATION_CACHE_DIR names another folder; says so when a program takes long to compile."""
+    _tell_of_compilation_once()
     if jax.config.jax_compilation_cache_dir is None:
         root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(root / "blip3o_jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    _rewrite_damaged_programs()
+
+
+def _rewrite_damaged_programs() -> None:
+    """Lets JAX delete a program in the cache that it cannot read: it compiles it again, but writes
+    no file that is there, so that every later process would compile it too."""
+    from jax._src import compilation_cache
+
+    read = getattr(compilation_cache, "get_executable_and_time", None)
+    if read is None or hasattr(read, "rewrites"):
+        return
+
+    def read_or_delete(cache_key: str, *arguments):
+        try:
+            return read(cache_key, *arguments)
+        except Exception as error:  # of the decompressor, of XLA: whatever it is, it is compiled
+            file = pathlib.Path(jax.config.jax_compilation_cache_dir, f"{cache_key}-cache")
+            sentence = "The compiled program %s is damaged (%s); it is compiled again."
+            log.warning(sentence, file, first_line(error))
+            with contextlib.suppress(OSError):
+                file.unlink()
+            return None, None
+
+    read_or_delete.rewrites = True
+    compilation_cache.get_executable_and_time = read_or_delete

@@ -35,10 +35,11 @@ def attention(q: Array, k: Array, v: Array, valid: Array, scale: float) -> Array
         mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * q.shape[2])
         kernel = splash.make_splash_mha_single_device(mask, block_sizes=blocks)
         q, k, v = (x.swapaxes(1, 2) for x in (q * scale, k, v))
-        # Padding is a segment of its own: valid tokens do not see it, and its rows see themselves,
-        # so that none is empty.
-        segments = valid.astype(jnp.int32)
-        return jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments)).swapaxes(1, 2)
+        # Padding is a segment of its own, which no query sees that has a valid token at or before
+        # it; padding before all valid tokens sees itself, so that no row is empty.
+        padding = valid.astype(jnp.int32)
+        segments = splash.SegmentIds(jax.lax.cummax(padding, axis=1), padding)
+        return jax.vmap(kernel)(q, k, v, segments).swapaxes(1, 2)
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

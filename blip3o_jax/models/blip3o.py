@@ -60,14 +60,11 @@ class Connector(nn.Module):
         return pin_rows(RMSNorm(self.eps, scale_init=scale_init, name="norm")(y))
 
 
-def condition_slice(hidden: Array, start: Array, n: int, last: bool = False) -> Array:
+def condition_slice(hidden: Array, start: Array, n: int) -> Array:
     """hidden [B,T,D] -> [B,n,D]: the n states from position start [B] on, which is that of <S0>.
 
-    A slice beyond the end is NaN there. `last` gives the last n states instead, whatever they are:
-    what the PyTorch code trained on (docs/model.md §6.6 no. 1).
+    A slice beyond the end is NaN there.
     """
-    if last:
-        return hidden[:, -n:]
     positions = start[:, None] + jnp.arange(n)
     return jnp.take_along_axis(hidden, positions[..., None], axis=1)
 

@@ -91,6 +91,9 @@ class Linear(nn.Module):
         std = fan_in**-0.5 if self.std is None else self.std
         kernel = self.param("kernel", nn.initializers.normal(std), self.shape)
         kernel = kernel.astype(self.dtype)
+        # One of `sample.int8` has a scale for each output channel.
+        if self.has_variable("params", "kernel_scale"):
+            kernel = kernel * self.get_variable("params", "kernel_scale").astype(self.dtype)
         y = product(self.equation, x.astype(self.dtype), kernel, self.loop_invariant)
         if self.use_bias:
             bias = self.param("bias", self.bias_init, tuple(sizes[a] for a in output if a in sizes))

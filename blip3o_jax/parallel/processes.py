@@ -1,9 +1,11 @@
 """Several processes of one job: joining them, barriers, and what only the first one does."""
 
+import atexit
 import collections
 import contextlib
 import logging
 import os
+import re
 import socket
 import sys
 import threading
@@ -11,11 +13,12 @@ from collections.abc import Iterator
 
 import jax
 
-from blip3o_jax.errors import InputError, require
+from blip3o_jax.errors import InputError, first_line, require
 
 log = logging.getLogger(__name__)
 
 TIMEOUT = 300  # seconds that a process waits for the others
+ARRAY = ("ID", "MIN", "MAX", "STEP", "COUNT")  # what SLURM says of an array's task
 NAMES = ("BLIP3O_COORDINATOR", "BLIP3O_NUM_PROCESSES", "BLIP3O_PROCESS_ID")
 
 
@@ -39,11 +42,10 @@ def _cluster() -> dict | None:
         names = ("coordinator_address", "num_processes", "process_id")
         return dict(zip(names, (address, int(count), int(index)), strict=True))
     # Clusters that JAX knows by their variables: a SLURM step, a TPU pod.
-    step = {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= set(os.environ)
-    slurm = step and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    _, tasks = _step()
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
     pod = "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
-    return {} if slurm or pod else None
+    return {} if tasks > 1 or pod else None
 
 
 def start_processes(timeout: int = TIMEOUT) -> None:
@@ -75,8 +77,8 @@ def start_processes(timeout: int = TIMEOUT) -> None:
             **arguments, initialization_timeout=timeout + 60, shutdown_timeout_seconds=60
         )
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{me} cannot join the others at {where}: {reason}") from error
+        sentence = f"{me} cannot join the others at {where}: {first_line(error)}"
+        raise InputError(sentence) from error
     finally:
         watchdog.cancel()
     # Everyone is connected; the barrier makes sure that everyone knows.
@@ -85,6 +87,91 @@ def start_processes(timeout: int = TIMEOUT) -> None:
     barrier("start", timeout)
     local, devices = jax.local_device_count(), jax.device_count()
     log.info("Process %d: %d of %d devices are local.", index, local, devices)
+
+
+def share(asked: str = "") -> tuple[int, int]:
+    """Which of how many processes of a job this is, each of which works alone: `asked` as I/N, or
+    by the variables of a SLURM array, a SLURM step, or what `start_processes` joins."""
+    if asked:
+        index, _, count = asked.partition("/")
+        is_share = index.isdecimal() and count.isdecimal() and int(index) < int(count)
+        require(is_share, f"A share is I/N with I from 0 to N-1, not {asked!r}.")
+        return int(index), int(count)
+    place, size = _array()
+    task, tasks = _step()
+    if size * tasks > 1:
+        _divide_gpus()
+        return place * tasks + task, size * tasks
+    # A process that ends early must not end the others, and listens to its signals itself.
+    jax.config.update("jax_enable_recoverability", True)
+    jax.config.update("jax_enable_preemption_service", False)
+    start_processes()
+    if _state().service is not None:
+        atexit.register(wait_for_others, 60)  # before JAX's own end, which waits for nobody
+    return _state().process_id or 0, _state().num_processes or 1
+
+
+def wait_for_others(timeout: float | None = None) -> None:
+    """Keeps the first of the processes that `share` joined until the others have left or are lost,
+    at most `timeout` seconds: JAX ends those that the first one leaves behind."""
+    state = _state()
+    if state.service is None:
+        return
+    log.info("Process 0 waits for the %d others to end.", state.num_processes - 1)
+    # The call returns once no other process is there that could make it too; in a thread, so that
+    # signals are heard.
+    everyone = list(range(state.num_processes))
+    call = threading.Thread(target=state.client.get_live_nodes, args=[everyone], daemon=True)
+    call.start()
+    call.join(timeout)
+
+
+def require_alone(job: str) -> None:
+    """InputError if this is one of several processes, for a job that only one can do."""
+    _, count = share()
+    fix = "start one, e.g. sbatch --nodes=1 --ntasks-per-node=1, or one host's slice"
+    require(count == 1, f"{job} runs in one process, and here are {count}; {fix}.")
+
+
+def _array() -> tuple[int, int]:
+    """(place, size) of this task in its SLURM array, (0, 1) outside of one. InputError for numbers
+    that are not evenly spaced, from which no task can tell its place."""
+    values = (os.environ.get(f"SLURM_ARRAY_TASK_{name}", "") for name in ARRAY)
+    numbers = [int(value) for value in values if value.isdecimal()]
+    if "SLURM_ARRAY_TASK_ID" not in os.environ:
+        return 0, 1
+    wrong = "The numbers of this SLURM array are not evenly spaced: take --array=0-N (what is done"
+    wrong += " is not made again), or give --share I/N."
+    require(len(numbers) == len(ARRAY), wrong)
+    task, first, last, step, count = numbers
+    is_even = (last - first) // step + 1 == count and (task - first) % step == 0
+    require(is_even, wrong)
+    return (task - first) // step, count
+
+
+def _step() -> tuple[int, int]:
+    """(rank, size) of this task in its SLURM step, (0, 1) outside of one."""
+    if not {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= set(os.environ):
+        return 0, 1
+    # In a shell that salloc opens, SLURM_NTASKS is the allocation's.
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "1")
+    return int(os.environ["SLURM_PROCID"]), int(tasks)
+
+
+def _divide_gpus() -> None:
+    """Leaves to this task of a SLURM step its part of the GPUs, where all tasks of the node see
+    all of them."""
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    sees_all = os.environ.get("SLURM_GPUS_ON_NODE", "") == str(len(gpus))
+    # "8(x2),4": eight tasks on each of two nodes, four on the third.
+    runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    nodes = [int(tasks) for tasks, times in runs for _ in range(int(times or 1))]
+    node = int(os.environ.get("SLURM_NODEID", "0"))
+    each = len(gpus) // nodes[node] if node < len(nodes) else 0
+    if sees_all and each:
+        first = each * int(os.environ.get("SLURM_LOCALID", "0"))
+        own = ",".join(str(gpu) for gpu in range(first, first + each))
+        jax.config.update("jax_cuda_visible_devices", own)
 
 
 def _give_up(sentence: str) -> None:
@@ -107,19 +194,20 @@ def barrier(what: str, timeout: int = TIMEOUT) -> None:
         state.client.wait_at_barrier(name, timeout_in_ms=1000 * timeout)
     except RuntimeError as error:
         waited = f"Process {state.process_id} waited {timeout} s for the others before {what}"
-        raise InputError(f"{waited}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{waited}: {first_line(error)}") from error
     log.info("Process %d of %d: all are ready for %s.", state.process_id, state.num_processes, what)
 
 
 @contextlib.contextmanager
-def process_zero_first(what: str) -> Iterator[bool]:
-    """Runs the body in process 0 (given True), then in the others, which find its files."""
+def process_zero_first(what: str, timeout: int = TIMEOUT) -> Iterator[bool]:
+    """Runs the body in process 0 (given True), then in the others, which find its files within
+    `timeout` seconds."""
     first = is_process_zero()
     if not first:
-        barrier(what)
+        barrier(what, timeout)
     yield first
     if first:
-        barrier(what)
+        barrier(what, timeout)
 
 
 def is_process_zero() -> bool:

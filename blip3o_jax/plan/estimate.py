@@ -12,15 +12,17 @@ import time
 import jax
 from jax.sharding import Mesh
 
-from blip3o_jax.chips import Chip, peak_flops
-from blip3o_jax.errors import InputError
+from blip3o_jax.chips import Chip
+from blip3o_jax.errors import InputError, first_line
 from blip3o_jax.parallel.batches import batch_shards, check_batch
 from blip3o_jax.plan import collectives, programs
 from blip3o_jax.plan.programs import Program
 from blip3o_jax.train.config import TrainConfig
 
-GIB = 2**30
-RESERVED = 0.26  # GiB of each device that the runtime keeps
+MIB, GIB = 2**20, 2**30
+# What `price` adds.
+PRICED = ("flops", "flops_per_image", "mfu", "seconds", "images_per_second", "runs", "hours")
+PRICED += ("chip_hours", "dollars")
 REMAT = ("none", "dots", "full")  # from the least recomputation to the most
 
 log = logging.getLogger(__name__)
@@ -37,8 +39,9 @@ def measure(program: Program, chip: Chip) -> dict:
     """Compiles a program -> bytes on a device by kind, whether they fit, and the communication of a
     run where the compiler prints its program.
 
-    What the program does not read (the image encoders, when it trains from a cache) is on the
-    device too. Temporaries include what tiling adds to the arguments.
+    They are what the compiler goes by when it refuses a program, arguments, outputs and temporaries
+    less aliases, and the program's code; and what the program does not read (the image encoders,
+    when it trains from a cache). Temporaries include what tiling adds to the arguments.
     """
     memory = {kind: _bytes(tree) for kind, tree in program.kinds.items()}
     try:
@@ -54,9 +57,14 @@ def measure(program: Program, chip: Chip) -> dict:
     places = jax.tree.leaves(compiled.input_shardings[0], is_leaf=lambda x: x is None)
     arguments = zip(jax.tree.leaves(program.arguments), places, strict=True)
     unread = sum(_bytes(x) for x, place in arguments if place is None)
-    total = compiled.memory_analysis().peak_memory_in_bytes + unread
-    memory |= {"temporary": total - sum(memory.values()), "total": total}
-    fits = total <= (chip.hbm - RESERVED) * GIB
+    # The peak would leave out gaps between temporaries, and count on-chip buffers.
+    used = compiled.memory_analysis()
+    total = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
+    total += used.temp_size_in_bytes + unread
+    memory |= {"temporary": total - sum(memory.values())}
+    memory |= {"code": used.generated_code_size_in_bytes}
+    memory["total"] = total + memory["code"]
+    fits = memory["total"] <= chip.hbm * MIB
     return {"bytes": memory, "fits": fits, **_communication(compiled)}
 
 
@@ -65,7 +73,7 @@ def _communication(compiled: jax.stages.Compiled) -> dict:
         return {"communication": collectives.collectives(compiled.as_text())}
     # libtpu 0.0.42 with jaxlib 0.10.2 cannot print every program
     except jax.errors.JaxRuntimeError as error:
-        reason = f"this libtpu does not print the program: {str(error).splitlines()[0]}"
+        reason = f"this libtpu does not print the program: {first_line(error)}"
         return {"communication": None, "reason": reason}
 
 
@@ -73,7 +81,7 @@ def price(
     program: Program, devices: list, chip: Chip, mfu: float, runs: int, dollars: float | None
 ) -> dict:
     """Time and cost of `runs` runs at `mfu` of the bfloat16 peak and `dollars` a chip-hour."""
-    seconds = program.flops / (mfu * len(devices) * peak_flops(devices[0].device_kind))
+    seconds = program.flops / (mfu * len(devices) * chip.peak)
     hours = runs * seconds / 3600
     chip_hours = len(devices) // chip.devices * hours
     return {
@@ -100,6 +108,13 @@ def estimate(
     return result
 
 
+def of_cut(result: dict) -> dict:
+    """`estimate` of a model that --depth cut: without time and cost, which are not the run's; it
+    fits is None, since the whole model needs more, unless not even the cut one does."""
+    unpriced = {key: value for key, value in result.items() if key not in PRICED}
+    return unpriced | {"fits": None if result["fits"] else False}
+
+
 def search(
     cfg: TrainConfig, mesh: Mesh, devices: list, chip: Chip, mfu: float, dollars: float | None
 ) -> tuple[TrainConfig, dict]:
@@ -120,9 +135,8 @@ def search(
             # One line of the log for every way.
             total = result["bytes"].get("total")
             needs = f"{total / GIB:.2f} GiB" if total else result["reason"]
-            verdict = "fits" if result["fits"] else "does not fit"
             way = f"remat {remat}, {rows} rows a device x {accumulate}"
-            log.info("%s: %s, %s.", way, needs, verdict)
+            log.info("%s: %s, %s.", way, needs, "fits" if result["fits"] else "does not fit")
             if not result["fits"]:
                 break
             best, rows = (candidate, result), 2 * rows
@@ -132,6 +146,13 @@ def search(
     raise InputError(f"Nothing fits, not even one row a device with remat full; {fix}")
 
 
+def verdict(result: dict) -> str:
+    """Whether it fits, in words."""
+    if result["fits"] is None:
+        return "a CUT model fits, which the whole one need not: plan that without --depth"
+    return "fits" if result["fits"] else f"DOES NOT FIT: {result.get('reason', 'more than that')}"
+
+
 def table(result: dict, chip: Chip) -> str:
     """The numbers of `estimate` for people."""
 
@@ -139,10 +160,9 @@ def table(result: dict, chip: Chip) -> str:
         return f"{name:<22}{value:>10.{digits}f} {text}"
 
     # Memory and what is sent, then time and cost.
-    reason = result.get("reason", "more than that")
-    verdict = "fits" if result["fits"] else f"DOES NOT FIT: {reason}"
     rows = [row(kind, size / GIB, "GiB") for kind, size in result["bytes"].items()]
-    rows.append(row("of a device", chip.hbm, f"GiB, {RESERVED} of them reserved: {verdict}", 0))
+    grants = f"GiB of a device are a program's: {verdict(result)}"
+    rows.append(row("of these", chip.hbm / 1024, grants))
     for kind, sent in (result.get("communication") or {}).items():
         rows.append(row(kind, sent["bytes"] / GIB, f"GiB in {sent['calls']} calls"))
     if "flops" in result:

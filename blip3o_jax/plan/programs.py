@@ -1,6 +1,7 @@
 """A run's programs, lowered for TPUs that are not here; parameters are shapes, not arrays."""
 
 import dataclasses
+import logging
 import os
 from dataclasses import dataclass
 
@@ -8,22 +9,27 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from blip3o_jax import flops
-from blip3o_jax.chips import Chip, parse_topology
-from blip3o_jax.errors import InputError, require
-from blip3o_jax.kernels.platform import dtype_for, jit
+from blip3o_jax.chips import CHIPS, GPUS, Chip, parse_topology
+from blip3o_jax.errors import InputError, first_line, require
+from blip3o_jax.kernels.platform import dtype_for
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.parallel.batches import check_batch
 from blip3o_jax.parallel.mesh import BATCH
 from blip3o_jax.parallel.parameters import shardings
-from blip3o_jax.sample import generate
-from blip3o_jax.sample.settings import Settings
 from blip3o_jax.train import steps
 from blip3o_jax.train.config import TrainConfig
 
+log = logging.getLogger(__name__)
+
 
 def open_topology(name: str) -> tuple[list[jax.Device], Chip]:
-    """(devices, chip) of e.g. "v5e:4x4"; InputError for an unknown one or without libtpu."""
+    """(devices, chip) of e.g. "v5e:4x4"; InputError for an unknown one or without libtpu.
+
+    A GPU, whose compiler is not here, is one device with the temporaries of a v5p.
+    """
+    if name in GPUS:
+        log.warning("%s: bytes are an estimate, those that the compiler of a v5p needs.", name)
+        return open_topology("v5p:2x2x1")[0][:1], CHIPS[name]
     chip, _ = parse_topology(name)
     # libtpu reads these once, when it is loaded: it must neither ask a cloud's server what this
     # machine is, nor refuse a second plan at the same time.
@@ -35,7 +41,7 @@ def open_topology(name: str) -> tuple[list[jax.Device], Chip]:
     try:
         return topologies.get_topology_desc(name, platform="tpu").devices, chip
     except (RuntimeError, ImportError, OSError) as error:
-        problem = f"The TPU's compiler cannot be loaded ({str(error).splitlines()[0]})"
+        problem = f"The TPU's compiler cannot be loaded ({first_line(error)})"
         raise InputError(f"{problem}; pip install 'blip3o-jax[tpu]'.") from error
 
 
@@ -50,22 +56,26 @@ def shallow(cfg: TrainConfig, depth: int) -> TrainConfig:
     """
     require(depth >= 1, f"--depth is at least 1, not {depth}.")
     model = cfg.blip3o()
-    layers = dict.fromkeys(("qwen3.num_hidden_layers", "sana.num_layers"), depth)
+    encoder = model.ta_tok.encoder.num_hidden_layers
     # The encoder's last layers are loaded and not used.
     unread = -model.ta_tok.select_layer_id - 1
-    layers["ta_tok.encoder.num_hidden_layers"] = depth + unread
+    layers = {
+        "qwen3.num_hidden_layers": min(depth, model.qwen3.num_hidden_layers),
+        "sana.num_layers": min(depth, model.sana.num_layers),
+        "ta_tok.encoder.num_hidden_layers": min(depth + unread, encoder),
+    }
     for side in ("encoder_layers_per_block", "decoder_layers_per_block"):
         layers[f"dc_ae.{side}"] = tuple(min(depth, count) for count in getattr(model.dc_ae, side))
     return dataclasses.replace(cfg, model={**cfg.model, **layers})
 
 
-def _shape(x: jax.ShapeDtypeStruct, place: jax.NamedSharding, dtype=None) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=place)
+def _shape(x: jax.ShapeDtypeStruct, place: jax.NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
 
-def _placed(tree, mesh: Mesh, dtype=None):
-    """Shapes of parameters where the sharding table puts them, and in another dtype if given."""
-    return jax.tree.map(lambda x, s: _shape(x, s, dtype), tree, shardings(tree, mesh))
+def placed(tree, mesh: Mesh):
+    """Shapes of parameters where the sharding table puts them."""
+    return jax.tree.map(_shape, tree, shardings(tree, mesh))
 
 
 def abstract_batch(cfg: TrainConfig, mesh: Mesh) -> dict:
@@ -98,7 +108,7 @@ def lower_step(cfg: TrainConfig, mesh: Mesh) -> Program:
         state, frozen = jax.eval_shape(
             lambda: steps.init_state(cfg, model.init(jax.random.key(0), cfg.parts))
         )
-        arguments = _placed(state, mesh), _placed(frozen, mesh), batch
+        arguments = placed(state, mesh), placed(frozen, mesh), batch
         places = jax.tree.map(lambda x: x.sharding, arguments[0])
         lowered = steps.compile_step(model, cfg, places).lower(*arguments)
     # The same by kind, for the table.
@@ -109,34 +119,3 @@ def lower_step(cfg: TrainConfig, mesh: Mesh) -> Program:
     kinds["counters"] = {name: tree for name, tree in state.items() if name not in names}
     count = cfg.record.flops(cfg.blip3o(), cfg.section, batch)
     return Program(lowered, arguments, kinds, count, cfg.batch_size)
-
-
-def lower_generation(cfg: TrainConfig, mesh: Mesh, rows: int, num_inference_steps: int) -> Program:
-    """Text to image of `rows` prompts with bfloat16 weights, as `blip3o-jax generate` runs it, but
-    in one program: prefill, decoding, denoising, pixels."""
-    check_batch(rows, mesh)
-    config, place = cfg.blip3o(), jax.NamedSharding(mesh, BATCH)
-    with jax.set_mesh(mesh):
-        model = Blip3o(config, jnp.bfloat16)
-        # Abstract weights and inputs, where `generate` would put them.
-        params = _placed(model.abstract(), mesh, jnp.bfloat16)
-        length = config.max_prompt_tokens
-        columns = ((length, jnp.int32), (length, bool), (3, jnp.uint32))
-        batch = tuple(
-            jax.ShapeDtypeStruct((rows, size), dtype, sharding=place) for size, dtype in columns
-        )
-        settings = dataclasses.asdict(Settings(num_inference_steps=num_inference_steps))
-
-        def run(params, prompt, valid, numbers, top_k, top_p, temperature, **settings):
-            decoding = {"top_k": top_k, "top_p": top_p, "temperature": temperature}
-            written = generate.write_tokens(model, params, prompt, valid, numbers, **decoding)
-            hidden = written.pop("hidden")
-            latents = generate.draw_latents(model, params, hidden, numbers, **settings)
-            return {"images": generate.pictures(model, params, latents), **written}
-
-        # One program, since the compiler counts memory by program.
-        static = ("num_inference_steps", "top_k")
-        program = jit(run, config, static_argnames=static, out_shardings=place)
-        lowered = program.lower(params, *batch, **settings)
-    count = flops.text_to_image(config, rows, length, num_inference_steps)
-    return Program(lowered, (params, *batch), {"parameters": params, "batch": batch}, count, rows)

@@ -199,6 +199,14 @@ def _add_positions(cfg: Blip3oConfig):
     return hook
 
 
+def round_to(reference: Reference, dtype: str) -> Reference:
+    """The same modules, whose weights are rounded to a dtype in place."""
+    for module in vars(reference).values():
+        for weight in module.parameters() if isinstance(module, nn.Module) else ():
+            weight.data = weight.data.to(getattr(torch, dtype)).float()
+    return reference
+
+
 def load(directory: str | Path) -> Reference:
     """The modules with the weights of a published folder; InputError when one is not there."""
     cfg, stored = open_published(Path(directory))

@@ -22,6 +22,7 @@ def joint_loss(
     sigma,
     sources: list[Source] | None = None,
     nulls: Sequence[str | None] = (),
+    last_slice: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(cross-entropy, velocity error), as train.losses.joint_loss.
 
@@ -35,10 +36,16 @@ def joint_loss(
         row[at + 1 : at + 1 + n] = vocab.image_start_token_id + ids
     # Next tokens: the image's and what follows it.
     mask = (rows != vocab.pad_token_id).long()
+    if last_slice:
+        longest = int(mask.sum(1).max())
+        rows, mask = rows[:, :longest], mask[:, :longest]
+        starts = [longest - n - 1] * len(rows)
     if sources is None:
         embeddings = ref.ar.model.embed_tokens(rows)
     else:
         rows, embeddings = editing.embed(ref, rows, start, sources)
+    if last_slice:
+        embeddings = embeddings * mask[..., None]
     states = ref.ar.model(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
     counted = torch.from_numpy(np.asarray(targets(rows.numpy(), start.numpy(), vocab)))
     labels = torch.where(counted, rows, -100)[:, 1:]

@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from blip3o_jax.errors import require
 from blip3o_jax.parallel.batches import put_batch
 from blip3o_jax.parallel.mesh import make_mesh
 from blip3o_jax.pixels import contact_sheet
 from blip3o_jax.rl import grpo
 from blip3o_jax.sample import generate, programs
+from blip3o_jax.sample.condition import guidance
 from blip3o_jax.sample.settings import Settings
-from blip3o_jax.text import Text, row_length
+from blip3o_jax.text import Text, left_pad, row_length
 from blip3o_jax.train import start
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.loop import Run
@@ -37,25 +39,46 @@ def reinforced(
 ) -> Run:
     """The run of stage `grpo`.
 
-    `prompts(step)` are the metadata (with their "prompt") of the update after that step,
-    batch_size / num_generations of them; `heldout` those that are drawn at every evaluation,
+    `prompts(step)` are the metadata of the update after that step, batch_size / num_generations of
+    them: each with its "prompt" and, where that is an instruction (a share `data.edits`), the
+    "source" uint8 [H,W,3] that it edits. `heldout` are those that are drawn at every evaluation,
     batch_size at most. The time of rollouts and rewards counts as waiting for data.
     """
     mesh, model = make_mesh(cfg.mesh), start.build_model(cfg)
-    group = cfg.grpo.num_generations
-    draw = functools.partial(programs.text_to_image, programs.programs(model))
+    group, editing = cfg.grpo.num_generations, cfg.data.edits > 0
+    draw = programs.edit if editing else programs.text_to_image
+    draw = functools.partial(draw, programs.programs(model))
+    side, sources = model.config.image_size, model.config.ta_tok.num_tokens * editing
+    features = "GRPO reads sources as tokens; it cannot train with use_tar_siglip_features"
+    require(not (editing and model.config.use_tar_siglip_features), f"{features}.")
     show = asdict(Settings(num_inference_steps=20))
     # Drawn from the whole distribution, as the loss sees it.
     names = ("num_inference_steps", "temperature", "guidance_scale")
     rollout = show | {name: getattr(cfg.grpo, name) for name in names} | {"top_k": 0, "top_p": 1.0}
+    if editing:
+        # By the text alone, here the instruction; None is no guidance.
+        for settings in (show, rollout):
+            scale = settings["guidance_scale"]
+            settings["guidance_scale"] = guidance(1.0 if scale is None else scale, 1.0)
+
+    def encode(asked: dict, source_codes: np.ndarray) -> list[int]:
+        if "source" in asked:
+            return text.encode_edit(asked["prompt"], source_codes[None])
+        return text.encode_prompt(asked["prompt"])
 
     def inputs(metadata: list[dict], seed: int) -> tuple:
         """A full batch for as many metadata as there are; the first fills what is missing."""
-        missing = cfg.batch_size - len(metadata)
-        rows = [m["prompt"] for m in metadata + metadata[:1] * missing]
-        keys = [generate.sample_key(seed, prompt, i) for i, prompt in enumerate(rows)]
-        encoded = text.encode_prompts(rows, text.max_prompt_tokens)
-        return put_batch((*encoded, np.array(keys, np.uint32)), mesh)
+        rows = metadata + metadata[:1] * (cfg.batch_size - len(metadata))
+        keys = [generate.sample_key(seed, m["prompt"], i) for i, m in enumerate(rows)]
+        # The codes of sources are made on the device and written there.
+        ids = [encode(m, np.zeros(sources, int)) for m in rows]
+        prompt = left_pad(ids, text.max_prompt_tokens + sources, text.vocab.pad_token_id)
+        arrays = [*prompt, np.array(keys, np.uint32)]
+        if editing:
+            nothing = np.zeros((side, side, 3), np.uint8)
+            arrays.append(np.stack([m.get("source", nothing) for m in rows])[:, None])
+            arrays.append(np.array([["source" in m] for m in rows]))
+        return put_batch(tuple(arrays), mesh)
 
     def batch(now: int, params: dict) -> tuple[dict, dict[str, float]]:
         # A prompt that comes again is drawn with other keys.
@@ -71,7 +94,8 @@ def reinforced(
         reward_s = time.perf_counter() - began
 
         # Rows with the drawn tokens, for the update.
-        ids = [text.encode_prompt(m["prompt"]) for m in metadata]
+        codes = drawn.get("source_codes", [None] * len(metadata))
+        ids = [encode(m, own) for m, own in zip(metadata, codes, strict=True)]
         length = cfg.data.row_length or row_length(model.config)
         tokens, starts = text.training_rows(ids, drawn["tokens"], length)
         arrays = {

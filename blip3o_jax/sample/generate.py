@@ -21,7 +21,7 @@ from blip3o_jax.sample.flow import Scalar
 
 def sample_key(seed: int, prompt: str, index: int) -> tuple[int, int, int]:
     """What the randomness of one image depends on and nothing else: (seed, hash of the prompt,
-    index), each an uint32."""
+    index), each an uint32. Seeds that GRPO counts up begin again after 2^32 - 1."""
     digest = hashlib.sha256(prompt.encode()).digest()
     return seed & 0xFFFFFFFF, int.from_bytes(digest[:4], "little"), index
 

@@ -87,13 +87,13 @@ def edit(
 
     The prompts hold image tokens where those of the source images go. `latents` [B,N,Y,X,C], if
     given, are the sources' own, of an edit before, so that they are not encoded again. Returns what
-    `text_to_image` does, and the "latents" [B,Y,X,C] of the result.
+    `text_to_image` does, the "source_codes" [B,N*n], and the "latents" [B,Y,X,C] of the result.
     """
     codes, sources = run.encode_sources(params, images, exists, latents)
     decoding = {name: settings.pop(name) for name in DECODING}
     written = run.write_tokens(params, prompt, valid, key_numbers, codes, **decoding)
     images, latents = run.draw(params, written.pop("hidden"), key_numbers, sources, **settings)
-    return {"images": images, "latents": latents, **written}
+    return {"images": images, "latents": latents, "source_codes": codes, **written}
 
 
 def round_trip(run: Programs, params: Params, images: Array) -> Array:

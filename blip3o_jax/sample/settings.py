@@ -39,8 +39,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class EditSettings(Settings):
-    """How edits are sampled: guidance on two scales, see `condition.guidance`."""
+    """How edits are sampled: guidance on two scales, see `condition.guidance`. The defaults are
+    those that the embedded model was measured best with (docs/emoji.md)."""
 
+    guidance_scale: float = _option(1.0, "classifier-free guidance; 1 is the condition alone")
+    temperature: float = _option(0.0, "of the image tokens; 0 takes the most likely one")
     image_guidance_scale: float = _option(1.0, "guidance by the source image; 1 is none")
     renorm_min: float = _option(1.0, "guidance may shorten the velocity to this share; 1 is none")
     reference_quirks: bool = _option(False, "compare with what the PyTorch code calls no condition")

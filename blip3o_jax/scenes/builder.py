@@ -40,8 +40,7 @@ class EmojiScenes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     patches (indices of scene.PATCH_WORDS)."""
 
     name = "emoji_scenes"
-    VERSION = tfds.core.Version("1.2.0")  # to be raised when art, words or sampling change
-    BUILDER_CONFIGS = [EmojiScenesConfig()]  # noqa: RUF012, TFDS's own convention
+    VERSION = tfds.core.Version("1.3.0")  # to be raised when art, words or sampling change
     # no checksums to look for; TFDS 4.9.10 would need importlib_resources, which it does not
     # declare
     code_path = None

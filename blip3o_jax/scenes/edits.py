@@ -34,6 +34,7 @@ MOST_THINGS = 4
 NUMBERS_OF_THINGS = (1, 2, 2, 3, 3, 4)
 NAMESAKE = 0.35  # share of things that are the same object as the one before them
 TWIN = 0.5  # share of those that have its colour too
+ALIGNED = 0.5  # share of the same objects that stand in one row, if there is room
 COLORED = 0.6  # share of things in one of the six colours
 MOST_TOKENS = 30  # of an instruction; its template has 34, a prompt of emoji_64 at most 64
 MARGIN = 3  # px around changed pixels that belong to the edited region
@@ -185,8 +186,10 @@ def _scene(rng: Rng) -> Scene:
     # Cells one by one; again from the start where they leave no room.
     things: list[Thing] = []
     while len(things) < number:
-        free = [cell for cell in CELLS if is_free(cell, things)]
-        things = [*things, Thing(*nouns[len(things)], *_pick(rng, free))] if free else []
+        noun, free = nouns[len(things)], [cell for cell in CELLS if is_free(cell, things)]
+        if things and noun[0] == things[-1].object and rng.random() < ALIGNED:
+            free = [cell for cell in free if cell[0] == things[-1].row] or free
+        things = [*things, Thing(*noun, *_pick(rng, free))] if free else []
     return Scene(tuple(things), _pick(rng, tuple(GROUNDS)))
 
 

@@ -101,20 +101,22 @@ def names(things: Things, thing: Thing) -> list[str]:
 
 
 def _where_among(equals: Things, thing: Thing) -> list[str]:
-    """Words that tell a thing from its equals by its place; "" where it has none."""
+    """Words that tell a thing from its equals by its place; "" where it has none.
+
+    Things in one row are left and right, others top and bottom: "left" of two on a slant would be
+    a matter of columns, which positions of one dimension hardly show.
+    """
     others = [other for other in equals if other != thing]
     if not others:
         return [""]
-    rights = [other.column - thing.column for other in others]
-    downs = [other.row - thing.row for other in others]
+    rows, columns = [other.row for other in others], [other.column for other in others]
     words = []
-    for offsets, first, last in ((rights, "left ", "right "), (downs, "top ", "bottom ")):
-        words += [first] * (min(offsets) >= APART) + [last] * (max(offsets) <= -APART)
-    # The middle one of three in a line, or nearly so.
-    for along, across in ((rights, downs), (downs, rights)):
-        between = len(others) == 2 and min(along) <= -APART and max(along) >= APART
-        if between and min(across) <= 1 and max(across) >= -1:
-            return [*words, "middle "]
+    if thing.row + APART <= min(rows):
+        words.append("top ")
+    if thing.row - APART >= max(rows):
+        words.append("bottom ")
+    if set(rows) == {thing.row}:
+        words.append("left " if thing.column < min(columns) else "right ")
     return words
 
 

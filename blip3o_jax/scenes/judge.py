@@ -70,6 +70,7 @@ def judge_edit(image: np.ndarray, edit: Edit) -> dict:
     - kept: everything else is where it was, at most a cell away, in its colour and on its ground,
       and there is nothing more;
     - success: both;
+    - score: the share of what was asked for that is without fault, 0..1;
     - reason: in words what is wrong ("" for a success).
     """
     # What should be there for either verdict, each matched with what was seen, at most once.
@@ -88,8 +89,10 @@ def judge_edit(image: np.ndarray, edit: Edit) -> dict:
         wrong = not_kept if before.ground == after.ground else not_done
         wrong.append(f"ground {sight.ground} instead of {after.ground}")
     done, kept = not not_done, not not_kept
-    reason = "; ".join(not_done + not_kept)
-    return {"done": done, "kept": kept, "success": done and kept, "reason": reason}
+    # Asked for are all things after, the absence of old ones, and the ground.
+    faults, asked = not_done + not_kept, len(after.things) + len(old) + 1
+    verdict = {"done": done, "kept": kept, "success": done and kept}
+    return verdict | {"score": max(0.0, 1 - len(faults) / asked), "reason": "; ".join(faults)}
 
 
 def _missing(things: Iterable[Thing], detections: list[Detection]) -> list[str]:
@@ -141,7 +144,7 @@ def _judge_objects(
             matched = right == count
             if not matched:
                 seen = ", ".join(color or "natural" for color in colors)
-                wrong.append(f"{name} is {seen} instead of {item['color']}")
+                wrong.append(f"{name} is {seen} instead of {item['color'] or 'natural'}")
         # Position, relative to an item that came before.
         if complete and "position" in item:
             relation, target = item["position"]

@@ -11,13 +11,15 @@ from blip3o_jax.errors import InputError, nearest
 from blip3o_jax.scenes.config import WorldConfig
 from blip3o_jax.scenes.heldout import COUNTS, WORDS, held_out
 from blip3o_jax.scenes.scene import POSITIONS, SPAN, Scene, Thing
-from blip3o_jax.scenes.sprites import COLORS, GROUNDS, LETTERS, OBJECTS, PLURALS
+from blip3o_jax.scenes.sprites import COLORS, GROUNDS, LETTERS, OBJECTS, PLAIN_COLOR, PLURALS
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ("left of", "right of", "above", "below")
 # Kinds that GenEval does not know, and their shares: coloured things counted or placed, three or
-# four things, natural or coloured: too many combinations to be learned by heart.
-EXTRA = {"counting": 0.5, "position": 1.5, "two_object": 3.0, "color_attr": 4.0}
+# four things, natural, coloured or one of them coloured: too many combinations to be learned by
+# heart.
+EXTRA = {"counting": 0.5, "position": 1.5, "three_object": 3.0, "color_attr": 4.0, "one_color": 3.0}
+AND = 0.5  # share of the prompts for three things or more that join all of them by "and"
 PHOTO = 0.15  # share of training prompts that begin with "a photo of", as GenEval's own do
 NUMBER_OF_SPLIT = {"train": 0, "heldout": 1}
 
@@ -31,7 +33,8 @@ def sample(world: WorldConfig, index: int, split: str = "train") -> tuple[dict, 
 
     "train" never composes a held-out combination, "heldout" always asks for one. The metadata: tag,
     include, exclude (counting), prompt; ground where the prompt names it; word for the tag "text";
-    extra=True for the kinds of EXTRA. InputError for an unknown split.
+    extra=True for the kinds of EXTRA. A color of None (one_color) is that of a thing with many
+    colours of its own. InputError for an unknown split.
     """
     if split not in NUMBER_OF_SPLIT:
         raise InputError(f"Unknown split {split!r}; {nearest(split, NUMBER_OF_SPLIT)}")
@@ -80,7 +83,12 @@ def _make(
     layouts = _layouts(len(nouns), relation)
     cells = layouts[rng.integers(len(layouts))]
     things = tuple(Thing(*noun, *cell) for noun, cell in zip(nouns, cells, strict=True))
-    metadata = _metadata(tag, nouns, relation, ground if named else None, extra, photo)
+    by_and = len(nouns) > 2 and tag != "counting" and rng.random() < AND
+    phrase = describe(nouns, relation, ground if named else None, " and " if by_and else ", ")
+    metadata = _metadata(tag, nouns, relation, ground if named else None, phrase)
+    metadata["prompt"] = "a photo of " * photo + metadata["prompt"]
+    if extra:
+        metadata["extra"] = True
     return metadata, Scene(things, ground)
 
 
@@ -97,34 +105,44 @@ def _nouns(rng: Rng, tag: str, extra: bool) -> list[Noun]:
     if tag == "counting":
         name, color = _pick(rng, OBJECTS), _pick(rng, COLORS) if extra else None
         return [(name, color)] * _pick(rng, COUNTS)
-    number = 1 if tag in ("single_object", "colors") else 2
-    if extra and tag != "position":
+    number = {"single_object": 1, "colors": 1, "three_object": 3}.get(tag, 2)
+    if tag == "one_color":
+        number = int(rng.integers(2, 5))
+    elif extra and tag != "position":
         number = int(rng.integers(3, 5))
     names = [OBJECTS[i] for i in rng.choice(len(OBJECTS), number, replace=False)]
     colors = [None] * number
     if tag in ("colors", "color_attr") or (tag == "position" and extra):
         colors = [COLORS[i] for i in rng.choice(len(COLORS), number, replace=False)]
+    elif tag == "one_color":
+        colors[rng.integers(number)] = _pick(rng, COLORS)
     return list(zip(names, colors, strict=True))
 
 
-def describe(nouns: list[Noun], relation: str | None = None, ground: str | None = None) -> str:
-    """Words for things: "a red key, a hat and a blue cat on gray", or "a hat left of a cat"."""
+def describe(
+    nouns: list[Noun], relation: str | None = None, ground: str | None = None, separator: str = ", "
+) -> str:
+    """Words for things: "a red key, a hat and a blue cat on gray", or "a hat left of a cat".
+
+    `separator` stands between all but the last two.
+    """
     names = [f"{color} {name}" if color else name for name, color in nouns]
     phrases = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names]
     *others, last = phrases
-    phrase = f"{', '.join(others)} {relation or 'and'} {last}" if others else last
+    phrase = f"{separator.join(others)} {relation or 'and'} {last}" if others else last
     return phrase + (f" on {ground}" if ground else "")
 
 
 def _metadata(
-    tag: str, nouns: list[Noun], relation: str | None, ground: str | None, extra: bool, photo: bool
+    tag: str, nouns: list[Noun], relation: str | None, ground: str | None, phrase: str
 ) -> dict:
     """GenEval's dictionary and the prompt's words."""
     include = [
         {"class": name, "count": 1} | ({"color": color} if color else {}) for name, color in nouns
     ]
+    if tag == "one_color":  # the others are to keep their own
+        include = [{"color": PLAIN_COLOR.get(item["class"])} | item for item in include]
     metadata = {"tag": tag, "include": include}
-    phrase = describe(nouns, relation, ground)
     if tag == "counting":
         (name, color), count = nouns[0], len(nouns)
         metadata["include"] = [include[0] | {"count": count}]
@@ -134,8 +152,8 @@ def _metadata(
     elif tag == "position":
         # as in GenEval's file: first the thing to relate to, then the one that has the position
         metadata["include"] = [include[1], include[0] | {"position": [relation, 0]}]
-    metadata["prompt"] = "a photo of " * photo + phrase
-    return metadata | ({"ground": ground} if ground else {}) | ({"extra": True} if extra else {})
+    metadata["prompt"] = phrase
+    return metadata | ({"ground": ground} if ground else {})
 
 
 def _write(rng: Rng, training: bool, named_ground: float) -> tuple[dict, Scene]:

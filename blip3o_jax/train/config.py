@@ -7,10 +7,11 @@ from typing import Any
 
 from blip3o_jax.config import Blip3oConfig, replace
 from blip3o_jax.data.config import DataConfig
-from blip3o_jax.errors import InputError, multiples, nearest, require
+from blip3o_jax.errors import InputError, check_seed, multiples, nearest, require
 from blip3o_jax.models.blip3o import EDITING_PARTS, PARTS, parts_of
 from blip3o_jax.presets import preset
 from blip3o_jax.train.sections import (
+    TEACHERS,
     AutoencoderConfig,
     GrpoConfig,
     GuardConfig,
@@ -37,8 +38,8 @@ CACHE_WITHOUT_FEATURES = (
 class TrainConfig:
     """One run: the keys of every stage, and in a section of its own those of its stage.
 
-    `init` says where parts come from: {"dc_ae": CHECKPOINT}, or one checkpoint for all; the others
-    start at random.
+    `init` says where parts come from: {"dc_ae": CHECKPOINT}, or one checkpoint for all (a workdir
+    is its newest one, WORKDIR@STEP that of a step); the others start at random.
     """
 
     stage: str
@@ -72,6 +73,7 @@ class TrainConfig:
     grpo: GrpoConfig | None = None
 
     def __post_init__(self):
+        check_seed(self.seed, "seed")
         for name in COUNTS:
             require(getattr(self, name) >= 1, f"{name} is at least 1, not {getattr(self, name)}.")
         for name, choices in CHOICES.items():
@@ -84,7 +86,8 @@ class TrainConfig:
         require(warmup < steps, sentence)
         self._take_section()
         if isinstance(self.init, str):
-            object.__setattr__(self, "init", dict.fromkeys(self.record.parts, self.init))
+            parts = self.record.parts + self.record.teachers(self.section)
+            object.__setattr__(self, "init", dict.fromkeys(parts, self.init))
         self._check_data()
         self._check_parts()
         self._check_batch()
@@ -111,6 +114,9 @@ class TrainConfig:
         for name in ("inverted_edits", "composed_edits"):
             has_effect = self.data.edits > 0 or not getattr(self.data, name)
             require(has_effect, f"data.{name} has no effect without data.edits; leave it out.")
+        teacher = self.tokenizer and self.tokenizer.teacher
+        sentence = "data.sources have no words for their patches; tokenizer.teacher is 'latents'"
+        require(not sources or teacher != "words", f"{sentence} or 'encoder' with them.")
         sentence = f"Stage {self.stage!r} trains on data.exercises; name at least one."
         require("exercises" not in read or bool(self.data.exercises), sentence)
         sentence = "data.cache holds each image's likeliest codes"
@@ -123,6 +129,11 @@ class TrainConfig:
         """Refuses what names a part that the run does not hold or does not train."""
         stage, parts, trained = self.stage, self.parts, self.trained_parts
         listed = ", ".join(parts)
+        # A teacher that is random teaches nothing.
+        teacher = self.tokenizer.teacher if self.tokenizer else "words"
+        there = not TEACHERS[teacher] or TEACHERS[teacher] in self.init
+        sentence = f"tokenizer.teacher {teacher!r} is that of a checkpoint"
+        require(there, f"{sentence}; name it as init.{TEACHERS[teacher]}.")
         # Parts that are loaded, frozen, or have a rate of their own.
         for part in self.init:
             sentence = f"init names {part!r}, which stage {stage!r} does not use; its parts: "
@@ -168,9 +179,11 @@ class TrainConfig:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The parts that a run holds: its stage's, and those that an editing model has besides."""
+        """The parts that a run holds: its stage's, and besides its teachers, or those that an
+        editing model has."""
         whole = set(PARTS) <= set(self.record.parts)
-        return (*self.record.parts, *(self._editing_parts if whole else ()))
+        besides = self._editing_parts if whole else self.record.teachers(self.section)
+        return (*self.record.parts, *besides)
 
     @property
     def trained_parts(self) -> tuple[str, ...]:

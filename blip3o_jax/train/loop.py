@@ -69,6 +69,10 @@ def run(cfg: TrainConfig, workdir: str | Path, run: Run) -> dict[str, float]:
 
         batch_of = run.batches(done)
         step, result = None, {}
+        if done >= cfg.num_steps:
+            sentence = "The run in %s is finished, at step %d; docs/data.md says how to train on."
+            log.info(sentence, workdir, done)
+            result, _ = run.evaluate(steps.weights(state, frozen))
         for now in range(done + 1, cfg.num_steps + 1):
             with meter.phase("data"):
                 batch, numbers = batch_of(now, join(frozen, state["params"]))
@@ -90,7 +94,7 @@ def run(cfg: TrainConfig, workdir: str | Path, run: Run) -> dict[str, float]:
 def after_step(
     run: Run, meter: Meter, manager: Any, state: dict, frozen: dict, now: int, leave: bool
 ) -> dict[str, float]:
-    """What follows step `now` where it is due: log, evaluation, checkpoint. Returns the held-out
+    """What follows step `now` where it is due: log, checkpoint, evaluation. Returns the held-out
     numbers, if any.
 
     Raises `stop.Preempted` with everything saved when the run is to `leave` before its end.
@@ -100,6 +104,11 @@ def after_step(
     # Each at its interval, and at the end.
     if now % cfg.log_every == 0 or last or leave:
         meter.log(now, state)
+    if now % cfg.checkpoint_every == 0 or last or leave:
+        with meter.phase("other"):
+            training_checkpoint.save(manager, cfg, state, frozen, meter.clock())
+            if leave:  # on disk before anything that takes longer than a scheduler may wait
+                training_checkpoint.finish(manager)
     if now % cfg.eval_every == 0 or last:
         with meter.phase("other"):
             result, image = run.evaluate(steps.weights(state, frozen))
@@ -107,11 +116,7 @@ def after_step(
             if image is not None:
                 meter.writer.write_image(now, "sheet", image)
         log.info("held out at step %d: %s", now, json.dumps(result))
-    if now % cfg.checkpoint_every == 0 or last or leave:
-        with meter.phase("other"):
-            training_checkpoint.save(manager, cfg, state, frozen, meter.clock())
     if leave and not last:
-        training_checkpoint.finish(manager)
         log.info("Saved step %d; the same command resumes from it.", now)
         raise stop.Preempted(now)
     return result

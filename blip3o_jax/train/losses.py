@@ -1,12 +1,12 @@
 """The losses of the stages: pure functions (model, section of the config, params, batch, key) ->
 (loss, metrics). All sums are f32.
 
-A batch holds `images` uint8 [B,H,W,3], and for the tokenizer `patches` int [B,h,w], the class of
-the word that names each patch; for joint `tokens` int32 [B,T], the templated prompt and image,
-padded on the right, with the codes open, and `start` [B], the position of `<S0>`. `view` uint8
-[B,h,w,3] may be what the tokenizer sees instead of `images`; from a cache, `codes` int32 [B,n] and
-`latents` [B,Y,X,C] replace both, and no image is encoded. For pretrain_ar there are no images, but
-`tokens` and `positions` int32 [B,T] and `weights` f32 [B,T].
+A batch holds `images` uint8 [B,H,W,3], and for a tokenizer that learns words `patches` int [B,h,w],
+the class of the word that names each patch; for joint `tokens` int32 [B,T], the templated prompt
+and image, padded on the right, with the codes open, and `start` [B], the position of `<S0>`. `view`
+uint8 [B,h,w,3] may be what the tokenizer sees instead of `images`; from a cache, `codes` int32
+[B,n] and `latents` [B,Y,X,C] replace both, and no image is encoded. For pretrain_ar there are no
+images, but `tokens` and `positions` int32 [B,T] and `weights` f32 [B,T].
 
 Batches that hold edits have `num_sources` int32 [B], 0 for a row of text to image, and `sources`
 uint8 [B,N,H,W,3], whose codes are open in the row before `start`; from a cache, `source_codes`
@@ -14,7 +14,8 @@ int32 [B,N,n] and `source_latents` [B,N,Y,X,C].
 
 `*_draws` gives what a loss draws and divides by, row by row. It belongs to the whole batch, so that
 micro-batches give the same gradient; what a batch brings itself is kept. A micro-batch has its own
-deviation that `latent_noise` is measured in, and its own draws of `stochastic_codes`.
+deviation that `latent_noise` is measured in, its own `code_entropy` and its own draws of
+`stochastic_codes`.
 """
 
 import jax
@@ -23,6 +24,7 @@ from jax.sharding import PartitionSpec
 
 from blip3o_jax.errors import require
 from blip3o_jax.models.blip3o import Blip3o, condition_slice, write_codes
+from blip3o_jax.models.ta_tok import Quantized
 from blip3o_jax.parallel.batches import batch_shards
 from blip3o_jax.parallel.mesh import BATCH
 from blip3o_jax.pixels import to_unit, tokenizer_view
@@ -62,36 +64,97 @@ def autoencoder_loss(
 def tokenizer_loss(
     model: Blip3o, cfg: sections.TokenizerConfig, params: dict, batch: Batch, key: jax.Array | None
 ) -> LossAndMetrics:
-    """Teaches code k to be word k: cross-entropy of softmax(cosine / temperature) against the word
-    that names each patch, SimVQ's commitment, and the distance of the decoder's features from the
-    words' vectors.
+    """What brings the codes to the images, SimVQ's commitment, and the distance of the decoder's
+    features from the teacher's."""
+    view = tokenizer_view(to_unit(batch["images"]), model.config.ta_tok.encoder.image_size)
+    _, decoded, quantized = model.ta_tok.apply({"params": params["ta_tok"]}, view)
+    distance = jnp.square(quantized.z - jax.lax.stop_gradient(quantized.codes))
+    commitment = jnp.mean(jnp.sum(distance, axis=-1))
+    if cfg.teacher == "words":
+        codes, features, metrics = words_loss(model, batch["patches"], decoded, quantized)
+    else:
+        teacher = teacher_features(model, cfg, params, batch["images"])
+        codes, features, metrics = features_loss(model, cfg, teacher, decoded, quantized)
+    loss = codes + cfg.commitment * commitment + features
+    return loss, {"loss": loss, "features": features, **metrics}
+
+
+def features_loss(
+    model: Blip3o,
+    cfg: sections.TokenizerConfig,
+    teacher: jax.Array,
+    decoded: jax.Array,
+    quantized: Quantized,
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """(what brings the codes to the images, how far the decoder is from its teacher, metrics): the
+    squared distances of the codes from what they are chosen for, which is SimVQ's codebook loss,
+    with `code_entropy`; and of the decoder's first features from the teacher's."""
+    # The decoder has as many features as the encoder, of which the teacher may have fewer.
+    own = decoded[..., : teacher.shape[-1]].astype(jnp.float32)
+    features = jnp.mean(jnp.square(own - teacher))
+    # The codes: near what they are chosen for, and all in use.
+    distance = jnp.square(jax.lax.stop_gradient(quantized.z) - quantized.codes)
+    codes = codebook = jnp.mean(jnp.sum(distance, axis=-1))
+    if cfg.entropy:
+        scores = quantized.cosines / model.config.ta_tok.stochastic_temperature
+        codes += cfg.entropy * code_entropy(scores)
+    # How many codes the batch uses: few tell that the codebook has collapsed.
+    used = jnp.zeros(model.config.ta_tok.codebook_size).at[quantized.ids.ravel()].set(1.0)
+    return codes, features, {"codebook": codebook, "codes_used": jnp.sum(used)}
+
+
+def code_entropy(scores: jax.Array) -> jax.Array:
+    """Of the choice of codes by softmax(scores [B,n,V]): a token's entropy, on average, less that
+    of the mean choice. Small when tokens are sure and all codes are in use (arXiv 2310.05737)."""
+    log_probs = jax.nn.log_softmax(scores)
+    own = -jnp.mean(jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1))
+    mean = jnp.mean(jnp.exp(log_probs), axis=(0, 1))
+    return own + jnp.sum(mean * jnp.log(mean + 1e-9))
+
+
+def teacher_features(
+    model: Blip3o, cfg: sections.TokenizerConfig, params: dict, images: jax.Array
+) -> jax.Array:
+    """What the tokenizer's decoder aims at, f32 [B,n,C], of images uint8 [B,H,W,3]: the latents
+    that the diffusion part learns, resized to the grid of tokens, or the encoder's states with mean
+    0 and variance 1."""
+    ta_tok = model.config.ta_tok
+    if cfg.teacher == "latents":
+        latents = generate.encode_latents(model, params, images)
+        shape = len(latents), ta_tok.grid, ta_tok.grid, latents.shape[-1]
+        grid = jax.image.resize(latents, shape, "linear", antialias=True)
+        features = grid.reshape(shape[0], ta_tok.num_tokens, shape[-1])
+    else:
+        view = tokenizer_view(to_unit(images), ta_tok.encoder.image_size)
+        states = model.apply(params, "ta_tok", view, method="pooled")
+        features = jax.nn.standardize(states.astype(jnp.float32))
+    return jax.lax.stop_gradient(features)
+
+
+def words_loss(
+    model: Blip3o, patches: jax.Array, decoded: jax.Array, quantized: Quantized
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """As `features_loss`, of words: cross-entropy of softmax(cosine / temperature) against the word
+    that names each patch, so that code k is word k, and the distance from the words' vectors.
 
     Tokens of things, colours and grounds stay apart, and a pair of thing and colour that was never
     seen is still a sequence of known tokens.
     """
-    words = batch["patches"].reshape(batch["patches"].shape[0], -1)
+    words = patches.reshape(len(patches), -1)
     teacher = word_vectors(model)
-    view = tokenizer_view(to_unit(batch["images"]), model.config.ta_tok.encoder.image_size)
-    _, decoded, quantized = model.ta_tok.apply({"params": params["ta_tok"]}, view)
-
-    # The three terms of the loss.
     logits = quantized.cosines / model.config.ta_tok.stochastic_temperature
     right = jnp.take_along_axis(logits, words[..., None], axis=-1)[..., 0]
     naming = jnp.mean(jax.nn.logsumexp(logits, axis=-1) - right)
-    distance = jnp.square(quantized.z - jax.lax.stop_gradient(quantized.codes))
-    commitment = jnp.mean(jnp.sum(distance, axis=-1))
     features = jnp.mean(jnp.square(decoded.astype(jnp.float32) - teacher[words]))
-    loss = naming + cfg.commitment * commitment + features
 
     # Right words by code, and by what the decoder makes of it.
     read = jnp.argmax(jnp.einsum("btd,wd->btw", decoded, teacher), axis=-1)
-    return loss, {
-        "loss": loss,
+    metrics = {
         "naming": naming,
-        "features": features,
         "accuracy": jnp.mean(quantized.ids == words),
         "decoded_accuracy": jnp.mean(read == words),
     }
+    return naming, features, metrics
 
 
 def word_vectors(model: Blip3o) -> jax.Array:
@@ -127,7 +190,8 @@ def pretrain_ar_loss(
 def joint_draws(model: Blip3o, cfg: sections.JointConfig, batch: Batch, key: jax.Array) -> Batch:
     """`dropped` [B], the rows without a condition, and of those `source_dropped` [B], the ones
     without their source image either, as guidance compares with both; `sigma` [B] and `noise` of
-    the diffusion part; `targets` [B,2], the text and image targets per row, on average."""
+    the diffusion part; `targets` [B,2], the text and image targets per row, on average; with
+    `last_slice` also `longest` [B], the tokens of the batch's longest row."""
     rows = len(batch["tokens"])
     _, drop_key, time_key, noise_key = jax.random.split(key, 4)
     counts = jnp.sum(_targets(model, batch), axis=(1, 2)) / rows
@@ -137,6 +201,11 @@ def joint_draws(model: Blip3o, cfg: sections.JointConfig, batch: Batch, key: jax
         "noise": jax.random.normal(noise_key, _latents_shape(model, batch)),
         "targets": jnp.broadcast_to(counts, (rows, 2)),
     }
+    if cfg.last_slice:
+        # The length of the longest row, to which PyTorch pads the others.
+        columns = jnp.arange(1, batch["tokens"].shape[1] + 1)
+        longest = jnp.max(columns * (batch["tokens"] != model.config.vocab.pad_token_id))
+        draws["longest"] = jnp.full(rows, longest)
     if model.config.max_sources:
         share = jax.random.bernoulli(jax.random.fold_in(drop_key, 1), cfg.source_dropout, (rows,))
         draws["source_dropped"] = draws["dropped"] & share
@@ -170,6 +239,8 @@ def joint_loss(
 
     # The transformer predicts text and image tokens.
     qwen3, valid = {"params": params["qwen3"]}, tokens != vocab.pad_token_id
+    if cfg.last_slice:
+        embeddings = zeros_at_padding(valid, embeddings)
     inputs = tokens, causal_positions(tokens), valid
     hidden, _ = model.qwen3.apply(qwen3, *inputs, given=embeddings)
     losses, hits = cross_entropy(model, params, hidden[:, :-1], tokens[:, 1:], cfg.ce_chunk)
@@ -179,9 +250,9 @@ def joint_loss(
     text, image = jnp.sum(hits * weights, axis=(1, 2)) / counts
 
     # Its hidden states condition the diffusion part, which predicts the velocity.
-    states = condition_slice(
-        hidden, batch["start"], config.num_condition_tokens, last=cfg.last_slice
-    )
+    count = config.num_condition_tokens
+    start = batch["longest"] - count if cfg.last_slice else batch["start"]
+    states = condition_slice(hidden, start, count)
     states = flow.drop_condition(states, batch["dropped"])
     given = condition.build(model, params, states, sources, batch.get("source_dropped"))
     cached = batch.get("latents")
@@ -195,6 +266,15 @@ def joint_loss(
     loss = ce + cfg.flow_weight * mse
     accuracies = {"accuracy_text": text, "accuracy_image": image}
     return loss, {"loss": loss, "ce": ce, **accuracies, "flow": mse, "latent_std": jnp.std(x0)}
+
+
+def zeros_at_padding(
+    valid: jax.Array, given: tuple[jax.Array, jax.Array] | None
+) -> tuple[jax.Array, jax.Array]:
+    """What is `given` to Qwen3 in place of embeddings, and zeros outside `valid` [B,T], which is
+    what PyTorch pads with (docs/model.md §6.6 no. 1)."""
+    values, places = given or (jnp.zeros((1, 1, 1)), jnp.zeros_like(valid))
+    return jnp.where(valid[..., None], values, 0), places | ~valid
 
 
 def cross_entropy(

@@ -22,6 +22,24 @@ log = logging.getLogger(__name__)
 AHEAD = 2  # steps that may be dispatched before one is done: a SIGTERM must wait for all of them
 LAST = ("learning_rate", "skipped")  # of the interval's steps the last one's value, not the mean
 
+# What a line of the log shows first; metrics.jsonl has all of it.
+FIRST = ("loss", "reward", "score", "ce", "flow", "accuracy", "accuracy_image", "images_per_s")
+FIRST += ("mfu", "learning_rate", "step_ms", "goodput")
+COLUMNS = 120 - len("00:00:00 ")  # that are left of a line
+
+
+def step_line(step: int, num_steps: int, numbers: dict[str, float], minutes: float) -> str:
+    """As many of a step's numbers as fit a line of the log, and the minutes that are left."""
+    start, end = f"step {step}/{num_steps}", f" eta {minutes:.0f} min"
+    others = [
+        name for name in numbers if name not in FIRST and (name != "skipped" or numbers[name])
+    ]
+    for name in [name for name in FIRST if name in numbers] + others:
+        item = f" {name} {numbers[name]:.4g}"
+        if len(start) + len(item) + len(end) <= COLUMNS:
+            start += item
+    return start + end
+
 
 class Meter:
     """The clock and the log of one run; `notes` are those of `clock`, from the checkpoint that the
@@ -120,9 +138,8 @@ class Meter:
         if self.flops and peak:
             numbers["mfu"] = self.flops * count / elapsed / (peak * jax.device_count())
         self.writer.write(step, numbers)
-        shown = " ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-        eta = elapsed / count * (self.cfg.num_steps - step) / 60
-        log.info("step %d/%d %s eta %.0f min", step, self.cfg.num_steps, shown, eta)
+        minutes = elapsed / count * (self.cfg.num_steps - step) / 60
+        log.info("%s", step_line(step, self.cfg.num_steps, numbers, minutes))
 
         # What was skipped.
         longest = max(int(row["skipped_in_a_row"]) for row in rows)

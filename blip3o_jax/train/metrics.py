@@ -42,6 +42,8 @@ class MetricWriter:
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
             self.board = EventFileWriter(str(self.path.parent / "tensorboard"))
+            # What earlier files have of the steps from here on is not shown.
+            self._add(step + 1, session_log={"status": 1})  # START
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Writes the scalars of a step, rounded to 8 significant digits; in the file, null is what
@@ -89,9 +91,12 @@ class MetricWriter:
     def _show(self, step: int, values: list[dict]) -> None:
         if self.board is None:
             return
-        from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        summary = Summary(value=[Summary.Value(**value) for value in values])
-        self.board.add_event(Event(step=step, wall_time=time.time(), summary=summary))
+        self._add(step, summary=Summary(value=[Summary.Value(**value) for value in values]))
+
+    def _add(self, step: int, **content) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self.board.add_event(Event(step=step, wall_time=time.time(), **content))
         self.board.flush()

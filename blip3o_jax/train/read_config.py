@@ -64,16 +64,23 @@ def saved_config(values: dict) -> TrainConfig:
 
     That version kept the keys of all stages; those without an effect are left out.
     """
+    # Only what has groups where a config has them can be renamed.
+    data, loss = map(values.get, ("data", "loss")) if isinstance(values, dict) else (None, None)
+    are_groups = bool(data) and isinstance(data, dict) and isinstance(loss or {}, dict)
+    require(are_groups, "it has no groups of keys")
     values = copy.deepcopy(values)
-    stage = RENAMED_STAGES.get(values["stage"], values["stage"])
+    stage = str(values.get("stage"))
+    stage = RENAMED_STAGES.get(stage, stage)
+    require(stage in STAGES, f"its stage is {stage!r}")
     rename(values, stage)
     record = STAGES[stage]
     values = {key: value for key, value in values.items() if key == stage or key not in STAGES}
     # Keys that had no effect in this stage.
     values.pop("loss", None)
-    if stage in values and "ce_chunk" not in record.section.__dataclass_fields__:
-        values[stage].pop("ce_chunk", None)
-    unread = WORLD if values["data"]["sources"] else MIXTURE
+    section = values.get(stage)
+    if isinstance(section, dict) and "ce_chunk" not in record.section.__dataclass_fields__:
+        section.pop("ce_chunk", None)
+    unread = WORLD if values["data"].get("sources") else MIXTURE
     read = set(record.data).difference(unread)
     values["data"] = {key: value for key, value in values["data"].items() if key in read}
     return from_dict(TrainConfig, values)

@@ -5,7 +5,10 @@ A run has the section of its own stage and no other, so that every key that is s
 
 from dataclasses import dataclass, field
 
-from blip3o_jax.errors import require
+from blip3o_jax.errors import nearest, require
+
+# What a tokenizer may learn from -> the part of `init` that holds it.
+TEACHERS = {"words": "", "latents": "dc_ae", "encoder": "ta_tok"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,19 @@ class TokenizerConfig:
     """Codes that name what their patches show."""
 
     commitment: float = 0.25  # weight of SimVQ's commitment loss
+    # what the decoder aims at: the "words" that name patches of the embedded world; or, of any
+    # pictures, the autoencoder's "latents", or the states of the "encoder", which stays as it is
+    teacher: str = "words"
+    # weight of the entropy loss, without which a new encoder's tokens are soon all one code; TA-Tok
+    # has 0, from an encoder that was trained
+    entropy: float = 0.1
+
+    def __post_init__(self):
+        teacher = self.teacher
+        has_effect = teacher != "words" or self.entropy == type(self).entropy
+        require(has_effect, "tokenizer.entropy has no effect with words as teacher; leave it out.")
+        sentence = f"Unknown tokenizer.teacher {teacher!r}; {nearest(teacher, TEACHERS)}"
+        require(teacher in TEACHERS, sentence)
 
 
 @dataclass(frozen=True)
@@ -86,8 +102,8 @@ class JointConfig:
     condition_dropout: float = 0.1  # whole samples whose condition is zeroed before the connector
     source_dropout: float = 0.5  # of those, the share of edits that lose their source image too
     flow_weight: float = 1.0  # weight of the velocity loss; that of the cross-entropy is 1
-    # as the PyTorch code: condition on the row's last positions, sample the tokenizer's codes
-    # (docs/model.md §6.6 no. 1 and 2)
+    # as the PyTorch code: condition on the last positions of rows that are as long as the batch's
+    # longest and padded with zeros; sample the tokenizer's codes (docs/model.md §6.6 no. 1 and 2)
     last_slice: bool = False
     stochastic_codes: bool = False
     ce_chunk: int = 0  # rows of logits in memory at once, 0 for all

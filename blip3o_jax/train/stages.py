@@ -16,11 +16,12 @@ from blip3o_jax.train import evaluation, losses, sections
 WHOLE = ("qwen3", "diffusion_connector", "sana", "ta_tok", "dc_ae")
 
 # Fields of DataConfig: of prompts, of the embedded world's scenes, and of the sources that replace
-# it.
+# it, by what is read of them.
 PROMPTS = ("weights", "extra", "named_ground")
 EDITS = ("edits", "inverted_edits", "composed_edits")
 WORLD = ("data_dir", "num_train", "seed", "text_fraction", *PROMPTS)
-MIXTURE = ("sources", "heldout", "crop", "long_captions", "max_bad_fraction", "cache")
+PICTURES = ("sources", "heldout", "max_bad_fraction", "max_pixels", "max_aspect", "row_group_mb")
+MIXTURE = (*PICTURES, "crop", "long_captions", "cache")
 TEXT = ("row_length", "tokenizer")
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
@@ -39,6 +40,8 @@ class Stage:
     section: type  # its own keys of the config
     data: tuple[str, ...]  # the fields of DataConfig that it reads
     job: str = "train"  # the command that runs it
+    # section -> parts that its loss reads besides
+    teachers: Callable[[Any], tuple[str, ...]] = lambda cfg: ()
     rows: str = ""  # what its batches hold (data.feed.ROWS)
     # (model, cfg, params, batch, key) -> (loss, metrics)
     loss: Callable[..., losses.LossAndMetrics] | None = None
@@ -63,6 +66,8 @@ def _images(model: Blip3oConfig, data: DataConfig, rows: int) -> Shapes:
 
 
 def _patches(model: Blip3oConfig, data: DataConfig, rows: int) -> Shapes:
+    if data.sources:
+        return _images(model, data, rows)
     grid = model.ta_tok.grid
     return _images(model, data, rows) | {"patches": _rows(rows, grid, grid)}
 
@@ -84,7 +89,7 @@ def _captions(model: Blip3oConfig, data: DataConfig, rows: int) -> Shapes:
             side = model.ta_tok.encoder.image_size
             arrays["view"] = _rows(rows, side, side, 3, dtype=jnp.uint8)
     length = data.row_length or row_length(model)
-    if model.max_sources and (data.edits or data.sources):
+    if model.max_sources and data.may_hold_edits:
         names = {"source_codes": "codes", "source_latents": "latents"}
         names = names if data.cache else {"sources": "images"}
         for name, like in names.items():
@@ -103,6 +108,16 @@ def _joint_flops(model: Blip3oConfig, cfg: sections.JointConfig, batch: dict) ->
     return flops.joint_step(model, rows, length, cfg.trainable_sana == "all", sources) - encoders
 
 
+def _tokenizer_teachers(cfg: sections.TokenizerConfig) -> tuple[str, ...]:
+    return ("dc_ae",) if cfg.teacher == "latents" else ()
+
+
+def _tokenizer_trainable(model: Blip3oConfig, cfg: sections.TokenizerConfig, path: str) -> bool:
+    """Not SimVQ's random table, nor an encoder that is its own teacher."""
+    fixed = cfg.teacher == "encoder" and path.startswith("ta_tok/encoder/")
+    return not fixed and not path.endswith("regularizer/embedding")
+
+
 def _joint_trainable(model: Blip3oConfig, cfg: sections.JointConfig, path: str) -> bool:
     if not path.startswith("sana/") or cfg.trainable_sana == "all" or "caption" in path:
         return True
@@ -116,8 +131,8 @@ STAGES = {
         parts=("dc_ae",),
         trained=("dc_ae",),
         section=sections.AutoencoderConfig,
-        data=("reader_threads", *WORLD),
-        rows="patches",
+        data=("reader_threads", *WORLD, *PICTURES),
+        rows="images",
         loss=losses.autoencoder_loss,
         draws=losses.autoencoder_draws,
         evaluate=evaluation.autoencoder,
@@ -127,12 +142,13 @@ STAGES = {
         parts=("ta_tok",),
         trained=("ta_tok",),
         section=sections.TokenizerConfig,
-        data=("reader_threads", *WORLD),
-        rows="patches",
+        data=("reader_threads", *WORLD, *PICTURES),
+        rows="images",
+        teachers=_tokenizer_teachers,
         loss=losses.tokenizer_loss,
         evaluate=evaluation.tokenizer,
         batch=_patches,
-        trainable=lambda model, cfg, path: not path.endswith("regularizer/embedding"),
+        trainable=_tokenizer_trainable,
     ),
     "pretrain_ar": Stage(
         parts=("qwen3",),
@@ -162,7 +178,7 @@ STAGES = {
         parts=WHOLE,
         trained=("qwen3",),
         section=sections.GrpoConfig,
-        data=("seed", *TEXT, *PROMPTS),
+        data=("seed", "edits", *TEXT, *PROMPTS),
         job="grpo",
     ),
 }

@@ -2,24 +2,27 @@
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from flax.traverse_util import flatten_dict
-
 from blip3o_jax import resources
 from blip3o_jax.checkpoints import keep_tokenizer
 from blip3o_jax.errors import InputError, require
-from blip3o_jax.parallel.processes import process_zero_first
+from blip3o_jax.parallel.processes import barrier, is_process_zero, process_zero_first
+from blip3o_jax.train import owner, resume
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.read_config import saved_config
-from blip3o_jax.training_checkpoint import is_workdir
+from blip3o_jax.training_checkpoint import complete, is_workdir
+
+log = logging.getLogger(__name__)
 
 
-def open_workdir(cfg: TrainConfig, workdir: str | Path) -> Path:
+def open_workdir(cfg: TrainConfig, workdir: str | Path, allowed: tuple[str, ...] = ()) -> Path:
     """Creates the workdir and keeps the config in it; InputError when it holds another run's or
-    cannot be written."""
+    cannot be written. Changes that `train.resume` takes, and those of the `allowed` keys, are
+    logged and kept."""
     folder = Path(workdir)
     file, new_file = folder / "config.json", folder / ".config.json"
     text = json.dumps(asdict(cfg), indent=1, sort_keys=True)
@@ -37,43 +40,71 @@ def open_workdir(cfg: TrainConfig, workdir: str | Path) -> Path:
             reason = f"The workdir {workdir} cannot be written: {error.strerror}."
             raise InputError(reason) from error
 
-    # Compared as JSON, which has no tuples.
     try:
         saved = saved_config(json.loads(file.read_text()))
-    except (InputError, ValueError, KeyError) as error:
+    except (InputError, ValueError, RecursionError) as error:
         raise InputError(f"{file} is no config of a run ({error}); take a new workdir.") from error
-    before, now = (
-        flatten_dict(json.loads(json.dumps(asdict(config))), keep_empty_nodes=True, sep=".")
-        for config in (saved, cfg)
-    )
-    values = {key: (before.get(key), now.get(key)) for key in sorted(before | now)}
-    differences = [f"{key}: {a} there, {b} here" for key, (a, b) in values.items() if a != b]
-    sentence = f"The workdir {workdir} is of another config ({'; '.join(differences[:3])})"
-    require(not differences, f"{sentence}; take a new workdir.")
+    changes = resume.changes(saved, cfg)
+    resume.check(changes, allowed, cfg, folder)
+    if changes:
+        _log_changes(saved, cfg, folder, changes)
+        # All processes have compared by now.
+        barrier("the new config")
+        if is_process_zero():
+            _replace(file, text)
     return folder
 
 
+def _replace(file: Path, text: str) -> None:
+    """Writes a file that is whole, old or new, also where the process is killed."""
+    new_file = file.with_name(f".{file.name}")
+    new_file.write_text(text)
+    new_file.replace(file)
+
+
+def _log_changes(
+    saved: TrainConfig, cfg: TrainConfig, folder: Path, changes: resume.Changes
+) -> None:
+    """Logs what changes in the run; InputError when it would be over."""
+    steps = [int(checkpoint.name) for checkpoint in complete(folder / "checkpoints")]
+    step = max(steps, default=0)
+    reached = f"num_steps {cfg.num_steps} is below step {step}, which the run in {folder}"
+    require(step <= cfg.num_steps, f"{reached} has reached; generate with it as it is.")
+    for key, (before, now) in changes.items():
+        same = ", taken to be the same files" if resume.matches(key, resume.PATHS) else ""
+        log.info("Resumed with %s %s, not %s%s.", key, now, before, same)
+    if any(key == "num_steps" or key.startswith("optimizer.") for key in changes):
+        log.info("%s", resume.course(saved, cfg, step))
+
+
 @contextlib.contextmanager
-def own_workdir(cfg: TrainConfig, workdir: str | Path) -> Iterator[Path]:
-    """`open_workdir` around a run, with a copy of its tokenizer.
+def own_workdir(
+    cfg: TrainConfig, workdir: str | Path, allowed: tuple[str, ...] = ()
+) -> Iterator[Path]:
+    """`open_workdir` around a run that owns the workdir, with a copy of its tokenizer.
 
     Where invalid input ends the run before there are metrics or a checkpoint, both are removed, so
-    that the corrected command can take the same folder.
+    that the corrected command can take the same folder; a resumed run gets its config back.
     """
-    folder = open_workdir(cfg, workdir)
-    try:
-        if "tokenizer" in cfg.record.data:
-            with process_zero_first("the tokenizer"):
-                keep_tokenizer(folder, find_tokenizer(cfg))
-        yield folder
-    except InputError:
-        if not (folder / "metrics.jsonl").exists() and not is_workdir(folder):
-            # Another process of the run may be quicker.
-            for name in ("config.json", "tokenizer.json"):
-                (folder / name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # it holds something else
-                folder.rmdir()
-        raise
+    # One process writes for all.
+    with owner.own(Path(workdir)) if is_process_zero() else contextlib.nullcontext():
+        file = Path(workdir) / "config.json"
+        before = file.read_text() if file.is_file() else None
+        folder = open_workdir(cfg, workdir, allowed)
+        steps = complete(folder / "checkpoints")
+        try:
+            if "tokenizer" in cfg.record.data:
+                with process_zero_first("the tokenizer"):
+                    keep_tokenizer(folder, find_tokenizer(cfg))
+            yield folder
+        except InputError:
+            if not (folder / "metrics.jsonl").exists() and not is_workdir(folder):
+                # Another process of the run may be quicker.
+                for name in ("config.json", "tokenizer.json"):
+                    (folder / name).unlink(missing_ok=True)
+            elif before and is_process_zero() and complete(folder / "checkpoints") == steps:
+                _replace(file, before)
+            raise
 
 
 def find_tokenizer(cfg: TrainConfig) -> Path:

@@ -53,6 +53,14 @@ def compare_tensors(a: np.ndarray, b: np.ndarray) -> dict:
     return {**row, **numbers, "agree": bool(agree)}
 
 
+def rounding(rows: dict[str, dict]) -> str:
+    """The dtype to which the weights of both are rounded before their stages are compared: the
+    coarsest that one of two tensors has where the other is finer, else float32."""
+    pairs = [[np.dtype(name) for name in row["dtypes"]] for row in rows.values()]
+    coarser = [min(pair, key=lambda dtype: dtype.itemsize) for pair in pairs if pair[0] != pair[1]]
+    return min(coarser, key=lambda dtype: dtype.itemsize, default=np.dtype(np.float32)).name
+
+
 def compare_stages(
     a: dict[str, np.ndarray], b: dict[str, np.ndarray], tolerance: float
 ) -> dict[str, dict]:

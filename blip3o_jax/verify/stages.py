@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, tree
 
 from blip3o_jax.checkpoints import Checkpoint
 from blip3o_jax.config import Blip3oConfig
@@ -63,10 +63,14 @@ def stage_inputs(cfg: Blip3oConfig, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def run_stages(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """The results of a checkpoint's model in float32."""
+def run_stages(checkpoint: Checkpoint, rounded: str = "float32") -> dict[str, np.ndarray]:
+    """The results of a checkpoint's model in float32, its weights rounded to a dtype first."""
     config = checkpoint.config
-    return stage_outputs(Blip3o(config), checkpoint.load(), stage_inputs(config))
+    params = checkpoint.load()
+    if rounded != "float32":
+        dtype = jnp.dtype(rounded)
+        params = tree.map(lambda x: x.astype(dtype).astype(np.float32), params)
+    return stage_outputs(Blip3o(config), params, stage_inputs(config))
 
 
 def _read(

@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from tiny import SMALL
+from tiny import SMALL, TEXT_ONLY
 
 from blip3o_jax import presets
 from blip3o_jax.bench import stages, timing
@@ -73,7 +73,9 @@ def bench_tiny(capsys, *options: str) -> dict:
     """The report of one repeat of two rows on the tiny preset."""
     sizes = ["--batch-size", "2", "--num-inference-steps", "2", "--repeats", "1"]
     assert main(["bench", "--preset", "tiny", *sizes, *options]) == 0
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+    *lines, report = capsys.readouterr().out.splitlines()
+    assert ("Results agree." in lines) == ("--against" in options)
+    return json.loads(report)
 
 
 def test_our_side_alone(capsys, two_devices, tiny_preset):
@@ -84,13 +86,31 @@ def test_our_side_alone(capsys, two_devices, tiny_preset):
     assert decode["value"]["ours"] == pytest.approx(tokens / decode["seconds"]["ours"])
     assert decode["share_of_limit"] > 0
     assert report["agreement"] == {}
+    assert report["agree"] is None  # with nothing
     assert decode["devices"] == 2
+
+
+def test_an_edit_is_measured_of_a_model_that_edits(capsys, two_devices, monkeypatch):
+    editing = {name: value for name, value in SMALL.items() if name not in TEXT_ONLY}
+    model = replace(preset("emoji_64"), name="tiny", **editing)
+    monkeypatch.setitem(presets.PRESETS, "tiny", lambda: model)
+    row = bench_tiny(capsys, "--stages", "text_to_image,edit")["stages"]["edit"]
+    assert row["seconds"]["ours"] > 0
+    # An edit does all that text to image does, over a longer prompt, and encodes its source.
+    work = stages.make(model, batch_size=2, num_inference_steps=2)
+    sizes = dict.fromkeys(("layers", "sana", "decoder", "encoder", "ta_tok_encoder"), 1000)
+    encoding, prefill, *rest = stages.phases(work, "edit", sizes)
+    plain, *others = stages.phases(work, "text_to_image", sizes)
+    assert encoding.bytes == 4 * 2000
+    assert prefill.flops > plain.flops
+    assert len(rest) == len(others)
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--stages", "decod"], "decode"),
+        (["--preset", "mid_128", "--stages", "edit"], "unknown stage 'edit'"),
         (["--batch-size", "0"], "at least 1"),
         (["--batch-size", "5"], "does not divide by the mesh's 2 batch shards"),
         (["--preset", "mid_12"], "mid_128"),
@@ -108,8 +128,8 @@ def test_bad_input_is_one_sentence(options, words, capsys, two_devices):
 def test_both_sides_do_the_same_work(capsys, two_devices, tiny_preset, monkeypatch):
     monkeypatch.setattr(timing, "read_bytes_per_second", lambda size, threads: 1e10)
     report = bench_tiny(capsys, "--against", "torch")
-    assert set(report["stages"]) == set(bench.STAGES) - {"cached_train_step"}
-    assert report["agree"]
+    assert set(report["stages"]) == set(bench.STAGES) - {"edit", "cached_train_step"}
+    assert report["agree"] is True
     assert set(report["stages"]["train_step"]["ratio"]) == {"original", "well"}
     assert {name.split(", ")[1] for name in report["agreement"]} == {"original", "well"}
     worst = max(

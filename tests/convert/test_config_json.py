@@ -250,6 +250,15 @@ def changed(fields, path, value):
         ("rope_theta", ..., "rope_theta is None"),
         ("rope_theta", float("nan"), "rope_theta is nan"),
         ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}, "scaled"),
+        ("rope_scaling", [3], "scaled"),
+        ("rope_parameters", {"full_attention": {"rope_theta": 1e6}}, "scaled"),
+        ("rope_parameters", {"rope_theta": 1e6, "partial_rotary_factor": 0.5}, "scaled"),
+        (
+            "rope_parameters",
+            {"rope_type": "default", "rope_theta": 10000.0},
+            "rope_theta is 1000000 and rope_parameters has 10000.0",
+        ),
+        ("pad_token_id", 217210, "pad_token_id 217210 is outside the vocabulary of 217210 rows"),
         ("hidden_act", "gelu", "hidden_act = 'gelu'; this model has 'silu'"),
         ("attention_bias", True, "attention_bias = True"),
         ("image_end_token_id", 217210, "image_end_token_id = 217210; this model has 217209"),
@@ -315,6 +324,39 @@ def test_nested_objects_that_cannot_work_are_refused(path, value, message):
     fields = config_to_json(preset("blip3o_next_3b"))
     with pytest.raises(InputError, match=message):
         config_from_json(changed(fields, path, value), SHAPES)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e5},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_theta": 500000, "rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 1}},
+        {"rope_theta": 5e5, "rope_scaling": None, "rope_parameters": {}},
+    ],
+)
+def test_the_base_of_the_rotary_embedding_is_read(rope):
+    fields = {key: x for key, x in PUBLISHED.items() if not key.startswith("rope")}
+    assert config_from_json({**fields, **rope}, SHAPES).qwen3.rope_theta == 5e5
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "kind"),
+    [
+        ("downsample_block_type", "pixel_unshuffle", "pixel_unshuffle"),
+        ("downsample_block_type", "Conv", "Conv"),
+        ("downsample_block_type", "conv", "Conv"),
+        ("downsample_block_type", "anything", "Conv"),
+        ("upsample_block_type", "interpolate", "interpolate"),
+        ("upsample_block_type", "shuffle", "pixel_shuffle"),
+    ],
+)
+def test_diffusers_asks_for_one_word_of_each_resampling(name, word, kind):
+    fields = config_to_json(preset("blip3o_next_3b"))
+    cfg = config_from_json(changed(fields, f"sana_vae/{name}", word), SHAPES)
+    assert getattr(cfg.dc_ae, name) == kind
+    with pytest.raises(InputError, match=f"{name} is 3, which makes no sense as str"):
+        config_from_json(changed(fields, f"sana_vae/{name}", 3), SHAPES)
 
 
 @pytest.mark.parametrize("shapes", [{}, {EMBEDDING: (217210,)}])

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
-from converting import IGNORED, convert, refused, same
+from converting import IGNORED, TA_TOK, convert, refused, same
 from reading import load
 from safetensors.numpy import load_file, save_file
 
 from blip3o_jax import checkpoints, pipeline, training_checkpoint
 from blip3o_jax.checkpoints import load_part
 from blip3o_jax.config import replace
+from blip3o_jax.convert import hashes
 from blip3o_jax.convert.config_json import config_to_json
 from blip3o_jax.convert.published import published_rules
 from blip3o_jax.convert.rules import torch_shapes
@@ -33,6 +34,7 @@ def test_there_and_back_is_bitwise(published, tmp_path, capsys):
     assert {file.name for file in (tmp_path / "jax").iterdir()} == {
         *names,
         "params",
+        "unused",
         "hashes.json",
         "convert.json",
     }
@@ -50,7 +52,7 @@ def test_there_and_back_is_bitwise(published, tmp_path, capsys):
     )
     assert set(back["ignored_on_the_way_in"]) == set(IGNORED)
     assert (tmp_path / "back" / "model.safetensors.index.json").is_file()
-    same(published, tmp_path / "back", without=IGNORED)
+    same(published, tmp_path / "back")
     for name in names:
         assert (tmp_path / "back" / name).read_bytes() == (published / name).read_bytes()
     assert (
@@ -92,7 +94,7 @@ def test_one_part_starts_a_training_run(published, tmp_path, capsys):
 def test_dtypes_are_changed_when_asked(published, tmp_path, capsys):
     convert(capsys, "to-jax", published, tmp_path / "jax", "--dtype", "bfloat16")
     report = convert(capsys, "to-torch", tmp_path / "jax", tmp_path / "back")
-    assert set(report["dtypes"]) == {"bfloat16"}
+    assert (set(report["dtypes"]), report["restored"]) == ({"bfloat16"}, len(IGNORED))
     assert json.loads((tmp_path / "back" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     before, after = (
         load_file(published / "model.safetensors"),
@@ -115,7 +117,9 @@ def test_an_untied_head_stays(published, tmp_path, capsys):
     assert not cfg.qwen3.tie_word_embeddings
     np.testing.assert_array_equal(params["qwen3"]["lm_head"]["kernel"], tensors["lm_head.weight"].T)
     convert(capsys, "to-torch", tmp_path / "jax", tmp_path / "back")
-    same(published, tmp_path / "back", without=set(IGNORED) - {"lm_head.weight"})
+    same(published, tmp_path / "back")
+    convert(capsys, "to-torch", tmp_path / "jax", tmp_path / "less", "--drop-unused")
+    same(published, tmp_path / "less", without=set(IGNORED) - {"lm_head.weight"})
 
 
 def test_an_editing_checkpoint_keeps_its_connector(published, tmp_path, capsys):
@@ -160,7 +164,9 @@ def test_an_editing_checkpoint_keeps_its_connector(published, tmp_path, capsys):
     ) == (True, True, False)
     assert params["und_image_vae_connector"]["linear_1"]["kernel"].shape == (4, 28)
     convert(capsys, "to-torch", tmp_path / "jax", tmp_path / "back")
-    same(published, tmp_path / "back", without=unused)
+    same(published, tmp_path / "back")
+    convert(capsys, "to-torch", tmp_path / "jax", tmp_path / "less", "--drop-unused")
+    same(published, tmp_path / "less", without=unused)
     # The same tensors without the flags belong to nothing.
     (published / "config.json").write_text(json.dumps(fields))
     assert "is not part of the model" in refused(capsys, "to-jax", published, tmp_path / "again")
@@ -187,11 +193,39 @@ def test_a_training_run_comes_out(tmp_path, capsys):
     )
     jax.tree.map(np.testing.assert_array_equal, loaded.params, load(ASSETS / "emoji_64")[1])
     report = convert(capsys, "to-torch", workdir, tmp_path / "back", "--dtype", "float16")
-    assert report["preset"] == "emoji_64"
+    assert (report["preset"], report["restored"]) == ("emoji_64", 0)
     assert json.loads((tmp_path / "back" / "convert.json").read_text())["origin"] == {"step": 3}
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "back" / name).read_bytes() == (ASSETS / "emoji_64" / name).read_bytes()
     assert "is for JAX already" in refused(capsys, "to-jax", workdir, tmp_path / "jax")
+    # With what a converted checkpoint keeps for it; the head is that of the trained embedding.
+    keeper, stray = tmp_path / "keeper", {f"{TA_TOK}encoder.head.probe": np.arange(3)}
+    (keeper / "params").mkdir(parents=True)
+    (keeper / "unused").mkdir()
+    (keeper / "params" / "_METADATA").write_text("{}")
+    (keeper / "config.json").write_bytes((ASSETS / "emoji_64" / "config.json").read_bytes())
+    save_file(stray, keeper / "unused" / "model.safetensors")
+    origin = {"tensors": {"kept": 1}, "repeated": {"lm_head.weight": "bfloat16"}}
+    (keeper / "convert.json").write_text(json.dumps(origin))
+    convert(capsys, "to-torch", workdir, tmp_path / "whole", "--unused", keeper)
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    embedding = load_file(tmp_path / "back" / "model.safetensors")["model.embed_tokens.weight"]
+    assert whole["lm_head.weight"].dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(
+        whole.pop("lm_head.weight"), embedding.astype("f4").astype(ml_dtypes.bfloat16)
+    )
+    np.testing.assert_array_equal(whole.pop(next(iter(stray))), [0, 1, 2])
+    assert set(whole) == set(load_file(tmp_path / "back" / "model.safetensors"))
+    # Damage to it is found also where no sample looks.
+    file = keeper / "unused" / "model.safetensors"
+    save_file({next(iter(stray)): np.arange(1 << 15)}, file)
+    hashes.record(file.parent, [file])
+    data = bytearray(file.read_bytes())
+    data[len(data) // 14] ^= 1
+    file.write_bytes(data)
+    assert f"{file} is not what hashes.json" in refused(
+        capsys, "to-torch", workdir, tmp_path / "damaged", "--unused", keeper
+    )
 
 
 def test_one_layer_is_held_at_a_time(tmp_path, capsys, cfg):
@@ -220,3 +254,12 @@ def test_one_layer_is_held_at_a_time(tmp_path, capsys, cfg):
         tracemalloc.stop()
         assert peak < 8e6
     same(tmp_path / "wide", tmp_path / "back")
+
+
+def test_a_source_without_a_tokenizer_is_told(published, tmp_path, capsys, caplog):
+    convert(capsys, "to-jax", published, tmp_path / "whole")
+    assert "tokenizer.json" not in caplog.text
+    (published / "tokenizer.json").unlink()
+    convert(capsys, "to-jax", published, tmp_path / "jax")
+    assert f"no prompt is read; copy one into {tmp_path / 'jax'}." in caplog.text
+    assert not (tmp_path / "jax" / "tokenizer.json").exists()

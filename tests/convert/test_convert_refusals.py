@@ -135,6 +135,11 @@ def test_a_full_disk_leaves_nothing(published, tmp_path, capsys, monkeypatch):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def without_values_and_hashes(folder):
+    (folder / "params" / "qwen3.norm.scale" / "0").unlink()
+    (folder / "hashes.json").unlink()
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -144,8 +149,9 @@ def test_a_full_disk_leaves_nothing(published, tmp_path, capsys, monkeypatch):
         ),
         (
             lambda folder: (folder / "params" / "qwen3.norm.scale" / "0").unlink(),
-            "qwen3.norm.scale lacks values",
+            "qwen3.norm.scale/0 is missing",
         ),
+        (without_values_and_hashes, "qwen3.norm.scale lacks values"),
         (set_config(hidden_size=32), "has shape"),
         (lambda folder: (folder / "config.json").unlink(), "holds neither config.json"),
     ],

@@ -6,34 +6,16 @@ import shutil
 import ml_dtypes
 import numpy as np
 import pytest
+from converting import ARGS, EMBEDDING, TA_TOK, argv, tiny_tokenizer
 from pickles import write_state
 from reading import load
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 
 from blip3o_jax import checkpoints, pipeline
 from blip3o_jax.cli import main
 from blip3o_jax.config import VocabConfig
 from blip3o_jax.text import load_tokenizer
 from blip3o_jax.tree import flatten
-
-TA_TOK = "model.vision_tower.vision_tower."
-EMBEDDING = "model.embed_tokens.weight"
-SPECIAL = {
-    3: "<|endoftext|>",
-    5: "<|im_end|>",
-    6: "<|im_start|>",
-    7: "<|vision_start|>",
-    8: "<|vision_end|>",
-    9: "<|image_pad|>",
-}
-ARGS = {
-    "bottleneck": {"args": {"regularizer": {"args": {"stochastic_temperature": 0.03}}}},
-    "input_size": 13,
-    "teacher": "x/siglip2-so400m",
-}
 
 
 def convert(capsys, *argv):
@@ -45,92 +27,6 @@ def refused(capsys, *argv):
     capsys.readouterr()
     assert main(["convert", "to-jax", *map(str, argv)]) == 2
     return capsys.readouterr().err.strip().splitlines()[-1]
-
-
-def tiny_tokenizer(extended=False):
-    """Twenty tokens, as many as tiny.VOCAB leaves to text."""
-    words = {SPECIAL.get(i, f"word{i}"): i for i in range(20)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="word0"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.add_special_tokens(list(SPECIAL.values()))
-    if extended:
-        tokenizer.add_special_tokens(["<im_start>", "<im_end>"])
-        tokenizer.add_tokens(["<S0>", "<S1>", "<S2>", *(f"<I{i}>" for i in range(16))])
-    return tokenizer
-
-
-@pytest.fixture
-def tensors(checkpoint):
-    return load_file(checkpoint / "model.safetensors")
-
-
-def group(tensors, prefix):
-    return {
-        name.removeprefix(prefix): value
-        for name, value in tensors.items()
-        if name.startswith(prefix)
-    }
-
-
-@pytest.fixture
-def parts(checkpoint, tensors, tmp_path):
-    """{flag: path} of a plain Qwen3 of 30 rows in bfloat16, SANA's repository, and TA-Tok."""
-    fields, root = json.loads((checkpoint / "config.json").read_text()), tmp_path / "parts"
-    for folder in ("qwen3", "repository/transformer", "repository/vae", "repository/scheduler"):
-        (root / folder).mkdir(parents=True)
-    qwen3 = {
-        name: value
-        for name, value in tensors.items()
-        if name.startswith(("model.embed", "model.layers", "model.norm"))
-    }
-    qwen3[EMBEDDING] = qwen3[EMBEDDING][:30]
-    save_file(
-        {name: value.astype(ml_dtypes.bfloat16) for name, value in qwen3.items()},
-        root / "qwen3" / "model.safetensors",
-    )
-    own = ("sana", "sana_vae", "vision_tower", "blip3o_jax")
-    plain = {
-        key: value
-        for key, value in fields.items()
-        if key not in own and not key.startswith(("image_", "scale_", "num_image", "num_sc"))
-    }
-    (root / "qwen3" / "config.json").write_text(
-        json.dumps(plain | {"model_type": "qwen3", "vocab_size": 30})
-    )
-    tiny_tokenizer().save(str(root / "qwen3" / "tokenizer.json"))
-    (root / "qwen3" / "added_tokens.json").write_text("{}")
-    (root / "qwen3" / "generation_config.json").write_text('{"top_k": 20}')
-    (root / "qwen3" / "LICENSE").write_text("qwen's")
-    (root / "repository" / "LICENSE.txt").write_text("sana's")
-    for folder, key, prefix, name in (
-        ("transformer", "sana", "model.sana.", "SanaTransformer2DModel"),
-        ("vae", "sana_vae", "model.sana_vae.", "AutoencoderDC"),
-    ):
-        (root / "repository" / folder / "config.json").write_text(
-            json.dumps(fields[key] | {"_class_name": name})
-        )
-        save_file(
-            group(tensors, prefix),
-            root / "repository" / folder / "diffusion_pytorch_model.safetensors",
-        )
-    unused = {
-        "teacher.weight": np.zeros(2, np.float32),
-        "scale_layer.scale": np.ones((1, 3, 1, 1), np.float32),
-    }
-    last = {
-        f"encoder.encoder.layers.2.{name}": np.ones(1, np.float32)
-        for name in ("layer_norm1.weight", "mlp.fc1.bias")
-    }
-    write_state(root / "ta_tok.pth", group(tensors, TA_TOK) | unused | last, ARGS)
-    return {
-        "--ar": root / "qwen3",
-        "--dit": root / "repository",
-        "--tokenizer": root / "ta_tok.pth",
-    }
-
-
-def argv(parts):
-    return [item for pair in parts.items() for item in pair]
 
 
 def test_a_plain_qwen3_needs_to_be_told(parts, tmp_path, capsys):
@@ -196,7 +92,7 @@ def test_parts_make_a_model(parts, params, cfg, tmp_path, capsys, mode):
     assert connector["linear_1"]["kernel"].std() > 0
     names = {file.name for file in (tmp_path / "jax").iterdir()}
     assert names == {
-        *("params", "config.json", "convert.json", "hashes.json"),
+        *("params", "unused", "config.json", "convert.json", "hashes.json"),
         *("tokenizer.json", "generation_config.json"),
         *("ar-LICENSE", "dit-LICENSE.txt", "vae-LICENSE.txt"),
     }
@@ -310,7 +206,7 @@ def rewrite(path, **changes):
         (lambda p: rewrite(p["--ar"] / "config.json", hidden_size=32), "and config.json implies"),
         (
             lambda p: rewrite(p["--dit"] / "transformer" / "config.json", num_layers=3),
-            "'model.sana.transformer_blocks.2.",
+            "transformer: tensor 'transformer_blocks.2.",
         ),
         (lambda p: (p["--ar"] / "tokenizer.json").unlink(), "No tokenizer at"),
         (

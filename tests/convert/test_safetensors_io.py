@@ -189,6 +189,10 @@ def _duplicate(folder, values):
             "places 'b' in 'x.bin', which is not the plain name",
         ),
         (
+            lambda folder, values: _edit_index(folder, b=f"{'x' * 300}.safetensors"),
+            "places 'b' in xxxxx",
+        ),
+        (
             lambda folder, values: _edit_index(folder, b=3),
             "places 'b' in 3, which is not the plain name",
         ),

@@ -10,7 +10,9 @@ from blip3o_jax.checkpoints import load_part
 from blip3o_jax.cli import main
 from blip3o_jax.config import replace
 from blip3o_jax.convert.random_weights import random_checkpoint, random_params
-from blip3o_jax.data import cache, feed
+from blip3o_jax.data import cache, feed, origin
+from blip3o_jax.data.sources import open_source
+from blip3o_jax.errors import InputError
 from blip3o_jax.jobs.train import open_feed
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.presets import preset
@@ -163,6 +165,51 @@ def test_training_runs_from_the_cache_alone(folder, tmp_path, capsys):
     assert np.isfinite(json.loads(capsys.readouterr().out.splitlines()[-1])["heldout/flow"])
 
 
+def test_a_cache_follows_its_sources_and_refuses_them_when_they_changed(
+    folder, made, tmp_path, monkeypatch
+):
+    """Copied elsewhere, with other times, they are the same; with another caption they are not."""
+    for name in ("a.tar", "b.parquet"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    sources = [
+        {"kind": "webdataset", "path": str(tmp_path / "a.tar")},
+        {"kind": "parquet", "path": str(tmp_path / "b.parquet")},
+    ]
+    elsewhere = f"data.cache={folder / 'cache'}", f"data.sources={json.dumps(sources)}"
+    cfg = config(folder, *elsewhere)
+    digested, digest = [], origin.digest
+    with monkeypatch.context() as patch:
+        patch.setattr(origin, "digest", lambda *of: digested.append(of[0]) or digest(*of))
+        assert list(map(len, feed.open_sources(cfg.data, cfg.blip3o()))) == [13, 6]
+    assert sorted(digested) == [source["path"] for source in sources]  # once each
+    entries = json.loads((folder / "cache" / "cache.json").read_text())["sources"]
+    assert [[file["name"] for file in entry["files"]] for entry in entries] == [
+        ["a.tar"],
+        ["b.parquet"],
+    ]
+    # In their own place, a record less: both training and another start of the job say so.
+    own, before = config(folder, elsewhere[0]), (folder / "a.tar").read_bytes()
+    made.tar(folder / "a.tar", range(0, 120, 10), {40: {"png": b"damaged"}})
+    size = (folder / "a.tar").stat().st_size
+    changed = f"changed: a.tar, {len(before)} bytes then, {size} now"
+    try:
+        with pytest.raises(InputError, match="has changed since") as error:
+            feed.open_sources(own.data, own.blip3o())
+        assert str(error.value).startswith(
+            f"data.cache: '{folder}/a.tar' has changed since {folder}/cache was made ({changed}); "
+        )
+        with pytest.raises(InputError, match="a cache of other sources") as error:
+            description = cache.read_description(str(folder / "cache"))
+            opened = open_source(own.data.sources[0])
+            entry = cache.source_entry(own.data.sources[0], opened)
+            new = description | {"sources": [entry, description["sources"][1]]}
+            cache.begin(folder / "cache", new, 0)
+        assert changed in str(error.value)
+    finally:
+        (folder / "a.tar").write_bytes(before)
+    assert list(map(len, feed.open_sources(own.data, own.blip3o()))) == [13, 6]
+
+
 def test_a_restart_makes_the_missing_shards_only(folder, monkeypatch, capsys):
     before = shards(folder)
     lost = "000-00002-of-00004.array_record"
@@ -188,11 +235,11 @@ def test_a_job_that_dies_leaves_no_half_shard(folder, monkeypatch):
 
     decoded = []
 
-    def dies(data):
+    def dies(*given):
         decoded.append(1)
         if len(decoded) > 6:
             raise KeyboardInterrupt
-        return decode_image(data)
+        return decode_image(*given)
 
     monkeypatch.setattr("blip3o_jax.data.transform.decode_image", dies)
     assert run(folder, "died") == 130
@@ -280,12 +327,12 @@ def test_encoders_are_known_by_their_weights(folder):
     cfg = config(folder)
     # copies, which may be written to
     params = jax.tree.map(np.array, encoder_params(cfg, load_part))
-    model, crop = cfg.blip3o(), cfg.data.crop
-    before = cache.describe(model, crop, params)
-    assert before == cache.describe(model, crop, encoder_params(cfg, load_part))
+    model, data = cfg.blip3o(), cfg.data
+    before = cache.describe(model, data, params)
+    assert before == cache.describe(model, data, encoder_params(cfg, load_part))
     leaf = jax.tree.leaves(params["dc_ae"]["encoder"])[0]
     leaf.flat[0] = np.nextafter(leaf.flat[0], np.float32(np.inf))
-    assert cache.difference(before, cache.describe(model, crop, params)).startswith("dc_ae.weights")
+    assert cache.difference(before, cache.describe(model, data, params)).startswith("dc_ae.weights")
 
 
 def test_what_the_job_refuses(folder, tmp_path, capsys):
@@ -305,3 +352,34 @@ def test_what_the_job_refuses(folder, tmp_path, capsys):
     assert "holds a cache with other settings (latents float32 there, bfloat16 here" in sentence(
         capsys, other
     )
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"sources": None},
+        {"sources": [3]},
+        {"shard_records": 0},
+        {"shard_records": "4"},
+        {"sources": [{"path": "a", "records": 10**6 + 1, "blocks": None}], "shard_records": 1},
+        {"sources": [{"path": "a", "records": -1, "blocks": None}]},
+        {"sources": [{"path": "a", "records": 0, "blocks": None}]},
+        {"sources": [{"path": "a", "records": 3}]},
+        {"sources": [{"path": "a", "records": 3, "blocks": [0, "2"]}]},
+        {"sources": [{"path": "a", "records": 3, "blocks": None, "files": [{"name": "a"}]}]},
+        {"sources": [{"path": "a", "records": 3, "blocks": None, "files": {"name": "a"}}]},
+        {"sources": [{"path": "a", "records": 3, "blocks": None, "files": None}]},
+    ],
+)
+def test_a_damaged_description_is_said(damage, tmp_path):
+    whole = {"format": 1, "sources": [{"path": "a", "records": 3, "blocks": [0, 2]}]}
+    whole |= {"shard_records": 4}
+    file = tmp_path / "cache.json"
+    file.write_text(json.dumps(whole))
+    assert cache.read_description(str(tmp_path)).items() >= whole.items()
+    file.write_text(json.dumps(whole | damage))
+    with pytest.raises(InputError, match=r"cache\.json is damaged; make it with `blip3o-jax data"):
+        cache.read_description(str(tmp_path))
+    file.write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"holds no cache \(cache\.json cannot be read\)"):
+        cache.read_description(str(tmp_path))

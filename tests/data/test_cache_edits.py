@@ -179,7 +179,7 @@ def test_sources_are_encoded_without_the_results_own_view(tmp_path):
         return values, values + 0.5
 
     arrays = {0: {"images": 7, "view": 1}, 1: {"images": 8, "view": 1, "sources": [3, 4]}}
-    pairs = Pairs(Record(str(i), "x", bytes([i])) for i in arrays)
+    pairs = Pairs(Record(str(i), ("x",), bytes([i])) for i in arrays)
     tally = Tally(1.0, tmp_path / "bad.jsonl")
     records = cache.encoded_records(
         pairs, range(2), lambda record: arrays[record.image[0]], encode, tally, 4

@@ -275,8 +275,8 @@ PLAIN, WEIGHTED = '{"kind": "jsonl", "path": "a"}', '{"kind": "jsonl", "path": "
         (["check", "--out", "x", "--config.data.long_captions=cut"], "'truncate' or 'drop'"),
         (["check", "--out", "x", "--config.data.crop=random"], "'shared' or 'original'"),
         (
-            ["check", "--out", "x", "--config.stage=autoencoder"],
-            "data.sources has no effect in stage 'autoencoder'",
+            ["check", "--out", "x", "--config.stage=grpo"],
+            "data.sources has no effect in stage 'grpo'",
         ),
         (
             [

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from tiny import TEXT_ONLY
 
 from blip3o_jax.data.config import DataConfig, SourceConfig
 from blip3o_jax.errors import InputError
@@ -14,8 +15,6 @@ from blip3o_jax.scenes.scene import compose
 from blip3o_jax.text import targets
 from blip3o_jax.train.config import TrainConfig
 
-EDITING = {"max_sources": 1, "use_und_image_vae_as_channels": True, "sana.in_channels": 32}
-
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
@@ -23,7 +22,7 @@ def data_dir(tmp_path_factory):
 
 
 def config(**data):
-    return TrainConfig(stage="joint", batch_size=5, model=EDITING, data=DataConfig(**data))
+    return TrainConfig(stage="joint", batch_size=5, data=DataConfig(**data))
 
 
 def world(tokenizer, data_dir, hosts=(0, 1), **data):
@@ -109,6 +108,10 @@ def test_a_world_without_edits_holds_no_sources_and_a_file_may_hold_both(
 ):
     """A step encodes what a batch holds."""
     assert set(next(world(tokenizer, data_dir, edits=0.0).train())) == {"images", "tokens", "start"}
+    # A tar holds captions alone.
+    made.tar(tmp_path / "a.tar", range(8))
+    tar = config(sources=(SourceConfig("webdataset", str(tmp_path / "a.tar")),), heldout=2)
+    assert set(next(open_feed(tar, tokenizer).train())) == {"images", "tokens", "start"}
     # One file, which begins with captions.
     made.jsonl(tmp_path / "captions.jsonl", range(20, 28))
     pairs(tmp_path, made)
@@ -127,7 +130,7 @@ def test_a_world_without_edits_holds_no_sources_and_a_file_may_hold_both(
 
 
 def test_a_picture_that_cannot_be_squared_is_one_bad_record(tokenizer, made, tmp_path):
-    cfg = config(sources=(pairs(tmp_path, made, oversized=(1,)),), heldout=2)
+    cfg = config(sources=(pairs(tmp_path, made, oversized=(1,)),), heldout=2, max_aspect=1e4)
     feed = open_feed(cfg, tokenizer, workdir=tmp_path)
     iterator = feed.train()
     for _ in range(4):
@@ -138,6 +141,7 @@ def test_a_picture_that_cannot_be_squared_is_one_bad_record(tokenizer, made, tmp
 
 
 def test_edits_need_a_model_that_takes_them(tokenizer, data_dir):
-    cfg = TrainConfig(stage="joint", batch_size=5, data=DataConfig(num_train=16, edits=0.5))
+    data = DataConfig(num_train=16, edits=0.5)
+    cfg = TrainConfig(stage="joint", batch_size=5, model=TEXT_ONLY, data=data)
     with pytest.raises(InputError, match=r"needs a model that takes some: model.max_sources"):
         open_feed(cfg, tokenizer, data_dir)

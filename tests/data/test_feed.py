@@ -18,7 +18,7 @@ def data_dir(tmp_path_factory):
 def opened(data_dir, **changes):
     """Images and patches of the 16 scenes, four a batch."""
     return feed.Feed(
-        CFG.data, CFG.blip3o(), "patches", **{"batch_size": 4, "data_dir": data_dir, **changes}
+        CFG.data, CFG.blip3o(), "images", **{"batch_size": 4, "data_dir": data_dir, **changes}
     )
 
 

@@ -3,7 +3,9 @@ import json
 
 import numpy as np
 import pytest
+from tiny import TEXT_ONLY
 
+from blip3o_jax.config import replace
 from blip3o_jax.data import feed
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.mixture import HeldOut, place, shuffled, shuffled_blocks, whole_weights
@@ -174,4 +176,4 @@ def test_a_model_without_source_images_takes_no_edits(tmp_path, made):
     (tmp_path / "edits.jsonl").write_text(json.dumps(line))
     data = DataConfig(sources=(SourceConfig("jsonl", str(tmp_path / "edits.jsonl")),))
     with pytest.raises(InputError, match="edits of 1 source images, and the model takes 0"):
-        feed.open_sources(data, preset("emoji_64"))
+        feed.open_sources(data, replace(preset("emoji_64"), **TEXT_ONLY))

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from blip3o_jax.evaluate import edits as measures
+from blip3o_jax.pixels import with_legend
 from blip3o_jax.scenes.edits import KINDS, Edit, region
 from blip3o_jax.scenes.heldout import held_out
 from blip3o_jax.scenes.judge import judge_edit
@@ -155,6 +156,12 @@ def test_sheet_shows_before_result_and_true_after(edits, monkeypatch):
     assert labels[0] == f"- {edits[0].instruction}"
     assert f"o {edits[extra].instruction}" in labels
     assert sum(label.startswith("+ ") for label in labels) == 16
+    # The legend is below, on one line here and on several below a narrow sheet.
+    cells = sheet(np.zeros((18, 64, 200, 3), np.uint8), [""] * 18, 3)
+    assert shown.shape == (len(cells) + 13 + 4, cells.shape[1], 3)
+    legend = shown[len(cells) :]
+    assert 500 < (legend < 100).any(axis=(0, 2)).nonzero()[0].max() < 600
+    assert len(with_legend(cells[:, :200], measures.LEGEND)) == len(cells) + 4 * 13 + 4
     # The first row's pictures at twice the size, with a margin of 2 and 16 beside them.
     cell = shown[2 : 2 + 128, 2 + 16 : 2 + 16 + 400]
     for i, picture in enumerate((before[0], images[0], after[0])):

@@ -3,65 +3,24 @@ on, turns, what is written, and every refusal."""
 
 import hashlib
 import json
-import shutil
 import zlib
 from dataclasses import asdict
 
 import jax
 import numpy as np
 import pytest
+from editing import FLAGS, QUICK, TOKENS, checkpoint, edits, picture
 from PIL import Image
-from tiny import SMALL
 
 import blip3o_jax
 from blip3o_jax import geometry
 from blip3o_jax import pipeline as pipeline_module
 from blip3o_jax.cli import main
-from blip3o_jax.config import replace
-from blip3o_jax.convert.random_weights import random_checkpoint
 from blip3o_jax.errors import InputError
-from blip3o_jax.evaluate import edits as measures
 from blip3o_jax.pictures import array
-from blip3o_jax.presets import preset
-from blip3o_jax.resources import ASSETS
 from blip3o_jax.sample.settings import EditSettings, Settings
-from blip3o_jax.scenes.edits import KINDS
-from blip3o_jax.scenes.scene import compose
 
-CHANNELS = {"use_und_image_vae_as_channels": True, "sana.in_channels": 32, "max_sources": 1}
-TOKENS = {"use_und_image_vae": True, "max_sources": 2}
-QUICK = {"num_inference_steps": 2, "temperature": 0.0}
-FLAGS = ["--num-inference-steps", "2", "--temperature", "0"]
-
-
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    coarse = np.random.default_rng(seed).integers(0, 256, (3, 3, 3), np.uint8)
-    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def checkpoint(folder, changes):
-    random_checkpoint(folder, replace(preset("emoji_64"), **{**SMALL, **changes}))
-    shutil.copy(ASSETS / "emoji_64" / "tokenizer.json", folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def channels(tmp_path_factory):
-    return checkpoint(tmp_path_factory.mktemp("edit") / "channels", CHANNELS)
-
-
-@pytest.fixture(scope="module")
-def pipeline(channels):
-    return blip3o_jax.load(channels, devices=jax.devices()[:1], batch_size=2)
-
-
-@pytest.fixture(autouse=True)
-def loaded(pipeline, monkeypatch, tmp_path):
-    """The command runs in an empty folder with a model that is loaded already."""
-    monkeypatch.setattr("blip3o_jax.jobs.generate.load_for", lambda _: pipeline)
-    monkeypatch.chdir(tmp_path)
-    Image.fromarray(picture(20, 30)).save("a.png")
-    Image.fromarray(picture(16, 16, 1)).save("b.png")
+pytestmark = pytest.mark.usefixtures("loaded")
 
 
 def bytes_of(sample):
@@ -72,25 +31,37 @@ def test_an_edit_has_its_sources_size_and_depends_on_nothing_of_its_batch(pipeli
     images = [picture(20, 30), picture(16, 16, 1), picture(33, 7, 2)]
     texts = ["make it blue", "remove the cat", "make it blue"]
     settings = EditSettings(**QUICK, image_guidance_scale=1.5)
-    together = list(pipeline.edits(images, [[text] for text in texts], seed=3, settings=settings))
+    together = edits(pipeline, images, [[text] for text in texts], seed=3, settings=settings)
     assert [s.image.shape for s in together] == [(20, 30, 3), (16, 16, 3), (33, 7, 3)]
-    assert [(s.instruction, s.index, s.turn, s.seed, s.mask) for s in together] == [
+    assert [(s.prompt, s.index, s.turn, s.seed, s.mask) for s in together] == [
         (text, 0, 0, 3, None) for text in texts
     ]
     for sample, image, text in zip(together, images, texts, strict=True):
-        (alone,) = pipeline.edits([image], [[text]], seed=3, settings=settings)
+        (alone,) = edits(pipeline, [image], [[text]], seed=3, settings=settings)
         assert bytes_of(alone) == bytes_of(sample)
         place = geometry.placement(image)
         np.testing.assert_array_equal(sample.image, geometry.from_square(sample.square, place))
     # It does depend on source, instruction, seed and index.
     base = {"images": [images[0]], "turns": [[texts[0]]], "seed": 3, "settings": settings}
     for change in ({"images": [images[1]]}, {"turns": [["x"]]}, {"seed": 4}):
-        (other,) = pipeline.edits(**base | change)
+        (other,) = edits(pipeline, **base | change)
         assert other.latents.tobytes() != together[0].latents.tobytes()
-    first, second = pipeline.edits(**base, num_images=2)
+    first, second = edits(pipeline, **base, num_images=2)
     assert bytes_of(first) == bytes_of(together[0])
     assert second.index == 1
     assert second.latents.tobytes() != first.latents.tobytes()
+
+
+def test_words_outside_the_embedded_world_are_named(pipeline, monkeypatch, caplog):
+    monkeypatch.setattr(pipeline, "run", lambda *_: iter(()))
+    images, then = [picture(20, 30)], ["put a dragon in two places"]
+    pipeline.edit(images, ["make it silver"], then=then)
+    assert caplog.messages == []  # of a checkpoint of one's own
+    monkeypatch.setattr(pipeline, "embedded", "emoji_64")
+    pipeline.edit(images, ["make the apple natural and then move the cat up"])
+    pipeline.edit(images, ["make it silver"], then=then)
+    (sentence,) = caplog.messages
+    assert sentence.startswith("emoji_64 does not know it, silver, dragon, two, places and draws ")
 
 
 def test_a_further_turn_edits_the_last_square_from_its_latents(pipeline, monkeypatch):
@@ -103,10 +74,8 @@ def test_a_further_turn_edits_the_last_square_from_its_latents(pipeline, monkeyp
 
     monkeypatch.setattr(pipeline, "_edit", spy)
     image = picture(20, 30)
-    turns = list(
-        pipeline.edits([image], [["blue", "red", "green"]], settings=EditSettings(**QUICK))
-    )
-    assert [(s.instruction, s.turn) for s in turns] == [("blue", 0), ("red", 1), ("green", 2)]
+    turns = edits(pipeline, [image], [["blue", "red", "green"]], settings=EditSettings(**QUICK))
+    assert [(s.prompt, s.turn) for s in turns] == [("blue", 0), ("red", 1), ("green", 2)]
     assert all(s.image.shape == (20, 30, 3) for s in turns)
     *_, squares, exists, latents = given[0]
     np.testing.assert_array_equal(squares[0, 0], geometry.to_square(image, 16)[0])
@@ -124,21 +93,21 @@ def test_several_sources_and_then_one(tmp_path, monkeypatch):
     settings = EditSettings(**QUICK)
 
     def latents(*sources):
-        edits = two.edits([list(sources)], [["put both together"]], settings=settings)
-        return next(edits).latents
+        (sample,) = edits(two, [list(sources)], [["put both together"]], settings=settings)
+        return sample.latents
 
     pair = latents(a, b)
     assert (pair != latents(b, a)).any()
     assert (pair != latents(a)).any()
-    first, second = two.edits([[a, b]], [["together", "blue"]], settings=settings)
+    first, second = edits(two, [[a, b]], [["together", "blue"]], settings=settings)
     assert first.image.shape == second.image.shape == (20, 30, 3)
     assert np.isfinite(second.latents).all()
     with pytest.raises(InputError, match=r"Edit 2: 3 source images .* takes 1 to 2"):
-        two.edits([a, [a, b, a]], [["x"], ["y"]])
-    with pytest.raises(InputError, match="Edits have as many turns each"):
-        two.edits([a, b], [["x"], ["y", "z"]])
-    with pytest.raises(InputError, match="turns are a list of instructions, not 'x' alone"):
-        two.edits([a], ["x"])
+        two.edit([a, [a, b, a]], ["x", "y"])
+    # Edits of other numbers of turns and sources run beside each other.
+    mixed = edits(two, [a, [a, b]], [["x"], ["together", "blue"]], settings=settings)
+    assert [(s.prompt, s.turn) for s in mixed] == [("x", 0), ("together", 0), ("blue", 1)]
+    assert bytes_of(mixed[2]) == bytes_of(second)
 
 
 def test_unchanged_pixels_are_kept_over_all_turns(pipeline, monkeypatch):
@@ -146,10 +115,10 @@ def test_unchanged_pixels_are_kept_over_all_turns(pipeline, monkeypatch):
     image = picture(20, 30)
     given = [image], [["blue", "red"]]
     settings = EditSettings(**QUICK)
-    for sample in pipeline.edits(*given, settings=settings, keep_unchanged=256.0):
+    for sample in edits(pipeline, *given, settings=settings, keep_unchanged=256.0):
         np.testing.assert_array_equal(sample.image, image)
         assert not sample.mask.any()
-    for sample in pipeline.edits(*given, settings=settings, keep_unchanged=0.0):
+    for sample in edits(pipeline, *given, settings=settings, keep_unchanged=0.0):
         place = geometry.placement(image)
         np.testing.assert_array_equal(sample.image, geometry.from_square(sample.square, place))
         assert (sample.mask == 255).all()
@@ -163,7 +132,7 @@ def test_unchanged_pixels_are_kept_over_all_turns(pipeline, monkeypatch):
             "tokens": np.zeros((2, 4), np.int32),
         },
     )
-    (sample,) = pipeline.edits([image], [["blue"]], keep_unchanged=1.0)
+    (sample,) = edits(pipeline, [image], [["blue"]], keep_unchanged=1.0)
     assert np.abs(sample.square.astype(int) - geometry.to_square(image, 16)[0]).mean() > 2
     np.testing.assert_array_equal(sample.image, image)
 
@@ -216,9 +185,8 @@ def test_the_command_writes_what_python_gives_with_its_origin(pipeline, channels
     argv += ["--keep-unchanged", "9", "--mask", "--image-guidance-scale", "1.5"]
     assert main([*argv, "--out", "made/one.png"]) == 0
     settings = EditSettings(**QUICK, image_guidance_scale=1.5)
-    (sample,) = pipeline.edits(
-        [picture(20, 30)], [["make it blue"]], seed=3, settings=settings, keep_unchanged=9.0
-    )
+    how = {"seed": 3, "settings": settings, "keep_unchanged": 9.0}
+    (sample,) = edits(pipeline, [picture(20, 30)], [["make it blue"]], **how)
     image = Image.open("made/one.png")
     np.testing.assert_array_equal(np.asarray(image), sample.image)
     np.testing.assert_array_equal(np.asarray(Image.open("made/one.mask.png")), sample.mask)
@@ -247,7 +215,7 @@ def test_edits_of_a_file_and_their_turns_fill_a_folder(channels, tmp_path):
     manifest = [json.loads(x) for x in (tmp_path / "made/manifest.jsonl").read_text().splitlines()]
     names = ["00000-0-0-blue", "00000-0-1-red", "00001-0-0-remove", "00001-0-1-red"]
     assert [row["file"] for row in manifest] == [f"{name}.png" for name in names]
-    assert len(list((tmp_path / "made").iterdir())) == 5
+    assert len(list((tmp_path / "made").iterdir())) == 6  # with the job's own folder
     assert [row["instructions"] for row in manifest[:2]] == [["Blue!"], ["Blue!", "red"]]
     assert [row["sources"][0]["file"] for row in manifest] == ["a.png"] * 2 + ["b.png"] * 2
     sizes = [Image.open(tmp_path / "made" / row["file"]).size for row in manifest]
@@ -256,13 +224,13 @@ def test_edits_of_a_file_and_their_turns_fill_a_folder(channels, tmp_path):
 
 def test_scales_become_no_more_guidance_than_they_need():
     nulls = {
-        (): ("source",),
-        ("image_guidance_scale", 1.5): ("nothing", "source"),
-        ("guidance_scale", 1.0): (),
-        ("reference_quirks", True): ("original",),
+        (("guidance_scale", 2.0),): ("source",),
+        (("guidance_scale", 2.0), ("image_guidance_scale", 1.5)): ("nothing", "source"),
+        (): (),
+        (("guidance_scale", 2.0), ("reference_quirks", True)): ("original",),
     }
-    for change, expected in nulls.items():
-        settings = EditSettings(**dict([change] if change else []))
+    for changes, expected in nulls.items():
+        settings = EditSettings(**dict(changes))
         options = pipeline_module._edit_options(settings)
         assert options["guidance_scale"].nulls == expected
         assert options.keys() == asdict(Settings()).keys()
@@ -312,8 +280,6 @@ def spoilt(tmp_path):
         (["a.png", "x", "--then", ""], "--then: The instruction is empty"),
         (["a.png", LONG], "edit: The instruction 'make the heart blue and make ...' has"),
         (["a.png", "x", "--then", "y", "--then", LONG], "--then: The instruction 'make"),
-        (["--edits", "long_text.jsonl"], "long_text.jsonl line 2: The instruction 'make the"),
-        (["--edits", "control.jsonl"], "control.jsonl line 2: The instruction 'x <S0>' contains"),
         (["c.png", "x"], "c.png cannot be read: No such file or directory."),
         (["cut.png", "x"], "cut.png cannot be used: it is truncated."),
         (["text.png", "x"], "text.png cannot be used: its format is unknown."),
@@ -328,10 +294,7 @@ def spoilt(tmp_path):
         (["--edits", "no_text.jsonl"], "no_text.jsonl line 2 has no field `instruction`."),
         (["--edits", "no_json.jsonl"], "no_json.jsonl line 2 is not JSON."),
         (["--edits", "no_object.jsonl"], "no_object.jsonl line 2 is not a JSON object."),
-        (["--edits", "empty.jsonl"], "empty.jsonl line 2: The instruction is empty"),
         (["--edits", "number.jsonl"], "number.jsonl line 2: `image` is not a path"),
-        (["--edits", "gone.jsonl"], "gone.jsonl line 2: The picture c.png cannot be read"),
-        (["--edits", "several.jsonl"], "several.jsonl line 2: 2 source images"),
         (["--edits", "nowhere.jsonl"], "The edits file nowhere.jsonl cannot be read"),
         (["a.png", "x", "--out", "a.png", "--overwrite"], "would replace a.png"),
         (["a.png", "x", "--out", ".", "--overwrite"], "would replace a.png"),
@@ -350,7 +313,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_loaded_or_written(
     def load_for(_):
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("blip3o_jax.jobs.generate.load_for", load_for)
+    monkeypatch.setattr("blip3o_jax.jobs.work.load_for", load_for)
     spoilt(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     defaults = [] if "--out" in argv else ["--out", "made"]
@@ -362,51 +325,32 @@ def test_bad_input_is_one_sentence_and_nothing_is_loaded_or_written(
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_checkpoint_without_editing_weights_is_named_before_they_are_loaded(
-    tmp_path, capsys, monkeypatch
-):
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("long_text", "line 2: The instruction 'make the"),
+        ("control", "line 2: The instruction 'x <S0>' contains"),
+        ("empty", "line 2: The instruction is empty"),
+        ("gone", "line 2: The picture c.png cannot be read"),
+        ("several", "line 2: 2 source images"),
+    ],
+)
+def test_a_bad_row_of_a_file_fails_alone(file, reason, channels, loaded, tmp_path):
+    spoilt(tmp_path)
+    argv = ["edit", "--edits", f"{file}.jsonl", "--checkpoint", channels, *FLAGS, "--out", "made"]
+    assert main(argv) == 1
+    good, bad = map(json.loads, (tmp_path / "made/manifest.jsonl").read_text().splitlines())
+    assert (tmp_path / "made" / good["file"]).is_file()
+    assert bad["error"].startswith(f"{file}.jsonl {reason}")
+
+
+def test_a_checkpoint_without_editing_weights_is_named_first(tmp_path, capsys, monkeypatch):
     def load_for(_):
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("blip3o_jax.jobs.generate.load_for", load_for)
+    monkeypatch.setattr("blip3o_jax.jobs.work.load_for", load_for)
     monkeypatch.setattr("blip3o_jax.jobs.evaluate.load_for", load_for)
     plain = checkpoint(tmp_path / "plain", {})
     for command in (["edit", "a.png", "x"], ["evaluate", "edits"], ["evaluate", "drift"]):
         assert main([*command, "--checkpoint", plain, "--out", "made"]) == 2
         assert "has no editing weights" in capsys.readouterr().err
-
-
-def test_evaluation_of_edits_measures_each_one(pipeline, channels, monkeypatch, capsys):
-    """Random weights change everything: nothing is kept, and the judge's own score says that this
-    is the model's fault."""
-    monkeypatch.setattr("blip3o_jax.jobs.evaluate.load_for", lambda _: pipeline)
-    argv = ["evaluate", "edits", "--num-edits", "6", "--seeds", "1", *FLAGS, "--out", "scores"]
-    argv += ["--checkpoint", channels]
-    assert main(argv) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["scores"]["overall"]["count"] == 6
-    assert result["scores"]["overall"]["success"] == 0
-    assert result["judge_on_true_renders"] == 1
-    with open("scores/images.jsonl") as file:
-        lines = [json.loads(line) for line in file]
-    assert [line["kind"] for line in lines] == list(KINDS)
-    assert Image.open("scores/sheet.png").width > 3 * 128
-    assert main(["evaluate", "edits", "--num-edits", "5", "--out", "few"]) == 2
-
-
-def test_drift_is_measured_over_each_pictures_own_turns(pipeline, channels, monkeypatch, capsys):
-    monkeypatch.setattr("blip3o_jax.jobs.evaluate.load_for", lambda _: pipeline)
-    argv = ["evaluate", "drift", "--num-pictures", "3", "--turns", "2", *FLAGS, "--out", "drift"]
-    argv += ["--checkpoint", channels]
-    assert main(argv) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [row["turn"] for row in result["turns"]] == [1, 2]
-    # The same again from Python.
-    chains = measures.heldout_chains(3, 2)
-    first = [compose(chain[0].before) for chain in chains]
-    texts = [[edit.instruction for edit in chain] for chain in chains]
-    samples = pipeline.edits(first, texts, settings=EditSettings(**QUICK))
-    images = np.stack([sample.image for sample in samples]).reshape(3, 2, 64, 64, 3)
-    assert result["turns"] == measures.drift(images, chains)
-    assert Image.open("drift/sheet.png").width >= 3 * 64
-    assert main(["evaluate", "drift", "--turns", "0", "--out", "none"]) == 2

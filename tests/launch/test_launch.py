@@ -1,7 +1,6 @@
 """The launchers as far as they can be held without a cloud: shellcheck, fields, a gcloud that a
 script plays, flags that XLA knows."""
 
-import math
 import os
 import platform
 import re
@@ -11,13 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from blip3o_jax.train.stop import RESTART
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch"), *LAUNCH.glob("env/*.env")])
-# Plays a cloud: writes its arguments down, and answers as the lines of a file say, one a question.
+# Plays a cloud: writes its arguments down, and answers as the lines of a file say, one a question;
+# exit codes of several hosts stand on one.
 GCLOUD = """#!/usr/bin/env bash
 echo "$*" >> "$CLOUD/calls"
 answer() {
@@ -26,10 +25,11 @@ answer() {
 }
 case "$*" in
   *describe*) answer states ;;
-  *"cat blip3o.exit"*) answer codes ;;
+  *"cat blip3o.exit"*) answer codes | tr ' ' '\n' | sed 's/./blip3o.exit=&/' ;;
 esac
 """
 JOB = ["train", "--config", "pretrain_3b:v5e:4x4", "--workdir", "/mnt/runs/a b"]
+PICTURES = ["generate", "--prompts", "/mnt/a b.jsonl", "--out", "/mnt/pictures"]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -46,7 +46,10 @@ def test_scripts_are_clean(path):
     assert done.stdout + done.stderr == ""
 
 
-def tpu_vm(cloud: Path, states: list[str], codes: list[str], *options: str):
+PYTHON = str(Path(sys.executable).parent)  # which the launchers check the job with
+
+
+def tpu_vm(cloud: Path, states: list[str], codes: list[str], *options: str, job=JOB):
     """(exit code, what the script printed, its gcloud calls) with a cloud that answers so."""
     cloud.mkdir(exist_ok=True)
     (cloud / "gcloud").write_text(GCLOUD)
@@ -54,7 +57,8 @@ def tpu_vm(cloud: Path, states: list[str], codes: list[str], *options: str):
     (cloud / "calls").write_text("")
     (cloud / "states").write_text("".join(f"{state}\n" for state in states))
     (cloud / "codes").write_text("".join(f"{code}\n" for code in codes))
-    where = {"PATH": f"{cloud}:{os.environ['PATH']}", "CLOUD": str(cloud), "POLL_SECONDS": "0"}
+    path = f"{cloud}:{PYTHON}:{os.environ['PATH']}"
+    where = {"PATH": path, "CLOUD": str(cloud), "POLL_SECONDS": "0"}
     command = [
         "bash",
         LAUNCH / "tpu_vm.sh",
@@ -69,7 +73,7 @@ def tpu_vm(cloud: Path, states: list[str], codes: list[str], *options: str):
         *options,
     ]
     done = subprocess.run(
-        [*command, "--", *JOB],
+        [*command, "--", *job],
         env={**os.environ, **where},
         capture_output=True,
         text=True,
@@ -80,7 +84,8 @@ def tpu_vm(cloud: Path, states: list[str], codes: list[str], *options: str):
 
 
 def runs(calls: list[str]) -> list[str]:
-    return [call for call in calls if "--worker=all" in call and "blip3o-jax train" in call]
+    job = re.compile("blip3o-jax (train|generate) ")
+    return [call for call in calls if "--worker=all" in call and job.search(call)]
 
 
 def verbs(calls: list[str]) -> list[str]:
@@ -112,7 +117,11 @@ def test_an_interrupted_run_starts_again_and_a_preempted_slice_is_made_again(tmp
 
 
 @pytest.mark.parametrize(
-    ("code", "state", "starts"), [("2", "ACTIVE", 1), ("1", "ACTIVE", 1), ("1", "SUSPENDED", 2)]
+    ("code", "state", "starts"),
+    [
+        *(("2", "ACTIVE", 1), ("1", "ACTIVE", 1), ("1", "SUSPENDED", 2)),
+        *(("130", "ACTIVE", 1), ("143", "ACTIVE", 2)),
+    ],
 )
 def test_a_wrong_run_ends_with_its_code_but_not_one_whose_hosts_were_taken(
     tmp_path, code, state, starts
@@ -121,6 +130,34 @@ def test_a_wrong_run_ends_with_its_code_but_not_one_whose_hosts_were_taken(
     ended, printed, calls = tpu_vm(tmp_path / "cloud", states, [code, "0"])
     assert len(runs(calls)) == starts, printed
     assert ended == (int(code) if starts == 1 else 0)
+
+
+@pytest.mark.parametrize(
+    ("codes", "end", "starts"),
+    [
+        ("0 0 0 0", 0, 1),
+        ("0 0 1 0", 1, 1),  # the one that ended last knows of requests that failed
+        ("134 2 134 134", 2, 1),  # one said what is wrong, and its end took the others along
+        ("0 75 134 0", 0, 2),
+        ("0 255 0 0", 0, 2),  # a host that wrote no code
+        ("0 137 0 0", 137, 1),
+    ],
+)
+def test_the_codes_of_all_hosts_say_whether_pictures_are_made(tmp_path, codes, end, starts):
+    states = ["ACTIVE"] * 4
+    code, printed, calls = tpu_vm(tmp_path / "cloud", states, [codes, "0 0 0 0"], job=PICTURES)
+    assert code == end, printed
+    assert len(runs(calls)) == starts
+    assert "launch/venv.sh; blip3o-jax generate --prompts /mnt/a\\ b.jsonl" in runs(calls)[0]
+    assert not any("preflight" in call for call in calls)  # nothing is joined but by the job
+    assert sum('pip install --quiet ".[tpu]"' in call for call in calls) == starts
+
+
+def test_what_reads_buckets_is_installed_for_a_job_that_names_one(tmp_path):
+    job = [*PICTURES[:-1], "gs://bucket/pictures"]
+    code, printed, calls = tpu_vm(tmp_path / "cloud", ["ACTIVE"] * 2, ["0"], job=job)
+    assert code == 0, printed
+    assert sum('pip install --quiet ".[tpu,gcs]"' in call for call in calls) == 1
 
 
 def test_restarts_are_bounded(tmp_path):
@@ -138,44 +175,54 @@ def test_a_dry_run_calls_nothing_and_a_wrong_argument_is_a_sentence(tmp_path):
     for wrong, sentence in (
         (["--nam"], "Unknown argument"),
         (["--max-restarts", "x"], "is a number"),
+        (["--project", "--spot"], "--project wants a value"),
     ):
         code, printed, calls = tpu_vm(tmp_path / "cloud", [], [], *wrong)
         assert (code, calls) == (2, [])
         assert sentence in printed
 
 
-def test_the_jobset_agrees_with_its_slice_and_with_the_exit_codes():
-    document = yaml.safe_load((LAUNCH / "gke.yaml").read_text())
-    assert (document["apiVersion"], document["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    (replicated,) = document["spec"]["replicatedJobs"]
-    job = replicated["template"]["spec"]
-    pod = job["template"]["spec"]
-    (container,) = pod["containers"]
-    chips = container["resources"]["limits"]["google.com/tpu"]
-    topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
-    assert (
-        job["parallelism"] * chips
-        == job["completions"] * chips
-        == math.prod(int(side) for side in topology.split("x"))
-    )
-    assert container["resources"]["requests"] == container["resources"]["limits"]
-    config = {variable["name"]: variable["value"] for variable in container["env"]}["CONFIG"]
-    assert config.endswith(f":{topology}")
-    # What ends the run for good are its own codes; an interruption starts it again.
-    assert pod["restartPolicy"] == "Never"  # podFailurePolicy wants it
-    (rule,) = job["podFailurePolicy"]["rules"]
-    assert rule["action"] == "FailJob"
-    assert rule["onExitCodes"] == {
-        "containerName": container["name"],
-        "operator": "In",
-        "values": [1, 2],
-    }
-    assert RESTART not in rule["onExitCodes"]["values"]
-    (ends,) = document["spec"]["failurePolicy"]["rules"]
-    assert (ends["action"], ends["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
-    assert {mount["name"] for mount in container["volumeMounts"]} == {
-        volume["name"] for volume in pod["volumes"]
-    }
+@pytest.mark.parametrize(
+    ("job", "sentence"),
+    [
+        ([*JOB, "--dry-run"], "--dry-run stands behind --"),
+        ([*JOB, "--max-restarts=3"], "--max-restarts stands behind --"),
+        ([*JOB, "--steps", "3"], "unknown argument --steps"),
+        ([*JOB, "--config.batch_sise=4"], "did you mean 'batch_size'"),
+        ([*JOB, "--config.batch_size=24"], "batch_size 24 does not divide by the mesh's 16"),
+        ([*JOB[:2], "pretrain_3b:v5e:16x16", *JOB[3:]], "--type v5litepod-16 is not v5e:16x16"),
+        ([*JOB[:4], "gs://bucket/run"], "a bucket's address"),
+        ([*JOB, "--help"], "--reference-quirks"),
+        (["grpo", *JOB[1:]], "is of stage 'joint'"),
+        ([*JOB[:4], "runs/mine"], "runs/mine is inside the clone"),
+        ([*PICTURES[:4], "pictures"], "pictures is inside the clone"),
+        ([*PICTURES, "--overwrite"], "--overwrite would delete what was made"),
+    ],
+)
+def test_a_job_that_would_not_start_asks_for_nothing(tmp_path, job, sentence):
+    """Neither a slice nor anything else of the cloud."""
+    code, printed, calls = tpu_vm(tmp_path / "cloud", ["", "", "ACTIVE"], ["0"], job=job)
+    assert (code, calls) == (2, [])
+    assert sentence in printed
+
+
+def test_preflight_is_given_the_config_as_the_job_reads_it(tmp_path):
+    """Also where it is written with = and changed."""
+    config = "--config=pretrain_3b:v5e:4x4"
+    job = ["train", config, "--workdir=/mnt/a b", "--config.data.cache=c d"]
+    code, printed, calls = tpu_vm(tmp_path / "cloud", ["ACTIVE"] * 2, ["0"], job=job)
+    assert code == 0, printed
+    (run,) = runs(calls)
+    options = "--config pretrain_3b:v5e:4x4 --workdir '/mnt/a b' '--config.data.cache=c d'"
+    assert f"python launch/preflight.py {options} && blip3o-jax train" in run
+
+
+def test_the_scripts_of_a_clone_refuse_what_they_do_not_know():
+    for script, words in (("quickstart.sh", ["--out", "x"]), ("test.sh", ["--all", "--fast"])):
+        command = ["bash", LAUNCH / script, *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2
+        assert words[-2] in done.stderr
 
 
 def environment(name: str, variable: str) -> str:
@@ -201,38 +248,78 @@ def test_xla_knows_the_flags_for_gpus():
 
 
 def test_slurm_starts_again_after_the_code_for_it_only(tmp_path):
-    """srun and scontrol played by scripts: the first step is preflight, the second the run."""
+    """srun and scontrol played by scripts: the first step is preflight, the second the run. 143 is
+    of a SIGTERM before Python runs."""
     calls = tmp_path / "calls"
     for name in ("srun", "scontrol"):
         (tmp_path / name).write_text(
             f'#!/usr/bin/env bash\necho "{name} $*" >> {calls}\n[[ $* != *"blip3o-jax '
-            'train"* ]] || exit "$CODE"\n'
+            '"* ]] || exit "$CODE"\n[[ $* != *preflight* ]] || exit "$FIRST"\n'
         )
         (tmp_path / name).chmod(0o755)
     variables = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PATH": f"{tmp_path}:{PYTHON}:{os.environ['PATH']}",
         "SLURM_SUBMIT_DIR": str(LAUNCH.parent),
         "SLURM_NTASKS": "32",
         "SLURM_JOB_ID": "7",
     }
-    for code, requeued in ((0, False), (2, False), (RESTART, True)):
+    ends = ((0, 0, False), (2, 2, False), (130, 130, False), (RESTART, RESTART, True))
+    for code, end, requeued in (*ends, (143, RESTART, True)):
         calls.write_text("")
-        command = ["bash", LAUNCH / "slurm.sbatch", "pretrain_3b", "/runs/a", "--config.seed=1"]
+        job = ["train", "--config", "pretrain_3b", "--workdir", "/runs/a", "--config.seed=1"]
+        command = ["bash", LAUNCH / "slurm.sbatch", *job]
         done = subprocess.run(
             command,
-            env={**os.environ, **variables, "CODE": str(code)},
+            env={**os.environ, **variables, "CODE": str(code), "FIRST": "0"},
             check=False,
             capture_output=True,
         )
-        assert done.returncode == code
+        assert done.returncode == end
         preflight, run, *rest = calls.read_text().splitlines()
         assert preflight.endswith(
-            "launch/preflight.py --config pretrain_3b --workdir /runs/a --processes 32"
+            "launch/preflight.py --config pretrain_3b --workdir /runs/a --config.seed=1 "
+            "--processes 32"
         )
         assert run.endswith(
             "blip3o-jax train --config pretrain_3b --workdir /runs/a --config.seed=1"
         )
         assert rest == (["scontrol requeue 7"] if requeued else [])
+    # Preflight is interrupted, or fails.
+    for first, end, requeued in ((1, 1, False), (RESTART, RESTART, True)):
+        calls.write_text("")
+        env = {**os.environ, **variables, "CODE": "0", "FIRST": str(first)}
+        done = subprocess.run(command, env=env, check=False, capture_output=True)
+        assert done.returncode == end
+        expected = ["scontrol requeue 7"] if requeued else []
+        assert calls.read_text().splitlines()[1:] == expected
+    # An option of sbatch's behind the script is the job's, and unknown to it: nothing is started.
+    calls.write_text("")
+    command[-1] = "--nodes=2"
+    variables = {**os.environ, **variables, "CODE": "0"}
+    done = subprocess.run(command, env=variables, check=False, capture_output=True, text=True)
+    assert (done.returncode, calls.read_text()) == (2, "")
+    assert "unknown argument --nodes=2" in done.stderr
+    # Pictures: no preflight, and a process that ends badly leaves the others at work.
+    for name, code, end in (
+        *(("generate", 1, 1), ("generate", 143, RESTART), ("evaluate", 143, 143)),
+    ):
+        job = PICTURES if name == "generate" else ["evaluate", "scenes", "--out", "a  b"]
+        calls.write_text("")
+        done = subprocess.run(
+            ["bash", LAUNCH / "slurm.sbatch", *job],
+            env=variables | {"CODE": str(code), "FIRST": "1"},
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == end, done.stderr
+        run, *rest = calls.read_text().splitlines()
+        alone = "--kill-on-bad-exit=0 --wait=0" if name == "generate" else "--kill-on-bad-exit=1"
+        assert run == f"srun {alone} blip3o-jax {' '.join(job)}"
+        assert rest == (["scontrol requeue 7"] if end == RESTART else [])
+    done = subprocess.run(command[:2], env=variables, check=False, capture_output=True, text=True)
+    assert (done.returncode, calls.read_text()) == (2, f"{run}\n")
+    assert "Give a job of blip3o-jax" in done.stderr
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")

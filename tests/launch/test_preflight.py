@@ -117,6 +117,39 @@ def test_data_must_be_there_and_devices_as_planned(tmp_path, config):
     assert "v5e:2x2 has 4 of TPU v5 lite" in lines[-1]
 
 
+def test_an_embedded_checkpoint_is_there_and_an_absent_one_is_named(tmp_path):
+    config = ["--config", "emoji_finetune", "--timeout", "100"]
+    code, lines = outcome(start(tmp_path, *config))
+    assert code == 0, lines
+    assert lines[2] == "data: ok, emoji_64"
+    code, lines = outcome(start(tmp_path, *config, "--config.init=emoji_46"))
+    assert code == 1
+    assert lines[-1].startswith("data: FAILED, No checkpoint 'emoji_46'")
+    assert "did you mean 'emoji_64'" in lines[-1]
+
+
+def test_the_devices_of_the_config_must_be_there(tmp_path):
+    """Its own topology, and a batch that divides over them."""
+    values = {"stage": "autoencoder", "topology": "v5e:2x2", "batch_size": 6}
+    config = tmp_path / "mine.py"
+    config.write_text(
+        "from ml_collections import ConfigDict\ndef get_config():\n    return "
+        f"ConfigDict({values!r})\n"
+    )
+    options = ["--config", str(config), "--timeout", "100"]
+    code, lines = outcome(start(tmp_path, *options))
+    assert code == 1
+    assert lines[-1].startswith("devices: FAILED, 1 of 1 devices are local, cpu;")
+    assert "v5e:2x2 has 4 of TPU v5 lite; name the config's own" in lines[-1]
+    elsewhere = [*options, "--config.topology="]
+    code, lines = outcome(start(tmp_path, *elsewhere))
+    assert (code, lines[4]) == (0, "devices: ok, 1 of 1 devices are local, cpu")
+    devices = "--xla_force_host_platform_device_count=4"
+    code, lines = outcome(start(tmp_path, *elsewhere, XLA_FLAGS=devices))
+    assert code == 1
+    assert "batch_size 6 does not divide by the mesh's 4 batch shards" in lines[-1]
+
+
 @pytest.mark.parametrize(
     ("workdir", "sentence"),
     [("/proc/nothing/here", "cannot be written"), ("gs://bucket/run", "a bucket's address")],

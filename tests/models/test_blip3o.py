@@ -75,9 +75,7 @@ def test_the_condition_starts_at_s0_of_each_row():
     condition = condition_slice(hidden, jnp.array([1, 4]), 5)
     np.testing.assert_array_equal(condition, jnp.stack([hidden[0, 1:6], hidden[1, 4:9]]))
     assert condition.dtype == hidden.dtype
-    np.testing.assert_array_equal(
-        condition_slice(hidden, jnp.array([1, 4]), 5, last=True), hidden[:, 4:]
-    )
+    np.testing.assert_array_equal(condition_slice(hidden, jnp.full(2, 9 - 5), 5), hidden[:, 4:])
 
 
 def test_a_condition_beyond_the_row_is_not_a_number():

@@ -153,7 +153,8 @@ def test_the_authors_own_files_come_back_to_torch(tmp_path, capsys):
     report = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     back = load_file(tmp_path / "back" / "model.safetensors")
     ours = {name for name in back if name.startswith("model.diffusion_connector.")}
-    assert set(back) - ours == set(named) - set(report["ignored_on_the_way_in"])
+    assert set(back) - ours == set(named)
+    assert len(report["ignored_on_the_way_in"]) == report["restored"] > 20
     for name in set(back) - ours - {"model.embed_tokens.weight"}:
         assert back[name].dtype == named[name].dtype, name
         assert torch.equal(back[name], named[name]), name

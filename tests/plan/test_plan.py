@@ -23,7 +23,7 @@ from blip3o_jax.plan import estimate, programs
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.read_config import read_config
 
-CHIP = Chip("", 0, 16)
+CHIP = Chip("", 1e12, 16 * 1024)
 POD_CONFIGS = ("pretrain_3b", "sft_3b", "edit_3b", "pretrain_0_6b")
 PODS = (*("v5e:16x16", "v5p:4x4x8", "v6e:16x16", "v5e:4x4", "v5p:2x2x4", "v6e:4x4"), "tpu7x:2x2x1")
 
@@ -104,6 +104,38 @@ def test_what_the_step_does_not_read_is_there_all_the_same():
     assert found["bytes"]["total"] > arguments
 
 
+def test_what_fits_is_what_the_compiler_would_take():
+    """Arguments, outputs and temporaries less aliases, and code, to the byte of the chip's limit;
+    not the peak, which counts other memory too. What is not read is on the device as well."""
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    read, unread = (
+        jax.ShapeDtypeStruct((size,), jax.numpy.uint8, sharding=place) for size in (600, 77)
+    )
+    names = ("argument_size", "output_size", "temp_size", "alias_size", "generated_code_size")
+    sizes = zip((*names, "peak_memory"), (1024, 512, 300, 512, 40, 9999), strict=True)
+    memory = SimpleNamespace(**{f"{name}_in_bytes": size for name, size in sizes})
+    compiled = SimpleNamespace(
+        input_shardings=([place, None], {}), memory_analysis=lambda: memory, as_text=lambda: ""
+    )
+    lowered = SimpleNamespace(compile=lambda: compiled)
+    kinds = {"parameters": [read], "frozen": [unread]}
+    program = programs.Program(lowered, (read, unread), kinds, None, 1)
+    total = 1024 + 512 + 300 - 512 + 40 + 77
+    limits = {"fits": total, "does not": total - 1}
+    measured = {
+        name: estimate.measure(program, dataclasses.replace(CHIP, hbm=limit / 2**20))
+        for name, limit in limits.items()
+    }
+    assert [result["fits"] for result in measured.values()] == [True, False]
+    assert measured["fits"]["bytes"] == {
+        "parameters": 600,
+        "frozen": 77,
+        "temporary": 1024 + 300 - 600,
+        "code": 40,
+        "total": total,
+    }
+
+
 def test_a_step_of_edits_holds_their_sources():
     """Without a cache: two images a row, and the connector of the sources among what is trained."""
     run = read_config("edit_3b", [])
@@ -130,8 +162,14 @@ def test_a_device_that_is_too_small(sharded):
     assert not estimate.measure(sharded, dataclasses.replace(CHIP, hbm=0))["fits"]
 
 
-def test_time_and_cost_are_arithmetic(monkeypatch):
-    monkeypatch.setattr(estimate, "peak_flops", lambda kind: 1e12)
+def test_a_cut_model_that_does_not_fit_answers_for_the_whole_one(sharded):
+    small_chip = dataclasses.replace(CHIP, hbm=0)
+    result = estimate.of_cut(estimate.measure(sharded, small_chip))
+    assert result["fits"] is False
+    assert "DOES NOT FIT: more than that" in estimate.table(result, small_chip)
+
+
+def test_time_and_cost_are_arithmetic():
     program = programs.Program(None, (), {}, 8 * 10**12, 16)
     found = estimate.price(
         program, jax.devices(), dataclasses.replace(CHIP, devices=2), 0.5, 3600, 2.5
@@ -140,21 +178,6 @@ def test_time_and_cost_are_arithmetic(monkeypatch):
     assert (found["chip_hours"], found["dollars"]) == (8.0, 20.0)
     assert "dollars" not in estimate.price(program, jax.devices(), CHIP, 0.5, 1, None)
     assert "8 chip-hours, $20" in estimate.table({"bytes": {}, "fits": True, **found}, CHIP)
-
-
-def test_generation_is_lowered_whole():
-    cfg, mesh = small(), make_mesh({"fsdp": 8})
-    program = programs.lower_generation(cfg, mesh, 8, 2)
-    whole, count = (
-        cfg.blip3o(),
-        sum(leaf.size for leaf in jax.tree.leaves(Blip3o(cfg.blip3o()).abstract())),
-    )
-    assert programs.lower_generation(cfg, make_mesh({"data": 8}), 8, 2).kinds["parameters"]
-    assert sum(x.size for x in jax.tree.leaves(program.kinds["parameters"])) == count
-    assert {str(x.dtype) for x in jax.tree.leaves(program.kinds["parameters"])} == {"bfloat16"}
-    assert program.flops == flops.text_to_image(whole, 8, whole.max_prompt_tokens, 2)
-    with pytest.raises(InputError, match="does not divide"):
-        programs.lower_generation(cfg, mesh, 12, 2)
 
 
 def test_a_quick_look_has_every_kind_of_block():
@@ -168,40 +191,6 @@ def test_a_quick_look_has_every_kind_of_block():
     assert model.dc_ae.encoder_layers_per_block == (0, 1, 1, 1)
     assert model.dc_ae.decoder_layers_per_block == (0, 1, 1, 1)
     assert programs.shallow(cfg, 9).blip3o().dc_ae == cfg.blip3o().dc_ae
-
-
-@pytest.mark.parametrize(
-    ("options", "sizes"), [([], (8, 1, 1)), (["--mesh", "data=2,fsdp=4"], (2, 4, 1))]
-)
-def test_generation_is_planned_on_the_mesh_that_generate_takes(options, sizes, monkeypatch, capsys):
-    """And for a million images, whatever the run's mesh."""
-    asked = []
-
-    def estimated(program, devices, chip, mfu, runs, dollars):
-        asked.append((program.kinds["parameters"], runs))
-        return {"bytes": {}, "fits": True}
-
-    monkeypatch.setattr(programs, "open_topology", lambda name: (jax.devices(), CHIP))
-    monkeypatch.setattr(estimate, "estimate", estimated)
-    argv = [
-        "--config",
-        "emoji_joint",
-        "--topology",
-        "v5e:2x4",
-        "--config.mesh.tensor=2",
-        "--generate",
-        "3",
-        *options,
-    ]
-    assert main(["plan", *argv]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert tuple(found["mesh"].values()) == sizes
-    assert (found["images_at_once"], found["images_in_all"]) == (24, 1_000_000)
-    [(parameters, runs)] = asked
-    assert runs == 41_667
-    assert {leaf.sharding.mesh.shape_tuple for leaf in jax.tree.leaves(parameters)} == {
-        tuple(found["mesh"].items())
-    }
 
 
 def test_search_prefers_less_computed_again_and_then_more_rows(monkeypatch):
@@ -270,6 +259,8 @@ def test_a_mesh_that_does_not_divide_says_which_does():
         (["--config", "pretrain_3b", "--mfu", "2"], "in (0, 1]"),
         (["--config", "pretrain_3b", "--price", "-1"], "at least 0"),
         (["--config", "pretrain_3b", "--depth", "0"], "at least 1"),
+        (["--config", "pretrain_3b", "--depth", "99"], "cuts no part of this model"),
+        (["--config", "pretrain_3b", "--depth", "2", "--price", "1"], "--price is of the whole"),
         (["--config", "pretrain_3b", "--search", "--generate", "1"], "leave --generate out"),
         (["--config", "pretrain_3b", "--generate", "0"], "at least 1"),
         (["--config", "pretrain_3b", "--mesh", "fsdp=8"], "--mesh is that of --generate"),
@@ -296,21 +287,25 @@ def test_without_libtpu_the_extra_is_named(monkeypatch, capsys):
 
 def test_the_last_line_is_json(monkeypatch, capsys):
     monkeypatch.setattr(programs, "open_topology", lambda name: (jax.devices(), CHIP))
-    monkeypatch.setattr(estimate, "peak_flops", lambda kind: 1e12)
-    argv = [
-        "plan",
-        "--config",
-        "emoji_joint",
-        "--topology",
-        "v5e:2x4",
-        "--config.dtype=float32",
-        "--depth",
-        "1",
-        "--price",
-        "1.0",
-    ]
-    assert main(argv) == 0
+    argv = ["plan", "--config", "emoji_joint", "--topology", "v5e:2x4", "--config.dtype=float32"]
+    shallow = programs.shallow(read_config("emoji_joint", []), 1).model
+    layers = [f"--config.model.{key}={json.dumps(value)}" for key, value in shallow.items()]
+    assert main([*argv, *layers, "--price", "1.0"]) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (last["topology"], last["depth"], last["fits"]) == ("v5e:2x4", 1, True)
+    assert (last["topology"], last["depth"], last["fits"]) == ("v5e:2x4", None, True)
     assert last["dollars"] == pytest.approx(last["chip_hours"])
     assert build_parser().parse_args(argv[:5]).mfu == 0.4
+
+    # The same program as a quick look: no verdict on the run, and no price.
+    assert main([*argv, "--depth", "1"]) == 0
+    printed = capsys.readouterr().out
+    cut = json.loads(printed.splitlines()[-1])
+    assert (cut["depth"], cut["fits"]) == (1, None)
+    assert cut["bytes"] == last["bytes"]
+    priced = {"flops", "flops_per_image", "mfu", "seconds", "images_per_second", "runs", "hours"}
+    priced |= {"chip_hours", "dollars"}
+    assert last.keys() - cut.keys() == priced
+    assert printed.startswith("emoji_joint, CUT to depth 1, on v5e:2x4")
+    assert "a CUT model fits, which the whole one need not" in printed
+    assert " of peak" not in printed
+    assert "chip-hours" not in printed

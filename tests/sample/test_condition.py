@@ -34,7 +34,7 @@ def small(variant: str, positions: bool):
     changes = {"max_sources": 1} | VARIANTS[variant]
     if not positions:
         changes |= {"sana.condition_positions": False, "sana.interpolation_scale": None}
-    cfg = replace(preset("emoji_64"), **SMALL, **changes)
+    cfg = replace(preset("emoji_64"), **{**SMALL, **changes})
     rng = np.random.default_rng(0)
     side, channels = cfg.sana.sample_size, cfg.dc_ae.latent_channels
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import SMALL
+from tiny import SMALL, TEXT_ONLY
 
 from blip3o_jax.config import replace
 from blip3o_jax.convert.random_weights import random_params
@@ -32,7 +32,8 @@ def case(request):
         "sana.num_layers": 2,
         "dc_ae.decoder_layers_per_block": (0, 1, 1, 1),
     }
-    cfg = replace(preset("emoji_64"), **depth, **{"sana.condition_positions": request.param})
+    depth |= TEXT_ONLY | {"sana.condition_positions": request.param}
+    cfg = replace(preset("emoji_64"), **depth)
     rng = np.random.default_rng(0)
     hidden = rng.standard_normal(
         (ROWS, cfg.num_condition_tokens, cfg.qwen3.hidden_size), np.float32

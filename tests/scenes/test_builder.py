@@ -62,3 +62,16 @@ def test_other_settings_have_another_place():
         )
     }
     assert len(names) == 7
+
+
+def test_the_default_world_is_drawn_like_any_other(tmp_path: Path, monkeypatch):
+    """TFDS refuses a config that equals one of its class's own and is another object."""
+    from blip3o_jax.scenes.builder import EmojiScenes, open_source
+
+    prepared = []
+    monkeypatch.setattr(EmojiScenes, "download_and_prepare", lambda b: prepared.append(b))
+    monkeypatch.setattr(EmojiScenes, "as_data_source", lambda builder, split: (builder, split))
+    for world in (WorldConfig(), None):
+        builder, split = open_source(tmp_path, "heldout", world)
+        assert (builder.builder_config.world, split) == (WorldConfig(), "heldout")
+    assert len(prepared) == 2

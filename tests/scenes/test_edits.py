@@ -126,16 +126,16 @@ BLUE, DOG = Thing("heart", "blue", 1, 3), Thing("dog", None, 4, 4)
         ((BLUE, DOG), ["the heart", "the blue heart"]),
         ((LEFT, RIGHT), ["the left heart", "the left red heart"]),
         ((RIGHT, LEFT), ["the right heart", "the right red heart"]),
-        # between two others in a line that is nearly straight, and the only blue one
-        ((BLUE, LEFT, RIGHT), ["the middle heart", "the blue heart"]),
-        # one column apart is too little to be the left one; the rows tell
-        ((LEFT, Thing("heart", "red", 3, 1)), ["the top heart", "the top red heart"]),
-        # too few cells apart both ways
-        ((LEFT, Thing("heart", "blue", 0, 1)), ["the red heart"]),
+        # neither left nor right of both, nor above them, and the only blue one
+        ((BLUE, LEFT, RIGHT), ["the blue heart"]),
+        # on a slant the rows tell, where they are far enough apart
+        ((LEFT, Thing("heart", "red", 2, 4)), ["the top heart", "the top red heart"]),
+        ((Thing("heart", "red", 2, 4), LEFT), ["the bottom heart", "the bottom red heart"]),
+        ((LEFT, Thing("heart", "blue", 1, 4)), ["the red heart"]),
         # a natural heart is red too, and so neither is "the red heart"
         ((LEFT, Thing("heart", None, 0, 4)), ["the left heart", "the left red heart"]),
         ((Thing("heart", None, 0, 4), LEFT), ["the right heart"]),
-        # a triangle has no middle
+        # below both of them
         ((Thing("heart", "green", 5, 3), LEFT, RIGHT), ["the bottom heart", "the green heart"]),
     ],
 )
@@ -245,7 +245,7 @@ def test_the_judge_tells_true_edits_from_none_and_others():
     drawn = [sample(WORLD, i, "heldout" if i % 2 else "train") for i in range(120)]
     after = [compose(edit.after) for edit in drawn]
     for i, edit in enumerate(drawn):
-        right = {"done": True, "kept": True, "success": True, "reason": ""}
+        right = {"done": True, "kept": True, "success": True, "score": 1.0, "reason": ""}
         assert judge_edit(after[i], edit) == right
         unchanged = judge_edit(compose(edit.before), edit)
         assert (unchanged["done"], unchanged["kept"]) == (False, True)
@@ -285,7 +285,10 @@ BLUE_CAT = dataclasses.replace(CAT, color="blue")
 def test_the_judge_says_what_is_wrong(things, ground, done, kept, reason):
     edit = Edit("recolor", "", "", Scene((CAT, KEY), "pink"), Scene((BLUE_CAT, KEY), "pink"))
     verdict = judge_edit(compose(Scene(things, ground)), edit)
-    assert verdict == {"done": done, "kept": kept, "success": done and kept, "reason": reason}
+    # Two things after, one that should have gone, and the ground.
+    score = 1 - len(reason.split("; ") if reason else ()) / 4
+    right = {"done": done, "kept": kept, "success": done and kept, "score": score}
+    assert verdict == right | {"reason": reason}
 
 
 def test_the_judge_wants_the_new_ground_and_nothing_shapeless():

@@ -1,14 +1,16 @@
 """The judge sees true pictures exactly, agrees with a person about worn ones, and refuses wrong and
 shapeless ones."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from blip3o_jax.scenes.config import TAGS, WorldConfig
+from blip3o_jax.scenes.config import FURTHER_TAGS, TAGS, WorldConfig
 from blip3o_jax.scenes.judge import _relations, detect, judge, judge_batch
 from blip3o_jax.scenes.prompts import sample
 from blip3o_jax.scenes.scene import LOOKS, Scene, Thing, compose
-from blip3o_jax.scenes.sprites import GROUNDS, OBJECTS, render
+from blip3o_jax.scenes.sprites import GROUNDS, OBJECTS, PLAIN_COLOR, render
 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
@@ -31,6 +33,10 @@ def asked(name: str, color: str | None = None) -> dict:
     }
 
 
+def rotations(items: list) -> list[list]:
+    return [[*items[i:], *items[:i]] for i in range(len(items))]
+
+
 def blur(image: np.ndarray, sigma: float) -> np.ndarray:
     """Gaussian blur of [Y, X, 3], edges repeated."""
     reach = int(4 * sigma + 0.5)
@@ -46,9 +52,9 @@ def blur(image: np.ndarray, sigma: float) -> np.ndarray:
     return image
 
 
-@pytest.mark.parametrize("tag", [*TAGS, "text"])
+@pytest.mark.parametrize("tag", [*TAGS, *FURTHER_TAGS, "text"])
 def test_true_pictures_are_strictly_right(tag):
-    """Two times 18 per tag, 252 in all; the extra kinds of the training split are among them."""
+    """Two times 18 per tag, 324 in all; the extra kinds of the training split are among them."""
     for metadata, scene in samples(18, tag) + samples(18, tag, "train"):
         verdict = judge(compose(scene), metadata)
         assert (verdict["correct"], verdict["strict"], verdict["score"], verdict["reason"]) == (
@@ -72,7 +78,7 @@ def test_every_look_on_every_ground_is_told_apart():
         assert (found.object, found.color, found.row_px, found.column_px) == (name, color, 16, 16)
 
 
-@pytest.mark.parametrize("tag", [*TAGS, "text"])
+@pytest.mark.parametrize("tag", [*TAGS, *FURTHER_TAGS, "text"])
 def test_wrong_prompts_are_refused(tag):
     for metadata, scene in samples(12, tag):
         image, first = compose(scene), metadata["include"][0] if metadata["include"] else {}
@@ -110,6 +116,18 @@ def test_wrong_prompts_are_refused(tag):
             wrongs.append(
                 metadata | {"include": [a, b | {"position": [OPPOSITE[b["position"][0]], 0]}]}
             )
+        if tag == "one_color":  # another one is coloured too, or all are natural
+            named = {thing.object: thing.color for thing in scene.things}
+            wrongs += [
+                metadata | {"include": [a | {"color": "purple"}, *rest]}
+                for a, *rest in rotations(metadata["include"])
+                if named[a["class"]] is None
+            ]
+            natural = Scene(tuple(replace(t, color=None) for t in scene.things), scene.ground)
+            lost = judge(compose(natural), metadata)
+            (color,) = filter(None, named.values())
+            plain = PLAIN_COLOR.get({color: name for name, color in named.items()}[color])
+            assert lost["correct"] == (color == plain)
         if tag == "colors":
             wrongs += [
                 asked(first["class"], color) for color in LOOKS[1:] if color != first["color"]

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from blip3o_jax.errors import InputError
-from blip3o_jax.scenes.config import TAGS, WorldConfig
+from blip3o_jax.scenes.config import FURTHER_TAGS, TAGS, WorldConfig
 from blip3o_jax.scenes.heldout import held_out
+from blip3o_jax.scenes.instructions import said_color
 from blip3o_jax.scenes.prompts import EXTRA, sample
 from blip3o_jax.scenes.scene import PATCH_WORDS, Scene, Thing, compose, patch_words
 from blip3o_jax.scenes.sprites import GROUNDS, OBJECTS, PLURALS
@@ -79,7 +80,7 @@ def test_training_never_composes_held_out():
     assert any(m["prompt"].startswith("a photo of") for m, _ in samples)
 
 
-@pytest.mark.parametrize("tag", TAGS)
+@pytest.mark.parametrize("tag", [*TAGS, *FURTHER_TAGS])
 def test_held_out_prompts_ask_for_the_unseen(tag):
     held, with_color = held_out(), 0
     world = WorldConfig(weights={tag: 1})
@@ -90,6 +91,13 @@ def test_held_out_prompts_ask_for_the_unseen(tag):
         if tag in ("two_object", "position", "color_attr"):
             assert nouns in held.pairs
             with_color += len(found) == 2
+        elif tag in FURTHER_TAGS:
+            assert len(found) == 1
+            assert found[0] <= nouns
+            colored = [thing for thing in scene.things if thing.color]
+            assert len(colored) == (tag == "one_color")
+            assert len(nouns) == len(scene.things)
+            assert len(nouns) == 3 or (tag == "one_color" and 2 <= len(nouns) <= 4)
         elif tag == "colors":
             assert found == [(metadata["include"][0]["class"], metadata["include"][0]["color"])]
         elif tag == "counting":
@@ -108,7 +116,9 @@ def test_scene_has_what_the_prompt_says_and_nothing_else():
         for item in metadata["include"]:
             wanted[item["class"], item.get("color")] += item["count"]
             assert item["class"] in words or PLURALS[item["class"]] in words
-        assert Counter((t.object, t.color) for t in scene.things) == wanted
+        # One coloured thing beside others: those keep the colour that they have anyway.
+        color = said_color if metadata["tag"] == "one_color" else lambda thing: thing.color
+        assert Counter((t.object, color(t)) for t in scene.things) == wanted
         assert metadata.get("ground", scene.ground) == scene.ground
         assert (words[-2:] == ["on", scene.ground]) == ("ground" in metadata)
         assert metadata.get("word") == scene.word
@@ -128,6 +138,8 @@ def test_wording():
     prompts = [sample(world, i)[0]["prompt"] for i in range(5000)]
     assert not [p for p in prompts if " a a" in f" {p}" or " a o" in f" {p}" or " a u" in f" {p}"]
     assert any(p.startswith("an orange") for p in prompts)
+    assert any(p.count(" and ") == 2 for p in prompts)
+    assert any(p.count(", ") == 1 and p.count(" and ") == 1 for p in prompts)
     assert any("butterflies" in p for p in prompts)
     assert not any("fishs" in p or "fishes" in p for p in prompts)
 

@@ -1,11 +1,12 @@
-"""Proof that a run survives kill -9: killed again and again at random moments, many of them while a
-checkpoint is being written.
+"""Proof that a run survives kill -9, and other signals: ended again and again at random moments,
+many of them while a checkpoint is being written.
 
-    python tests/train/kill_rounds.py [--rounds 50] [--processes 1] [--seed 0]
+    python tests/train/kill_rounds.py [--rounds 50] [--processes 1] [--seed 0] [--signals KILL,TERM]
 
 Trains the transformer of the tiny model, with a checkpoint every few steps. Every new start must go
-on from the newest whole checkpoint there is, and every run that comes to its end must have the bits
-of one that was never killed. One JSON line last; exit code 1 if not.
+on from the newest whole checkpoint there is, every run that comes to its end must have the bits of
+one that was never killed, and every signal but KILL give the exit code that launchers know. One
+JSON line last; exit code 1 if not.
 """
 
 import argparse
@@ -30,6 +31,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # for tiny
 
 # steps of a run, between checkpoints; seconds after which a process hangs
 NUM_STEPS, EVERY, LONGEST = 120, 5, 240.0
+EXITS = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
 
 
 def train(workdir: pathlib.Path) -> None:
@@ -39,6 +41,7 @@ def train(workdir: pathlib.Path) -> None:
     from blip3o_jax.parallel.batches import batch_hosts
     from blip3o_jax.parallel.mesh import make_mesh
     from blip3o_jax.train import loop
+    from blip3o_jax.train.workdir import own_workdir
 
     cfg = practice(
         num_steps=NUM_STEPS, log_every=EVERY, eval_every=NUM_STEPS, checkpoint_every=EVERY
@@ -51,7 +54,8 @@ def train(workdir: pathlib.Path) -> None:
             for name, x in rows_at(step).items()
         }
 
-    loop.run(cfg, workdir, loop.supervised(cfg, from_step(mine), rows_at(10**6), None))
+    with own_workdir(cfg, workdir):
+        loop.run(cfg, workdir, loop.supervised(cfg, from_step(mine), rows_at(10**6), None))
 
 
 def process(workdir: pathlib.Path, index: int, count: int, port: int) -> None:
@@ -59,6 +63,7 @@ def process(workdir: pathlib.Path, index: int, count: int, port: int) -> None:
     import jax
 
     from blip3o_jax.parallel.processes import start_processes
+    from blip3o_jax.train import stop
 
     os.environ["XLA_FLAGS"] = ""
     if count > 1:
@@ -68,10 +73,11 @@ def process(workdir: pathlib.Path, index: int, count: int, port: int) -> None:
             "PROCESS_ID": str(index),
         }
         os.environ |= {f"BLIP3O_{name}": value for name, value in names.items()}
-    start_processes(timeout=int(LONGEST))
-    train(workdir)
-    if count > 1:
-        jax.distributed.shutdown()
+    with stop.handled(process=True):  # as `blip3o-jax train` does it
+        start_processes(timeout=int(LONGEST))
+        train(workdir)
+        if count > 1:
+            jax.distributed.shutdown()
 
 
 def fork(log: pathlib.Path, function: Callable, *args) -> int:
@@ -89,6 +95,10 @@ def fork(log: pathlib.Path, function: Callable, *args) -> int:
         )
         function(*args)
         code = 0
+    except SystemExit as left:
+        code = left.code
+    except KeyboardInterrupt:
+        code = 130
     except BaseException:
         traceback.print_exc()
     finally:
@@ -116,11 +126,19 @@ def newest(workdir: pathlib.Path) -> int:
     return max((int(folder.name) for folder in complete(workdir / "checkpoints")), default=0)
 
 
-def until_killed(workdir: pathlib.Path, count: int, rng: random.Random, span: float | None) -> str:
-    """One start of the run, killed at a random moment within `span` seconds, or never; says when:
-    "writing" a checkpoint, "between", or not at all, "finished".
+def until_killed(
+    workdir: pathlib.Path,
+    count: int,
+    rng: random.Random,
+    span: float | None,
+    number: signal.Signals = signal.SIGKILL,
+    late: bool = False,
+) -> str:
+    """One start of the run, ended by the signal `number` at a random moment within `span` seconds,
+    or never; says when: "writing" a checkpoint, "between", or not at all, "finished".
 
-    Half of the time the first checkpoint after a random moment is waited for, and struck.
+    Half of the time the first checkpoint after a random moment is waited for, and struck. `late`
+    waits until there is a whole one to resume from.
     RuntimeError when a process fails by itself.
     """
     port, began = free_port(), time.monotonic()
@@ -132,7 +150,9 @@ def until_killed(workdir: pathlib.Path, count: int, rng: random.Random, span: fl
     )
     ended = {}
     while len(ended) < count and not (
-        time.monotonic() > moment and (not aimed or temporary(workdir))
+        time.monotonic() > moment
+        and (not late or newest(workdir))
+        and (not aimed or temporary(workdir))
     ):
         for child in children:
             if child not in ended and (found := os.waitpid(child, os.WNOHANG))[0]:
@@ -148,10 +168,14 @@ def until_killed(workdir: pathlib.Path, count: int, rng: random.Random, span: fl
     rng.shuffle(children)
     for child in children:  # the others learn of it, or not, before they go too
         if child not in ended:
-            os.kill(child, signal.SIGKILL)
+            os.kill(child, number)
             time.sleep(rng.uniform(0, 0.1))
-    for child in set(children) - set(ended):
-        os.waitpid(child, 0)
+    codes = {os.waitstatus_to_exitcode(os.waitpid(x, 0)[1]) for x in set(children) - set(ended)}
+    # A child may have ended by itself just before, or not have listened yet. What loses another to
+    # SIGKILL fails in its own way, if it is not struck before it notices.
+    alone = count == 1 or number != signal.SIGKILL
+    if alone and not codes <= {0, -number, EXITS.get(number, 0)}:
+        raise RuntimeError(f"{number.name} gave {sorted(codes)}: {tail(workdir)}")
     return when
 
 
@@ -188,8 +212,11 @@ def compare(*workdirs: pathlib.Path) -> None:
         assert len(jax.tree.leaves(left)) > 2
 
 
-def rounds(number: int, count: int, seed: int, folder: pathlib.Path) -> dict:
-    """Kills `number` times; a run that finishes is compared and a new one begun. The report."""
+def rounds(
+    number: int, count: int, seed: int, folder: pathlib.Path, signals: list[signal.Signals]
+) -> dict:
+    """Kills `number` times, with each of `signals` in turn; a run that finishes is compared and a
+    new one begun. The report."""
     rng, kinds = random.Random(seed), collections.Counter()
     # the first one compiles, so only the second tells how long a run takes
     for reference in (folder / "first", folder / "reference"):
@@ -206,13 +233,15 @@ def rounds(number: int, count: int, seed: int, folder: pathlib.Path) -> dict:
     workdir.mkdir()
     while kills < number or not finished:
         expected = newest(workdir)
-        when = until_killed(workdir, count, rng, span if kills < number else None)
+        ends = signals[kills % len(signals)]
+        limit, is_last = span if kills < number else None, kills == number - 1
+        when = until_killed(workdir, count, rng, limit, ends, late=is_last)
         starts += 1
         found = resumed(workdir)
         resumes += bool(found)
         elsewhere += found is not None and found != expected
         if when != "finished":
-            kinds[when] += 1
+            kinds.update([when, ends.name])
             kills += 1
             continue
         finished += 1
@@ -224,6 +253,7 @@ def rounds(number: int, count: int, seed: int, folder: pathlib.Path) -> dict:
     return {
         "processes": count,
         "rounds": kills,
+        "signals": {each.name: kinds[each.name] for each in signals},
         "killed_while_writing": kinds["writing"],
         "killed_between": kinds["between"],
         "resumed": resumes,
@@ -239,7 +269,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--signals", default="KILL", help="e.g. TERM,INT,USR1,KILL, in turn")
     args = parser.parse_args()
+    signals = [signal.Signals[f"SIG{name}"] for name in args.signals.split(",")]
     os.environ["JAX_PLATFORMS"] = "cpu"
     # Imported here and forked from here, so that a round need not; no device is touched before the
     # fork.
@@ -249,7 +281,7 @@ def main() -> int:
 
     enable_compilation_cache()
     with tempfile.TemporaryDirectory() as folder:
-        report = rounds(args.rounds, args.processes, args.seed, pathlib.Path(folder))
+        report = rounds(args.rounds, args.processes, args.seed, pathlib.Path(folder), signals)
     print(json.dumps(report))
     return int(report["resumed_elsewhere_than_newest_whole"] or report["runs_with_other_bits"])
 

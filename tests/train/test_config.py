@@ -203,6 +203,32 @@ def test_one_checkpoint_may_start_all_parts():
     assert other.init == {**cfg.init, "sana": "sana"}
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("sana.num_layers", "two", "num_layers is 'two', which makes no sense as int"),
+        ("sana.num_layers", 0, "num_layers is 0, which makes no sense as int"),
+        ("qwen3.num_key_value_heads", 0, "num_key_value_heads is 0, which makes no sense as int"),
+        ("dc_ae.block_types", None, "block_types is None, which makes no sense as tuple"),
+        ("dc_ae.block_out_channels", [8, "8"], "block_out_channels is '8', which makes no sense"),
+        ("sana.qk_norm", 1, "qk_norm is 1, which makes no sense as bool"),
+        ("sana", 3, "sana is 3, which makes no sense as SanaConfig"),
+        ("name", {"x": 1}, "name is {'x': 1}, which makes no sense as str"),
+        ("name.x", 1, "name is a value, not a group of keys."),
+        ("dc_ae.encoder_layers_per_block", [0, 1, 1, 600], "DC-AE: 602 layers and taps of"),
+    ],
+)
+def test_a_change_of_the_model_has_the_type_of_its_field(key, value, sentence):
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        read_config("emoji_joint", [f"--config.model.{key}={json.dumps(value)}"])
+
+
+def test_lists_of_a_change_become_tuples():
+    """As the checks and the equality of configs want them; a workdir's JSON has lists."""
+    cfg = read_config("emoji_joint", ["--config.model.dc_ae.qkv_multiscales=[[], [], [], [5]]"])
+    assert cfg.blip3o().dc_ae.qkv_multiscales == ((), (), (), (5,))
+
+
 def test_a_workdir_of_version_0_1_is_that_of_the_same_run():
     """Its config.json has the keys of all stages, also those without an effect."""
     cfg = read_config("emoji_recital", [])
@@ -214,3 +240,24 @@ def test_a_workdir_of_version_0_1_is_that_of_the_same_run():
     saved |= {"trainable_sana": "captions", "grpo": {"beta": 0.001, "num_generations": 16}}
     saved["loss"] = {"condition_dropout": 0.1, "ce_chunk": 0, "latent_noise": 0.0}
     assert saved_config(saved) == cfg
+
+
+@pytest.mark.parametrize(
+    ("saved", "sentence"),
+    [
+        ([], "it has no groups of keys"),
+        ({"stage": "joint", "data": 3}, "it has no groups of keys"),
+        ({"stage": "joint", "data": {"seed": 1}, "loss": [1]}, "it has no groups of keys"),
+        ({"stage": ["joint"], "data": {"seed": 1}}, "its stage is \"['joint']\""),
+        ({"data": {"seed": 1}}, "its stage is 'None'"),
+        ({"stage": "joint", "data": {"seed": 1}, "joint": 3}, "Config key 'joint' wants a group"),
+    ],
+)
+def test_a_damaged_config_of_a_workdir_is_refused(saved, sentence, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(InputError, match=re.escape(sentence)) as error:
+        open_workdir(read_config("emoji_joint", []), tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / 'config.json'} is no config of a run (")
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"config\.json is no config of a run \(maximum recursion"):
+        open_workdir(read_config("emoji_joint", []), tmp_path)

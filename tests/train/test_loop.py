@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import re
@@ -130,25 +131,87 @@ def test_resuming_gives_the_bits_of_an_uninterrupted_run(uninterrupted, tmp_path
     assert_same_bits(params, uninterrupted[1])
 
 
-def test_a_sigterm_saves_the_step_and_leaves_with_the_code_that_launchers_know(
-    uninterrupted, tmp_path
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
+)
+def test_a_signal_saves_the_step_and_leaves_with_the_code_that_launchers_know(
+    uninterrupted, tmp_path, number, code
 ):
     run = tmp_path / "run"
 
     def preempted(step):
         if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)  # while the batch of the fourth step is made
+            os.kill(os.getpid(), number)  # while the batch of the fourth step is made
         return rows_at(step)
 
-    handler = signal.getsignal(signal.SIGTERM)
+    handler = signal.getsignal(number)
     with pytest.raises(SystemExit) as left:
         train(practice(checkpoint_every=100), run, preempted)
-    assert left.value.code == 75
-    assert signal.getsignal(signal.SIGTERM) is handler
+    assert left.value.code == code
+    assert signal.getsignal(number) is handler
     assert [child.name for child in (run / "checkpoints").iterdir()] == ["4"]
     losses, params = train(practice(checkpoint_every=100), run)
     assert losses == uninterrupted[0]
     assert_same_bits(params, uninterrupted[1])
+
+
+def test_a_signal_saves_before_anything_that_takes_long(uninterrupted, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    supervised = loop.supervised
+
+    def evaluated_too_late(*args):
+        def killed(params):
+            raise KeyboardInterrupt  # as by a scheduler whose grace is over
+
+        return dataclasses.replace(supervised(*args), evaluate=killed)
+
+    def preempted(step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rows_at(step)
+
+    cfg = practice(checkpoint_every=100, eval_every=4)
+    monkeypatch.setattr(loop, "supervised", evaluated_too_late)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train(cfg, run, preempted)
+    assert [child.name for child in (run / "checkpoints").iterdir()] == ["4"]
+    monkeypatch.undo()
+    losses, params = train(cfg, run)
+    assert losses == uninterrupted[0]
+    assert_same_bits(params, uninterrupted[1])
+
+
+def test_a_second_interrupt_does_not_wait_for_the_save(tmp_path):
+    def impatient(step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return rows_at(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(practice(checkpoint_every=100), tmp_path / "run", impatient)
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_a_sigterm_after_the_last_save_is_75_and_the_next_start_gives_the_result(
+    tmp_path, monkeypatch
+):
+    finish = training_checkpoint.finish
+
+    def preempted(manager):
+        finish(manager)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(training_checkpoint, "finish", preempted)
+    with pytest.raises(SystemExit) as left:
+        train(practice(), tmp_path / "run")
+    assert (left.value.code, left.value.step) == (75, 6)
+    monkeypatch.undo()
+    run = loop.supervised(practice(), from_step(rows_at), rows_at(10**6), None)
+    result = loop.run(practice(), tmp_path / "run", run)
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(rows[-1])
+    assert result["heldout/loss"] == pytest.approx(last["heldout/loss"], rel=1e-6)
 
 
 def test_micro_batches_give_the_steps_of_the_whole_batch(uninterrupted, tmp_path):

@@ -133,6 +133,18 @@ def test_the_slice_is_right_and_the_original_one_differs(joint, encoded):
     np.testing.assert_allclose(right["ce"], original["ce"])
 
 
+def test_the_original_slice_ends_with_the_longest_row_of_the_batch(joint, encoded):
+    """More columns of padding change nothing; micro-batches get the length of the whole batch."""
+    model = joint[0]
+    original = run(joint, encoded, last_slice=True)
+    pad = model.config.vocab.pad_token_id
+    wide = np.pad(encoded["tokens"], [(0, 0), (0, 6)], constant_values=pad)
+    again = run(joint, encoded | {"tokens": wide}, last_slice=True)
+    np.testing.assert_allclose(again["flow"], original["flow"], rtol=1e-5)
+    draws = losses.joint_draws(model, JointConfig(last_slice=True), encoded, jax.random.key(1))
+    np.testing.assert_array_equal(draws["longest"], np.full(4, 19 + 1 + N + 3))
+
+
 def test_frozen_networks_get_no_gradient_and_the_diffusion_part_reaches_the_transformer(
     from_images,
 ):

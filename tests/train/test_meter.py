@@ -33,6 +33,23 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_a_line_of_the_log_fits_a_terminal():
+    """The first of what matters, whatever else there is; short lines show everything."""
+    others = {f"grad_norm/{part}": 0.123456 for part in ("qwen3", "sana", "diffusion_connector")}
+    numbers = {"accuracy_image": 0.96354, "ce": 0.2234, "flow": 0.192, **others, "skipped": 0.0}
+    numbers |= {"loss": 0.41543618, "step_ms": 5469.3863, "images_per_s": 5.8507478}
+    numbers |= {"goodput": 0.95116413, "learning_rate": 0.00087709504}
+    line = meters.step_line(200, 336000, numbers, 61.2)
+    assert len("00:00:00 " + line) <= 120
+    assert line == (
+        "step 200/336000 loss 0.4154 ce 0.2234 flow 0.192 accuracy_image 0.9635 "
+        "images_per_s 5.851 eta 61 min"
+    )
+    few = {"grad_norm/sana": 0.5, "loss": 1.0, "skipped": 3.0}
+    line = meters.step_line(1, 9, few, 0.4)
+    assert line == "step 1/9 loss 1 grad_norm/sana 0.5 skipped 3 eta 0 min"
+
+
 def test_where_the_time_goes(clock, tmp_path):
     batch = {"tokens": np.zeros((4, 116))}
     meter = Meter(CFG, tmp_path, 0, {"began": 990.0})  # ten seconds of setting up
@@ -125,6 +142,26 @@ def test_event_files_hold_scalars_and_pictures(tmp_path):
     assert found["loss"][0] == 3
     assert found["loss"][1].tensor.float_val == [1.5]
     assert found["sheet"][1].tensor.string_val[2] == (tmp_path / "sheet-000003.png").read_bytes()
+
+
+def test_the_board_shows_one_curve_after_a_kill(tmp_path):
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="needs the extra [tensorboard]",
+    )
+    writer = MetricWriter(tmp_path)
+    for step in (2, 4, 6, 8):
+        writer.write(step, {"loss": step})
+    MetricWriter(tmp_path, 4).write(6, {"loss": 7})  # resumed, and killed before step 8
+    MetricWriter(tmp_path, 4).write(5, {"loss": 9})
+    board = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(event.step, event.value) for event in board.Scalars("loss")] == [
+        (2, 2),
+        (4, 4),
+        (5, 9),
+    ]
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(2, 2), (4, 4), (5, 9)]
 
 
 def test_steps_that_are_done_again_are_written_once(tmp_path):

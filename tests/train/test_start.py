@@ -22,7 +22,9 @@ CONNECTOR = "und_image_vae_connector"
 def test_what_editing_adds_is_fresh_unless_the_checkpoint_has_it(edits, tmp_path):
     config = replace(tiny.PUBLISHED, **EDITING)
     random_checkpoint(tmp_path / "other", config if edits else tiny.PUBLISHED)
-    cfg = with_editing_parts(tiny.config(init=str(tmp_path / "other"), model=EDITING))
+    cfg = with_editing_parts(
+        tiny.config(init=str(tmp_path / "other"), model={**tiny.TEXT_ONLY, **EDITING})
+    )
     assert (CONNECTOR in cfg.init) == edits
     model = Blip3o(config)
     parts = ("sana", CONNECTOR)

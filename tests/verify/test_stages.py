@@ -34,7 +34,9 @@ def test_every_stage_is_finite_and_near_float32(embedded):
             continue
         found = rough[name].astype(np.float32)
         assert np.isfinite(found).all(), name
-        assert np.linalg.norm(found - values) <= 0.02 * np.linalg.norm(values), name
+        # Guidance on two scales adds three velocities, with as much error as all together.
+        limit = 0.06 if name == "edit_guided" else 0.02
+        assert np.linalg.norm(found - values) <= limit * np.linalg.norm(values), name
 
 
 def test_large_activations_overflow_float16_and_not_bfloat16(embedded):
@@ -47,12 +49,14 @@ def test_large_activations_overflow_float16_and_not_bfloat16(embedded):
         .astype(np.float32)
     )
 
+    # The noisy latents and, as more channels, those of a source.
+    latents = np.concatenate([inputs["noise"][:1], inputs["source_latents"][0, :1]], axis=-1)
+
     def velocity(dtype):
         model = Blip3o(cfg, dtype=dtype).sana
         run = jax.jit(lambda params, x, t, c: model.apply({"params": params}, x, t, c))
         return np.asarray(
-            run(cast(sana, dtype), inputs["noise"][:1], jnp.full(1, TIMESTEP), condition),
-            np.float32,
+            run(cast(sana, dtype), latents, jnp.full(1, TIMESTEP), condition), np.float32
         )
 
     exact = velocity(np.float32)

@@ -15,7 +15,7 @@ from blip3o_jax.convert.published import save_published
 from blip3o_jax.convert.random_weights import random_checkpoint
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.presets import preset
-from blip3o_jax.verify.compare import compare_stages, compare_tensors
+from blip3o_jax.verify.compare import compare_stages, compare_tensors, rounding
 from blip3o_jax.verify.stages import edit_outputs, stage_inputs
 
 
@@ -81,6 +81,29 @@ def test_one_changed_value_is_named_and_seen_in_its_stage(small, tmp_path, capsy
     assert found["unequal"] == ["model.sana.proj_out.bias"]
     wrong = {name for name, row in found["stages"].items() if not row["agree"]}
     assert wrong == {"velocity", "pixels"}
+
+
+def test_a_rounded_conversion_agrees_and_a_wrong_one_does_not(small, tmp_path, capsys):
+    """Its stages are those of weights that are rounded alike, within the usual tolerance."""
+    published, converted = small
+    rounded = tmp_path / "bfloat16"
+    argv = ["convert", "to-jax", str(published), str(rounded), "--dtype", "bfloat16"]
+    assert main(argv) == 0
+    capsys.readouterr()
+    assert main(["convert", "verify", str(converted), str(rounded)]) == 0
+    found = report(capsys)
+    assert found["stages_rounded_to"] == "bfloat16"
+    assert found["bit_identical"] < found["tensors"]
+    assert all(row.get("max_rel", 0) <= 1e-6 for row in found["stages"].values())
+
+
+def test_two_checkpoints_are_rounded_to_the_coarser_dtype():
+    def rows(*pairs):
+        return {str(i): {"dtypes": pair} for i, pair in enumerate(pairs)}
+
+    assert rounding(rows(("float32", "float32"), ("bfloat16", "bfloat16"))) == "float32"
+    assert rounding(rows(("float32", "bfloat16"), ("float32", "float32"))) == "bfloat16"
+    assert rounding(rows(("float16", "float32"))) == "float16"
 
 
 def test_another_config_is_not_the_same_model(small, tmp_path, capsys):

@@ -1,0 +1,319 @@
+"""A job at work: requests -> one result each in a folder, over any number of processes and
+restarts.
+
+Requests of one shape of programs are cut into shards, and shard n belongs to process n modulo their
+number; what is done is in the ledger (jobs/ledger.py). The same requests give the same bytes,
+however many processes there are and however often they die.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import hashlib
+import json
+import logging
+import pathlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from blip3o_jax import paths
+from blip3o_jax.errors import InputError, require
+from blip3o_jax.jobs import ledger
+from blip3o_jax.jobs.images import encode_image, file_name, image_format, mask_name
+from blip3o_jax.jobs.lock import locked, outwait
+from blip3o_jax.jobs.options import check_devices, load_for
+from blip3o_jax.jobs.output import new_file
+from blip3o_jax.train import stop
+
+if TYPE_CHECKING:
+    from blip3o_jax.config import Blip3oConfig
+    from blip3o_jax.pictures import Picture
+    from blip3o_jax.pipeline import Pipeline
+    from blip3o_jax.request import Request, Sample
+    from blip3o_jax.text import Text
+
+log = logging.getLogger(__name__)
+
+SHARD = 32  # requests that are recorded together, and at most made again after a crash
+WRITERS = 2  # threads that encode pictures while the devices go on
+SHARDED = ("tar", "array_record")  # formats of one file a shard
+FAILED = 1  # exit code of a job that is done but for requests that failed
+
+
+def shards_of(
+    requests: list[Request], config: Blip3oConfig, text: Text, refused: dict[int, InputError]
+) -> tuple[list[list[int]], list[list[int]], dict[int, InputError]]:
+    """Numbers of the requests of each shard; the shards of each shape, in which numbers ascend; and
+    why requests cannot be served, which have shards of their own."""
+    from blip3o_jax.pipeline import shape
+    from blip3o_jax.request import encode
+
+    numbers: dict[tuple, list[int]] = {}
+    refused = dict(refused)
+    for number, request in enumerate(requests):
+        key = ()
+        try:
+            if number not in refused:
+                key = shape(request, encode(request, config, text), config)
+        except InputError as error:
+            refused[number] = error
+        numbers.setdefault(key, []).append(number)
+    shards, groups = [], []
+    for _, own in sorted(numbers.items(), key=lambda item: repr(item[0])):
+        cut = [own[start : start + SHARD] for start in range(0, len(own), SHARD)]
+        groups.append(list(range(len(shards), len(shards) + len(cut))))
+        shards += cut
+    served = len(requests) - len(refused)
+    log.info("%d requests of %d shapes.", served, len(numbers) - bool(refused))
+    return shards, groups, refused
+
+
+def run(
+    args: argparse.Namespace,
+    requests: list[Request],
+    facts: dict,
+    origin: Callable[[Sample], dict],
+    is_file: bool,
+    refused: dict[int, InputError] | None = None,
+) -> int:
+    """Makes a command's requests, as a job in the folder --out or as one file; returns the exit
+    code.
+
+    facts: what makes this job another than an earlier one. origin: what a picture and its row say
+    of where it is from. A bad request of a file fails alone, as do those already `refused`, by
+    number; one that was typed ends it all.
+    """
+    from blip3o_jax import checkpoints
+    from blip3o_jax.request import encode
+    from blip3o_jax.rl import rewards
+
+    check_devices(args)
+    require(args.best_of >= 1, f"--best-of is at least 1, not {args.best_of}.")
+    require(args.reward or args.best_of == 1, "--best-of needs a --reward to choose by.")
+    if args.reward:
+        rewards.named(args.reward)
+        is_plain = not image_format(args.out) and not any(request.then for request in requests)
+        require(is_plain, "--reward is for a job in a folder, of one turn.")
+        facts |= {"reward": args.reward, "best_of": args.best_of}
+    config, text = checkpoints.config_of(args.checkpoint), checkpoints.text_of(args.checkpoint)
+    if not is_file:
+        for request in requests:
+            encode(request, config, text)
+    # One picture, or a job in a folder, which is known again by what its requests ask for.
+    if image_format(args.out):
+        return _run_file(args, requests, origin)
+    digest = hashlib.sha256()
+    for request in requests:
+        images = [name_of(image) for image in request.images]
+        line = [request.id, request.texts, images]
+        digest.update(json.dumps(line).encode())
+    facts |= {"requests": len(requests), "input": digest.hexdigest(), "format": args.format}
+    shards = shards_of(requests, config, text, refused or {})
+    return _run_job(args, requests, facts, origin, *shards)
+
+
+def _run_file(
+    args: argparse.Namespace, requests: list[Request], origin: Callable[[Sample], dict]
+) -> int:
+    """Writes the one image as --out, and its mask beside it if --mask is given."""
+    total = sum(len(request.texts) for request in requests)
+    several = f"{args.out} is one file, but you asked for {total} images; name a folder."
+    require(total == 1, several)
+    names = [args.out, mask_name(args.out)][: 1 + bool(getattr(args, "mask", False))]
+    with contextlib.ExitStack() as stack:
+        places = [stack.enter_context(new_file(name, args.overwrite)) for name in names]
+        pipeline = load_for(args)
+        pipeline.check(requests)
+        (sample,) = pipeline.run(requests)
+        files = encoded(args, sample, origin(sample) | {"checkpoint": pipeline.identity})
+        for place, data in zip(places, files, strict=True):
+            place.write_bytes(data)
+    print(args.out)
+    return 0
+
+
+def _run_job(
+    args: argparse.Namespace,
+    requests: list[Request],
+    facts: dict,
+    origin: Callable[[Sample], dict],
+    shards: list[list[int]],
+    groups: list[list[int]],
+    refused: dict[int, InputError],
+) -> int:
+    """Makes what is not made yet of this process's share."""
+    from blip3o_jax import checkpoints
+    from blip3o_jax.parallel.processes import share, wait_for_others
+
+    folder = paths.path(args.out)
+    index, count = share(args.share)
+    require(count == 1 or not args.overwrite, "--overwrite is of one process alone.")
+    if args.overwrite:
+        outwait(folder)
+    identity = checkpoints.open(args.checkpoint).identity
+    ledger.begin(folder, {**facts, "checkpoint": identity, "shard": SHARD}, args.overwrite)
+    own = [shard for shard in range(len(shards)) if shard % count == index]
+    with locked(folder, index, count) as life, stop.watch(together=False) as leaves:
+        # What is there already, if it is what it was.
+        done = {shard: ledger.intact(folder, shard) for shard in own}
+        if args.format in SHARDED:
+            done = {s: rows if len(rows) == len(shards[s]) else {} for s, rows in done.items()}
+        left = {s: [n for n in shards[s] if n not in done[s]] for s in own}
+        # What cannot be served needs no model.
+        for shard in [shard for shard in own if set(shards[shard]) <= refused.keys()]:
+            del left[shard]
+            rows = {n: [failure(requests[n], n, refused[n])] for n in shards[shard]}
+            ledger.record(folder, shard, rows)
+        todo = [number for numbers in left.values() for number in numbers]
+        if todo:
+            log.info("%d of %d requests are to be made here.", len(todo), len(requests))
+            pipeline = load_for(args)
+            require(pipeline.identity == identity, f"{args.checkpoint} changed meanwhile.")
+            pipeline.warn([requests[number] for number in todo])
+            _work(args, folder, requests, left, done, pipeline, origin, leaves, life)
+        ended = ledger.finish(folder, groups)
+    wait_for_others()
+    if ended is None:
+        print(f"This process's share of {args.out} is done; others are at work on the rest.")
+        return 0
+    results, failures = ended
+    print(f"{results} images in {args.out}")
+    if failures:
+        print(f"{failures} requests failed; {folder / ledger.MANIFEST} says why.")
+    return FAILED if failures else 0
+
+
+def _work(
+    args: argparse.Namespace,
+    folder: paths.AnyPath,
+    requests: list[Request],
+    left: dict[int, list[int]],
+    done: dict[int, ledger.Rows],
+    pipeline: Pipeline,
+    origin: Callable[[Sample], dict],
+    leaves: Callable[[int], bool],
+    life: dict,
+) -> None:
+    """Makes the requests that are `left` of each shard, and records each shard once it is done."""
+    from tqdm import tqdm
+
+    from blip3o_jax.jobs.best import best_of
+    from blip3o_jax.rl import rewards
+
+    order = [(shard, number) for shard, numbers in left.items() for number in numbers]
+    places = {id(requests[number]): (shard, number) for shard, number in order}
+    missing = {shard: len(own) for shard, own in left.items()}
+    # Files of shards that become one.
+    held: dict[int, dict[str, bytes]] = collections.defaultdict(dict)
+    writing: collections.deque[tuple[int, int, bool, Future]] = collections.deque()
+
+    def settle(most: int) -> None:
+        """Waits until no more than `most` results are being written."""
+        while len(writing) > most:
+            shard, number, is_last, future = writing.popleft()
+            row, files = future.result()
+            done[shard].setdefault(number, []).append(row)
+            held[shard] |= files
+            missing[shard] -= is_last
+            life["made"] += is_last
+            if is_last and not missing[shard]:
+                rows, files = done.pop(shard), held.pop(shard)
+                rows = ledger.write_shard(folder, shard, rows, files, args.format)
+                ledger.record(folder, shard, rows)
+
+    def failed(request: Request, reason: str) -> None:
+        shard, number = places[id(request)]
+        row = failure(request, number, InputError(reason)), {}
+        writing.append((shard, number, True, executor.submit(lambda: row)))
+
+    # Encoders and writers work while the devices are at the next batch.
+    with ThreadPoolExecutor(WRITERS) as executor:
+        asked = (requests[number] for _, number in order)
+        if args.reward:
+            reward = rewards.named(args.reward)
+            samples = best_of(pipeline, asked, args.best_of, reward, failed)
+        else:
+            samples = pipeline.run(asked, failed)
+        for sample in tqdm(samples, total=len(order), unit="image"):
+            shard, number = places[id(sample.request)]
+            is_last = sample.turn == len(sample.request.then)
+            facts = origin(sample) | {"checkpoint": pipeline.identity} | sample.facts
+            future = executor.submit(write, args, folder, sample, number, facts)
+            writing.append((shard, number, is_last, future))
+            settle(4 * pipeline.batch_size)
+            if leaves(number):
+                break
+        settle(0)
+    # What a shard has so far, where a signal ends the work; a file of many is whole or not at all.
+    for shard, rows in ((shard, done[shard]) for shard in left if shard in done):
+        whole = {n: own for n, own in rows.items() if len(own) == len(requests[n].texts)}
+        if missing[shard] and whole and args.format not in SHARDED:
+            ledger.record(folder, shard, whole)
+
+
+def write(
+    args: argparse.Namespace, folder: paths.AnyPath, sample: Sample, number: int, facts: dict
+) -> tuple[dict, dict[str, bytes]]:
+    """Writes a sample's files, or returns them if they are to be a part of its shard's; and its
+    row."""
+    request = sample.request
+    several = [sample.turn] if request.then else []
+    name = file_name(sample.prompt, number // args.num_images, request.index, *several)
+    files = dict(zip((name, mask_name(name)), encoded(args, sample, facts), strict=False))
+    row = {"number": number, "id": request.id}
+    tail = facts | {"tokens": sample.tokens.tolist()} | asdict(request.settings)
+    if args.format in SHARDED:
+        row |= {"member": name} | tail
+        if args.format == "tar":
+            files[f"{pathlib.Path(name).stem}.json"] = json.dumps(row).encode()
+        return row, files
+    for (kind, digest), (path, data) in zip(ledger.FILES, files.items(), strict=False):
+        with paths.remote_errors(f"{folder / path} cannot be written"):
+            (folder / path).write_bytes(data)
+        row |= {kind: path, digest: hashlib.sha256(data).hexdigest()}
+    return row | tail, {}
+
+
+def name_of(picture: Picture) -> str:
+    """A picture's path, or the sha256 of the pixels of one that has none."""
+    from blip3o_jax.pictures import array
+
+    if isinstance(picture, str):
+        return picture
+    return hashlib.sha256(array(picture).tobytes()).hexdigest()
+
+
+def failure(request: Request, number: int, error: InputError) -> dict:
+    """The row of a request that cannot be served."""
+    row = {"number": number, "id": request.id, "error": str(error)}
+    return row | ({"param": error.param} if hasattr(error, "param") else {})
+
+
+def status(out: str) -> int:
+    """Prints what is done of the job in a folder, and the shares that are being made."""
+    folder = paths.path(out)
+    facts = ledger.read_facts(folder)
+    done = failures = 0
+    for file in (folder / ledger.DONE).glob("*.jsonl"):
+        rows = ledger.recorded(folder, int(file.stem)).values()
+        failures += sum("error" in row for (row, *_) in rows)
+        done += len(rows)
+    result = {"requests": facts["requests"], "done": done - failures, "failed": failures}
+    lives = [json.loads(file.read_text("utf-8")) for file in (folder / "job").glob("lock-*.json")]
+    rates = [life["made"] / life["seconds"] for life in lives if life["seconds"]]
+    print(json.dumps(result | {"requests_per_s": round(sum(rates), 3), "at_work": lives}))
+    return 0
+
+
+def encoded(args: argparse.Namespace, sample: Sample, facts: dict) -> list[bytes]:
+    """The file of a sample, and of its mask if --mask is given."""
+    kind = image_format(args.out) or ("png" if args.format in SHARDED else args.format)
+    settings = {"settings": asdict(sample.request.settings)}
+    files = [encode_image(sample.image, facts | settings, kind)]
+    if getattr(args, "mask", False):
+        files.append(encode_image(sample.mask, {}))
+    return files

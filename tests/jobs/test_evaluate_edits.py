@@ -1,0 +1,65 @@
+"""`blip3o-jax evaluate edits` and `drift` with a tiny random checkpoint: tables, files, sheets."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from editing import FLAGS, QUICK, edits
+from PIL import Image
+
+from blip3o_jax.cli import main
+from blip3o_jax.evaluate import edits as measures
+from blip3o_jax.sample.settings import EditSettings
+from blip3o_jax.scenes.edits import KINDS
+from blip3o_jax.scenes.scene import compose
+
+pytestmark = pytest.mark.usefixtures("loaded")
+
+
+def test_evaluation_of_edits_measures_each_one(pipeline, channels, monkeypatch, capsys):
+    """Random weights change everything, and the judge's own score says that this is their fault."""
+    monkeypatch.setattr("blip3o_jax.jobs.evaluate.load_for", lambda _: pipeline)
+    argv = ["evaluate", "edits", "--num-edits", "6", "--seeds", "1", *FLAGS, "--out", "scores"]
+    argv += ["--checkpoint", channels]
+    assert main(argv) == 0
+    head, *table, line = capsys.readouterr().out.splitlines()
+    result = json.loads(line)
+    assert head.split() == ["overall", *KINDS]
+    assert table[0].split() == ["count", "6", *"111111"]
+    assert table[-2].split() == ["success,", "judge_on_true_renders", "1.00"]
+    assert [result["scores"]["overall"][name] for name in ("count", "success")] == [6, 0]
+    assert result["judge_on_true_renders"] == 1
+    lines = pathlib.Path("scores/images.jsonl").read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in lines] == list(KINDS)
+    assert Image.open("scores/sheet.png").width > 3 * 128
+    # Where no change counts, the sources themselves come back.
+    assert main([*argv, "--keep-unchanged", "256", "--out", "same"]) == 0
+    same = json.loads(capsys.readouterr().out.splitlines()[-1])["scores"]["overall"]
+    assert (same["kept"], same["done"], same["psnr"]) == (1, 0, 58.92)
+    assert main(["evaluate", "edits", "--num-edits", "5", "--out", "few"]) == 2
+
+
+def test_drift_is_measured_over_each_pictures_own_turns(pipeline, channels, monkeypatch, capsys):
+    monkeypatch.setattr("blip3o_jax.jobs.evaluate.load_for", lambda _: pipeline)
+    argv = ["evaluate", "drift", "--num-pictures", "3", "--turns", "2", *FLAGS, "--out", "drift"]
+    argv += ["--checkpoint", channels]
+    assert main(argv) == 0
+    *table, line = capsys.readouterr().out.splitlines()
+    result = json.loads(line)
+    assert [line.split() for line in table[:2]] == [["turn", "turn"], ["1", "2"]]
+    assert table[-1].split() == ["psnr", *(f"{row['psnr']:.2f}" for row in result["turns"])]
+    assert [row["turn"] for row in result["turns"]] == [1, 2]
+    # The same again from Python.
+    chains = measures.heldout_chains(3, 2)
+    first = [compose(chain[0].before) for chain in chains]
+    texts = [[edit.instruction for edit in chain] for chain in chains]
+    samples = edits(pipeline, first, texts, settings=EditSettings(**QUICK))
+    images = np.stack([sample.image for sample in samples]).reshape(3, 2, 64, 64, 3)
+    assert result["turns"] == measures.drift(images, chains)
+    sheet = np.asarray(Image.open("drift/sheet.png"))[10:, 26:]  # results above, true ones below
+    for y, row in enumerate((images[0], [compose(edit.after) for edit in chains[0]])):
+        for x, shown in enumerate([first[0], *row]):
+            cell = sheet[136 * y :, 136 * x :][:128:2, :128:2]
+            np.testing.assert_array_equal(cell, shown)
+    assert main(["evaluate", "drift", "--turns", "0", "--out", "none"]) == 2

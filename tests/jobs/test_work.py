@@ -1,0 +1,319 @@
+"""A job: its results are those of Python, whatever happens to it on the way."""
+
+import base64
+import http.server
+import io
+import json
+import os
+import pathlib
+import signal
+import tarfile
+import threading
+from typing import ClassVar
+
+import grain
+import jax
+import numpy as np
+import pytest
+from editing import FLAGS, QUICK
+from PIL import Image
+
+import blip3o_jax
+from blip3o_jax.cli import main
+from blip3o_jax.jobs import ledger, lock, work
+from blip3o_jax.request import Request
+from blip3o_jax.sample.settings import Settings
+
+PROMPTS = ["a cat", "two red hearts", "a blue fish left of a green tree on pink", "a moon"]
+PROMPTS += [f"{n} hearts on {ground}" for n in ("two", "three") for ground in ("pink", "gray")]
+
+
+@pytest.fixture(autouse=True)
+def small(loaded, monkeypatch):
+    """Shards of three requests, so that a few make several."""
+    monkeypatch.setattr(work, "SHARD", 3)
+    rows = [json.dumps({"prompt": prompt, "id": f"p{i}"}) for i, prompt in enumerate(PROMPTS)]
+    pathlib.Path("prompts.jsonl").write_text("\n".join(rows))
+
+
+def generate(channels, *more, out="made"):
+    argv = ["generate", "--prompts", "prompts.jsonl", "--checkpoint", channels, *FLAGS]
+    return main([*argv, "--out", out, *more])
+
+
+def files(folder="made"):
+    """All that the user gets: the pictures and the manifest."""
+    paths = pathlib.Path(folder).glob("*.*")
+    return {path.name: path.read_bytes() for path in paths}
+
+
+def manifest(folder="made"):
+    return [json.loads(line) for line in (pathlib.Path(folder) / "manifest.jsonl").open()]
+
+
+@pytest.fixture
+def never(monkeypatch):
+    """No weights may be loaded."""
+
+    def load_for(_):
+        raise AssertionError("loaded")
+
+    return lambda: monkeypatch.setattr(work, "load_for", load_for)
+
+
+def test_a_job_gives_what_python_gives_in_the_order_of_its_prompts(channels, pipeline, capsys):
+    assert generate(channels, "--num-images", "2", "--seed", "7") == 0
+    assert capsys.readouterr().out == "16 images in made\n"
+    expected = pipeline.generate(PROMPTS, seed=7, num_images=2, **QUICK)
+    rows = manifest()
+    asked = [(f"p{p}", prompt, i) for p, prompt in enumerate(PROMPTS) for i in (0, 1)]
+    assert [(row["id"], row["prompt"], row["index"]) for row in rows] == asked
+    for row, image in zip(rows, expected, strict=True):
+        with Image.open(pathlib.Path("made") / row["file"]) as made:
+            np.testing.assert_array_equal(np.asarray(made), np.asarray(image))
+        assert row["sha256"] == ledger.digest_of(pathlib.Path("made") / row["file"])
+        assert row["checkpoint"] == pipeline.identity
+
+
+def test_a_finished_job_loads_nothing_and_says_the_same_again(channels, never, capsys):
+    assert generate(channels) == 0
+    before = files()
+    never()
+    assert generate(channels) == 0
+    assert capsys.readouterr().out == "8 images in made\n" * 2
+    assert files() == before
+
+
+def test_shares_make_the_same_files_as_one_process(channels, capsys):
+    assert generate(channels) == 0
+    assert generate(channels, "--share", "1/3", out="shared") == 0
+    assert "others are at work" in capsys.readouterr().out
+    assert not pathlib.Path("shared/manifest.jsonl").exists()
+    assert generate(channels, "--share", "0/3", out="shared") == 0
+    assert generate(channels, "--share", "2/3", out="shared") == 0
+    assert files("shared") == files()
+
+
+def test_only_what_was_spoilt_or_deleted_is_made_again(channels, monkeypatch):
+    assert generate(channels) == 0
+    before, (first, second, *_) = files(), manifest()
+    (pathlib.Path("made") / first["file"]).write_bytes(b"spoilt")
+    (pathlib.Path("made") / second["file"]).unlink()
+    made = []
+    encoded = work.encoded
+    monkeypatch.setattr(work, "encoded", lambda *a: made.append(a[1].prompt) or encoded(*a))
+    assert generate(channels) == 0
+    assert sorted(made) == sorted(PROMPTS[:2])
+    assert files() == before
+
+
+def test_another_job_in_the_same_folder_is_shown_the_difference(channels, capsys, never):
+    assert generate(channels) == 0
+    before = files()
+    never()
+    assert generate(channels, "--seed", "1", "--top-k", "5") == 2
+    error = capsys.readouterr().err
+    assert "made holds a job with seed 0, top_k 1200; this one has seed 1, top_k 5" in error
+    pathlib.Path("prompts.jsonl").write_text('{"prompt": "a dog"}')
+    assert generate(channels) == 2
+    assert "input" in capsys.readouterr().err
+    assert files() == before
+
+
+def test_a_request_that_fails_is_recorded_and_made_once_it_can_be(channels, capsys):
+    rows = [{"image": name, "instruction": "make it blue"} for name in ("a.png", "c.png", "b.png")]
+    rows.append({"image": "a.png", "instruction": " "})
+    pathlib.Path("edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    argv = ["edit", "--edits", "edits.jsonl", "--checkpoint", channels, *FLAGS, "--out", "made"]
+    assert main(argv) == work.FAILED
+    assert "2 requests failed" in capsys.readouterr().out
+    reasons = [row.get("error", "") for row in manifest()]
+    assert [bool(reason) for reason in reasons] == [False, True, False, True]
+    assert "c.png cannot be read" in reasons[1]
+    assert "The instruction is empty" in reasons[3]
+    before = files()
+    Image.open("b.png").save("c.png")
+    assert main(argv) == work.FAILED
+    assert [bool(row.get("error")) for row in manifest()] == [False, False, False, True]
+    assert before.items() - files().items() == {("manifest.jsonl", before["manifest.jsonl"])}
+
+
+def test_a_signal_keeps_what_is_made_and_the_same_command_goes_on(channels, monkeypatch):
+    assert generate(channels, out="whole") == 0
+    encoded, made = work.encoded, []
+
+    def encode(args, sample, facts):
+        made.append(sample.prompt)
+        if len(made) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return encoded(args, sample, facts)
+
+    monkeypatch.setattr(work, "encoded", encode)
+    with pytest.raises(SystemExit) as end:
+        generate(channels)
+    assert end.value.code == 75
+    assert not pathlib.Path("made/manifest.jsonl").exists()
+    assert len(made) < len(PROMPTS)
+    assert generate(channels) == 0
+    assert sorted(made) == sorted(PROMPTS)
+    assert files() == files("whole")
+
+
+def test_a_second_job_stays_out_and_a_dead_ones_restart_gets_in(channels, capsys, monkeypatch):
+    monkeypatch.setattr(lock, "DEAD", 4.0)
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    folder = pathlib.Path("made")
+    assert generate(channels) == 0
+    with lock.locked(folder, 0, 1):
+        for options in (["--share", "0/1"], ["--share", "1/2"], ["--overwrite"]):
+            assert generate(channels, *options) == 2
+    error = capsys.readouterr().err
+    assert error.count(f"Another job is at work on made: process {os.getpid()} on ") == 3
+    # Of a process that is gone, and of one on another host that gives no sign of life.
+    for life in ({"host": os.uname().nodename, "pid": 2**22 + 1}, {"host": "elsewhere", "pid": 1}):
+        path = folder / "job/lock-0-of-1.json"
+        path.write_text(json.dumps(life))
+        assert generate(channels) == 0
+        assert not path.exists()
+
+
+def test_a_shard_holds_pictures_and_rows_and_is_made_whole_again(channels, monkeypatch):
+    assert generate(channels) == 0
+    assert generate(channels, "--format", "tar", out="tars") == 0
+    shards = sorted(pathlib.Path("tars/shards").iterdir())
+    members = {}
+    for shard in shards:
+        with tarfile.open(shard) as tar:
+            members |= {name: tar.extractfile(name).read() for name in tar.getnames()}
+    pictures = {name: data for name, data in files().items() if name != "manifest.jsonl"}
+    assert {name: data for name, data in members.items() if name.endswith("png")} == pictures
+    for row in manifest("tars"):
+        assert json.loads(members[row["member"].replace(".png", ".json")])["id"] == row["id"]
+    assert generate(channels, "--format", "array_record", out="records") == 0
+    records = grain.sources.ArrayRecordDataSource(sorted(pathlib.Path("records/shards").iterdir()))
+    assert sorted(records) == sorted(pictures.values())
+    # A shard that is spoilt is made whole again.
+    before = {path: path.read_bytes() for path in shards}
+    shards[1].write_bytes(shards[1].read_bytes()[:-1])
+    assert generate(channels, "--format", "tar", out="tars") == 0
+    assert {path: path.read_bytes() for path in shards} == before
+
+
+def test_the_status_counts_what_is_recorded(channels, capsys):
+    assert generate(channels, "--share", "0/3") == 0
+    capsys.readouterr()
+    assert main(["generate", "--status", "--out", "made"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert (status["requests"], status["failed"], status["at_work"]) == (8, 0, [])
+    assert 0 < status["done"] < 8
+    assert main(["generate", "--status", "--out", "nowhere"]) == 2
+    assert "nowhere holds no job" in capsys.readouterr().err
+
+
+MESHES = [(4, {}, 1), (8, {"data": 2, "tensor": 2}, 4)]
+
+
+@pytest.mark.parametrize(("batch_size", "mesh", "devices"), MESHES)
+def test_batch_mesh_and_shares_change_no_token_and_no_pixel_by_more_than_a_level(
+    batch_size, mesh, devices, channels, pipeline, monkeypatch
+):
+    """Six random splits and orders for each of two meshes."""
+    few = jax.devices()[:devices]
+    other = blip3o_jax.load(channels, mesh=mesh, devices=few, batch_size=batch_size)
+    monkeypatch.setattr(work, "load_for", lambda _: other)
+    expected = {
+        s.request.id: s
+        for s in pipeline.run(
+            [Request(p, id=f"p{i}", settings=Settings(**QUICK)) for i, p in enumerate(PROMPTS)]
+        )
+    }
+    rng = np.random.default_rng(batch_size + devices)
+    rows = pathlib.Path("prompts.jsonl").read_text().splitlines()
+    for out in "abcdef":
+        pathlib.Path("prompts.jsonl").write_text("\n".join(rng.permutation(rows)))
+        count = int(rng.integers(1, 4))
+        for index in rng.permutation(count):
+            assert generate(channels, "--share", f"{index}/{count}", out=out) == 0
+        for row in manifest(out):
+            assert row["tokens"] == expected[row["id"]].tokens.tolist()
+            with Image.open(pathlib.Path(out) / row["file"]) as made:
+                pixels = np.asarray(made).astype(int)
+            assert np.abs(pixels - expected[row["id"]].image).max() <= 1
+
+
+class Judge(http.server.BaseHTTPRequestHandler):
+    """Answers with how blue an image is; with what `says` holds first."""
+
+    says: ClassVar[list] = []
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        images = [Image.open(io.BytesIO(base64.b64decode(image))) for image in body["images"]]
+        assert len(images) == len(body["prompts"]) == len(body["metadata"])
+        rewards = [float(np.asarray(image)[..., 2].mean()) for image in images]
+        code, answer = self.says.pop(0) if self.says else (200, {"rewards": rewards})
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def judge():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    Judge.says.clear()
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_best_of_several_is_kept_and_says_which_one_it_is(channels, judge):
+    """The server fails once, which is no reason to give up."""
+    Judge.says.append((503, {}))
+    assert generate(channels, "--num-images", "4", out="all") == 0
+    options = ["--num-images", "2", "--best-of", "2", "--reward", judge]
+    assert generate(channels, *options, out="best") == 0
+    every = {}
+    for row in manifest("all"):
+        with Image.open(pathlib.Path("all") / row["file"]) as image:
+            every[row["id"], row["index"]] = np.asarray(image)
+    for row in manifest("best"):
+        places = [2 * row["index"], 2 * row["index"] + 1]
+        blue = [every[row["id"], place][..., 2].mean() for place in places]
+        assert row["candidate"] == places[int(np.argmax(blue))]
+        assert row["rewards"] == pytest.approx(blue)
+        assert row["reward"] == max(row["rewards"])
+        with Image.open(pathlib.Path("best") / row["file"]) as image:
+            np.testing.assert_array_equal(np.asarray(image), every[row["id"], row["candidate"]])
+
+
+@pytest.mark.parametrize(
+    ("says", "sentence"),
+    [
+        ((404, {}), "fails: HTTP Error 404"),
+        ((200, {"rewards": [1.0]}), "gives 1 rewards for 2 images."),
+        ((200, {"scores": []}), "answers without a list of rewards."),
+        ((200, {"rewards": [None, None]}), "the reward has nothing to say of its images."),
+    ],
+)
+def test_a_request_that_cannot_be_judged_fails_alone(says, sentence, channels, judge):
+    pathlib.Path("prompts.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "a dog"}')
+    Judge.says.append(says)
+    assert generate(channels, "--best-of", "2", "--reward", judge) == work.FAILED
+    first, second = manifest()
+    assert sentence in first["error"]
+    assert second["candidate"] in (0, 1)
+
+
+def test_rewards_that_cannot_be_are_refused(channels, capsys, never):
+    never()
+    for options, sentence in {
+        ("--best-of", "0"): "--best-of is at least 1",
+        ("--best-of", "2"): "--best-of needs a --reward",
+        ("--reward", "ocr"): "There is no reward 'ocr'; known: scenes, http://HOST/PATH.",
+    }.items():
+        assert generate(channels, *options) == 2
+        assert sentence in capsys.readouterr().err

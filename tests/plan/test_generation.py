@@ -1,0 +1,207 @@
+"""plan --generate on the simulated CPU devices: the programs, their bytes, and what fits."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+from tiny import SMALL
+
+from blip3o_jax import flops
+from blip3o_jax.chips import CHIPS, Chip
+from blip3o_jax.cli import main
+from blip3o_jax.errors import InputError
+from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.parallel.mesh import make_mesh
+from blip3o_jax.plan import estimate, generation, programs
+from blip3o_jax.presets import preset
+from blip3o_jax.sample.settings import Settings
+from blip3o_jax.train.config import TrainConfig
+
+CHIP = Chip("", 1e12, 16 * 1024)
+SETTINGS = Settings(num_inference_steps=2)
+
+
+def config():
+    return TrainConfig("joint", model=SMALL, batch_size=16).blip3o()
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """All programs of eight images, with sharded weights."""
+    return generation.lower(config(), make_mesh({"fsdp": 8}), SETTINGS, "bfloat16", 8)
+
+
+def test_generation_is_lowered_whole(whole):
+    assert tuple(whole) == ("write_tokens", "draw_latents", "pictures")
+    count = sum(leaf.size for leaf in jax.tree.leaves(Blip3o(config()).abstract()))
+    for program in whole.values():
+        leaves = jax.tree.leaves(program.kinds["parameters"])
+        assert sum(x.size for x in leaves) == count
+        assert {str(x.dtype) for x in leaves} == {"bfloat16"}
+        length = config().max_prompt_tokens
+        assert program.flops == flops.text_to_image(config(), 8, length, 2)
+    unsharded = generation.lower(config(), make_mesh({"data": 8}), SETTINGS, "bfloat16", 8)
+    assert unsharded["pictures"].kinds["parameters"]
+    with pytest.raises(InputError, match="does not divide"):
+        generation.lower(config(), make_mesh({"fsdp": 8}), SETTINGS, "bfloat16", 12)
+
+
+def test_what_a_program_is_given_is_what_the_one_before_it_makes(whole):
+    """Else another program than that of `generate` would be planned."""
+
+    def shapes(tree):
+        return [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+
+    written, latents, images = (program.lowered.out_info for program in whole.values())
+    assert shapes(written["hidden"]) == shapes(whole["draw_latents"].arguments[1])
+    assert shapes(latents) == shapes(whole["pictures"].arguments[1])
+    size = config().image_size
+    assert shapes(images) == [((8, size, size, 3), jax.numpy.uint8)]
+
+
+def test_weights_of_eight_bits_are_planned_as_they_are_held():
+    """A byte for each weight of the layers of Qwen3 and SANA, and a scale for each of their output
+    channels."""
+    mesh, cfg = make_mesh({"data": 8}), preset("blip3o_next_3b")
+    model = Blip3o(cfg, jax.numpy.bfloat16)
+    before, after = (
+        jax.tree.leaves(generation.weights_of(model, mesh, name)) for name in ("bfloat16", "int8")
+    )
+    width, hidden, heads, kv_heads = 2048, 6144, 16 * 128, 8 * 128
+    qwen3 = 2 * width * (heads + kv_heads) + 3 * width * hidden
+    scales = heads + 2 * kv_heads + width + 2 * hidden + width
+    wide, mlp = cfg.sana.hidden_size, cfg.sana.mlp_hidden
+    sana = 8 * wide * wide + 3 * wide * mlp
+    weights = 28 * qwen3 + cfg.sana.num_layers * sana
+    scales = 28 * scales + cfg.sana.num_layers * (8 * wide + 2 * mlp + wide)
+    assert sum(x.size for x in after if x.dtype == jax.numpy.int8) == weights
+    sizes = [sum(x.size * x.dtype.itemsize for x in leaves) for leaves in (before, after)]
+    assert sizes[0] - sizes[1] == weights - 2 * scales
+
+
+def measured(monkeypatch, needs):
+    """`estimate.measure` says what `needs` makes of (name of the program's inputs, images)."""
+
+    def measure(program, chip):
+        total = needs(program)
+        if total > chip.hbm * estimate.MIB:
+            return {"bytes": {"parameters": 1}, "fits": False, "reason": "out of HBM"}
+        memory = {"parameters": 1, "code": 7, "total": total}
+        sent = {"all-gather": {"calls": 2, "bytes": 5}}
+        return {"bytes": memory, "fits": True, "communication": sent}
+
+    monkeypatch.setattr(estimate, "measure", measure)
+
+
+def test_the_largest_program_counts_with_the_code_of_all(monkeypatch):
+    measured(monkeypatch, lambda program: program.images)
+    sizes = {"write_tokens": 100, "draw_latents": 300, "pictures": 200}
+    lowered = {name: programs.Program(None, (), {}, 1, size) for name, size in sizes.items()}
+    result = generation.measure(lowered, CHIP)
+    assert result["bytes"] == {"parameters": 1, "code": 21, "total": 314}
+    assert result["programs"] == sizes
+    assert result["communication"] == {"all-gather": {"calls": 6, "bytes": 15}}
+    chip = dataclasses.replace(CHIP, hbm=313 / 2**20)
+    assert generation.measure(lowered, chip)["fits"] is False
+    lowered["draw_latents"] = programs.Program(None, (), {}, 1, 1 << 60)
+    assert generation.measure(lowered, CHIP)["reason"] == "draw_latents: out of HBM"
+
+
+def planned(monkeypatch, capsys, *options: str, chip: Chip = CHIP) -> dict:
+    monkeypatch.setattr(programs, "open_topology", lambda name: (jax.devices(), chip))
+    code = main(["plan", "--topology", "v5e:2x4", *options])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert code == (0 if result["fits"] else 1)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"), [([], (8, 1, 1)), (["--mesh", "data=2,fsdp=4"], (2, 4, 1))]
+)
+def test_generation_is_planned_on_the_mesh_that_generate_takes(options, sizes, monkeypatch, capsys):
+    """And for a million images, whatever the run's mesh."""
+    asked = []
+    measured(monkeypatch, lambda program: asked.append(program.kinds["parameters"]) or 1)
+    argv = ["--config", "emoji_joint", "--config.mesh.tensor=2", "--generate", "3", *options]
+    found = planned(monkeypatch, capsys, *argv)
+    assert tuple(found["mesh"].values()) == sizes
+    assert (found["images_at_once"], found["images_in_all"]) == (24, 1_000_000)
+    assert found["runs"] == 41_667
+    for parameters in asked:
+        assert {leaf.sharding.mesh.shape_tuple for leaf in jax.tree.leaves(parameters)} == {
+            tuple(found["mesh"].items())
+        }
+
+
+def test_as_many_images_as_fit(monkeypatch, capsys):
+    """Of 100 bytes and 10 an image, of which one more is left out where the others need more."""
+    chip = dataclasses.replace(CHIP, hbm=250 / 2**20)
+    lowered = []
+    monkeypatch.setattr(
+        generation,
+        "lower",
+        lambda config, mesh, settings, weights, rows, names=generation.PROGRAMS: (
+            lowered.append((rows // 8, weights))
+            or {name: programs.Program(None, (), {}, 10**13, rows) for name in names}
+        ),
+    )
+    measured(monkeypatch, lambda program: 100 + 10 * program.images // 8)
+    argv = ["--config", "blip3o_next_3b", "--generate", "--weights", "int8"]
+    found = planned(monkeypatch, capsys, *argv, chip=chip)
+    # 15 at the first look; the code of two more programs makes it 13.
+    assert [images for images, _ in lowered] == [4, 8, 15, 14, 13]
+    assert {weights for _, weights in lowered} == {"int8"}
+    assert (found["images_a_device"], found["images_at_once"], found["weights"]) == (
+        13,
+        104,
+        "int8",
+    )
+    assert found["bytes"]["total"] == 230 + 14
+    assert found["seconds"] == pytest.approx(10**13 / (0.4 * 8 * 1e12))
+
+
+def test_what_does_not_fit_names_the_way_out(monkeypatch, capsys):
+    measured(monkeypatch, lambda program: 1 << 60)
+    monkeypatch.setattr(programs, "open_topology", lambda name: (jax.devices(), CHIP))
+    assert main(["plan", "--config", "emoji_64", "--topology", "v5e:2x4", "--generate"]) == 2
+    sentence = "4 images a device do not fit: out of HBM; take --mesh fsdp=N or --generate 1."
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--config", "blip3o_next_3b", "--generate"], "names no topology"),
+        (["--config", "blip3o_next_3b", "--topology", "v5e:2x2"], "blip3o_next_3b"),
+        (["--config", "pretrain_3b", "--weights", "int8"], "--weights is of generation"),
+        (["--config", "emoji_joint", "--topology", "h100"], "Training is planned for TPUs alone"),
+        (
+            ["--config", "emoji_joint", "--topology", "h900", "--generate"],
+            "Unknown topology 'h900'",
+        ),
+        (
+            ["--config", "emoji_64", "--generate", "--config.preset=emoji_64"],
+            "A preset has no --config.KEY",
+        ),
+    ],
+)
+def test_a_wrong_question_is_answered_in_a_sentence(argv, sentence, capsys):
+    assert main(["plan", *argv]) == 2
+    error = capsys.readouterr().err.strip()
+    assert sentence in error
+    assert "\n" not in error
+
+
+def test_a_gpu_is_one_device_with_its_own_memory(monkeypatch):
+    from jax.experimental import topologies
+
+    opened = []
+
+    def describe(name, platform):
+        opened.append(name)
+        return dataclasses.make_dataclass("Topology", ["devices"])(jax.devices()[:4])
+
+    monkeypatch.setattr(topologies, "get_topology_desc", describe)
+    devices, chip = programs.open_topology("h100")
+    assert (len(devices), chip, opened) == (1, CHIPS["h100"], ["v5p:2x2x1"])

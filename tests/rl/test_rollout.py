@@ -1,0 +1,104 @@
+"""A rollout with edits: its rows for the update are those that were decoded."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from blip3o_jax.cli import main
+from blip3o_jax.config import replace
+from blip3o_jax.convert.random_weights import random_params
+from blip3o_jax.data.config import DataConfig
+from blip3o_jax.errors import InputError
+from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.parallel.mesh import make_mesh
+from blip3o_jax.presets import preset
+from blip3o_jax.rl import grpo
+from blip3o_jax.rl.rewards import scene_rewards
+from blip3o_jax.rl.rollout import reinforced
+from blip3o_jax.sample import generate
+from blip3o_jax.scenes import edits, prompts
+from blip3o_jax.scenes.config import WorldConfig
+from blip3o_jax.scenes.scene import compose
+from blip3o_jax.train.config import GrpoConfig
+
+CHANNELS = {"max_sources": 1, "use_und_image_vae_as_channels": True, "sana.in_channels": 32}
+EDITING = {**tiny.SMALL, **CHANNELS}
+
+
+def test_rows_of_edits_hold_their_sources_and_have_the_probabilities_of_decoding():
+    section = GrpoConfig(num_generations=4, num_inference_steps=1)
+    data = DataConfig(edits=0.5, row_length=0)
+    cfg = tiny.config(stage="grpo", joint=None, grpo=section, model=EDITING, data=data)
+    text, model = tiny.text(), Blip3o(replace(preset("emoji_64"), **EDITING))
+    side, n = model.config.image_size, model.config.ta_tok.num_tokens
+    source = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+    asked = [{"prompt": "two red hearts"}, {"prompt": "make it blue", "source": source}]
+    rewards = np.arange(8.0)
+
+    def reward(images, metadata):
+        assert [m["prompt"] for m in metadata] == ["two red hearts"] * 4 + ["make it blue"] * 4
+        assert images.shape == (8, side, side, 3)
+        return rewards, {}
+
+    run = reinforced(cfg, lambda step: asked, asked, text, reward, None)
+    params = jax.device_put(random_params(model.config))
+    with jax.set_mesh(make_mesh(cfg.mesh)):
+        batch, numbers = run.batches(0)(1, params)
+    assert numbers["reward"] == rewards.mean()
+    np.testing.assert_array_equal(batch["advantages"], grpo.advantages(rewards, 4))
+    # The source's codes stand in the prompt of every edit, and nothing does in that of a prompt.
+    codes = np.asarray(generate.encode_codes(model, params, source[None]))[0]
+    first, tokens = model.config.vocab.image_start_token_id, np.asarray(batch["tokens"])
+    for row, start, is_edit in zip(tokens, batch["start"], [0] * 4 + [1] * 4, strict=True):
+        before = row[:start]
+        inside = before[(before >= first) & (before < first + model.config.ta_tok.codebook_size)]
+        np.testing.assert_array_equal(inside - first, codes if is_edit else [])
+    assert len(codes) == n
+    found = grpo.image_logprobs(model, params["qwen3"], tokens, batch["start"], 1.0)
+    np.testing.assert_allclose(found, batch["logprobs"], atol=2e-5)
+
+
+@pytest.mark.parametrize("scale", [None, 2.0])
+def test_a_model_that_edits_draws_prompts_without_sources(scale):
+    section = GrpoConfig(num_generations=4, num_inference_steps=1, guidance_scale=scale)
+    cfg = tiny.config(stage="grpo", joint=None, grpo=section, model=EDITING, data=DataConfig())
+    asked = [{"prompt": "two red hearts"}, {"prompt": "a dog"}]
+    rewards = np.arange(8.0), {}
+    run = reinforced(cfg, lambda step: asked, asked, tiny.text(), lambda *_: rewards, None)
+    params = jax.device_put(random_params(Blip3o(replace(preset("emoji_64"), **EDITING)).config))
+    with jax.set_mesh(make_mesh(cfg.mesh)):
+        batch, _ = run.batches(0)(1, params)
+    found = grpo.image_logprobs(run.model, params["qwen3"], batch["tokens"], batch["start"], 1.0)
+    np.testing.assert_allclose(found, batch["logprobs"], atol=2e-5)
+
+
+def test_models_whose_prompts_hold_no_sources_are_refused(tmp_path, capsys):
+    config = ["--config", "emoji_grpo", "--config.init=emoji_64", "--config.data.edits=0.5"]
+    config += [
+        f"--config.model.{name}={json.dumps(value)}" for name, value in tiny.TEXT_ONLY.items()
+    ]
+    assert main(["grpo", *config, "--workdir", str(tmp_path / "run")]) == 2
+    assert "data.edits needs a model that takes some" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    features = {**EDITING, "use_tar_siglip_features": True}
+    edits, section = DataConfig(edits=0.5), GrpoConfig(num_generations=4)
+    cfg = tiny.config(stage="grpo", joint=None, grpo=section, model=features, data=edits)
+    with pytest.raises(InputError, match="use_tar_siglip_features"):
+        reinforced(cfg, None, [], tiny.text(), None, None)
+
+
+def test_an_edit_is_rewarded_for_what_it_did_and_for_what_it_left():
+    world = WorldConfig(seed=3)
+    edit = edits.sample(world, 0, weights={"recolor": 1.0})
+    metadata, scene = prompts.sample(world, 0)
+    pictures = np.stack([compose(edit.after), compose(edit.before), compose(scene)])
+    asked = [{"prompt": edit.instruction, "edit": edit}] * 2 + [metadata]
+    rewards, numbers = scene_rewards(pictures, asked, strict=0.5)
+    # Left as it was, the thing in its new colour is missing and the old one is still there.
+    parts = len(edit.after.things) + 2
+    np.testing.assert_allclose(rewards, [1, 0.5 * (1 - 2 / parts), 1], rtol=1e-6)
+    assert numbers["edit_success"] == numbers["edit_done"] == 0.5
+    assert numbers["edit_kept"] == numbers["strict"] == 1.0

@@ -1,0 +1,92 @@
+"""`paths.path` names local files and objects in buckets; what is local is written whole."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from blip3o_jax import paths
+from blip3o_jax.errors import InputError
+
+
+def test_a_local_name_is_a_pathlib_path(tmp_path):
+    assert paths.path("runs/a b") == Path("runs/a b")
+    assert paths.path(tmp_path) == tmp_path
+    assert paths.path("file:///data/a%20b") == Path("/data/a b")
+    assert not paths.is_bucket("runs/gs:/x")
+    assert paths.is_bucket("gs://team/run")
+    assert paths.is_bucket("s3://team/run")
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("http://host/run", "http://host/run: paths are local, or begin with gs:// or s3://"),
+        ("file://host/run", "file://host/run names another host"),
+        ("gs://", "gs:// names no bucket."),
+        ("s3:///run", "s3:///run names no bucket."),
+    ],
+)
+def test_a_name_that_cannot_work_is_refused(name, sentence):
+    with pytest.raises(InputError) as caught:
+        paths.path(name)
+    assert str(caught.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(("scheme", "extra"), [("gs", "gcs"), ("s3", "s3")])
+def test_a_missing_extra_is_named(scheme, extra, monkeypatch):
+    monkeypatch.setattr(paths.importlib.util, "find_spec", lambda module: None)
+    with pytest.raises(InputError) as caught:
+        paths.path(f"{scheme}://team/run")
+    install = f"install it with: pip install 'blip3o-jax[{extra}]'"
+    assert str(caught.value) == f"{scheme}://team/run needs the extra [{extra}]; {install}"
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "config.json"
+    paths.write_text(file, "old")
+
+    def full(path: Path, data: bytes) -> None:
+        with open(path, "wb") as stream:
+            stream.write(data[:1])
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    sentence = "config.json cannot be written: No space left on device."
+    with (
+        pytest.raises(InputError, match=sentence),
+        paths.remote_errors(f"{file} cannot be written"),
+    ):
+        paths.write_text(file, "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert file.read_text() == "old"
+
+
+def test_a_mistake_of_the_program_is_not_put_down_to_the_server():
+    with pytest.raises(KeyError), paths.remote_errors("x cannot be read"):
+        raise KeyError("x")
+
+
+def test_files_of_all_folders_are_listed_and_removed(tmp_path):
+    for name in ("b/c/d", "a"):
+        (tmp_path / "f" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "f" / name).write_text(name)
+    files = paths.files_below(tmp_path / "f")
+    assert [str(file.relative_to(tmp_path)) for file in files] == ["f/a", "f/b/c/d"]
+    assert [paths.size(file) for file in files] == [1, 5]
+    before = paths.state(files[0])
+    files[0].write_text("x")
+    os.utime(files[0], ns=(1, 1))
+    assert paths.state(files[0]) == (1, "1") != before
+    paths.remove_folder(tmp_path / "f")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_local_paths_import_no_client():
+    code = "import sys; from blip3o_jax import paths; paths.path('a'); print(*sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert not {"etils", "fsspec", "gcsfs", "s3fs"} & set(result.stdout.split())
