@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -185,11 +184,16 @@ def test_reading_holds_up_neither_what_is_in_memory_nor_other_sources():
     for source in (a, b, c):
         memory.table(source, 0)
     going, reads = threading.Event(), {"a": [], "b": [], "c": []}
-    arrived, asked = threading.Semaphore(0), threading.Semaphore(0)
+    arrived, waits = threading.Semaphore(0), threading.Semaphore(0)
+    may_read = memory._may_read
 
-    def ask(source, group):
-        asked.release()
-        return memory.table(source, group)
+    def may_read_or_waits(source):
+        """Called under the lock, which a refused thread leaves only to wait."""
+        if not (may := may_read(source)):
+            waits.release()
+        return may
+
+    memory._may_read = may_read_or_waits
 
     def slowly(name, source):
         def read_group(group):
@@ -204,16 +208,15 @@ def test_reading_holds_up_neither_what_is_in_memory_nor_other_sources():
         source.read_group = slowly(name, source)
     with ThreadPoolExecutor(5) as pool:
         try:
-            first = [pool.submit(ask, a, 1) for _ in range(2)]
-            assert all(asked.acquire(timeout=30) for _ in first)
+            first = [pool.submit(memory.table, a, 1) for _ in range(2)]
             assert arrived.acquire(timeout=30)
-            time.sleep(0.2)  # so that the second of them waits for the first one's table
+            assert waits.acquire(timeout=30)  # the second of them, for the first one's table
             assert memory.table(c, 0).nbytes == 5 * MB
             second = pool.submit(memory.table, b, 1)
             assert arrived.acquire(timeout=30)
             # The third would be 11 of 10 megabytes with the other two.
             third = pool.submit(memory.table, c, 1)
-            assert not arrived.acquire(timeout=0.2)
+            assert waits.acquire(timeout=30)
             assert reads == {"a": [1], "b": [1], "c": []}
         finally:
             going.set()
