@@ -55,11 +55,8 @@ def run(args: argparse.Namespace) -> None:
 
     heldout = [asked(unseen, i, "heldout") for i in range(min(64, cfg.batch_size))]
 
-    def reward(images, metadata: list[dict]):
-        return scene_rewards(images, metadata, cfg.grpo.strict)
-
     with own_workdir(cfg, args.workdir, args.allow) as folder:
         enable_compilation_cache()
-        run = reinforced(cfg, prompts_at, heldout, text, reward, checkpoints.load_part)
+        run = reinforced(cfg, prompts_at, heldout, text, scene_rewards, checkpoints.load_part)
         result = loop.run(cfg, folder, run)
     print(json.dumps(result))

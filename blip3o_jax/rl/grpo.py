@@ -1,101 +1,124 @@
-"""GRPO as pure functions: advantages, log-probabilities, loss, one update (docs/model.md §7.1;
-TRL's GRPOTrainer with loss type "bnpo").
+"""GRPO as pure functions: advantages of rewards, and the loss of log-probabilities (docs/model.md
+§7.1; the formulas of TRL's GRPOTrainer).
 
-A group is the G images of one prompt; a batch of B = prompts x G rows holds group after group. Only
-Qwen3 is trained: the diffusion part and the autoencoder belong to the environment.
+A group is the G images of one prompt; a batch of B = prompts x G rows holds group after group, each
+row with n image tokens.
 """
 
-import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip3o_jax.kernels.platform import jit
-from blip3o_jax.models.blip3o import Blip3o, condition_slice
-from blip3o_jax.sample import decode
-from blip3o_jax.train.config import TrainConfig
-from blip3o_jax.train.steps import advance
+from blip3o_jax.train.sections import GrpoConfig
+
+EPS = 1e-4  # beside standard deviations
+NOTHING = 1e-8  # an advantage below this is none
 
 
-def advantages(rewards: np.ndarray, num_generations: int) -> jax.Array:
-    """Rewards [B] -> [B]: distance to the group's mean in units of its standard deviation
-    (unbiased, + 1e-4)."""
-    groups = jnp.reshape(jnp.asarray(rewards, jnp.float32), (-1, num_generations))
-    mean = jnp.mean(groups, axis=1, keepdims=True)
-    std = jnp.std(groups, axis=1, keepdims=True, ddof=1)
-    return jnp.reshape((groups - mean) / (std + 1e-4), -1)
+def advantages(
+    rewards: np.ndarray, weights: Sequence[float], cfg: GrpoConfig
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Rewards [B,R] of R kinds, NaN where one does not apply, and a weight of each kind -> (f32
+    [B], {"zero_spread", "saturated"}: bool [B], the rows of groups to leave out).
 
-
-def image_logprobs(
-    model: Blip3o, params: dict, tokens: jax.Array, start: jax.Array, temperature: float
-) -> jax.Array:
-    """Log-probabilities [B,n] of the image tokens in rows [B,T] that are padded on the right, with
-    `<S0>` at `start` [B].
-
-    Over the image tokens only, as they were drawn; the original draws from and normalises over the
-    whole vocabulary.
+    Standard deviations are unbiased. By GDPO's order (arXiv 2601.05242) each kind is normalised in
+    its group before the sum, and the sum in the batch. A row without any reward has advantage 0.
     """
-    vocab, n, params = model.config.vocab, model.config.ta_tok.num_tokens, {"qwen3": params}
-    first, count = vocab.image_start_token_id, vocab.num_image_tokens
-    # Each state is the one that the next token was drawn from.
-    states = condition_slice(model.read_rows(params, tokens), start, n)
-    logits = model.apply(params, "qwen3", states, first, count, method="logits")
-    ids = jnp.take_along_axis(tokens, start[:, None] + 1 + jnp.arange(n), axis=1) - first
-    return decode.token_logprobs(logits / temperature, ids)
+    rewards = np.asarray(rewards, np.float64)
+    groups = rewards.reshape(-1, cfg.num_generations, len(weights))
+    nothing = np.isnan(groups).all(axis=2)
+    total = np.where(nothing, np.nan, np.nansum(groups * weights, axis=2))
+    mean, std = _moments(total, axis=1)
+    if cfg.multi_objective_aggregation == "normalize_then_sum":
+        centers, spreads = _moments(groups, axis=1)
+        summed = np.nansum((groups - centers) / (spreads + EPS) * weights, axis=2)
+        summed = np.where(nothing, np.nan, summed)
+        center, spread = _moments(summed)
+        result = (summed - center) / (spread + EPS)
+    else:
+        scales = {"group": std + EPS, "batch": _moments(total)[1] + EPS, "none": 1.0}
+        result = (total - mean) / scales[cfg.scale_rewards]
+    result = np.nan_to_num(result, nan=0.0)
+
+    # Groups whose images are all equally good, or almost all good.
+    flat = np.abs(result).max(axis=1, keepdims=True) < NOTHING
+    done = np.zeros_like(flat)
+    if cfg.saturated_mean is not None:
+        done = (mean > cfg.saturated_mean) & (std < cfg.saturated_std) & ~flat
+    dropped = {"zero_spread": flat, "saturated": done}
+    rows = {name: np.broadcast_to(x, result.shape).ravel() for name, x in dropped.items()}
+    return result.ravel().astype(np.float32), rows
+
+
+def _moments(x: np.ndarray, axis: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and unbiased standard deviation along an axis, which is kept, of what is not NaN; 0
+    where that is too little."""
+    count = np.sum(~np.isnan(x), axis=axis, keepdims=True)
+    mean = np.nansum(x, axis=axis, keepdims=True) / np.maximum(count, 1)
+    squares = np.nansum((x - mean) ** 2, axis=axis, keepdims=True)
+    return mean, np.sqrt(squares / np.maximum(count - 1, 1))
 
 
 def policy_loss(
+    cfg: GrpoConfig,
     logprobs: jax.Array,
     old: jax.Array,
-    reference: jax.Array,
+    reference: jax.Array | None,
     advantages: jax.Array,
-    epsilon: float,
-    beta: float,
+    mask: jax.Array,
+    entropies: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Clipped policy loss + beta x divergence from the reference, the mean over all tokens ->
-    (loss, metrics).
+    """Clipped policy loss + beta x divergence from the reference -> (loss, metrics).
 
-    logprobs, old, reference [B,n]; advantages [B]. The divergence is the estimate exp(d) - d - 1
-    with d = reference - logprobs.
+    logprobs, old, reference (unless beta is 0), mask and entropies [B,n]; advantages [B]. The
+    divergence is the estimate exp(d) - d - 1 with d = reference - logprobs.
     """
+    high = cfg.epsilon if cfg.epsilon_high is None else cfg.epsilon_high
+    gains, count = advantages[:, None], jnp.maximum(jnp.sum(mask), 1.0)
+    log_ratio = logprobs - old
+    if cfg.importance_sampling_level == "sequence":
+        log_ratio = _row_mean(log_ratio, mask)[:, None]
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1 - cfg.epsilon, 1 + high)
     # The smaller of both: a gain counts up to the clip, a loss beyond it too.
-    ratio, gain = jnp.exp(logprobs - old), advantages[:, None]
-    clipped = jnp.clip(ratio, 1 - epsilon, 1 + epsilon)
-    difference = reference - logprobs
-    divergence = jnp.mean(jnp.exp(difference) - difference - 1)
-    loss = -jnp.mean(jnp.minimum(ratio * gain, clipped * gain)) + beta * divergence
-    return loss, {"loss": loss, "kl": divergence, "clipped": jnp.mean(jnp.abs(ratio - 1) > epsilon)}
+    losses = -jnp.minimum(ratio * gains, clipped * gains) * jnp.ones_like(mask)
+    if cfg.top_entropy_quantile < 1:
+        losses = losses * _least_certain(entropies, mask, cfg.top_entropy_quantile)
+
+    metrics = {}
+    if cfg.beta:
+        difference = reference - logprobs
+        divergence = jnp.exp(difference) - difference - 1
+        losses = losses + cfg.beta * divergence
+        metrics["kl"] = jnp.sum(divergence * mask) / count
+    loss = aggregate(cfg.loss_type, losses, mask)
+    for name, outside in {
+        "clipped_low": (ratio < 1 - cfg.epsilon) & (gains < 0),
+        "clipped_high": (ratio > 1 + high) & (gains > 0),
+    }.items():
+        metrics[name] = jnp.sum(outside * mask) / count
+    return loss, {"loss": loss, "entropy": jnp.sum(entropies * mask) / count, **metrics}
 
 
-def update(
-    model: Blip3o, cfg: TrainConfig, state: dict, reference: dict, batch: dict
-) -> tuple[dict, dict]:
-    """(state, batch) -> (state, metrics).
-
-    `batch`: tokens [B,T], start [B], advantages [B], and the rollout's own logprobs [B,n].
-    `reference`: Qwen3's parameters at the start.
-
-    With one update per rollout the policy that drew the tokens is the present one, and the ratio is
-    1 with a gradient. The metric `logprob_gap` compares the log-probabilities of decoding and of
-    this forward pass.
-    """
-    section, fixed = cfg.grpo, jax.lax.stop_gradient
-    rows = batch["tokens"], batch["start"], section.temperature
-
-    def loss(params: dict) -> tuple[jax.Array, dict]:
-        logprobs = image_logprobs(model, params["qwen3"], *rows)
-        first = image_logprobs(model, reference, *rows) if section.beta else logprobs
-        old, first, gains = fixed(logprobs), fixed(first), batch["advantages"]
-        value, metrics = policy_loss(logprobs, old, first, gains, section.epsilon, section.beta)
-        gap = jnp.max(jnp.abs(logprobs - batch["logprobs"]))
-        return value, {**metrics, "logprob_gap": gap, "entropy": -jnp.mean(logprobs)}
-
-    return advance(cfg, state, *jax.grad(loss, has_aux=True)(state["params"]))
+def aggregate(loss_type: str, losses: jax.Array, mask: jax.Array) -> jax.Array:
+    """Losses of tokens [B,n] -> their sum where the mask is 1, divided by the number of those
+    tokens ("bnpo", and "dapo", which differs where a batch is split), by B n ("dr_grpo"), or first
+    row by row ("grpo")."""
+    if loss_type == "grpo":
+        return jnp.mean(_row_mean(losses, mask))
+    count = mask.size if loss_type == "dr_grpo" else jnp.maximum(jnp.sum(mask), 1.0)
+    return jnp.sum(losses * mask) / count
 
 
-def compile_update(model: Blip3o, cfg: TrainConfig, state_shardings: dict | None) -> Callable:
-    """The jitted update: the state is donated and comes back where it was."""
-    step = functools.partial(update, model, cfg)
-    return jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+def _row_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean [B] of x [B,n] where the mask is 1; 0 in rows without any."""
+    return jnp.sum(x * mask, axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1.0)
+
+
+def _least_certain(entropies: jax.Array, mask: jax.Array, share: float) -> jax.Array:
+    """Where the entropy is among the largest `share` of those where the mask is 1."""
+    entropies = jax.lax.stop_gradient(entropies)
+    least = jnp.nanquantile(jnp.where(mask > 0, entropies, jnp.nan), 1 - share)
+    return (entropies >= least) & (mask > 0)

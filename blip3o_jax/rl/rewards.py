@@ -29,24 +29,22 @@ OF_PROMPTS = {name: name for name in ("score", "correct", "strict")}
 OF_EDITS = {name: f"edit_{name}" for name in ("score", "done", "kept", "success")}
 
 
-def scene_rewards(
-    images: np.ndarray, metadata: list[dict], strict: float
-) -> tuple[np.ndarray, dict[str, float]]:
-    """Images [B,64,64,3] and what was asked for -> rewards [B] in 0..1, and the mean of each
+def scene_rewards(images: np.ndarray, metadata: list[dict]) -> tuple[np.ndarray, dict[str, float]]:
+    """Images [B,64,64,3] and what was asked for -> two rewards [B,2] in 0..1, and the mean of each
     verdict.
 
-    The reward of a prompt is GenEval's dense score (as in GRPO-GenEval, docs/model.md §7.4), with a
-    share `strict` of the verdict that also demands nothing else in the image and the named ground;
-    of an "edit" in the metadata, the score of `judge.judge_edit`, with that share of its success.
+    Those of a prompt are GenEval's dense score (as in GRPO-GenEval, docs/model.md §7.4), and the
+    verdict that also demands nothing else in the image and the named ground; of an "edit" in the
+    metadata, the score of `judge.judge_edit`, and its success.
     """
-    rewards = np.zeros(len(images), np.float32)
+    rewards = np.zeros((len(images), 2), np.float32)
     verdicts: dict[str, list[float]] = {}
     for i, (image, asked) in enumerate(zip(images, metadata, strict=True)):
         if edit := asked.get("edit"):
             verdict, names, exact = judge.judge_edit(image, edit), OF_EDITS, "success"
         else:
             verdict, names, exact = judge.judge(image, asked), OF_PROMPTS, "strict"
-        rewards[i] = (1 - strict) * verdict["score"] + strict * verdict[exact]
+        rewards[i] = verdict["score"], verdict[exact]
         for name, logged in names.items():
             verdicts.setdefault(logged, []).append(float(verdict[name]))
     return rewards, {name: float(np.mean(values)) for name, values in verdicts.items()}
@@ -71,7 +69,7 @@ def scenes(
     rewards = []
     for image, prompt, asked in zip(images, prompts, metadata, strict=True):
         try:
-            rewards.append(float(scene_rewards(image[None], [asked], strict=0.5)[0][0]))
+            rewards.append(float(scene_rewards(image[None], [asked])[0].mean()))
         except (KeyError, TypeError, ValueError) as error:
             sentence = f"{prompt!r} has no metadata of GenEval (`tag`, `include`) to judge it by"
             raise InputError(f"{sentence}: {first_line(error)}.") from error

@@ -14,7 +14,7 @@ from blip3o_jax.errors import require
 from blip3o_jax.parallel.batches import put_batch
 from blip3o_jax.parallel.mesh import make_mesh
 from blip3o_jax.pixels import contact_sheet
-from blip3o_jax.rl import grpo
+from blip3o_jax.rl import grpo, update
 from blip3o_jax.sample import generate, programs
 from blip3o_jax.sample.condition import guidance
 from blip3o_jax.sample.settings import Settings
@@ -23,7 +23,8 @@ from blip3o_jax.train import start
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.loop import Run
 
-# (images uint8 [B,H,W,3], what was asked for) -> (rewards [B], numbers to log)
+# (images uint8 [B,H,W,3], what was asked for) -> (rewards [B,2], numbers to log); the second reward
+# has the share `grpo.strict`
 Reward = Callable[[np.ndarray, list[dict]], tuple[np.ndarray, dict[str, float]]]
 
 SEEDS = 1_000_003  # between those of two updates' rollouts
@@ -46,6 +47,7 @@ def reinforced(
     """
     mesh, model = make_mesh(cfg.mesh), start.build_model(cfg)
     group, editing = cfg.grpo.num_generations, cfg.data.edits > 0
+    weights = np.array([1 - cfg.grpo.strict, cfg.grpo.strict])
     draw = programs.edit if editing else programs.text_to_image
     draw = functools.partial(draw, programs.programs(model))
     side, sources = model.config.image_size, model.config.ta_tok.num_tokens * editing
@@ -91,6 +93,8 @@ def reinforced(
         # Rewards on the host.
         began = time.perf_counter()
         rewards, numbers = reward(drawn["images"], metadata)
+        gains, dropped = grpo.advantages(rewards, weights, cfg.grpo)
+        numbers |= {name: float(rows.mean()) for name, rows in dropped.items()}
         reward_s = time.perf_counter() - began
 
         # Rows with the drawn tokens, for the update.
@@ -102,23 +106,28 @@ def reinforced(
             "tokens": tokens,
             "start": starts,
             "logprobs": drawn["logprobs"],
-            "advantages": np.asarray(grpo.advantages(rewards, group)),
+            "advantages": gains,
+            "mask": np.float32(~np.any(list(dropped.values()), axis=0)),
         }
-        spread = np.mean(np.std(rewards.reshape(-1, group), axis=1))
-        numbers = {"reward": float(rewards.mean()), "reward_std": float(spread), **numbers}
+        total = rewards @ weights
+        spread = np.mean(np.std(total.reshape(-1, group), axis=1))
+        numbers = {"reward": float(total.mean()), "reward_std": float(spread), **numbers}
         return put_batch(arrays, mesh), numbers | {"rollout_s": rollout_s, "reward_s": reward_s}
 
     def compiled(state: dict, frozen: dict, batch: dict, shardings: dict) -> Callable:
         # The policy at the run's start, which a later state no longer holds.
-        if int(state["step"]) == 0:
+        if not cfg.grpo.beta:
+            reference = {}
+        elif int(state["step"]) == 0:
             reference = jax.tree.map(jnp.copy, state["params"]["qwen3"])
         else:
             reference = start.initial_params(cfg, model, load_part, mesh, ("qwen3",))["qwen3"]
-        update = grpo.compile_update(model, cfg, shardings).lower(state, reference, batch).compile()
+        program = update.compile_update(model, cfg, shardings)
+        program = program.lower(state, reference, batch).compile()
 
         def step(state: dict, frozen: dict, batch: dict) -> tuple[dict, dict]:
             began = time.perf_counter()
-            state, metrics = update(state, reference, batch)
+            state, metrics = program(state, reference, batch)
             jax.block_until_ready(metrics)
             return state, metrics | {"update_s": time.perf_counter() - began}
 

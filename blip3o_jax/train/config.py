@@ -82,9 +82,9 @@ class TrainConfig:
             require(value in choices, f"{name} is {listed}, not {value!r}.")
         stage, warmup, steps = self.stage, self.optimizer.warmup_steps, self.num_steps
         require(stage in STAGES, f"Unknown stage {stage!r}; {nearest(stage, STAGES)}")
-        sentence = f"optimizer.warmup_steps {warmup} must be below num_steps {steps}."
-        require(warmup < steps, sentence)
         self._take_section()
+        sentence = f"optimizer.warmup_steps {warmup} must be below num_steps {steps}."
+        require(warmup < self.num_updates, sentence)
         if isinstance(self.init, str):
             parts = self.record.parts + self.record.teachers(self.section)
             object.__setattr__(self, "init", dict.fromkeys(parts, self.init))
@@ -158,7 +158,7 @@ class TrainConfig:
         if self.grpo:
             group = self.grpo.num_generations
             sentence = f"batch_size {size} is no multiple of grpo.num_generations {group}"
-            require(group > 1 and size % group == 0, f"{sentence}, 2 or more.")
+            require(size % group == 0, f"{sentence}; {multiples(size, group)}")
             require(pieces == 1, "accumulate has no effect in stage 'grpo'; leave it out.")
         sentence = f"batch_size {size} does not divide by accumulate {pieces}; "
         require(size % pieces == 0, sentence + multiples(size, pieces))
@@ -172,6 +172,11 @@ class TrainConfig:
     def section(self) -> Any:
         """The keys of the stage."""
         return getattr(self, self.stage)
+
+    @property
+    def num_updates(self) -> int:
+        """Updates of the parameters in `num_steps` steps."""
+        return self.num_steps * (self.grpo.num_iterations if self.grpo else 1)
 
     def blip3o(self) -> Blip3oConfig:
         """The model's config: the preset with the run's changes."""

@@ -4,11 +4,18 @@ A run has the section of its own stage and no other, so that every key that is s
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from blip3o_jax.errors import nearest, require
 
 # What a tokenizer may learn from -> the part of `init` that holds it.
 TEACHERS = {"words": "", "latents": "dc_ae", "encoder": "ta_tok"}
+GRPO_CHOICES = {
+    "loss_type": ("bnpo", "grpo", "dr_grpo", "dapo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+}
 
 
 @dataclass(frozen=True)
@@ -119,18 +126,51 @@ class JointConfig:
 
 @dataclass(frozen=True)
 class GrpoConfig:
-    """Group-relative policy optimisation (docs/model.md §7): an update takes `batch_size` images,
-    `num_generations` of each prompt."""
+    """Group-relative policy optimisation (docs/model.md §7): a step takes `batch_size` images,
+    `num_generations` of each prompt. Names are those of TRL's GRPOConfig where it has them."""
 
     num_generations: int = 16
     temperature: float = 1.0
     num_inference_steps: int = 30
     guidance_scale: float | None = 2.0  # None: rendered without guidance, at half the cost
+    num_iterations: int = 1  # updates of a rollout
     beta: float = 0.001  # weight of the divergence from the first policy; 0 saves a forward pass
     epsilon: float = 0.2
+    epsilon_high: float | None = None  # None: as epsilon
+    loss_type: str = "bnpo"  # what the tokens' losses are divided by (rl.grpo)
+    importance_sampling_level: str = "token"
+    scale_rewards: str = "group"  # whose standard deviation advantages are measured in
+    multi_objective_aggregation: str = "sum_then_normalize"  # or GDPO's order
+    top_entropy_quantile: float = 1.0  # share of the tokens, the least certain ones, that are moved
+    # probabilities among all tokens, as in the PyTorch code, not among the image's
+    full_vocabulary: bool = False
     strict: float = 0.0  # share of the strict verdict in the reward; the rest is the dense score
+    # groups that teach little more: their rewards' mean is above, and their deviation below
+    saturated_mean: float | None = None  # None drops only groups without any spread
+    saturated_std: float = 0.05
 
     def __post_init__(self):
-        require(0 <= self.strict <= 1, f"grpo.strict is in [0, 1], not {self.strict}.")
-        require(self.beta >= 0, f"grpo.beta is at least 0, not {self.beta}.")
-        require(self.temperature > 0, f"grpo.temperature is above 0, not {self.temperature}.")
+        _check_choices("grpo", self, GRPO_CHOICES)
+        for name, (limits, holds) in {
+            "num_generations": ("at least 2", self.num_generations >= 2),
+            "num_inference_steps": ("at least 1", self.num_inference_steps >= 1),
+            "num_iterations": ("at least 1", self.num_iterations >= 1),
+            "beta": ("at least 0", self.beta >= 0),
+            "temperature": ("above 0", self.temperature > 0),
+            "epsilon": ("in (0, 1)", 0 < self.epsilon < 1),
+            "epsilon_high": ("above 0", self.epsilon_high is None or self.epsilon_high > 0),
+            "top_entropy_quantile": ("in (0, 1]", 0 < self.top_entropy_quantile <= 1),
+            "strict": ("in [0, 1]", 0 <= self.strict <= 1),
+            "saturated_std": ("at least 0", self.saturated_std >= 0),
+        }.items():
+            require(holds, f"grpo.{name} is {limits}, not {getattr(self, name)}.")
+        has_effect = self.multi_objective_aggregation == "sum_then_normalize"
+        sentence = "grpo.scale_rewards has no effect on rewards that are normalised one by one"
+        require(has_effect or self.scale_rewards == "group", f"{sentence}; leave it out.")
+
+
+def _check_choices(section: str, values: Any, choices: dict[str, tuple[str, ...]]) -> None:
+    """InputError for a value that is none of its field's choices."""
+    for name, known in choices.items():
+        value = getattr(values, name)
+        require(value in known, f"Unknown {section}.{name} {value!r}; {nearest(value, known)}")

@@ -80,16 +80,17 @@ def gradients(
 def advance(cfg: TrainConfig, state: dict, grads: dict, metrics: dict) -> tuple[dict, dict]:
     """(state, gradients, metrics of the loss) -> (state, metrics): clipped AdamW update and
     average, unless the guard forbids them."""
-    before, num_steps = state["opt_state"], cfg.num_steps
+    before, num_updates = state["opt_state"], cfg.num_updates
     norms = {part: norm(tree) for part, tree in grads.items()}
     total = norm(norms)
-    good, counters = guard.judge(cfg.guard, state["guard"], state["step"], metrics["loss"], total)
+    attempts = before.count + state["guard"]["skipped"]
+    good, counters = guard.judge(cfg.guard, state["guard"], attempts, metrics["loss"], total)
 
     # Moments and parameters are materialized before they are read: else they would be computed
     # from what they replace, and that copied.
     moments = optimizer.moments(cfg.optimizer, grads, total, before)
     after = materialized(guard.keep(good, moments, before))
-    updates = optimizer.updates(cfg.optimizer, num_steps, after, state["params"])
+    updates = optimizer.updates(cfg.optimizer, num_updates, after, state["params"])
     params = optax.apply_updates(state["params"], updates)
     params = materialized(guard.keep(good, params, state["params"]))
 
@@ -98,7 +99,7 @@ def advance(cfg: TrainConfig, state: dict, grads: dict, metrics: dict) -> tuple[
         ema = optimizer.update_ema(state["ema"], params, before.count, cfg.optimizer.ema_decay)
         new["ema"] = guard.keep(good, ema, state["ema"])
     return new, metrics | {
-        "learning_rate": optimizer.schedule(cfg.optimizer, num_steps)(before.count),
+        "learning_rate": optimizer.schedule(cfg.optimizer, num_updates)(before.count),
         "skipped": counters["skipped"],
         "skipped_in_a_row": counters["in_a_row"],
         **{f"grad_norm/{part}": value for part, value in norms.items()},
@@ -108,7 +109,7 @@ def advance(cfg: TrainConfig, state: dict, grads: dict, metrics: dict) -> tuple[
 def update_ratios(cfg: TrainConfig, state: dict) -> dict[str, jax.Array]:
     """|last update| / |parameters| of each trained part, the share of weight decay being that of
     the weights after the step."""
-    updates = optimizer.updates(cfg.optimizer, cfg.num_steps, state["opt_state"], state["params"])
+    updates = optimizer.updates(cfg.optimizer, cfg.num_updates, state["opt_state"], state["params"])
     return {
         f"update_ratio/{part}": norm(tree) / norm(state["params"][part])
         for part, tree in updates.items()

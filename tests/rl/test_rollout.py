@@ -16,6 +16,7 @@ from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.parallel.mesh import make_mesh
 from blip3o_jax.presets import preset
 from blip3o_jax.rl import grpo
+from blip3o_jax.rl.logprobs import image_logprobs
 from blip3o_jax.rl.rewards import scene_rewards
 from blip3o_jax.rl.rollout import reinforced
 from blip3o_jax.sample import generate
@@ -36,7 +37,7 @@ def test_rows_of_edits_hold_their_sources_and_have_the_probabilities_of_decoding
     side, n = model.config.image_size, model.config.ta_tok.num_tokens
     source = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
     asked = [{"prompt": "two red hearts"}, {"prompt": "make it blue", "source": source}]
-    rewards = np.arange(8.0)
+    rewards = np.stack([np.arange(8.0), np.full(8, 5.0)], axis=1)
 
     def reward(images, metadata):
         assert [m["prompt"] for m in metadata] == ["two red hearts"] * 4 + ["make it blue"] * 4
@@ -47,8 +48,9 @@ def test_rows_of_edits_hold_their_sources_and_have_the_probabilities_of_decoding
     params = jax.device_put(random_params(model.config))
     with jax.set_mesh(make_mesh(cfg.mesh)):
         batch, numbers = run.batches(0)(1, params)
-    assert numbers["reward"] == rewards.mean()
-    np.testing.assert_array_equal(batch["advantages"], grpo.advantages(rewards, 4))
+    assert numbers["reward"] == rewards[:, 0].mean()
+    expected, _ = grpo.advantages(rewards, [1.0, 0.0], section)
+    np.testing.assert_array_equal(batch["advantages"], expected)
     # The source's codes stand in the prompt of every edit, and nothing does in that of a prompt.
     codes = np.asarray(generate.encode_codes(model, params, source[None]))[0]
     first, tokens = model.config.vocab.image_start_token_id, np.asarray(batch["tokens"])
@@ -57,7 +59,7 @@ def test_rows_of_edits_hold_their_sources_and_have_the_probabilities_of_decoding
         inside = before[(before >= first) & (before < first + model.config.ta_tok.codebook_size)]
         np.testing.assert_array_equal(inside - first, codes if is_edit else [])
     assert len(codes) == n
-    found = grpo.image_logprobs(model, params["qwen3"], tokens, batch["start"], 1.0)
+    found, _ = image_logprobs(model, params["qwen3"], tokens, batch["start"], 1.0)
     np.testing.assert_allclose(found, batch["logprobs"], atol=2e-5)
 
 
@@ -66,12 +68,12 @@ def test_a_model_that_edits_draws_prompts_without_sources(scale):
     section = GrpoConfig(num_generations=4, num_inference_steps=1, guidance_scale=scale)
     cfg = tiny.config(stage="grpo", joint=None, grpo=section, model=EDITING, data=DataConfig())
     asked = [{"prompt": "two red hearts"}, {"prompt": "a dog"}]
-    rewards = np.arange(8.0), {}
+    rewards = np.arange(16.0).reshape(8, 2), {}
     run = reinforced(cfg, lambda step: asked, asked, tiny.text(), lambda *_: rewards, None)
     params = jax.device_put(random_params(Blip3o(replace(preset("emoji_64"), **EDITING)).config))
     with jax.set_mesh(make_mesh(cfg.mesh)):
         batch, _ = run.batches(0)(1, params)
-    found = grpo.image_logprobs(run.model, params["qwen3"], batch["tokens"], batch["start"], 1.0)
+    found, _ = image_logprobs(run.model, params["qwen3"], batch["tokens"], batch["start"], 1.0)
     np.testing.assert_allclose(found, batch["logprobs"], atol=2e-5)
 
 
@@ -96,9 +98,9 @@ def test_an_edit_is_rewarded_for_what_it_did_and_for_what_it_left():
     metadata, scene = prompts.sample(world, 0)
     pictures = np.stack([compose(edit.after), compose(edit.before), compose(scene)])
     asked = [{"prompt": edit.instruction, "edit": edit}] * 2 + [metadata]
-    rewards, numbers = scene_rewards(pictures, asked, strict=0.5)
+    rewards, numbers = scene_rewards(pictures, asked)
     # Left as it was, the thing in its new colour is missing and the old one is still there.
     parts = len(edit.after.things) + 2
-    np.testing.assert_allclose(rewards, [1, 0.5 * (1 - 2 / parts), 1], rtol=1e-6)
+    np.testing.assert_allclose(rewards, [[1, 1], [1 - 2 / parts, 0], [1, 1]], rtol=1e-6)
     assert numbers["edit_success"] == numbers["edit_done"] == 0.5
     assert numbers["edit_kept"] == numbers["strict"] == 1.0
