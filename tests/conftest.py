@@ -51,6 +51,8 @@ PLAINLY_COMPILED = (
     "parity/test_chain.py",
     "parity/test_edit_chain.py",
     "plan/test_plan.py",
+    "rl/test_diffusion.py",
+    "rl/test_formulas.py",
     "rl/test_grpo.py",
     "sample/test_generate.py",
     "train/test_losses.py",

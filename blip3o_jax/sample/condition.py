@@ -159,7 +159,7 @@ def velocity_function(
     nulls: tuple[str, ...] = (),
     sources: Sources | None = None,
 ) -> Callable[[Array, Array], Array]:
-    """(x, t) -> velocity, as `flow.euler_sample` takes it: of each sample a row for every one of
+    """(x, t) -> velocity, as `flow.guided_velocity` takes it: of each sample a row for every one of
     `nulls` (of NULLS), then the one with its whole condition.
 
     Connectors, caption projection and the keys and values of the cross-attentions are computed

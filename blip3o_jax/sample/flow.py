@@ -7,6 +7,7 @@ towards 1; BLIP3o-NEXT trains and samples with 1.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,9 @@ from jax import Array
 NUM_TRAIN_TIMESTEPS = 1000
 
 Scalar = float | Array
+Velocity = Callable[[Array, Array], Array]  # (x [B,Y,X,C], sigma) -> the velocity there
+# (x, velocity, sigma, next sigma, index of the step) -> (x at the next sigma, what is kept)
+Step = Callable[[Array, Array, Array, Array, Array], tuple[Array, Any]]
 
 
 def _shifted(sigma: np.ndarray, shift: Scalar) -> Array:
@@ -35,7 +39,7 @@ def sigmas(num_steps: int, shift: Scalar = 1.0) -> Array:
     return jnp.append(_shifted(levels, shift), 0.0)
 
 
-def _per_sample(x: Scalar) -> Array:
+def per_sample(x: Scalar) -> Array:
     """[B] or a scalar, broadcastable to latents."""
     return jnp.reshape(jnp.asarray(x, jnp.float32), (-1, 1, 1, 1))
 
@@ -48,7 +52,7 @@ def sample_timesteps(key: Array, batch: int, shift: Scalar = 1.0) -> tuple[Array
 
 def add_noise(x0: Array, noise: Array, sigma: Array) -> Array:
     """x0 and noise [B,Y,X,C], sigma [B] -> what the model sees."""
-    sigma = _per_sample(sigma)
+    sigma = per_sample(sigma)
     return (1 - sigma) * x0.astype(jnp.float32) + sigma * noise.astype(jnp.float32)
 
 
@@ -92,39 +96,50 @@ def guided(
     """
     result = velocities[:, 0]
     for i, scale in enumerate(scales):
-        result = result + _per_sample(scale) * (velocities[:, i + 1] - velocities[:, i])
+        result = result + per_sample(scale) * (velocities[:, i + 1] - velocities[:, i])
     if renorm_min is None:
         return result
     norms = [jnp.sqrt(jnp.sum(x * x, axis=(1, 2, 3))) for x in (velocities[:, -1], result)]
-    return result * _per_sample(jnp.clip(norms[0] / (norms[1] + 1e-8), renorm_min, 1.0))
+    return result * per_sample(jnp.clip(norms[0] / (norms[1] + 1e-8), renorm_min, 1.0))
 
 
-def euler_sample(
+def guided_velocity(
     velocity_fn: Callable[[Array, Array], Array],
-    noise: Array,
-    schedule: Array,
     scales: tuple[Scalar, ...] = (),
     renorm_min: Scalar | None = None,
-    trajectory: bool = False,
-):
-    """Integrates from noise [B,Y,X,C] at schedule[0] to latents at schedule[-1], in f32;
-    `velocity_fn(x, t [R*B]) -> velocity`.
-
-    With guidance `scales`, `velocity_fn` is given R rows of each sample, `alternating`, for
-    `guided`; without any the samples alone. With `trajectory` the result is (latents, (latents
-    before each step, guided velocities of the steps)), the latter two [steps,B,Y,X,C].
-    """
+) -> Velocity:
+    """The velocity that sampling follows, of the model's `velocity_fn(x, t [R*B]) -> velocity`,
+    which is given R rows of each sample, `alternating`, for `guided`; without `scales` the samples
+    alone."""
     rows = len(scales) + 1
 
-    def step(x, levels):
-        sigma, next_sigma = levels
+    def velocity(x: Array, sigma: Array) -> Array:
         repeated = alternating(*[x] * rows)
         t = jnp.full(repeated.shape[:1], NUM_TRAIN_TIMESTEPS * sigma)
-        velocity = velocity_fn(repeated, t).astype(jnp.float32)
-        velocity = guided(velocity.reshape(-1, rows, *x.shape[1:]), scales, renorm_min)
-        return x + (next_sigma - sigma) * velocity, (x, velocity) if trajectory else None
+        every = velocity_fn(repeated, t).astype(jnp.float32)
+        return guided(every.reshape(-1, rows, *x.shape[1:]), scales, renorm_min)
+
+    return velocity
+
+
+def euler(
+    x: Array, velocity: Array, sigma: Scalar, next_sigma: Scalar, index: Scalar
+) -> tuple[Array, None]:
+    """The step of the ordinary differential equation, which keeps nothing."""
+    return x + (next_sigma - sigma) * velocity, None
+
+
+def integrate(
+    velocity: Velocity, x: Array, schedule: Array, step: Step = euler
+) -> tuple[Array, Any]:
+    """From x [B,Y,X,C] at schedule[0] to (latents at schedule[-1], what the steps kept, stacked
+    [steps,...]), in f32."""
+
+    def body(x: Array, levels: tuple) -> tuple[Array, Any]:
+        sigma, next_sigma, index = levels
+        return step(x, velocity(x, sigma), sigma, next_sigma, index)
 
     schedule = jnp.asarray(schedule, jnp.float32)
-    with jax.named_scope("euler_sample"):
-        x, steps = jax.lax.scan(step, noise.astype(jnp.float32), (schedule[:-1], schedule[1:]))
-    return (x, steps) if trajectory else x
+    levels = schedule[:-1], schedule[1:], jnp.arange(len(schedule) - 1)
+    with jax.named_scope("integrate"):
+        return jax.lax.scan(body, x.astype(jnp.float32), levels)

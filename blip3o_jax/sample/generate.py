@@ -14,7 +14,7 @@ from jax import Array
 
 from blip3o_jax.models.blip3o import Blip3o, Params, condition_slice, write_codes
 from blip3o_jax.pixels import to_uint8, to_unit, to_zero_one, tokenizer_view
-from blip3o_jax.sample import condition, decode, flow
+from blip3o_jax.sample import condition, decode, flow, stochastic
 from blip3o_jax.sample.condition import Guidance, Sources
 from blip3o_jax.sample.flow import Scalar
 
@@ -152,7 +152,8 @@ def denoise(
     """Hidden states [B,n+1,D], noise f32 [B,Y,X,C] -> latents f32 [B,Y,X,C]; a number is the
     guidance of the text."""
     schedule = flow.sigmas(num_inference_steps, shift)
-    return _integrate(model, params, hidden, noise, schedule, guidance, sources)
+    velocity = _velocity(model, params, hidden, guidance, sources)
+    return flow.integrate(velocity, noise, schedule)[0]
 
 
 def trajectory(
@@ -170,32 +171,62 @@ def trajectory(
     "estimates" [steps,B,Y,X,C] of the final latents, see `flow.clean_estimate`. `frames` shows the
     latents and the estimates."""
     schedule = flow.sigmas(num_inference_steps, shift)
-    last, (latents, velocities) = _integrate(
-        model, params, hidden, noise, schedule, guidance, sources, trajectory=True
-    )
+    velocity = _velocity(model, params, hidden, guidance, sources)
+
+    def step(x: Array, velocity: Array, *levels: Array) -> tuple[Array, tuple[Array, Array]]:
+        return flow.euler(x, velocity, *levels)[0], (x, velocity)
+
+    last, (latents, velocities) = flow.integrate(velocity, noise, schedule, step)
     estimates = flow.clean_estimate(latents, velocities, schedule[:-1, None, None, None, None])
     latents = jnp.concatenate([latents, last[None]])
     steps = {"latents": latents, "velocities": velocities, "estimates": estimates}
     return {"sigmas": schedule, **steps}
 
 
-def _integrate(
+def path(
     model: Blip3o,
     params: Params,
     hidden: Array,
-    noise: Array,
-    schedule: Array,
+    key_numbers: Array,
+    sources: Sources | None = None,
+    *,
+    num_inference_steps: int,
+    sampler: str,
+    noise_level: Scalar,
+) -> dict[str, Array]:
+    """`draw_latents` without guidance by the stochastic steps of `sampler` (sample.stochastic), the
+    noise of every step from the image's own key -> {"latents" [steps+1,B,Y,X,C] from the noise on,
+    "logprobs" [steps,B]}, f32."""
+    keys = jax.vmap(jax.random.fold_in, (0, None))(fold_keys(key_numbers), 2)
+    step = stochastic.step(sampler, noise_level, keys)
+    velocity = _velocity(model, params, hidden, None, sources)
+    noise, schedule = first_noise(model, key_numbers), flow.sigmas(num_inference_steps)
+    last, kept = flow.integrate(velocity, noise, schedule, step)
+    return kept | {"latents": jnp.concatenate([kept["latents"], last[None]])}
+
+
+def _velocity(
+    model: Blip3o,
+    params: Params,
+    hidden: Array,
     guidance: Guidance | Scalar | None,
     sources: Sources | None,
-    trajectory: bool = False,
-):
-    """`flow.euler_sample` of the model's velocity, guided."""
+) -> flow.Velocity:
+    """The model's velocity, guided."""
     if not isinstance(guidance, Guidance):
         guidance = condition.guidance(guidance)
     function = condition.velocity_function(model, params, hidden, guidance.nulls, sources)
-    return flow.euler_sample(
-        function, noise, schedule, guidance.scales, guidance.renorm_min, trajectory
-    )
+    return flow.guided_velocity(function, guidance.scales, guidance.renorm_min)
+
+
+def first_noise(model: Blip3o, key_numbers: Array) -> Array:
+    """The noise f32 [B,Y,X,C] that the images with these keys, uint32 [B,3], begin with."""
+    side, channels = model.config.sana.sample_size, model.config.dc_ae.latent_channels
+
+    def draw(key):
+        return jax.random.normal(jax.random.fold_in(key, 1), (side, side, channels))
+
+    return jax.vmap(draw)(fold_keys(key_numbers))
 
 
 def draw_latents(
@@ -211,12 +242,7 @@ def draw_latents(
 ) -> Array:
     """`denoise` from the noise of each image's own key: hidden states [B,n+1,D], key_numbers uint32
     [B,3] -> f32 [B,Y,X,C]."""
-    side, channels = model.config.sana.sample_size, model.config.dc_ae.latent_channels
-
-    def draw(key):
-        return jax.random.normal(jax.random.fold_in(key, 1), (side, side, channels))
-
-    noise = jax.vmap(draw)(fold_keys(key_numbers))
+    noise = first_noise(model, key_numbers)
     return denoise(
         model, params, hidden, noise, num_inference_steps, guidance_scale, shift, sources
     )

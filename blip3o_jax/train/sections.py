@@ -10,6 +10,12 @@ from blip3o_jax.errors import nearest, require
 
 # What a tokenizer may learn from -> the part of `init` that holds it.
 TEACHERS = {"words": "", "latents": "dc_ae", "encoder": "ta_tok"}
+# Fields of DiffusionRlConfig that only some methods read.
+DIFFUSION_METHODS_OF = {
+    **dict.fromkeys(("old_decay", "old_ramp"), ("ram", "nft")),
+    **{"strength": ("ram",), "mix": ("nft",)},
+    **dict.fromkeys(("sampler", "noise_level", "epsilon"), ("flow_grpo",)),
+}
 GRPO_CHOICES = {
     "loss_type": ("bnpo", "grpo", "dr_grpo", "dapo"),
     "importance_sampling_level": ("token", "sequence"),
@@ -125,6 +131,49 @@ class JointConfig:
 
 
 @dataclass(frozen=True)
+class DiffusionRlConfig:
+    """Reinforcement of the diffusion part (rl.diffusion, docs/model.md §7.5)."""
+
+    method: str = "ram"
+    num_train_timesteps: int = 4  # noise levels of each image that it is trained at
+    beta: float = 0.0  # weight of the squared distance from the first velocity
+    norm_penalty: float = 0.0  # weight of the velocity's norm beyond the first one's
+    # of the policy that draws images, an average of past ones (ram, nft): after each step it keeps
+    # old_ramp x steps of itself, at most old_decay; 0 is the present policy
+    old_decay: float = 0.9
+    old_ramp: float = 0.01
+    strength: float = 1.0  # ram: how far a reward moves the velocity
+    mix: float = 1.0  # nft: share of the trained velocity in the mixtures (its beta)
+    sampler: str = "cps"  # flow_grpo: the stochastic steps (sample.stochastic)
+    noise_level: float = 0.8  # flow_grpo
+    epsilon: float = 1e-4  # flow_grpo: clipping range of the ratio
+
+    def __post_init__(self):
+        choices = {"method": ("ram", "nft", "flow_grpo"), "sampler": ("cps", "flow_grpo", "dance")}
+        _check_choices("grpo.diffusion", self, choices)
+        default = type(self)
+        for name, methods in DIFFUSION_METHODS_OF.items():
+            has_effect = self.method in methods or getattr(self, name) == getattr(default, name)
+            sentence = f"grpo.diffusion.{name} has no effect on method {self.method!r}"
+            require(has_effect, f"{sentence}; leave it out.")
+        _check_ranges(
+            "grpo.diffusion",
+            self,
+            {
+                "num_train_timesteps": ("at least 1", self.num_train_timesteps >= 1),
+                "beta": ("at least 0", self.beta >= 0),
+                "norm_penalty": ("at least 0", self.norm_penalty >= 0),
+                "old_decay": ("in [0, 1)", 0 <= self.old_decay < 1),
+                "old_ramp": ("at least 0", self.old_ramp >= 0),
+                "strength": ("above 0", self.strength > 0),
+                "mix": ("in (0, 1]", 0 < self.mix <= 1),
+                "noise_level": ("above 0", self.noise_level > 0),
+                "epsilon": ("in (0, 1)", 0 < self.epsilon < 1),
+            },
+        )
+
+
+@dataclass(frozen=True)
 class GrpoConfig:
     """Group-relative policy optimisation (docs/model.md §7): a step takes `batch_size` images,
     `num_generations` of each prompt. Names are those of TRL's GRPOConfig where it has them."""
@@ -151,19 +200,22 @@ class GrpoConfig:
 
     def __post_init__(self):
         _check_choices("grpo", self, GRPO_CHOICES)
-        for name, (limits, holds) in {
-            "num_generations": ("at least 2", self.num_generations >= 2),
-            "num_inference_steps": ("at least 1", self.num_inference_steps >= 1),
-            "num_iterations": ("at least 1", self.num_iterations >= 1),
-            "beta": ("at least 0", self.beta >= 0),
-            "temperature": ("above 0", self.temperature > 0),
-            "epsilon": ("in (0, 1)", 0 < self.epsilon < 1),
-            "epsilon_high": ("above 0", self.epsilon_high is None or self.epsilon_high > 0),
-            "top_entropy_quantile": ("in (0, 1]", 0 < self.top_entropy_quantile <= 1),
-            "strict": ("in [0, 1]", 0 <= self.strict <= 1),
-            "saturated_std": ("at least 0", self.saturated_std >= 0),
-        }.items():
-            require(holds, f"grpo.{name} is {limits}, not {getattr(self, name)}.")
+        _check_ranges(
+            "grpo",
+            self,
+            {
+                "num_generations": ("at least 2", self.num_generations >= 2),
+                "num_inference_steps": ("at least 1", self.num_inference_steps >= 1),
+                "num_iterations": ("at least 1", self.num_iterations >= 1),
+                "beta": ("at least 0", self.beta >= 0),
+                "temperature": ("above 0", self.temperature > 0),
+                "epsilon": ("in (0, 1)", 0 < self.epsilon < 1),
+                "epsilon_high": ("above 0", self.epsilon_high is None or self.epsilon_high > 0),
+                "top_entropy_quantile": ("in (0, 1]", 0 < self.top_entropy_quantile <= 1),
+                "strict": ("in [0, 1]", 0 <= self.strict <= 1),
+                "saturated_std": ("at least 0", self.saturated_std >= 0),
+            },
+        )
         has_effect = self.multi_objective_aggregation == "sum_then_normalize"
         sentence = "grpo.scale_rewards has no effect on rewards that are normalised one by one"
         require(has_effect or self.scale_rewards == "group", f"{sentence}; leave it out.")
@@ -174,3 +226,9 @@ def _check_choices(section: str, values: Any, choices: dict[str, tuple[str, ...]
     for name, known in choices.items():
         value = getattr(values, name)
         require(value in known, f"Unknown {section}.{name} {value!r}; {nearest(value, known)}")
+
+
+def _check_ranges(section: str, values: Any, ranges: dict[str, tuple[str, bool]]) -> None:
+    """InputError for a value that does not hold to its range, given as (words, whether it does)."""
+    for name, (limits, holds) in ranges.items():
+        require(holds, f"{section}.{name} is {limits}, not {getattr(values, name)}.")

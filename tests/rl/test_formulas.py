@@ -187,8 +187,13 @@ def rows():
 def test_logprobs_are_those_of_all_logits_at_once(params, rows, full_vocabulary, monkeypatch):
     tokens, start = rows
     n, vocab = MODEL.config.ta_tok.num_tokens, MODEL.config.vocab
-    hidden = MODEL.read_rows(params, tokens)[:, 5 : 5 + n]
-    logits = np.asarray(MODEL.apply(params, "qwen3", hidden, method="logits"), np.float64) / 0.7
+
+    @jax.jit
+    def every(params):
+        hidden = MODEL.read_rows(params, tokens)[:, 5 : 5 + n]
+        return MODEL.apply(params, "qwen3", hidden, method="logits")
+
+    logits = np.asarray(every(params), np.float64) / 0.7
     ids = tokens[:, 6:]
     if not full_vocabulary:
         first = vocab.image_start_token_id
@@ -200,14 +205,15 @@ def test_logprobs_are_those_of_all_logits_at_once(params, rows, full_vocabulary,
     def run(params):
         return logprobs.image_logprobs(MODEL, params["qwen3"], tokens, start, 0.7, full_vocabulary)
 
-    whole = run(params)
+    whole = jax.jit(run)(params)
     np.testing.assert_allclose(whole[0], expected, atol=2e-5)
     np.testing.assert_allclose(whole[1], entropies, atol=2e-5)
     # In pieces: no array of the program, nor of its gradient, holds all logits.
     size = logits.shape[-1]
     monkeypatch.setattr(logprobs, "MOST_LOGITS", 4 * size)
-    np.testing.assert_allclose(run(params)[0], whole[0], atol=1e-6)
-    np.testing.assert_allclose(run(params)[1], whole[1], atol=2e-5)
+    pieces = jax.jit(lambda params: run(params))(params)
+    np.testing.assert_allclose(pieces[0], whole[0], atol=1e-6)
+    np.testing.assert_allclose(pieces[1], whole[1], atol=2e-5)
     gradient = jax.jit(jax.grad(lambda params: jnp.sum(run(params)[0]))).lower(params)
     text = gradient.compile().as_text()
     assert f"4,{n},{size}]" not in text
@@ -249,19 +255,23 @@ def test_the_first_of_several_updates_is_on_policy_and_the_others_are_measured_f
     assert metrics["logprob_gap"] < 1e-5
     assert metrics["clipped_high"] > 0
 
-    cfg, old = config(num_iterations=3), None
+    cfg, old = config(num_iterations=3), batch["logprobs"]
     expected, _ = steps.init_state(cfg, {"qwen3": params["qwen3"]})
 
-    def loss(current, old):
+    def loss(current, old, is_first):
         found, entropies = logprobs.image_logprobs(MODEL, current["qwen3"], *rows, 1.0)
-        before = jax.lax.stop_gradient(found) if old is None else old
+        before = jnp.where(is_first, jax.lax.stop_gradient(found), old)
         inputs = before, batch["logprobs"], batch["advantages"], jnp.ones_like(found), entropies
         value, metrics = grpo.policy_loss(cfg.grpo, found, *inputs)
         return value, (metrics, before)
 
-    for _ in range(3):
-        gradients, (metrics, old) = jax.grad(loss, has_aux=True)(expected["params"], old)
-        expected, _ = steps.advance(cfg, expected, gradients, metrics)
+    @jax.jit
+    def one(state, old, is_first):
+        gradients, (metrics, old) = jax.grad(loss, has_aux=True)(state["params"], old, is_first)
+        return steps.advance(cfg, state, gradients, metrics)[0], old
+
+    for i in range(3):
+        expected, old = one(expected, old, i == 0)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
         state["params"],

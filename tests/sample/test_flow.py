@@ -14,6 +14,11 @@ from blip3o_jax.plan import collectives
 from blip3o_jax.sample import flow
 
 
+def sample_by(velocity_fn, noise, schedule, scales=()):
+    """The end of the flow."""
+    return flow.integrate(flow.guided_velocity(velocity_fn, scales), noise, schedule)[0]
+
+
 @pytest.fixture(scope="module")
 def reference():
     with np.load(Path(__file__).parents[1] / "fixtures" / "sana.npz") as file:
@@ -62,8 +67,30 @@ def test_sampling_given_velocities_ends_where_diffusers_does(reference, shift):
     def velocity_fn(x, t):
         return velocities[jnp.argmin(jnp.abs(1000 * schedule[:-1] - t[0]))]
 
-    sampled = flow.euler_sample(velocity_fn, reference["noise"], schedule)
+    sampled = sample_by(velocity_fn, reference["noise"], schedule)
     np.testing.assert_allclose(sampled, reference[f"shift{shift}/sampled"], atol=1e-6)
+
+
+def test_eulers_step_is_the_loop_that_images_were_published_with():
+    """To the bit: the scan of version 0.1, written out."""
+    rng = np.random.default_rng(3)
+    noise = jnp.asarray(rng.normal(size=(3, 4, 4, 8)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(8, 8)), jnp.float32)
+    schedule = flow.sigmas(7)
+
+    def velocity_fn(x, t):
+        return jnp.tanh(x @ kernel) * (t.reshape(-1, 1, 1, 1) / 1000)
+
+    def step(x, levels):
+        sigma, next_sigma = levels
+        repeated = flow.alternating(x, x)
+        velocity = velocity_fn(repeated, jnp.full(repeated.shape[:1], 1000 * sigma))
+        velocity = flow.guided(velocity.reshape(-1, 2, *x.shape[1:]), (2.5,))
+        return x + (next_sigma - sigma) * velocity, None
+
+    expected = jax.jit(lambda x: jax.lax.scan(step, x, (schedule[:-1], schedule[1:]))[0])(noise)
+    found = jax.jit(lambda x: sample_by(velocity_fn, x, schedule, (2.5,)))(noise)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_noising_is_that_of_diffusers(reference):
@@ -118,7 +145,7 @@ def test_guided_sampling_of_a_cut_batch_sends_nothing():
     @functools.partial(jax.jit, out_shardings=place)
     def sample(noise, condition):
         both = flow.alternating(jnp.zeros_like(condition), condition)
-        return flow.euler_sample(
+        return sample_by(
             lambda x, t: both + x * t.reshape(-1, 1, 1, 1) / 1000, noise, flow.sigmas(4), (2.0,)
         )
 
@@ -148,12 +175,12 @@ def test_guidance_mixes_the_halves_of_each_sample():
     def sample(guidance_scale, shift):
         traces.append(guidance_scale)
         both = flow.alternating(without, given)
-        return flow.euler_sample(
+        return sample_by(
             lambda x, t: velocity(x, t, both), noise, flow.sigmas(4, shift), (guidance_scale,)
         )
 
     np.testing.assert_allclose(sample(2.5, 1.0), expected, atol=1e-5)
-    alone = flow.euler_sample(lambda x, t: velocity(x, t, given), noise, schedule)
+    alone = sample_by(lambda x, t: velocity(x, t, given), noise, schedule)
     np.testing.assert_allclose(sample(1.0, 1.0), alone, atol=1e-5)
     assert not np.allclose(sample(1.0, 3.0), alone, atol=0.01)
     assert len(traces) == 1
@@ -164,9 +191,7 @@ def test_guidance_mixes_the_halves_of_each_sample():
 
 def test_the_state_stays_f32_under_a_bf16_model():
     noise = jnp.ones((1, 1, 1, 1), jnp.bfloat16)
-    sampled = flow.euler_sample(
-        lambda x, t: jnp.full(x.shape, 0.01, jnp.bfloat16), noise, flow.sigmas(30)
-    )
+    sampled = sample_by(lambda x, t: jnp.full(x.shape, 0.01, jnp.bfloat16), noise, flow.sigmas(30))
     assert sampled.dtype == jnp.float32
     # a bf16 state would not notice steps of 0.0003
     np.testing.assert_allclose(sampled, 0.99, atol=1e-4)
