@@ -2,11 +2,12 @@
 WORKDIR/checkpoints/STEP/{model,optimizer,config,model_config,notes} and hashes.json.
 
 `model` is {"params", "frozen"[, "ema"]} and can be read alone; `optimizer` is {"step", "opt_state",
-"guard"}; `config` the run's config, `model_config` the model's as in a published config.json,
-`notes` the clock's totals. The data position is the step itself, and so is the state of every
-random key. A folder appears under its number when everything in it is written; one that was killed
-on the way is removed by the next run; one that lost files later, or of which a byte is not what
-hashes.json recorded, is set aside under another name, and the run resumes from the one before.
+"guard"[, "old"]}; `config` the run's config, `model_config` the model's as in a published
+config.json, `notes` the clock's totals. The data position is the step itself, and so is the state
+of every random key. A folder appears under its number when everything in it is written; one that
+was killed on the way is removed by the next run; one that lost files later, or of which a byte is
+not what hashes.json recorded, is set aside under another name, and the run resumes from the one
+before.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from blip3o_jax.presets import preset
 __getattr__ = functools.partial(refuse, "training_checkpoint")
 log = logging.getLogger(__name__)
 
-OPTIMIZER = ("step", "opt_state", "guard")  # of the state, beside the weights
+OPTIMIZER = ("step", "opt_state", "guard", "old")  # of the state, beside the weights
 # bytes of an array in one piece of a file; its reader holds it once and a piece, not twice
 PIECE = 64 << 20
 # what Orbax writes last for each item
@@ -150,7 +151,7 @@ def save(manager, config, state, frozen, notes: dict) -> None:
     pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=PIECE), model)
     items = ocp.args.Composite(
         model=ocp.args.StandardSave(model, save_args=pieces),
-        optimizer=ocp.args.StandardSave({name: state[name] for name in OPTIMIZER}),
+        optimizer=ocp.args.StandardSave(_optimizer_item(state)),
         config=ocp.args.JsonSave(dataclasses.asdict(config)),
         model_config=ocp.args.JsonSave(config_to_json(config.blip3o())),
         notes=ocp.args.JsonSave(notes),
@@ -163,6 +164,10 @@ def _model_item(state: dict, frozen: dict) -> dict:
     """The weights, with their average where there is one."""
     weights = {name: state[name] for name in ("params", "ema") if name in state}
     return {**weights, "frozen": frozen}
+
+
+def _optimizer_item(state: dict) -> dict:
+    return {name: state[name] for name in OPTIMIZER if name in state}
 
 
 def finish(manager) -> None:
@@ -180,8 +185,7 @@ def restore(manager, state, frozen):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
     # What Orbax reads, and where it places it: the shardings saved with it are not trusted.
-    optimizer = {name: state[name] for name in OPTIMIZER}
-    trees = {"model": _model_item(state, frozen), "optimizer": optimizer}
+    trees = {"model": _model_item(state, frozen), "optimizer": _optimizer_item(state)}
     items = {x: ocp.args.StandardRestore(jax.tree.map(abstract, tree)) for x, tree in trees.items()}
     items["notes"], step = ocp.args.JsonRestore(), manager.latest_step()
     try:

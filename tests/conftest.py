@@ -54,6 +54,7 @@ PLAINLY_COMPILED = (
     "rl/test_diffusion.py",
     "rl/test_formulas.py",
     "rl/test_grpo.py",
+    "rl/test_trainer.py",
     "sample/test_generate.py",
     "train/test_losses.py",
     "train/test_loop.py",

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     from blip3o_jax.data.feed import row_tokens
     from blip3o_jax.kernels.platform import enable_compilation_cache
     from blip3o_jax.rl.rewards import scene_rewards
-    from blip3o_jax.rl.rollout import reinforced
+    from blip3o_jax.rl.run import reinforced
     from blip3o_jax.scenes import edits, prompts
     from blip3o_jax.scenes.config import TAGS, WorldConfig
     from blip3o_jax.scenes.scene import compose

@@ -30,8 +30,6 @@ class Method:
     # Whether images are drawn by stochastic steps, of which the batch then holds the "path"; else
     # by Euler's, and the batch holds their latents "x0".
     stochastic: bool
-    # Whether they are drawn by an average of past policies, which the state then holds.
-    lagged: bool
     # (cfg, batch, levels of the sampler [steps + 1], key) -> points
     points: Callable[[DiffusionRlConfig, dict, Array, Array], Points]
     # (cfg, velocity, old, reference, a level's points, advantages [B]) -> (losses [B], metrics)
@@ -150,9 +148,9 @@ def flow_grpo_loss(
 
 
 METHODS = {
-    "ram": Method(stochastic=False, lagged=True, points=ram_points, loss=ram_loss),
-    "nft": Method(stochastic=False, lagged=True, points=nft_points, loss=nft_loss),
-    "flow_grpo": Method(stochastic=True, lagged=False, points=path_points, loss=flow_grpo_loss),
+    "ram": Method(stochastic=False, points=ram_points, loss=ram_loss),
+    "nft": Method(stochastic=False, points=nft_points, loss=nft_loss),
+    "flow_grpo": Method(stochastic=True, points=path_points, loss=flow_grpo_loss),
 }
 
 

@@ -1,150 +1,172 @@
-"""The run that GRPO gives to the training loop: a batch is a rollout, drawn by the present weights
-and rewarded on the host."""
+"""A rollout: images of prompts, drawn by the present weights and rewarded on the host, as the
+arrays that the update reads."""
 
-import functools
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.sharding import Mesh
 
 from blip3o_jax.errors import require
-from blip3o_jax.parallel.batches import put_batch
-from blip3o_jax.parallel.mesh import make_mesh
-from blip3o_jax.pixels import contact_sheet
-from blip3o_jax.rl import grpo, update
+from blip3o_jax.models.blip3o import Blip3o, Params
+from blip3o_jax.parallel.batches import put_batch, put_replicated
+from blip3o_jax.rl import grpo
+from blip3o_jax.rl.diffusion import METHODS
 from blip3o_jax.sample import generate, programs
-from blip3o_jax.sample.condition import guidance
-from blip3o_jax.sample.settings import Settings
+from blip3o_jax.sample.condition import Sources
 from blip3o_jax.text import Text, left_pad, row_length
-from blip3o_jax.train import start
 from blip3o_jax.train.config import TrainConfig
-from blip3o_jax.train.loop import Run
+from blip3o_jax.tree import join
 
 # (images uint8 [B,H,W,3], what was asked for) -> (rewards [B,2], numbers to log); the second reward
 # has the share `grpo.strict`
 Reward = Callable[[np.ndarray, list[dict]], tuple[np.ndarray, dict[str, float]]]
 
-SEEDS = 1_000_003  # between those of two updates' rollouts
+SEEDS = 1_000_003  # between those of two steps' rollouts
 
 
-def reinforced(
+def encode(text: Text, asked: dict, source_codes: np.ndarray | None) -> list[int]:
+    """The prompt's ids, of an instruction with the codes of its source image."""
+    if "source" in asked:
+        return text.encode_edit(asked["prompt"], source_codes[None])
+    return text.encode_prompt(asked["prompt"])
+
+
+def prompt_arrays(text: Text, model: Blip3o, metadata: list[dict], editing: bool) -> tuple:
+    """(ids [B,P] padded on the left, which of them exist), and where the prompts may be edits the
+    source images uint8 [B,1,H,W,3] and which of them exist [B,1]. The device makes the sources'
+    codes and writes them there."""
+    sources, side = model.config.ta_tok.num_tokens * editing, model.config.image_size
+    ids = [encode(text, m, np.zeros(sources, int)) for m in metadata]
+    arrays = left_pad(ids, text.max_prompt_tokens + sources, text.vocab.pad_token_id)
+    if not editing:
+        return arrays
+    nothing = np.zeros((side, side, 3), np.uint8)
+    images = np.stack([m.get("source", nothing) for m in metadata])[:, None]
+    return *arrays, images, np.array([["source" in m] for m in metadata])
+
+
+def key_numbers(metadata: list[dict], seed: int, first: int = 0) -> np.ndarray:
+    """Of images of these prompts, uint32 [B,3]; a prompt that comes again has others."""
+    keys = [generate.sample_key(seed, m["prompt"], first + i) for i, m in enumerate(metadata)]
+    return np.array(keys, np.uint32)
+
+
+def write(
+    run: programs.Programs, params: Params, prompts: tuple, keys: Array, decoding: dict
+) -> tuple[dict[str, Array], Sources | None]:
+    """({"tokens", "hidden", "logprobs", and of edits "source_codes"}, the edits' sources)."""
+    prompt, valid, *images = prompts
+    codes, sources = run.encode_sources(params, *images) if images else (None, None)
+    written = run.write_tokens(params, prompt, valid, keys, codes, **decoding)
+    return written | ({"source_codes": codes} if images else {}), sources
+
+
+def diversity(images: np.ndarray, group: int) -> float:
+    """How much the images uint8 [B,H,W,3] of one prompt differ: the root of a pixel's variance in
+    its group, in shares of white."""
+    groups = images.reshape(-1, group, *images.shape[1:]).astype(np.float32) / 255
+    variances = np.var(groups, axis=1, ddof=1)
+    return float(np.mean(np.sqrt(variances.mean(axis=(1, 2, 3)))))
+
+
+def rollouts(
     cfg: TrainConfig,
-    prompts: Callable[[int], list[dict]],
-    heldout: list[dict],
+    model: Blip3o,
+    mesh: Mesh,
     text: Text,
+    prompts: Callable[[int], list[dict]],
     reward: Reward,
-    load_part: start.LoadPart,
-) -> Run:
-    """The run of stage `grpo`.
+) -> Callable[[int, dict, dict], tuple[dict, dict[str, float]]]:
+    """(step, state, frozen) -> ({half: arrays} for the halves that the step trains, numbers to
+    log).
 
-    `prompts(step)` are the metadata of the update after that step, batch_size / num_generations of
-    them: each with its "prompt" and, where that is an instruction (a share `data.edits`), the
-    "source" uint8 [H,W,3] that it edits. `heldout` are those that are drawn at every evaluation,
-    batch_size at most. The time of rollouts and rewards counts as waiting for data.
+    `prompts(step)` as in `run.reinforced`. For the transformer each image of a group has tokens of
+    its own, rendered `decodes` times. For the diffusion part alone a group shares its tokens, so
+    that its images differ by what they were rendered from, and only those of a prompt are written.
     """
-    mesh, model = make_mesh(cfg.mesh), start.build_model(cfg)
-    group, editing = cfg.grpo.num_generations, cfg.data.edits > 0
-    weights = np.array([1 - cfg.grpo.strict, cfg.grpo.strict])
-    draw = programs.edit if editing else programs.text_to_image
-    draw = functools.partial(draw, programs.programs(model))
-    side, sources = model.config.image_size, model.config.ta_tok.num_tokens * editing
-    features = "GRPO reads sources as tokens; it cannot train with use_tar_siglip_features"
-    require(not (editing and model.config.use_tar_siglip_features), f"{features}.")
-    show = asdict(Settings(num_inference_steps=20))
+    section, editing = cfg.grpo, cfg.data.edits > 0
+    group, method = section.num_generations, section.diffusion and METHODS[section.diffusion.method]
+    weights, run = np.array([1 - section.strict, section.strict]), programs.programs(model)
     # Drawn from the whole distribution, as the loss sees it.
-    names = ("num_inference_steps", "temperature", "guidance_scale")
-    rollout = show | {name: getattr(cfg.grpo, name) for name in names} | {"top_k": 0, "top_p": 1.0}
-    if editing:
-        # By the text alone, here the instruction; None is no guidance.
-        for settings in (show, rollout):
-            scale = settings["guidance_scale"]
-            settings["guidance_scale"] = guidance(1.0 if scale is None else scale, 1.0)
+    decoding = {"top_k": 0, "top_p": 1.0, "temperature": section.temperature}
+    scale = section.guidance_scale
 
-    def encode(asked: dict, source_codes: np.ndarray) -> list[int]:
-        if "source" in asked:
-            return text.encode_edit(asked["prompt"], source_codes[None])
-        return text.encode_prompt(asked["prompt"])
+    def render(params: Params, hidden: Array, keys: Array, sources: Any, path: bool) -> tuple:
+        """(images, what the diffusion part's method trains on)."""
+        steps = section.num_inference_steps
+        if not path:
+            settings = programs.by_text(scale, editing) | {"num_inference_steps": steps}
+            images, latents = run.draw(params, hidden, keys, sources, shift=1.0, **settings)
+            return images, {"x0": latents}
+        names = {"sampler": section.diffusion.sampler, "noise_level": section.diffusion.noise_level}
+        drawn = run.path(params, hidden, keys, sources, num_inference_steps=steps, **names)
+        return run.pictures(params, drawn["latents"][-1]), {"path": drawn["latents"]}
 
-    def inputs(metadata: list[dict], seed: int) -> tuple:
-        """A full batch for as many metadata as there are; the first fills what is missing."""
-        rows = metadata + metadata[:1] * (cfg.batch_size - len(metadata))
-        keys = [generate.sample_key(seed, m["prompt"], i) for i, m in enumerate(rows)]
-        # The codes of sources are made on the device and written there.
-        ids = [encode(m, np.zeros(sources, int)) for m in rows]
-        prompt = left_pad(ids, text.max_prompt_tokens + sources, text.vocab.pad_token_id)
-        arrays = [*prompt, np.array(keys, np.uint32)]
-        if editing:
-            nothing = np.zeros((side, side, 3), np.uint8)
-            arrays.append(np.stack([m.get("source", nothing) for m in rows])[:, None])
-            arrays.append(np.array([["source" in m] for m in rows]))
-        return put_batch(tuple(arrays), mesh)
-
-    def batch(now: int, params: dict) -> tuple[dict, dict[str, float]]:
-        # A prompt that comes again is drawn with other keys.
+    def draw(now: int, state: dict, frozen: dict) -> tuple[dict, dict[str, float]]:
         began = time.perf_counter()
-        metadata = [m for m in prompts(now - 1) for _ in range(group)]
-        asked = inputs(metadata, cfg.seed + SEEDS * now)
-        drawn = jax.device_get(draw(params, *asked, **rollout))
+        halves, seed = section.halves_at(now), cfg.seed + SEEDS * now
+        is_shared = halves == ("diffusion",)
+        params = join(frozen, state["params"])
+        metadata = prompts(now - 1)
+        everyone = [m for m in metadata for _ in range(group)]
+
+        # Tokens: of every image, or of every prompt.
+        rows = metadata if is_shared else everyone
+        asked = prompt_arrays(text, model, rows, editing), key_numbers(rows, seed)
+        written, sources = write(run, params, *put_replicated(asked, mesh), decoding)
+        hidden = written["hidden"]
+        if is_shared:
+            repeated = [jnp.repeat(x, group, axis=0) for x in jax.tree.leaves((hidden, sources))]
+            structure = jax.tree.structure((hidden, sources))
+            hidden, sources = jax.tree.unflatten(structure, repeated)
+
+        # Images, by the policy that the method draws with.
+        painter = params | state.get("old", {}) if "diffusion" in halves else params
+        path = "diffusion" in halves and method.stochastic
+        renderings = []
+        for i in range(1 if "diffusion" in halves else section.decodes):
+            keys = put_batch(key_numbers(everyone, seed, i * len(everyone)), mesh)
+            images, trained = render(painter, hidden, keys, sources, path)
+            renderings.append(images)
+        images = np.concatenate(jax.device_get(renderings))
         rollout_s = time.perf_counter() - began
 
-        # Rewards on the host.
+        # Rewards on the host, of tokens the mean over their renderings.
         began = time.perf_counter()
-        rewards, numbers = reward(drawn["images"], metadata)
-        gains, dropped = grpo.advantages(rewards, weights, cfg.grpo)
-        numbers |= {name: float(rows.mean()) for name, rows in dropped.items()}
-        reward_s = time.perf_counter() - began
-
-        # Rows with the drawn tokens, for the update.
-        codes = drawn.get("source_codes", [None] * len(metadata))
-        ids = [encode(m, own) for m, own in zip(metadata, codes, strict=True)]
-        length = cfg.data.row_length or row_length(model.config)
-        tokens, starts = text.training_rows(ids, drawn["tokens"], length)
-        arrays = {
-            "tokens": tokens,
-            "start": starts,
-            "logprobs": drawn["logprobs"],
-            "advantages": gains,
-            "mask": np.float32(~np.any(list(dropped.values()), axis=0)),
-        }
+        rewards, numbers = reward(images, everyone * len(renderings))
+        shape, count = np.shape(rewards), len(images)
+        require(shape == (count, 2), f"The reward gives {shape} numbers for {count} images.")
+        rewards = np.mean(np.reshape(rewards, (len(renderings), -1, 2)), axis=0)
+        gains, dropped = grpo.advantages(rewards, weights, section)
+        learns = {"advantages": gains, "mask": np.float32(~np.any(list(dropped.values()), axis=0))}
         total = rewards @ weights
-        spread = np.mean(np.std(total.reshape(-1, group), axis=1))
-        numbers = {"reward": float(total.mean()), "reward_std": float(spread), **numbers}
-        return put_batch(arrays, mesh), numbers | {"rollout_s": rollout_s, "reward_s": reward_s}
+        numbers = {
+            "reward": float(total.mean()),
+            "reward_std": float(np.mean(np.std(total.reshape(-1, group), axis=1))),
+            **{name: float(rows.mean()) for name, rows in dropped.items()},
+            "diversity": diversity(images[: len(everyone)], group),
+            **numbers,
+            **{"rollout_s": rollout_s, "reward_s": time.perf_counter() - began},
+        }
 
-    def compiled(state: dict, frozen: dict, batch: dict, shardings: dict) -> Callable:
-        # The policy at the run's start, which a later state no longer holds.
-        if not cfg.grpo.beta:
-            reference = {}
-        elif int(state["step"]) == 0:
-            reference = jax.tree.map(jnp.copy, state["params"]["qwen3"])
-        else:
-            reference = start.initial_params(cfg, model, load_part, mesh, ("qwen3",))["qwen3"]
-        program = update.compile_update(model, cfg, shardings)
-        program = program.lower(state, reference, batch).compile()
+        # What each half reads.
+        batch = {}
+        if "transformer" in halves:
+            codes = jax.device_get(written.get("source_codes", [None] * len(everyone)))
+            ids = [encode(text, m, own) for m, own in zip(everyone, codes, strict=True)]
+            length = cfg.data.row_length or row_length(model.config)
+            tokens, starts = text.training_rows(ids, jax.device_get(written["tokens"]), length)
+            arrays = {"tokens": tokens, "start": starts, **learns}
+            batch["transformer"] = put_batch(arrays, mesh) | {"logprobs": written["logprobs"]}
+        if "diffusion" in halves:
+            batch["diffusion"] = put_batch(learns, mesh) | {"hidden": hidden, **trained}
+            if sources is not None:
+                batch["diffusion"]["sources"] = sources
+        return batch, numbers
 
-        def step(state: dict, frozen: dict, batch: dict) -> tuple[dict, dict]:
-            began = time.perf_counter()
-            state, metrics = program(state, reference, batch)
-            jax.block_until_ready(metrics)
-            return state, metrics | {"update_s": time.perf_counter() - began}
-
-        return step
-
-    def evaluate(params: dict) -> tuple[dict[str, float], np.ndarray]:
-        # The rows beyond those asked for fill the batch.
-        images = np.asarray(draw(params, *inputs(heldout, cfg.seed), **show)["images"])
-        images = images[: len(heldout)]
-        numbers = reward(images, heldout)[1]
-        return {f"heldout/{name}": value for name, value in numbers.items()}, contact_sheet(images)
-
-    return Run(
-        model=model,
-        mesh=mesh,
-        params=lambda: start.initial_params(cfg, model, load_part, mesh),
-        batches=lambda step: batch,
-        compile=compiled,
-        evaluate=evaluate,
-    )
+    return draw

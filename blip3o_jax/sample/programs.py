@@ -16,7 +16,7 @@ from jax import Array
 from blip3o_jax.kernels.platform import jit
 from blip3o_jax.models.blip3o import Blip3o, Params
 from blip3o_jax.sample import generate
-from blip3o_jax.sample.condition import Sources
+from blip3o_jax.sample.condition import Sources, guidance
 
 DECODING = ("top_k", "top_p", "temperature")  # settings of `write_tokens`; the others are of `draw`
 
@@ -30,6 +30,7 @@ class Programs:
     encode_latents: Callable
     encode_sources: Callable
     draw_latents: Callable
+    path: Callable
     pictures: Callable
 
     def draw(
@@ -56,6 +57,7 @@ def programs(model: Blip3o, out_shardings: jax.sharding.Sharding | None = None) 
         encode_latents=program(generate.encode_latents),
         encode_sources=program(generate.encode_sources),
         draw_latents=program(generate.draw_latents, static_argnames="num_inference_steps"),
+        path=program(generate.path, static_argnames=("num_inference_steps", "sampler")),
         pictures=program(generate.pictures, out_shardings=out_shardings),
     )
 
@@ -94,6 +96,13 @@ def edit(
     written = run.write_tokens(params, prompt, valid, key_numbers, codes, **decoding)
     images, latents = run.draw(params, written.pop("hidden"), key_numbers, sources, **settings)
     return {"images": images, "latents": latents, "source_codes": codes, **written}
+
+
+def by_text(scale: float | None, editing: bool) -> dict[str, Any]:
+    """The setting of guidance by the text alone, of an edit the instruction; None is none."""
+    if editing:
+        return {"guidance_scale": guidance(1.0 if scale is None else scale, 1.0)}
+    return {"guidance_scale": scale}
 
 
 def round_trip(run: Programs, params: Params, images: Array) -> Array:

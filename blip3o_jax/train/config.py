@@ -11,6 +11,7 @@ from blip3o_jax.errors import InputError, check_seed, multiples, nearest, requir
 from blip3o_jax.models.blip3o import EDITING_PARTS, PARTS, parts_of
 from blip3o_jax.presets import preset
 from blip3o_jax.train.sections import (
+    HALVES,
     TEACHERS,
     AutoencoderConfig,
     GrpoConfig,
@@ -83,8 +84,11 @@ class TrainConfig:
         stage, warmup, steps = self.stage, self.optimizer.warmup_steps, self.num_steps
         require(stage in STAGES, f"Unknown stage {stage!r}; {nearest(stage, STAGES)}")
         self._take_section()
+        updates = min(map(self.updates_of, self.groups or [""]))
+        sentence = f"grpo.phase_steps leaves the diffusion part none of the {steps} num_steps."
+        require(updates > 0, sentence)
         sentence = f"optimizer.warmup_steps {warmup} must be below num_steps {steps}."
-        require(warmup < self.num_updates, sentence)
+        require(warmup < updates, sentence)
         if isinstance(self.init, str):
             parts = self.record.parts + self.record.teachers(self.section)
             object.__setattr__(self, "init", dict.fromkeys(parts, self.init))
@@ -142,7 +146,8 @@ class TrainConfig:
             sentence = f"frozen_parts: stage {stage!r} has no part {part!r}; "
             require(part in parts, sentence + nearest(part, parts))
         frozen = ", ".join(self.frozen_parts)
-        require(bool(trained), f"frozen_parts {frozen}: nothing is left to train.")
+        is_left = all(set(parts) & set(trained) for parts in self.groups.values())
+        require(bool(trained) and is_left, f"frozen_parts {frozen}: nothing is left to train.")
         for part, factor in self.optimizer.part_learning_rates.items():
             sentence = f"optimizer.part_learning_rates: {part!r} is not trained; "
             require(part in trained, sentence + nearest(part, trained))
@@ -174,9 +179,19 @@ class TrainConfig:
         return getattr(self, self.stage)
 
     @property
-    def num_updates(self) -> int:
-        """Updates of the parameters in `num_steps` steps."""
-        return self.num_steps * (self.grpo.num_iterations if self.grpo else 1)
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """{name: parts} that are updated apart from the others, with moments and a guard of their
+        own; {} where all are updated together."""
+        halves = self.grpo.halves if self.grpo else ()
+        return {half: HALVES[half] for half in halves} if len(halves) > 1 else {}
+
+    def updates_of(self, group: str = "") -> int:
+        """Updates in `num_steps` steps, of one of the groups or, where there are none, of all."""
+        if self.grpo is None:
+            return self.num_steps
+        now = range(1, self.num_steps + 1)
+        steps = sum(not group or group in self.grpo.halves_at(step) for step in now)
+        return steps * self.grpo.num_iterations
 
     def blip3o(self) -> Blip3oConfig:
         """The model's config: the preset with the run's changes."""
@@ -193,7 +208,9 @@ class TrainConfig:
     @property
     def trained_parts(self) -> tuple[str, ...]:
         """The parts of which something is trained."""
-        trained = self.record.trained + (self._editing_parts if self.stage == "joint" else ())
+        trained = self.record.trained(self.section) + (
+            self._editing_parts if self.stage == "joint" else ()
+        )
         return tuple(part for part in trained if part not in self.frozen_parts)
 
     @property

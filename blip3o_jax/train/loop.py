@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from blip3o_jax import training_checkpoint
+from blip3o_jax.errors import require
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.parallel.batches import check_batch, put_batch
 from blip3o_jax.parallel.mesh import make_mesh
@@ -25,7 +26,6 @@ from blip3o_jax.parallel.processes import barrier
 from blip3o_jax.train import start, steps, stop
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.meter import Meter
-from blip3o_jax.tree import join
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +38,14 @@ class Run:
     mesh: Mesh
     params: Callable[[], dict]  # initial parameters of the stage's parts
     # the last step -> a function for the steps after it, one by one:
-    # (step, present parameters) -> (batch on the mesh, numbers to log)
-    batches: Callable[[int], Callable[[int, dict], tuple[dict, dict]]]
+    # (step, state, frozen) -> (batch on the mesh, numbers to log)
+    batches: Callable[[int], Callable[[int, dict, dict], tuple[dict, dict]]]
     # (state, frozen, batch, shardings of the state) -> (state, frozen, batch) -> (state, metrics)
     compile: Callable[[dict, dict, dict, dict], Callable]
     # parameters -> (held-out numbers, an image)
     evaluate: Callable[[dict], tuple[dict[str, float], np.ndarray | None]]
+    # a step's metrics -> why the run must end with it, or nothing
+    halt: Callable[[dict], str] = lambda metrics: ""
 
 
 def run(cfg: TrainConfig, workdir: str | Path, run: Run) -> dict[str, float]:
@@ -51,7 +53,8 @@ def run(cfg: TrainConfig, workdir: str | Path, run: Run) -> dict[str, float]:
     checkpoint.
 
     Raises InputError before compilation for anything the config gets wrong, and when too many
-    steps are skipped or the workdir cannot be written; `stop.Preempted` after a SIGTERM.
+    steps are skipped, the workdir cannot be written or the run's own reason to `halt` occurs;
+    `stop.Preempted` after a SIGTERM. State and notes are saved before the last two.
     """
     began = time.time()
     check_batch(cfg.batch_size, run.mesh, cfg.accumulate)
@@ -75,7 +78,7 @@ def run(cfg: TrainConfig, workdir: str | Path, run: Run) -> dict[str, float]:
             result, _ = run.evaluate(steps.weights(state, frozen))
         for now in range(done + 1, cfg.num_steps + 1):
             with meter.phase("data"):
-                batch, numbers = batch_of(now, join(frozen, state["params"]))
+                batch, numbers = batch_of(now, state, frozen)
             if step is None:
                 # A process that compiles slower is waited for here, not in a collective with a
                 # time limit of its own.
@@ -85,8 +88,13 @@ def run(cfg: TrainConfig, workdir: str | Path, run: Run) -> dict[str, float]:
             with meter.step(now):
                 state, metrics = step(state, frozen, batch)
             meter.add(now, batch, metrics | numbers)
-            leave = stopping(now)
-            result = after_step(run, meter, manager, state, frozen, now, leave) or result
+            leave, reason = stopping(now), run.halt(metrics)
+            ends = leave or bool(reason)
+            result = after_step(run, meter, manager, state, frozen, now, ends) or result
+            require(not reason, f"{reason} Step {now} is saved.")
+            if leave and now < cfg.num_steps:
+                log.info("Saved step %d; the same command resumes from it.", now)
+                raise stop.Preempted(now)
         training_checkpoint.finish(manager)
     return result
 
@@ -95,9 +103,7 @@ def after_step(
     run: Run, meter: Meter, manager: Any, state: dict, frozen: dict, now: int, leave: bool
 ) -> dict[str, float]:
     """What follows step `now` where it is due: log, checkpoint, evaluation. Returns the held-out
-    numbers, if any.
-
-    Raises `stop.Preempted` with everything saved when the run is to `leave` before its end.
+    numbers, if any. When the run is to `leave`, everything is saved.
     """
     cfg, result = meter.cfg, {}
     last = now == cfg.num_steps
@@ -116,9 +122,6 @@ def after_step(
             if image is not None:
                 meter.writer.write_image(now, "sheet", image)
         log.info("held out at step %d: %s", now, json.dumps(result))
-    if leave and not last:
-        log.info("Saved step %d; the same command resumes from it.", now)
-        raise stop.Preempted(now)
     return result
 
 
@@ -137,9 +140,9 @@ def supervised(
     mesh, model = make_mesh(cfg.mesh), start.build_model(cfg)
     evaluate = cfg.record.evaluate(model, cfg.section, mesh)
 
-    def batches_after(step: int) -> Callable[[int, dict], tuple[dict, dict]]:
+    def batches_after(step: int) -> Callable[[int, dict, dict], tuple[dict, dict]]:
         iterator = batches(step)
-        return lambda now, params: (put_batch(next(iterator), mesh), {})
+        return lambda now, state, frozen: (put_batch(next(iterator), mesh), {})
 
     def compiled(state: dict, frozen: dict, batch: dict, shardings: dict) -> Callable:
         return steps.compile_step(model, cfg, shardings).lower(state, frozen, batch).compile()

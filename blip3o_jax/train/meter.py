@@ -120,7 +120,9 @@ class Meter:
 
         # The losses and what else the steps gave.
         good = [row for row in rows if row["skipped_in_a_row"] == 0] or rows[-1:]
-        numbers = {name: float(np.mean([row[name] for row in good])) for name in good[0]}
+        # Steps may differ in what they give.
+        names = dict.fromkeys(name for row in good for name in row)
+        numbers = {x: float(np.mean([row[x] for row in good if x in row])) for x in names}
         numbers |= {name: float(good[-1][name]) for name in LAST}
         numbers["skipped"] = float(rows[-1]["skipped"])
         del numbers["skipped_in_a_row"]

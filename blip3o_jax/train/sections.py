@@ -16,7 +16,13 @@ DIFFUSION_METHODS_OF = {
     **{"strength": ("ram",), "mix": ("nft",)},
     **dict.fromkeys(("sampler", "noise_level", "epsilon"), ("flow_grpo",)),
 }
+# What GRPO trains, each half with moments of its own.
+HALVES = {"transformer": ("qwen3",), "diffusion": ("diffusion_connector", "sana")}
+# Fields of GrpoConfig that only the transformer's update reads.
+TRANSFORMER_FIELDS = ("beta", "epsilon", "epsilon_high", "loss_type", "importance_sampling_level")
+TRANSFORMER_FIELDS += ("top_entropy_quantile", "full_vocabulary")
 GRPO_CHOICES = {
+    "train": (*HALVES, "alternating", "joint"),
     "loss_type": ("bnpo", "grpo", "dr_grpo", "dapo"),
     "importance_sampling_level": ("token", "sequence"),
     "scale_rewards": ("group", "batch", "none"),
@@ -147,6 +153,7 @@ class DiffusionRlConfig:
     sampler: str = "cps"  # flow_grpo: the stochastic steps (sample.stochastic)
     noise_level: float = 0.8  # flow_grpo
     epsilon: float = 1e-4  # flow_grpo: clipping range of the ratio
+    max_kl: float | None = None  # a step with a larger squared distance stops the run
 
     def __post_init__(self):
         choices = {"method": ("ram", "nft", "flow_grpo"), "sampler": ("cps", "flow_grpo", "dance")}
@@ -169,8 +176,14 @@ class DiffusionRlConfig:
                 "mix": ("in (0, 1]", 0 < self.mix <= 1),
                 "noise_level": ("above 0", self.noise_level > 0),
                 "epsilon": ("in (0, 1)", 0 < self.epsilon < 1),
+                "max_kl": ("above 0", self.max_kl is None or self.max_kl > 0),
             },
         )
+
+    @property
+    def lagged(self) -> bool:
+        """Whether an average of past policies draws the images; the state then holds it."""
+        return self.method in DIFFUSION_METHODS_OF["old_decay"]
 
 
 @dataclass(frozen=True)
@@ -178,6 +191,11 @@ class GrpoConfig:
     """Group-relative policy optimisation (docs/model.md §7): a step takes `batch_size` images,
     `num_generations` of each prompt. Names are those of TRL's GRPOConfig where it has them."""
 
+    # the transformer, the diffusion part, one after the other, or both by the same images
+    train: str = "transformer"
+    phase_steps: int = 20  # alternating: steps before the other half's turn
+    diffusion: DiffusionRlConfig | None = None  # of a run that trains the diffusion part
+    decodes: int = 1  # renderings of the same tokens, whose mean reward the transformer is given
     num_generations: int = 16
     temperature: float = 1.0
     num_inference_steps: int = 30
@@ -197,9 +215,11 @@ class GrpoConfig:
     # groups that teach little more: their rewards' mean is above, and their deviation below
     saturated_mean: float | None = None  # None drops only groups without any spread
     saturated_std: float = 0.05
+    max_kl: float | None = None  # a step of the transformer with a larger divergence stops the run
 
     def __post_init__(self):
         _check_choices("grpo", self, GRPO_CHOICES)
+        self._check_halves()
         _check_ranges(
             "grpo",
             self,
@@ -214,11 +234,56 @@ class GrpoConfig:
                 "top_entropy_quantile": ("in (0, 1]", 0 < self.top_entropy_quantile <= 1),
                 "strict": ("in [0, 1]", 0 <= self.strict <= 1),
                 "saturated_std": ("at least 0", self.saturated_std >= 0),
+                "phase_steps": ("at least 1", self.phase_steps >= 1),
+                "decodes": ("at least 1", self.decodes >= 1),
+                "max_kl": ("above 0", self.max_kl is None or self.max_kl > 0),
             },
         )
         has_effect = self.multi_objective_aggregation == "sum_then_normalize"
         sentence = "grpo.scale_rewards has no effect on rewards that are normalised one by one"
         require(has_effect or self.scale_rewards == "group", f"{sentence}; leave it out.")
+
+    def _check_halves(self) -> None:
+        """Gives a run that trains the diffusion part its section; refuses what has no effect."""
+        if "diffusion" in self.halves and self.diffusion is None:
+            object.__setattr__(self, "diffusion", DiffusionRlConfig())
+        unread = {
+            "diffusion": self.diffusion is not None and "diffusion" not in self.halves,
+            "phase_steps": self.phase_steps != type(self).phase_steps
+            and self.train != "alternating",
+            "decodes": self.decodes > 1 and self.train in ("diffusion", "joint"),
+        }
+        if "transformer" not in self.halves:
+            default = type(self)
+            unread |= {x: getattr(self, x) != getattr(default, x) for x in TRANSFORMER_FIELDS}
+        for name, is_unread in unread.items():
+            sentence = f"grpo.{name} has no effect where grpo.train is {self.train!r}"
+            require(not is_unread, f"{sentence}; leave it out.")
+        has_kl = self.beta > 0 and "transformer" in self.halves
+        sentence = "grpo.max_kl bounds the transformer's divergence, which grpo.beta=0 leaves out"
+        require(self.max_kl is None or has_kl, f"{sentence}; set beta, or diffusion.max_kl.")
+        if self.diffusion is None:
+            return
+        # What a method needs of the sampler.
+        method, steps = self.diffusion.method, self.num_inference_steps
+        is_plain = method == "ram" or self.guidance_scale is None
+        sentence = f"Method {method!r} trains the policy that draws, without guidance"
+        require(is_plain, f"{sentence}: set grpo.guidance_scale to null.")
+        levels = self.diffusion.num_train_timesteps
+        sentence = f"grpo.diffusion.num_train_timesteps is {levels}: {method!r} has one less than"
+        is_there = method == "ram" or levels < steps
+        require(is_there, f"{sentence} grpo.num_inference_steps, {steps - 1}.")
+
+    @property
+    def halves(self) -> tuple[str, ...]:
+        """Of HALVES, those that the run trains."""
+        return (self.train,) if self.train in HALVES else tuple(HALVES)
+
+    def halves_at(self, step: int) -> tuple[str, ...]:
+        """Those that it trains in this step, counted from 1."""
+        if self.train != "alternating":
+            return self.halves
+        return (self.halves[(step - 1) // self.phase_steps % 2],)
 
 
 def _check_choices(section: str, values: Any, choices: dict[str, tuple[str, ...]]) -> None:

@@ -36,7 +36,8 @@ class Stage:
     """
 
     parts: tuple[str, ...]  # that a run holds
-    trained: tuple[str, ...]  # of which something is trained
+    # section -> parts of which something is trained
+    trained: Callable[[Any], tuple[str, ...]]
     section: type  # its own keys of the config
     data: tuple[str, ...]  # the fields of DataConfig that it reads
     job: str = "train"  # the command that runs it
@@ -129,7 +130,7 @@ def _joint_trainable(model: Blip3oConfig, cfg: sections.JointConfig, path: str) 
 STAGES = {
     "autoencoder": Stage(
         parts=("dc_ae",),
-        trained=("dc_ae",),
+        trained=lambda cfg: ("dc_ae",),
         section=sections.AutoencoderConfig,
         data=("reader_threads", *WORLD, *PICTURES),
         rows="images",
@@ -140,7 +141,7 @@ STAGES = {
     ),
     "tokenizer": Stage(
         parts=("ta_tok",),
-        trained=("ta_tok",),
+        trained=lambda cfg: ("ta_tok",),
         section=sections.TokenizerConfig,
         data=("reader_threads", *WORLD, *PICTURES),
         rows="images",
@@ -152,7 +153,7 @@ STAGES = {
     ),
     "pretrain_ar": Stage(
         parts=("qwen3",),
-        trained=("qwen3",),
+        trained=lambda cfg: ("qwen3",),
         section=sections.PretrainArConfig,
         data=("exercises", "reader_threads", *TEXT, *PROMPTS),
         rows="exercises",
@@ -163,7 +164,7 @@ STAGES = {
     ),
     "joint": Stage(
         parts=WHOLE,
-        trained=("qwen3", "diffusion_connector", "sana"),
+        trained=lambda cfg: ("qwen3", "diffusion_connector", "sana"),
         section=sections.JointConfig,
         data=("reader_threads", *TEXT, *WORLD, *EDITS, *MIXTURE),
         rows="captions",
@@ -176,7 +177,7 @@ STAGES = {
     ),
     "grpo": Stage(
         parts=WHOLE,
-        trained=("qwen3",),
+        trained=lambda cfg: sum((sections.HALVES[half] for half in cfg.halves), ()),
         section=sections.GrpoConfig,
         data=("seed", "edits", *TEXT, *PROMPTS),
         job="grpo",

@@ -13,25 +13,56 @@ from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.train import guard, losses, optimizer
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.optimizer import norm
+from blip3o_jax.train.sections import HALVES
 from blip3o_jax.tree import join, split
+
+WEIGHTS = ("params", "ema")  # of a state
 
 
 def init_state(cfg: TrainConfig, params: dict) -> tuple[dict, dict]:
     """Parameters of all parts of the stage -> (state, frozen).
 
     The state holds the trained leaves, their average, Adam's moments, the guard's counters and the
-    number of steps.
+    number of steps; moments and counters of each of `cfg.groups`, if there are any; and the "old"
+    policy that draws images while the diffusion part is reinforced.
     """
     params, frozen = split(params, cfg.trainable)
+    groups = {name: parts_in(params, parts) for name, parts in cfg.groups.items()}
     state = {
         "step": jnp.zeros((), jnp.int32),
         "params": params,
-        "opt_state": optimizer.init(params),
-        "guard": guard.init(),
+        "opt_state": {name: optimizer.init(own) for name, own in groups.items()}
+        or optimizer.init(params),
+        "guard": {name: guard.init() for name in groups} or guard.init(),
     }
     if cfg.optimizer.ema_decay:
         state["ema"] = jax.tree.map(jnp.copy, params)
+    if cfg.grpo and cfg.grpo.diffusion and cfg.grpo.diffusion.lagged:
+        state["old"] = jax.tree.map(jnp.copy, parts_in(params, HALVES["diffusion"]))
     return state, frozen
+
+
+def parts_in(tree: dict, parts: tuple[str, ...]) -> dict:
+    """Those of the parts that the tree has."""
+    return {part: tree[part] for part in parts if part in tree}
+
+
+def group_state(cfg: TrainConfig, state: dict, group: str) -> dict:
+    """The state of one of `cfg.groups` as a run of it alone would have it; where there are no
+    groups, the state itself."""
+    if not cfg.groups:
+        return state
+    weights = {name: parts_in(state[name], cfg.groups[group]) for name in WEIGHTS if name in state}
+    return state | weights | {name: state[name][group] for name in ("opt_state", "guard")}
+
+
+def with_group(cfg: TrainConfig, state: dict, group: str, own: dict) -> dict:
+    """The state with a group's new one; what belongs to the others stays as it is."""
+    if not cfg.groups:
+        return state | own
+    weights = {name: state[name] | own[name] for name in WEIGHTS if name in state}
+    apart = {name: state[name] | {group: own[name]} for name in ("opt_state", "guard")}
+    return state | weights | apart
 
 
 def weights(state: dict, frozen: dict) -> dict:
@@ -77,10 +108,12 @@ def gradients(
     return jax.tree.map(lambda x: x / cfg.accumulate, total), jax.tree.map(jnp.mean, metrics)
 
 
-def advance(cfg: TrainConfig, state: dict, grads: dict, metrics: dict) -> tuple[dict, dict]:
+def advance(
+    cfg: TrainConfig, state: dict, grads: dict, metrics: dict, group: str = ""
+) -> tuple[dict, dict]:
     """(state, gradients, metrics of the loss) -> (state, metrics): clipped AdamW update and
-    average, unless the guard forbids them."""
-    before, num_updates = state["opt_state"], cfg.num_updates
+    average, unless the guard forbids them. The state may be that of a group."""
+    before, num_updates = state["opt_state"], cfg.updates_of(group)
     norms = {part: norm(tree) for part, tree in grads.items()}
     total = norm(norms)
     attempts = before.count + state["guard"]["skipped"]
@@ -109,11 +142,13 @@ def advance(cfg: TrainConfig, state: dict, grads: dict, metrics: dict) -> tuple[
 def update_ratios(cfg: TrainConfig, state: dict) -> dict[str, jax.Array]:
     """|last update| / |parameters| of each trained part, the share of weight decay being that of
     the weights after the step."""
-    updates = optimizer.updates(cfg.optimizer, cfg.num_updates, state["opt_state"], state["params"])
-    return {
-        f"update_ratio/{part}": norm(tree) / norm(state["params"][part])
-        for part, tree in updates.items()
-    }
+    ratios = {}
+    for group in cfg.groups or [""]:
+        own, count = group_state(cfg, state, group), cfg.updates_of(group)
+        updates = optimizer.updates(cfg.optimizer, count, own["opt_state"], own["params"])
+        for part, tree in updates.items():
+            ratios[f"update_ratio/{part}"] = norm(tree) / norm(own["params"][part])
+    return ratios
 
 
 def train_step(

@@ -240,7 +240,8 @@ def config(**section):
 
 def updated(params, batch, cfg):
     state, _ = steps.init_state(cfg, {"qwen3": jax.tree.map(jnp.copy, params["qwen3"])})
-    return compile_update(MODEL, cfg, None)(state, params["qwen3"], batch)
+    inputs = state, {}, {"qwen3": params["qwen3"]}, {"transformer": batch}
+    return compile_update(MODEL, cfg, None)(*inputs)
 
 
 def test_the_first_of_several_updates_is_on_policy_and_the_others_are_measured_from_it(
@@ -268,7 +269,7 @@ def test_the_first_of_several_updates_is_on_policy_and_the_others_are_measured_f
     @jax.jit
     def one(state, old, is_first):
         gradients, (metrics, old) = jax.grad(loss, has_aux=True)(state["params"], old, is_first)
-        return steps.advance(cfg, state, gradients, metrics)[0], old
+        return steps.advance(cfg, state, gradients, metrics, "transformer")[0], old
 
     for i in range(3):
         expected, old = one(expected, old, i == 0)

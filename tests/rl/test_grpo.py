@@ -97,7 +97,7 @@ def test_a_rewarded_token_becomes_likely_and_only_the_transformer_moves(params):
             "advantages": grpo.advantages(rewards[-1][:, None], [1.0], cfg.grpo)[0],
             "mask": np.ones(32, np.float32),
         }
-        state, metrics = update(state, params["qwen3"], batch)
+        state, metrics = update(state, {}, {"qwen3": params["qwen3"]}, {"transformer": batch})
         assert metrics["logprob_gap"] < 1e-4
     assert 0.3 < np.mean(rewards[:3]) < 0.7
     assert np.mean(rewards[-3:]) > 0.75

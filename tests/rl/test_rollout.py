@@ -18,7 +18,7 @@ from blip3o_jax.presets import preset
 from blip3o_jax.rl import grpo
 from blip3o_jax.rl.logprobs import image_logprobs
 from blip3o_jax.rl.rewards import scene_rewards
-from blip3o_jax.rl.rollout import reinforced
+from blip3o_jax.rl.run import reinforced
 from blip3o_jax.sample import generate
 from blip3o_jax.scenes import edits, prompts
 from blip3o_jax.scenes.config import WorldConfig
@@ -47,7 +47,8 @@ def test_rows_of_edits_hold_their_sources_and_have_the_probabilities_of_decoding
     run = reinforced(cfg, lambda step: asked, asked, text, reward, None)
     params = jax.device_put(random_params(model.config))
     with jax.set_mesh(make_mesh(cfg.mesh)):
-        batch, numbers = run.batches(0)(1, params)
+        batch, numbers = run.batches(0)(1, {"params": params}, {})
+    batch = batch["transformer"]
     assert numbers["reward"] == rewards[:, 0].mean()
     expected, _ = grpo.advantages(rewards, [1.0, 0.0], section)
     np.testing.assert_array_equal(batch["advantages"], expected)
@@ -72,7 +73,8 @@ def test_a_model_that_edits_draws_prompts_without_sources(scale):
     run = reinforced(cfg, lambda step: asked, asked, tiny.text(), lambda *_: rewards, None)
     params = jax.device_put(random_params(Blip3o(replace(preset("emoji_64"), **EDITING)).config))
     with jax.set_mesh(make_mesh(cfg.mesh)):
-        batch, _ = run.batches(0)(1, params)
+        batch, _ = run.batches(0)(1, {"params": params}, {})
+    batch = batch["transformer"]
     found, _ = image_logprobs(run.model, params["qwen3"], batch["tokens"], batch["start"], 1.0)
     np.testing.assert_allclose(found, batch["logprobs"], atol=2e-5)
 

@@ -1,0 +1,103 @@
+"""The run that reinforcement gives to the training loop: a batch is a rollout."""
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from blip3o_jax.errors import require
+from blip3o_jax.parallel.batches import put_batch
+from blip3o_jax.parallel.mesh import make_mesh
+from blip3o_jax.pixels import contact_sheet
+from blip3o_jax.rl import rollout, update
+from blip3o_jax.sample import programs
+from blip3o_jax.sample.settings import Settings
+from blip3o_jax.text import Text
+from blip3o_jax.train import start
+from blip3o_jax.train.config import TrainConfig
+from blip3o_jax.train.loop import Run
+
+
+def reinforced(
+    cfg: TrainConfig,
+    prompts: Callable[[int], list[dict]],
+    heldout: list[dict],
+    text: Text,
+    reward: rollout.Reward,
+    load_part: start.LoadPart,
+) -> Run:
+    """The run of stage `grpo`.
+
+    `prompts(step)` are the metadata of the update after that step, batch_size / num_generations of
+    them: each with its "prompt" and, where that is an instruction (a share `data.edits`), the
+    "source" uint8 [H,W,3] that it edits. `heldout` are those that are drawn at every evaluation,
+    batch_size at most. The time of rollouts and rewards counts as waiting for data.
+    """
+    mesh, model = make_mesh(cfg.mesh), start.build_model(cfg)
+    editing = cfg.data.edits > 0
+    features = "GRPO reads sources as tokens; it cannot train with use_tar_siglip_features"
+    require(not (editing and model.config.use_tar_siglip_features), f"{features}.")
+    draw = programs.edit if editing else programs.text_to_image
+    draw = functools.partial(draw, programs.programs(model))
+    show = asdict(Settings(num_inference_steps=20))
+    show |= programs.by_text(show["guidance_scale"], editing)
+    rollouts = rollout.rollouts(cfg, model, mesh, text, prompts, reward)
+
+    def compiled(state: dict, frozen: dict, batch: dict, shardings: dict) -> Callable:
+        # The policy at the run's start, which a later state no longer holds.
+        parts = tuple(x for x in state["params"] if x != "qwen3" or cfg.grpo.beta)
+        if int(state["step"]) == 0:
+            reference = {part: jax.tree.map(jnp.copy, state["params"][part]) for part in parts}
+        else:
+            reference = start.initial_params(cfg, model, load_part, mesh, parts) if parts else {}
+        compiled_for = {}
+
+        def step(state: dict, frozen: dict, batch: dict) -> tuple[dict, dict]:
+            # A program for each set of halves, compiled when it is first needed.
+            halves = tuple(sorted(batch))
+            if halves not in compiled_for:
+                program = update.compile_update(model, cfg, shardings)
+                lowered = program.lower(state, frozen, reference, batch)
+                compiled_for[halves] = lowered.compile()
+            began = time.perf_counter()
+            state, metrics = compiled_for[halves](state, frozen, reference, batch)
+            jax.block_until_ready(metrics)
+            return state, metrics | {"update_s": time.perf_counter() - began}
+
+        return step
+
+    def evaluate(params: dict) -> tuple[dict[str, float], np.ndarray]:
+        # The first of the prompts fills the batch, and is not counted again.
+        rows = heldout + heldout[:1] * (cfg.batch_size - len(heldout))
+        prompt, valid, *images = rollout.prompt_arrays(text, model, rows, editing)
+        arrays = prompt, valid, rollout.key_numbers(rows, cfg.seed), *images
+        images = np.asarray(draw(params, *put_batch(arrays, mesh), **show)["images"])
+        images = images[: len(heldout)]
+        numbers = reward(images, heldout)[1]
+        return {f"heldout/{name}": value for name, value in numbers.items()}, contact_sheet(images)
+
+    return Run(
+        model=model,
+        mesh=mesh,
+        params=lambda: start.initial_params(cfg, model, load_part, mesh),
+        batches=lambda step: rollouts,
+        compile=compiled,
+        evaluate=evaluate,
+        halt=functools.partial(beyond, cfg),
+    )
+
+
+def beyond(cfg: TrainConfig, metrics: dict) -> str:
+    """Which of the ceilings of the divergence a step is above, in a sentence; else nothing."""
+    limits = {"kl": ("grpo", cfg.grpo.max_kl)}
+    if cfg.grpo.diffusion:
+        limits["diffusion/kl"] = "grpo.diffusion", cfg.grpo.diffusion.max_kl
+    for name, (section, limit) in limits.items():
+        if limit is not None and name in metrics and not float(metrics[name]) <= limit:
+            kl = f"{name} is {float(metrics[name]):.4g}, above {section}.max_kl {limit}"
+            return f"{kl}: lower the learning rate, or raise {section}.beta."
+    return ""

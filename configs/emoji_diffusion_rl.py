@@ -1,0 +1,24 @@
+"""The diffusion part of the embedded model, reinforced by RAM.
+
+SANA and the connector are rewarded for what the judge sees in the pictures that they render of the
+transformer's tokens; all else is frozen.
+
+    blip3o-jax grpo --config emoji_diffusion_rl --workdir runs/diffusion_rl
+
+Cost and result: not run yet beyond a few steps. With `--config.grpo.train=alternating` or `joint`
+the transformer is trained as well.
+"""
+
+from emoji_grpo import get_config as grpo
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = grpo()
+    names = ("num_generations", "num_inference_steps", "guidance_scale", "strict")
+    section = {
+        **{name: config.grpo[name] for name in names},
+        "train": "diffusion",
+        "diffusion": {"method": "ram", "strength": 0.1, "norm_penalty": 0.1, "max_kl": 1.0},
+    }
+    return ConfigDict({**config, "init": "emoji_64", "grpo": section})
