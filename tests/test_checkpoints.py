@@ -329,7 +329,7 @@ def test_reinforcement_uses_the_tokenizer_that_its_run_names(tmp_path, monkeypat
         seen.append(workdir)
         return {}
 
-    monkeypatch.setattr("blip3o_jax.rl.rollout.reinforced", reinforced)
+    monkeypatch.setattr("blip3o_jax.rl.run.reinforced", reinforced)
     monkeypatch.setattr("blip3o_jax.train.loop.run", run)
     options = ["--config.init={}", f"--config.data.tokenizer={own}", "--config.mesh={}"]
     workdir = tmp_path / "run"
