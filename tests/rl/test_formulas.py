@@ -78,7 +78,7 @@ def test_a_reward_that_does_not_apply_counts_as_nothing(order):
 
 
 def test_groups_without_spread_or_almost_done_are_dropped_and_told_apart():
-    rewards = np.array([[1, 1, 1, 1], [0.97, 1, 1, 1], [0, 1, 1, 1], [0.97, 0.94, 0.9, 0.9]])
+    rewards = np.array([[1, 1, 1, 1], [0.97, 1, 1, 1], [0.85, 1, 1, 1], [0.97, 0.94, 0.9, 0.9]])
     cfg = GrpoConfig(num_generations=4, saturated_mean=0.95)
     _, dropped = grpo.advantages(rewards.reshape(-1, 1), [1.0], cfg)
     groups = {name: rows.reshape(-1, 4)[:, 0].tolist() for name, rows in dropped.items()}
