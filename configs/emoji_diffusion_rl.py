@@ -5,8 +5,9 @@ transformer's tokens; all else is frozen.
 
     blip3o-jax grpo --config emoji_diffusion_rl --workdir runs/diffusion_rl
 
-Cost and result: not run yet beyond a few steps. With `--config.grpo.train=alternating` or `joint`
-the transformer is trained as well.
+Result: none yet. In the two steps that were run, no group of 16 had any spread: of the same tokens
+the embedded model renders almost the same picture, whatever the noise. `--config.grpo.train=joint`
+or `alternating` trains the transformer as well. Cost: not measured on an idle machine.
 """
 
 from emoji_grpo import get_config as grpo
