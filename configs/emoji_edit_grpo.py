@@ -5,7 +5,7 @@ The transformer is rewarded for what the judges see in the pictures; all else is
     blip3o-jax grpo --config emoji_edit_grpo --workdir runs/edit_grpo
 
 Cost: 9 s a step on two CPU cores. Not run from its beginning to its end; the embedded weights had
-101 + 150 + 110 steps of it, with 0.6 to 0.75 of edits (docs/emoji.md).
+101 + 150 + 110 + 200 + 70 steps of it, with 0.6 to 0.75 of edits (docs/emoji.md).
 """
 
 from emoji_grpo import get_config as grpo
