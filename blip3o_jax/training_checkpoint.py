@@ -24,8 +24,8 @@ import jax
 from blip3o_jax.config import Blip3oConfig, replace
 from blip3o_jax.convert import hashes, orbax_io
 from blip3o_jax.convert.config_json import config_from_json, config_to_json
-from blip3o_jax.convert.safetensors_io import read_json
 from blip3o_jax.errors import InputError, about, disk_reason, first_line, os_errors, require
+from blip3o_jax.files import read_json
 from blip3o_jax.moved import refuse
 from blip3o_jax.parallel.processes import process_zero_first
 from blip3o_jax.presets import preset

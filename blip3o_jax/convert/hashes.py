@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from blip3o_jax.convert.safetensors_io import read_json
-from blip3o_jax.errors import os_errors, require
+from blip3o_jax.errors import InputError, os_errors, require
+from blip3o_jax.files import read_json
 from blip3o_jax.resources import cache_folder
 
 RECORD = "hashes.json"
@@ -96,10 +96,9 @@ def remembered(folder: Path, files: Iterable[Path]) -> dict[str, str]:
     """As `measure`, but kept in the cache folder until a file changes its size or time."""
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
     cache = cache_folder() / "hashes" / f"{name}.json"
-    try:
-        cached = json.loads(cache.read_text())
-    except (OSError, ValueError):
-        cached = {}
+    cached: dict[str, dict] = {}
+    with contextlib.suppress(InputError):
+        cached = read_json(cache)
     # Only files that changed are hashed.
     rows, stale = {}, []
     for file in files:

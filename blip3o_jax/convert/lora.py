@@ -4,7 +4,6 @@ PEFT writes `adapter_model.safetensors` and `adapter_config.json`, diffusers
 `pytorch_lora_weights.safetensors`; a weight W becomes W + alpha / rank * B A.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -15,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from blip3o_jax.convert import safetensors_io
-from blip3o_jax.convert.safetensors_io import Stored, finite, read_json
+from blip3o_jax.convert.safetensors_io import Stored, finite
 from blip3o_jax.errors import InputError, about, require
+from blip3o_jax.files import parse_json, read_json
 
 CONFIG, CONFIG_LIMIT = "adapter_config.json", 1 << 20  # bytes
 PEFT, DIFFUSERS = "adapter_model", "pytorch_lora_weights"
@@ -159,9 +159,6 @@ def _settings(adapter: Path) -> dict[str, Any]:
     if adapter.stem != DIFFUSERS and file.is_file():
         return read_json(file, CONFIG_LIMIT)
     text = safetensors_io.metadata(adapter).get(METADATA, "{}")
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{adapter}: its {METADATA} is not valid JSON.") from error
+    fields = parse_json(f"{adapter}: its {METADATA}", text)
     fields = fields if isinstance(fields, dict) else {}
     return {key.removeprefix("transformer."): value for key, value in fields.items()}

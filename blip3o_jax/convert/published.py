@@ -31,9 +31,10 @@ from blip3o_jax.convert.config_json import EMBEDDING, Shapes, config_to_json
 from blip3o_jax.convert.dc_ae import dc_ae_rules
 from blip3o_jax.convert.qwen3 import qwen3_rules
 from blip3o_jax.convert.rules import Rule, Shape, under
-from blip3o_jax.convert.safetensors_io import Entry, Stored, read_json, row_blocks
+from blip3o_jax.convert.safetensors_io import Entry, Stored, row_blocks
 from blip3o_jax.convert.sana import connector_rules, sana_rules
 from blip3o_jax.errors import InputError, about, require
+from blip3o_jax.files import read_json
 from blip3o_jax.models.blip3o import Blip3o, parts_of
 from blip3o_jax.moved import refuse
 from blip3o_jax.tree import flatten

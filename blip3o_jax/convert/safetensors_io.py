@@ -21,6 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from blip3o_jax.errors import InputError, os_errors, require
+from blip3o_jax.files import json_object, read_json
 
 HEADER_LIMIT, INDEX_LIMIT = 100 << 20, 16 << 20  # bytes; the first is the library's own
 BLOCK = 64 << 20  # bytes of a tensor that are checked, converted and written at once
@@ -98,31 +99,6 @@ def finite(tensor: np.ndarray, dtype, where: str) -> np.ndarray:
     return tensor
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """json's `object_pairs_hook` that refuses equal keys, of which JSON would keep the last."""
-    fields: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in fields:
-            raise ValueError(f"the key {key!r} is there twice")
-        fields[key] = value
-    return fields
-
-
-def read_json(path: Path, limit: int) -> dict[str, Any]:
-    """The JSON object in a file of at most `limit` bytes; InputError for anything else."""
-    with os_errors(f"{path} cannot be read"), path.open("rb") as stream:
-        # Python allocates what it may read, so no more than there is.
-        text = stream.read(min(os.fstat(stream.fileno()).st_size, limit) + 1)
-    require(len(text) <= limit, f"{path} is larger than {limit} bytes, which it never needs to be.")
-    try:
-        value = json.loads(text, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}.") from error
-    kind = type(value).__name__
-    require(isinstance(value, dict), f"{path} holds a JSON {kind} and should hold an object.")
-    return value
-
-
 def open_file(file: Path) -> dict[str, Stored]:
     """The tensors of one file; InputError when header and length disagree or a name repeats."""
     try:
@@ -131,9 +107,9 @@ def open_file(file: Path) -> dict[str, Stored]:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             text = stream.read(min(length, HEADER_LIMIT))
-            header = json.loads(text, object_pairs_hook=unique_keys)
+            header = json_object("its header", text)
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{file} is damaged or cut short: {error}.") from error
+        raise InputError(f"{file} is damaged or cut short: {str(error).rstrip('.')}.") from error
     # Offsets count from the header's end.
     header.pop("__metadata__", None)
     tensors = {}

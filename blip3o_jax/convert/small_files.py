@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from blip3o_jax.convert.config_json import NETWORKS
-from blip3o_jax.convert.safetensors_io import read_json
 from blip3o_jax.convert.tokenizer_files import added_tokens
 from blip3o_jax.errors import about
+from blip3o_jax.files import read_json
 from blip3o_jax.text import load_tokenizer
 
 LIMIT = 1 << 20  # bytes of a config

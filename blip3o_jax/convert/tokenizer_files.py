@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from blip3o_jax.convert.safetensors_io import read_json
 from blip3o_jax.errors import InputError, about, os_errors, require
+from blip3o_jax.files import read_json
 
 LIMIT = 64 << 20  # bytes
 # How Qwen's tokenizer cuts text before its merges: contractions, words with one character before

@@ -21,8 +21,9 @@ from blip3o_jax.convert.config_json import (
 from blip3o_jax.convert.folders import Options, Weights, open_weights, unwrapped
 from blip3o_jax.convert.pth import open_ta_tok
 from blip3o_jax.convert.published import CONFIG_LIMIT, TA_TOK
-from blip3o_jax.convert.safetensors_io import Stored, read_json
+from blip3o_jax.convert.safetensors_io import Stored
 from blip3o_jax.errors import about, require
+from blip3o_jax.files import read_json
 
 DIFFUSERS = "diffusion_pytorch_model"
 SANA = "SanaTransformer2DModel"

@@ -17,6 +17,7 @@ from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.records import FileSource, Record, RecordError
 from blip3o_jax.data.row_groups import RowGroups
 from blip3o_jax.errors import InputError, first_line, nearest, require
+from blip3o_jax.files import json_object
 
 # The usual names; the first one present is read.
 CAPTIONS = ("caption", "text", "txt", "prompt", "captions", "conversations")
@@ -188,11 +189,9 @@ class JsonlSource(FileSource):
         start, end = map(int, self.spans[file][line])
         (written,) = records.read_bytes(self.paths[file], (start, end - start))
         try:
-            fields = json.loads(written)
-        except (ValueError, RecursionError) as error:
-            raise RecordError(f"the line is not JSON ({first_line(error)})") from error
-        if not isinstance(fields, dict):
-            raise RecordError("the line is not a JSON object")
+            fields = json_object("the line", written)
+        except InputError as error:
+            raise RecordError(str(error).rstrip(".")) from error
         # Its caption and paths.
         caption, inputs, image = field_names(self.spec, fields)
         texts = captions_of(fields[caption], caption, bool(inputs))

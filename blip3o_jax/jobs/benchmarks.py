@@ -105,7 +105,7 @@ def keep_results(folder: Path) -> None:
     which --overwrite would delete."""
     file = folder / MARKER
     if file.is_file():
-        export = record.parse(str(file), record.read_text(file))
+        export = record.parse_json(file, record.read_text(file))
         own = export.get("files", ()) if isinstance(export, dict) else ()
         other = sorted(files_below(folder) - {MARKER, *(f"images/{name}" for name in own)})
         holds = f"{folder} also holds what the export did not write, such as {other[:1]}"
@@ -196,7 +196,7 @@ def digest_of(items: list[Item]) -> str:
 def run_import(args: argparse.Namespace) -> None:
     """Writes the record of a finished scorer to --out, and prints it."""
     benchmark, file = BENCHMARKS[args.benchmark], Path(args.export) / MARKER
-    export = record.parse(str(file), record.read_text(file))
+    export = record.parse_json(file, record.read_text(file))
     # Of this benchmark, and as `run_export` wrote it.
     try:
         name, model_name = export["benchmark"], export["model_name"]

@@ -231,7 +231,7 @@ def _size(leaves: dict[str, Any], dtype: np.dtype | None) -> int:
 
 def _origin(folder: Path) -> dict[str, Any]:
     """A folder's convert.json, where it has one."""
-    from blip3o_jax.convert.safetensors_io import read_json
+    from blip3o_jax.files import read_json
 
     report = folder / REPORT
     return read_json(report, REPORT_LIMIT) if report.is_file() else {}
@@ -243,8 +243,8 @@ def _beside(
     """(where a checkpoint came from, what its published copy has beside the weights)."""
     from blip3o_jax import checkpoints
     from blip3o_jax.convert.published import CONFIG_LIMIT, to_text
-    from blip3o_jax.convert.safetensors_io import read_json
     from blip3o_jax.convert.sources import LICENCE, TOKENIZER_FILES
+    from blip3o_jax.files import read_json
 
     if checkpoint.kind == checkpoints.RUN:
         return {"step": checkpoint.step}, {"tokenizer.json": checkpoint.tokenizer}

@@ -10,6 +10,7 @@ from pathlib import Path
 from blip3o_jax import resources
 from blip3o_jax.checkpoints import keep_tokenizer
 from blip3o_jax.errors import InputError, require
+from blip3o_jax.files import parse_json
 from blip3o_jax.parallel.processes import barrier, is_process_zero, process_zero_first
 from blip3o_jax.train import owner, resume
 from blip3o_jax.train.config import TrainConfig
@@ -41,9 +42,10 @@ def open_workdir(cfg: TrainConfig, workdir: str | Path, allowed: tuple[str, ...]
             raise InputError(reason) from error
 
     try:
-        saved = saved_config(json.loads(file.read_text()))
-    except (InputError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} is no config of a run ({error}); take a new workdir.") from error
+        saved = saved_config(parse_json("it", file.read_bytes()))
+    except InputError as error:
+        reason = str(error).rstrip(".")
+        raise InputError(f"{file} is no config of a run ({reason}); take a new workdir.") from error
     changes = resume.changes(saved, cfg)
     resume.check(changes, allowed, cfg, folder)
     if changes:

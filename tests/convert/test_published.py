@@ -217,7 +217,7 @@ NORM = "model.layers.1.self_attn.k_norm.weight"
         (
             lambda folder: (folder / "config.json").write_text("{'a': 1}"),
             "config.json",
-            "is not valid JSON",
+            "is not JSON",
         ),
         (
             lambda folder: (folder / "config.json").write_text(" " * 2**20 + "{}"),

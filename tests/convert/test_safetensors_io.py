@@ -10,8 +10,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from blip3o_jax.convert.safetensors_io import Entry, open_tensors, read_json, write_tensors
+from blip3o_jax.convert.safetensors_io import Entry, open_tensors, write_tensors
 from blip3o_jax.errors import InputError
+from blip3o_jax.files import read_json
 
 SHAPES = {"b": (4, 3), "scalar": (), "a.weight": (5,), "c": (2, 2, 2)}
 
@@ -202,7 +203,7 @@ def _duplicate(folder, values):
         ),
         (
             lambda folder, values: (folder / "model.safetensors.index.json").write_text("{"),
-            "index.json is not valid JSON",
+            "index.json is not JSON",
         ),
         (
             lambda folder, values: (folder / "model.safetensors.index.json").unlink(),
@@ -227,9 +228,9 @@ def test_contradictory_shards_are_refused(tmp_path, values, damage, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"[1]", "holds a JSON list"),
-        (b"\xff{}", "not valid JSON"),
-        (b"[" * 50_000, "not valid JSON"),
+        (b"[1]", "is not a JSON object"),
+        (b"\xff{}", "is not JSON"),
+        (b"[" * 50_000, "is not JSON"),
         (b" " * 60_000, "larger than 50001 bytes"),
         (None, "cannot be read: No such file"),
     ],

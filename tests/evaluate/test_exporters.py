@@ -255,7 +255,7 @@ WRONG = [
     ),
     ("imgedit", swap_key, "has 736 edits, the benchmark has 737"),
     ("imgedit", swap('"edit_type": "style"', '"edit_type": "add"'), "has 99 edits `style`"),
-    ("imgedit", swap('"9":', '"7":'), "'7' comes twice"),
+    ("imgedit", swap('"9":', '"7":'), "'7' is there twice"),
     ("imgedit", swap("animal/3.png", "animal/none.png"), "none.png"),
     ("imgedit", swap('"7":', '"../7":'), "'../7.png' is not the name of a file"),
     ("gedit", lambda p: official.gedit(p, 605), "has 605 edits in `en`, the benchmark has 606"),

@@ -81,7 +81,7 @@ def scores2(export: Export, results: list[Path]) -> Scores:
     """Soft-TIFA in percent, from a list of probabilities a prompt: the mean of the arithmetic (am)
     and of the geometric (gm) means."""
     path = record.only(results)
-    lists = record.parse(str(path), record.read_text(path))
+    lists = record.parse_json(path, record.read_text(path))
     require(isinstance(lists, list), f"{path} is not a list of lists of scores.")
     record.check_count(path, len(lists), len(export.items), "lists of scores")
     arithmetic, geometric = [], []

@@ -13,7 +13,7 @@ COUNTS = {
 
 
 def read(path: Path, _: str) -> list[Item]:
-    edits = record.parse(str(path), record.read_text(path))
+    edits = record.parse_json(path, record.read_text(path))
     require(isinstance(edits, dict), f"{path} is not a JSON object.")
     record.check_count(path, len(edits), sum(COUNTS.values()), "edits")
     items = []
@@ -30,7 +30,7 @@ def read(path: Path, _: str) -> list[Item]:
 def scores(export: Export, results: list[Path]) -> Scores:
     """The mean score from 1 to 5 by type of edit, and the mean of the types."""
     path = record.only(results)
-    given = record.parse(str(path), record.read_text(path))
+    given = record.parse_json(path, record.read_text(path))
     require(isinstance(given, dict), f"{path} is not a JSON object.")
     record.check_same(path, given, (item.key for item in export.items))
     values: dict[str, list[float]] = {kind: [] for kind in COUNTS}

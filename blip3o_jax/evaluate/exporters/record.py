@@ -3,7 +3,6 @@ its result files say. Imports nothing heavy, so that the command line can list t
 
 import csv
 import io
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blip3o_jax.errors import InputError, require
-from blip3o_jax.files import read_lines, read_text
+from blip3o_jax.files import parse_json, read_lines, read_text
 
 Scores = dict[str, float]
 
@@ -67,21 +66,6 @@ class Benchmark:
     prepare: Callable[[Path, Path, list[Item], Path], None] | None = None
 
 
-def parse(where: str, text: str) -> object:
-    """JSON without repeated keys; InputError for anything else."""
-
-    def unique(pairs: list[tuple[str, object]]) -> dict:
-        check_unique(where, [key for key, _ in pairs])
-        return dict(pairs)
-
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON.") from error
-
-
 def check_fields(where: str, row: object, fields: Iterable[str]) -> dict:
     """The row itself, an object that has these fields, text ones not blank."""
     require(isinstance(row, dict), f"{where} is not a JSON object.")
@@ -98,7 +82,7 @@ def json_lines(path: Path, fields: Iterable[str]) -> list[tuple[str, dict]]:
     fields."""
     numbered = enumerate(read_lines(path), 1)
     lines = [(f"{path} line {n}", line.strip()) for n, line in numbered if line.strip()]
-    return [(line, check_fields(where, parse(where, line), fields)) for where, line in lines]
+    return [(line, check_fields(where, parse_json(where, line), fields)) for where, line in lines]
 
 
 def csv_rows(path: Path, fields: Iterable[str]) -> list[dict]:

@@ -20,7 +20,7 @@ def read(path: Path, _: str, suffix: str) -> list[Item]:
     items = []
     for name in NAMES:
         file = path / f"{name}{suffix}.json"
-        rows = record.parse(str(file), record.read_text(file))
+        rows = record.parse_json(file, record.read_text(file))
         require(isinstance(rows, list), f"{file} is not a list of prompts.")
         for n, row in enumerate(rows):
             prompt, *_, key = (
