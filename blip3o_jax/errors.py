@@ -4,8 +4,10 @@ import contextlib
 import difflib
 import numbers
 import re
+import sys
 from collections.abc import Iterator
 
+MAX_FLOAT = sys.float_info.max  # below infinity
 MAX_SEED = 2**32 - 1  # jax and grain keep 32 bits of a seed: a larger one would be another's twin
 
 
@@ -44,6 +46,20 @@ def require(holds: bool, message: str) -> None:
     """InputError with this sentence unless the condition holds."""
     if not holds:
         raise InputError(message)
+
+
+def counted(count: int, noun: str) -> str:
+    """`'1 image'`, `'2 images'`."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def check_number(value: object, name: str, least: float = 0, most: float = MAX_FLOAT) -> None:
+    """InputError unless it is a number from `least` to `most`, so neither infinite nor NaN."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    limits = f" from {least} to {most}" if most < MAX_FLOAT else f" of at least {least}"
+    limits = limits if least > -MAX_FLOAT else ""
+    shown = repr(value) if len(repr(value)) < 50 else "such a long one"
+    require(is_number and least <= value <= most, f"{name} is a number{limits}, not {shown}.")
 
 
 def check_seed(seed: object, name: str = "The seed") -> None:

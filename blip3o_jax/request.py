@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from blip3o_jax.errors import about, check_seed, require
-from blip3o_jax.sample.settings import EditSettings, Settings
+from blip3o_jax.errors import about, check_number, check_seed, require
+from blip3o_jax.sample.settings import LEVELS, EditSettings, Settings
 
 if TYPE_CHECKING:
     from blip3o_jax.config import Blip3oConfig
@@ -25,8 +25,8 @@ class Request:
     """An image of `prompt`; or, if there are source `images`, of them edited by it, and each result
     again by the instructions `then`.
 
-    An image depends on these fields and on the checkpoint, but not on `id`, which only names it, or
-    `metadata`.
+    An image depends on these fields and on the checkpoint, but not on `id` and `where`, which only
+    name it, or `metadata`.
     The first source gives an edit its size. `keep_unchanged`: see `geometry.keep_unchanged`.
     InputError for what contradicts itself.
     """
@@ -39,6 +39,7 @@ class Request:
     settings: Settings | None = None  # by default those of the kind, `Settings` or `EditSettings`
     keep_unchanged: float | None = None
     id: str = ""
+    where: str = ""  # in a file it stands, for errors
     metadata: dict | None = None  # for rewards
 
     def __post_init__(self):
@@ -50,6 +51,8 @@ class Request:
             raise ValueError(f"{kind.__name__} belong to this request, not {self.settings}.")
         is_edit = not (self.then or self.keep_unchanged is not None) or bool(self.images)
         require(is_edit, "`then` and `keep_unchanged` belong to an edit, which has source images.")
+        if self.keep_unchanged is not None:
+            check_number(self.keep_unchanged, "keep_unchanged", 0, LEVELS)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -62,8 +65,9 @@ class Request:
         return [len(self.images)] + [1] * len(self.then)
 
     def named(self) -> contextlib.AbstractContextManager:
-        """Puts the request's id before an InputError."""
-        return about(self.id) if self.id else contextlib.nullcontext()
+        """Puts where the request stands, or its id, before an InputError."""
+        name = self.where or self.id
+        return about(name) if name else contextlib.nullcontext()
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ from blip3o_jax.errors import nearest, require
 from blip3o_jax.jobs.options import needs_torch, option, overwrite_option
 from blip3o_jax.jobs.output import new_file
 from blip3o_jax.presets import preset
+from blip3o_jax.sample.settings import Settings
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -56,7 +57,8 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def checked_stages(args: argparse.Namespace, cfg: Blip3oConfig) -> list[str]:
     """The stages of the model to measure, with the command line checked."""
-    for name in ("batch_size", "num_inference_steps", "repeats"):
+    Settings(num_inference_steps=args.num_inference_steps)  # which checks it
+    for name in ("batch_size", "repeats"):
         flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
         require(value >= 1, f"{flag} is at least 1, not {value}.")
     left_out = {"edit"} if cfg.max_sources != 1 else set()

@@ -8,7 +8,7 @@ import logging
 import math
 from typing import TYPE_CHECKING
 
-from blip3o_jax.errors import require
+from blip3o_jax.errors import check_number, require
 from blip3o_jax.jobs.options import config_option, option
 from blip3o_jax.presets import PRESETS
 from blip3o_jax.sample.settings import Settings
@@ -54,7 +54,8 @@ def read_run(args: argparse.Namespace) -> TrainConfig:
 
     price, trains = args.price, args.generate is None
     require(0 < args.mfu <= 1, f"--mfu is in (0, 1], not {args.mfu}.")
-    require(price is None or price >= 0, f"--price is at least 0, not {price}.")
+    if price is not None:
+        check_number(price, "--price")
     is_whole = args.depth is None
     require(is_whole or price is None, "--price is of the whole model; leave --depth out.")
     require(trains or not args.search, "--search is over ways to train; leave --generate out.")

@@ -4,6 +4,7 @@ stage by stage; `convert verify A`: whether A's files are what was recorded when
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from blip3o_jax.errors import require
 from blip3o_jax.jobs.options import needs_torch
+from blip3o_jax.jobs.output import new_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,10 +41,17 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints a table and one JSON report; 0 when all agrees, 1 when anything does not."""
+    with new_file(args.report, True) if args.report else contextlib.nullcontext() as file:
+        return _verify(args, file)
+
+
+def _verify(args: argparse.Namespace, file: Path | None) -> int:
+    """The same, with every tensor in the file of --report."""
     from blip3o_jax import checkpoints
     from blip3o_jax.verify import compare, stages
 
-    require(args.tolerance > 0, f"--tolerance is above 0, not {args.tolerance}.")
+    is_tolerance = 0 < args.tolerance < math.inf
+    require(is_tolerance, f"--tolerance is a number above 0, not {args.tolerance}.")
     a = checkpoints.open(args.a)
     if args.b is None:
         return _verify_one(args.a, a)
@@ -85,9 +94,8 @@ def run(args: argparse.Namespace) -> int:
         "stages": rows or "not run: pass --stages to run a model of this size",
         "stages_rounded_to": rounded if rows else None,
     }
-    if args.report:
-        text = json.dumps({**report, "every_tensor": tensors}, indent=1) + "\n"
-        Path(args.report).write_text(text)
+    if file:
+        file.write_text(json.dumps({**report, "every_tensor": tensors}, indent=1) + "\n")
     print(json.dumps(report))
     return 0 if passed else 1
 

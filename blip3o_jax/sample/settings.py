@@ -1,12 +1,18 @@
 """How images are sampled. Imports nothing heavy, so that the command line reads its defaults."""
 
-from dataclasses import dataclass, field
+import numbers
+from dataclasses import dataclass, field, fields
 
-from blip3o_jax.errors import require
+from blip3o_jax.errors import check_number, require
+
+# What divides or multiplies lies between these, and so do steps, where images can come from them.
+LEAST, MOST = 0.001, 1000
+LEVELS = 255  # the largest level of a pixel
+TOKENS = 2**31 - 1  # that are sampled from, in int32: no vocabulary has more
 
 
-def _option(default: float, text: str) -> float:
-    return field(default=default, metadata={"help": text})
+def _option(default: float, text: str, least: float = 0, most: float = MOST) -> float:
+    return field(default=default, metadata={"help": text, "limits": (least, most)})
 
 
 @dataclass(frozen=True)
@@ -17,24 +23,24 @@ class Settings:
     InputError for a value out of range.
     """
 
-    num_inference_steps: int = _option(30, "Euler steps of the diffusion transformer")
+    num_inference_steps: int = _option(30, "Euler steps of the diffusion transformer", 1)
     guidance_scale: float = _option(2.0, "classifier-free guidance; 1 is the condition alone")
-    top_k: int = _option(1200, "image tokens that are sampled from, the most likely ones")
-    top_p: float = _option(0.95, "the fewest of them whose probabilities add up to this")
+    top_k: int = _option(1200, "image tokens to sample from, the most likely ones", 1, TOKENS)
+    top_p: float = _option(0.95, "the fewest of them whose probabilities add up to this", LEAST, 1)
     temperature: float = _option(1.0, "of the image tokens; 0 takes the most likely one")
-    shift: float = _option(1.0, "of the flow's schedule")
+    shift: float = _option(1.0, "of the flow's schedule", LEAST)
 
     def __post_init__(self):
-        ranges = {
-            "num_inference_steps": ("at least 1", self.num_inference_steps >= 1),
-            "top_k": ("at least 1", self.top_k >= 1),
-            "top_p": ("in (0, 1]", 0 < self.top_p <= 1),
-            "temperature": ("at least 0", self.temperature >= 0),
-            "guidance_scale": ("at least 0", self.guidance_scale >= 0),
-            "shift": ("above 0", self.shift > 0),
-        }
-        for name, (limits, holds) in ranges.items():
-            require(holds, f"{name} is {limits}, not {getattr(self, name)}.")
+        for option in fields(self):
+            name, value, limits = option.name, getattr(self, option.name), option.metadata["limits"]
+            if isinstance(option.default, bool):
+                require(isinstance(value, bool), f"{name} is true or false, not {value!r}.")
+                continue
+            check_number(value, name, *limits)
+            is_kind = isinstance(option.default, float) or isinstance(value, numbers.Integral)
+            require(is_kind, f"{name} is a whole number, not {value!r}.")
+        is_sampled = self.temperature == 0 or self.temperature >= LEAST
+        require(is_sampled, f"temperature is 0 or at least {LEAST}, not {self.temperature!r}.")
 
 
 @dataclass(frozen=True)
@@ -45,11 +51,5 @@ class EditSettings(Settings):
     guidance_scale: float = _option(1.0, "classifier-free guidance; 1 is the condition alone")
     temperature: float = _option(0.0, "of the image tokens; 0 takes the most likely one")
     image_guidance_scale: float = _option(1.0, "guidance by the source image; 1 is none")
-    renorm_min: float = _option(1.0, "guidance may shorten the velocity to this share; 1 is none")
+    renorm_min: float = _option(1.0, "guidance may shorten the velocity to this; 1 is none", most=1)
     reference_quirks: bool = _option(False, "compare with what the PyTorch code calls no condition")
-
-    def __post_init__(self):
-        super().__post_init__()
-        scale, share = self.image_guidance_scale, self.renorm_min
-        require(scale >= 0, f"image_guidance_scale is at least 0, not {scale}.")
-        require(0 <= share <= 1, f"renorm_min is in [0, 1], not {share}.")

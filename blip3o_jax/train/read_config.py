@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from blip3o_jax import resources
-from blip3o_jax.errors import InputError, nearest, require
+from blip3o_jax.errors import MAX_FLOAT, InputError, nearest, require
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.stages import MIXTURE, STAGES, WORLD
 
@@ -189,8 +189,9 @@ def _value(kind: Any, value: Any, key: str) -> Any:
                 return tuple(value)
             if dataclasses.is_dataclass(item) and all(isinstance(v, dict) for v in value):
                 return tuple(from_dict(item, v, f"{key}[{i}].") for i, v in enumerate(value))
-        elif one is float and isinstance(value, int) and not is_bool:
-            return float(value)
+        elif one is float and isinstance(value, int | float) and not is_bool:
+            if abs(value) <= MAX_FLOAT:  # neither infinite nor NaN
+                return float(value)
         elif not item and isinstance(value, one) and (one is bool or not is_bool):
             return value
     expected = " or ".join(_described(one) for one in kinds if one is not types.NoneType)

@@ -40,6 +40,9 @@ def test_overrides_reach_nested_keys_and_the_model():
         (["--config.optimizer.learning_rat=1"], "did you mean 'learning_rate'"),
         (["--config.bach_size=8"], "did you mean 'batch_size'"),
         (["--config.batch_size=many"], "wants int"),
+        (["--config.optimizer.b1=Infinity"], "wants float, not inf"),
+        (["--config.optimizer.b1=NaN"], "wants float, not nan"),
+        ([f"--config.optimizer.b1={10**400}"], "wants float, not 1000"),
         (["--config.batch_size=0"], "at least 1"),
         (["--config.preset=emoji_46"], "did you mean 'emoji_64'"),
         (["--config.model.sana.num_layer=2"], "num_layers"),
@@ -259,5 +262,5 @@ def test_a_damaged_config_of_a_workdir_is_refused(saved, sentence, tmp_path):
         open_workdir(read_config("emoji_joint", []), tmp_path)
     assert str(error.value).startswith(f"{tmp_path / 'config.json'} is no config of a run (")
     (tmp_path / "config.json").write_text("[" * 100_000)
-    with pytest.raises(InputError, match=r"config\.json is no config of a run \(maximum recursion"):
+    with pytest.raises(InputError, match=r"config\.json is no config of a run \(it is not JSON: "):
         open_workdir(read_config("emoji_joint", []), tmp_path)
