@@ -1,5 +1,6 @@
 """A loaded model that makes images from prompts and edits: what `blip3o_jax.load` returns."""
 
+import collections
 import functools
 import itertools
 import math
@@ -15,6 +16,7 @@ from PIL import Image
 
 from blip3o_jax import checkpoints, geometry
 from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.convert import published
 from blip3o_jax.errors import InputError, require
 from blip3o_jax.kernels.platform import dtype_for, enable_compilation_cache, on_cpu
 from blip3o_jax.models.blip3o import Blip3o, Params
@@ -177,8 +179,8 @@ class Pipeline:
         return picture
 
     def _batches(self, rows: list[Row]) -> Iterator[list[Row]]:
-        """Rows as they are done, batch by batch. The devices already work on the next batch while
-        one is taken over."""
+        """Rows as they are done, batch by batch. An accelerator already works on the next batch
+        while one is taken over; a CPU, which takes it over itself, would only hold both."""
         # A batch goes through the same compiled programs with the same settings.
         groups: dict[tuple, list[Row]] = {}
         for row in rows:
@@ -189,16 +191,16 @@ class Pipeline:
             except InputError as error:
                 row.error = error
         yield [row for row in rows if row.error]
-        last = None
+        ahead = int(self.mesh.devices.flat[0].platform != "cpu")
+        begun: collections.deque[tuple[list[Row], dict]] = collections.deque()
         for group in groups.values():
             for start in range(0, len(group), self.batch_size):
                 batch = group[start : start + self.batch_size]
-                results = self._start(batch)
-                if last:
-                    yield self._finish(*last)
-                last = batch, results
-        if last:
-            yield self._finish(*last)
+                begun.append((batch, self._start(batch)))
+                if len(begun) > ahead:
+                    yield self._finish(*begun.popleft())
+        while begun:
+            yield self._finish(*begun.popleft())
 
     def _start(self, rows: list[Row]) -> dict[str, jax.Array]:
         """Sets the devices to work on those rows of one shape that can be made."""
@@ -338,6 +340,9 @@ def load(
     as it has parts.
     InputError for anything missing, damaged or contradictory.
     """
+    known = ("auto", "int8", *published.DTYPES)
+    is_known = not isinstance(dtype, str) or dtype in known
+    require(is_known, f"There is no dtype {dtype!r}; known: {', '.join(known)}.")
     enable_compilation_cache()
     checkpoints.find(name)  # before anything touches a device
     mesh, weights = make_mesh(mesh, devices or jax.local_devices()), dtype

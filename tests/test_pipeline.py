@@ -1,6 +1,7 @@
 """The embedded model, as a user meets it."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from blip3o_jax.checkpoints import config_of
 from blip3o_jax.cli import main
 from blip3o_jax.config import replace
 from blip3o_jax.errors import InputError
+from blip3o_jax.request import Request
 from blip3o_jax.sample.settings import Settings
 from blip3o_jax.scenes.config import TAGS
 from blip3o_jax.scenes.judge import judge
@@ -222,6 +224,27 @@ def test_python_and_command_line_give_the_same_image(pipeline, tmp_path, monkeyp
         assert info["settings"] == json.loads(kept.text["settings"])
     assert len(list((tmp_path / "made").iterdir())) == 6  # with the job's own folder
     assert sorted(p.name for p in tmp_path.iterdir()) == ["made", "prompts.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("platform", "order"),
+    [("cpu", "start end start end start end"), ("tpu", "start start end start end end")],
+)
+def test_an_accelerator_begins_a_batch_ahead_and_a_cpu_none(platform, order, pipeline, monkeypatch):
+    events = []
+    monkeypatch.setattr(pipeline, "_start", lambda rows: events.append("start"))
+    monkeypatch.setattr(pipeline, "_finish", lambda rows, _: events.append("end") or rows)
+    devices = np.array([SimpleNamespace(platform=platform)])
+    monkeypatch.setattr(pipeline, "mesh", SimpleNamespace(devices=devices))
+    assert list(pipeline.run([Request("a cat", index=index) for index in range(12)])) == []
+    assert events == order.split()
+
+
+def test_a_dtype_that_there_is_not_is_named_with_those_that_are():
+    with pytest.raises(InputError) as error:
+        blip3o_jax.load("emoji_64", dtype="int4")
+    known = "auto, int8, float16, bfloat16, float32"
+    assert str(error.value) == f"There is no dtype 'int4'; known: {known}."
 
 
 def test_a_failure_half_way_is_told_and_gives_no_manifest(pipeline, tmp_path, monkeypatch):

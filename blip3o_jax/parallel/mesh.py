@@ -1,6 +1,7 @@
 """The mesh: its axes and sizes, and the devices that it is made of."""
 
 import os
+import re
 
 import jax
 import numpy as np
@@ -15,12 +16,15 @@ BATCH = PartitionSpec(ROWS)
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """`"data=4,fsdp=2"` -> {"data": 4, "fsdp": 2}; InputError for another axis or no number."""
-    sizes = {}
-    for item in filter(None, text.split(",")):
+    """`"data=4,fsdp=2"` -> {"data": 4, "fsdp": 2}; InputError for another axis, one that is there
+    twice, or no size."""
+    sizes: dict[str, int] = {}
+    for item in text.split(",") if text else ():
         axis, _, size = item.partition("=")
-        is_size = axis in AXES and size.lstrip("-").isdigit()
-        require(is_size, f"Mesh {text!r}: {item!r} is not one of data=N, fsdp=N, tensor=N.")
+        is_size = axis in AXES and bool(re.fullmatch(r"-1|[1-9][0-9]{0,8}", size))
+        expected = "is not one of data=N, fsdp=N, tensor=N with N above 0, or -1 for what is left"
+        require(is_size, f"Mesh {text!r}: {item!r} {expected}.")
+        require(axis not in sizes, f"Mesh {text!r}: {axis} is there twice.")
         sizes[axis] = int(size)
     return sizes
 

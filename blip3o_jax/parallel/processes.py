@@ -18,6 +18,7 @@ from blip3o_jax.errors import InputError, first_line, require
 log = logging.getLogger(__name__)
 
 TIMEOUT = 300  # seconds that a process waits for the others
+LONGEST = 20  # characters of a share
 ARRAY = ("ID", "MIN", "MAX", "STEP", "COUNT")  # what SLURM says of an array's task
 NAMES = ("BLIP3O_COORDINATOR", "BLIP3O_NUM_PROCESSES", "BLIP3O_PROCESS_ID")
 
@@ -35,7 +36,7 @@ def _cluster() -> dict | None:
     if address == "auto":
         return {}
     if any(given):
-        are_numbers = count.isdigit() and index.isdigit() and int(index) < int(count)
+        are_numbers = count.isdecimal() and index.isdecimal() and int(index) < int(count)
         expected = "HOST:PORT, N and a number below N (or the first alone 'auto')"
         sentence = f"Processes: {', '.join(NAMES)} are {expected}, not {given}."
         require(":" in address and are_numbers, sentence)
@@ -94,8 +95,9 @@ def share(asked: str = "") -> tuple[int, int]:
     by the variables of a SLURM array, a SLURM step, or what `start_processes` joins."""
     if asked:
         index, _, count = asked.partition("/")
-        is_share = index.isdecimal() and count.isdecimal() and int(index) < int(count)
-        require(is_share, f"A share is I/N with I from 0 to N-1, not {asked!r}.")
+        are_numbers = index.isdecimal() and count.isdecimal() and len(asked) <= LONGEST
+        is_share = are_numbers and int(index) < int(count)
+        require(is_share, f"A share is I/N with I from 0 to N-1, not {asked[:LONGEST]!r}.")
         return int(index), int(count)
     place, size = _array()
     task, tasks = _step()
@@ -144,7 +146,7 @@ def _array() -> tuple[int, int]:
     wrong += " is not made again), or give --share I/N."
     require(len(numbers) == len(ARRAY), wrong)
     task, first, last, step, count = numbers
-    is_even = (last - first) // step + 1 == count and (task - first) % step == 0
+    is_even = step > 0 and (last - first) // step + 1 == count and (task - first) % step == 0
     require(is_even, wrong)
     return (task - first) // step, count
 
@@ -155,7 +157,11 @@ def _step() -> tuple[int, int]:
         return 0, 1
     # In a shell that salloc opens, SLURM_NTASKS is the allocation's.
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "1")
-    return int(os.environ["SLURM_PROCID"]), int(tasks)
+    rank = os.environ["SLURM_PROCID"]
+    are_numbers = rank.isdecimal() and tasks.isdecimal() and int(rank) < int(tasks)
+    given = f"SLURM_PROCID={rank} and SLURM_STEP_NUM_TASKS={tasks}"
+    require(are_numbers, f"{given} are not a number and a larger one.")
+    return int(rank), int(tasks)
 
 
 def _divide_gpus() -> None:

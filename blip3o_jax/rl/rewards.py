@@ -2,18 +2,30 @@
 that is asked over HTTP."""
 
 import base64
+import contextlib
 import functools
+import http.client
 import io
 import json
 import math
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from blip3o_jax.errors import InputError, first_line, require
+from blip3o_jax.errors import (
+    MAX_FLOAT,
+    InputError,
+    about,
+    check_number,
+    counted,
+    first_line,
+    require,
+)
+from blip3o_jax.files import json_object
 from blip3o_jax.scenes import judge
 
 # Images [h,w,3], prompts, what else is known of each, its source images -> a float an image; nan
@@ -53,9 +65,20 @@ def scene_rewards(images: np.ndarray, metadata: list[dict]) -> tuple[np.ndarray,
 def named(name: str) -> Reward:
     """The reward `scenes`, or that of a server at http:// or https://; InputError for another."""
     if name.startswith(("http://", "https://")):
+        _check_url(name)
         return functools.partial(over_http, name)
     require(name == "scenes", f"There is no reward {name!r}; known: scenes, http://HOST/PATH.")
     return scenes
+
+
+def _check_url(url: str) -> None:
+    """InputError unless a server can have this name."""
+    host, is_plain = None, url.isascii() and url.isprintable() and " " not in url
+    with contextlib.suppress(ValueError):  # of brackets that do not close, of a port
+        parts = urllib.parse.urlsplit(url)
+        host = parts.hostname if parts.port != 0 else None
+    fix = "write http://HOST/PATH, other characters as %XX"
+    require(bool(host) and is_plain, f"The reward server {url!r} names no host; {fix}.")
 
 
 def scenes(
@@ -95,18 +118,20 @@ def over_http(
             with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
                 answer = response.read(LARGEST)
             break
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             is_lasting = isinstance(error, urllib.error.HTTPError) and error.code < 500
             if is_lasting or not left:
                 raise InputError(f"The reward server {url} fails: {first_line(error)}.") from error
             time.sleep(2.0 ** (TRIES - left) / 4)
-    try:
-        rewards = [math.nan if x is None else float(x) for x in json.loads(answer)["rewards"]]
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"The reward server {url} answers without a list of rewards.") from error
-    sentence = f"The reward server {url} gives {len(rewards)} rewards for {len(images)} images."
-    require(len(rewards) == len(images), sentence)
-    return rewards
+    with about(f"The reward server {url}"):
+        rewards = json_object("its answer", answer).get("rewards")
+        require(isinstance(rewards, list), "its answer has no list `rewards`.")
+        given = f"{counted(len(rewards), 'reward')} for {counted(len(images), 'image')}"
+        require(len(rewards) == len(images), f"it gives {given}.")
+        for reward in rewards:
+            if reward is not None:
+                check_number(reward, "a reward", -MAX_FLOAT)
+    return [math.nan if reward is None else float(reward) for reward in rewards]
 
 
 def _png(image: np.ndarray) -> str:

@@ -21,9 +21,14 @@ from blip3o_jax.tree import join, split
 def test_mesh_strings():
     assert parse_mesh("data=4,fsdp=2") == {"data": 4, "fsdp": 2}
     assert parse_mesh("") == {}
-    for wrong in ("date=4", "data", "data=x"):
-        with pytest.raises(InputError):
+    assert parse_mesh("data=-1,tensor=2") == {"data": -1, "tensor": 2}
+    for wrong in ("date=4", "data", "data=x", "data=0", "data=--1", "data=\u00b2", "data=1,", ","):
+        with pytest.raises(InputError, match="is not one of data=N, fsdp=N, tensor=N"):
             parse_mesh(wrong)
+    with pytest.raises(InputError, match="is not one of data=N"):
+        parse_mesh(f"data={'9' * 5000}")
+    with pytest.raises(InputError, match=r"Mesh .data=1,data=2.: data is there twice\."):
+        parse_mesh("data=1,data=2")
 
 
 def test_one_axis_takes_what_is_left():

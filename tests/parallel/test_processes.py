@@ -83,6 +83,7 @@ def test_the_tasks_of_an_array_have_all_shares_once(variables, count):
         array(4, 0, 4, 1, 3),  # --array=0,1,4: no task knows what the others are
         array(0, 0, 4, 1, 3),
         array(3, 0, 4, 2, 3),
+        array(0, 0, 4, 0, 5),
         {"ARRAY_TASK_ID": 3},
     ],
 )
@@ -93,7 +94,14 @@ def test_an_array_with_gaps_is_refused(variables, values):
     assert share("0/2") == (0, 2)
 
 
-@pytest.mark.parametrize("wrong", ["2/2", "1", "1/", "-1/2", "a/b"])
+@pytest.mark.parametrize("values", [step("x", 2), step(0, "two"), step(2, 2), step("\u00b2", 2)])
+def test_what_a_step_says_of_itself_is_a_number_below_another(variables, values):
+    variables(**values)
+    with pytest.raises(InputError, match=r"SLURM_PROCID=\S+ and SLURM_STEP_NUM_TASKS="):
+        share()
+
+
+@pytest.mark.parametrize("wrong", ["2/2", "1", "1/", "-1/2", "a/b", f"0/{'9' * 5000}"])
 def test_a_share_is_a_number_below_another(wrong):
     with pytest.raises(InputError, match="I from 0 to N-1"):
         share(wrong)
