@@ -13,7 +13,8 @@ import importlib.util
 import os
 import shutil
 import urllib.parse
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 AnyPath: TypeAlias = "Path | epath.Path"
 
+NEW = ".new-"  # how the name of a file begins that is being written
 CLIENTS = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # scheme -> extra, module that it brings
 # Whose exceptions tell of a server, not of a mistake in a program.
 CLIENT_MODULES = ("gcsfs", "s3fs", "fsspec", "aiohttp", "botocore", "aiobotocore", "google")
@@ -89,17 +91,36 @@ def remote_errors(what: str) -> Iterator[None]:
         raise InputError(f"{what}: {reason[:300].rstrip('.')}.") from error
 
 
-def write_bytes(file: AnyPath, data: bytes) -> None:
-    """Writes a file that is whole, old or new, also where the process is killed."""
-    if is_bucket(file):
-        file.write_bytes(data)
-        return
-    new_file = file.with_name(f".{file.name}.{os.getpid()}")
+def write_chunks(file: AnyPath, chunks: Iterable[bytes], beside: "AnyPath | None" = None) -> None:
+    """Writes a file that is whole, old or new, also where the process is killed, and makes its
+    folder.
+
+    A local one begins in the folder `beside`, by default its own, of the same disk, under a name
+    that no other process on any host has, and which `is_left_over` knows.
+    """
+    new_file = file
+    if not is_bucket(file):
+        new_file = (beside or file.parent) / f"{NEW}{uuid.uuid4().hex}"
     try:
-        new_file.write_bytes(data)
-        new_file.replace(file)
+        for folder in (new_file.parent, file.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        with new_file.open("wb") as stream:
+            stream.writelines(chunks)
+        if new_file != file:
+            new_file.replace(file)
     finally:
-        new_file.unlink(missing_ok=True)
+        if new_file != file:
+            new_file.unlink(missing_ok=True)
+
+
+def is_left_over(file: AnyPath) -> bool:
+    """Whether this is what a killed `write_chunks` left."""
+    return file.name.startswith(NEW)
+
+
+def write_bytes(file: AnyPath, data: bytes) -> None:
+    """As `write_chunks`, all at once."""
+    write_chunks(file, [data])
 
 
 def write_text(file: AnyPath, text: str) -> None:
@@ -136,9 +157,13 @@ def files_below(folder: AnyPath) -> list[AnyPath]:
     return sorted(path(filesystem.unstrip_protocol(file)) for file in filesystem.find(name))
 
 
-def remove_folder(folder: AnyPath) -> None:
-    """Removes a folder with all in it, if it is there; in a bucket, its marker must go first."""
-    if not is_bucket(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-    elif folder.exists():
+def clear_folder(folder: AnyPath) -> None:
+    """Removes all that is in a folder, which may be a link; its marker must go first."""
+    if is_bucket(folder):
         folder.rmtree()
+        return
+    for entry in list(folder.iterdir()):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()

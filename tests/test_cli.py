@@ -204,8 +204,14 @@ def test_completion_without_its_library_names_the_extra(monkeypatch, capsys):
         (["generate", "a cat", "--checkpoint", "emoji_46"], "did you mean 'emoji_64'"),
         (["generate", "a cat", "--checkpoint", "blip3o_next_3b"], "e.g. BLIP3o/BLIP3o-NEXT-SFT-3B"),
         (["generate", "a cat", "--num-images", "0"], "at least 1"),
-        (["generate", "a cat", "--num-inference-steps", "-3"], "at least 1"),
+        (["generate", "a cat", "--num-inference-steps", "-3"], "from 1 to 1000, not -3."),
         (["generate", "a cat", "--top-p", "0"], "top_p"),
+        (["generate", "a cat", "--guidance-scale", "inf"], "from 0 to 1000, not inf."),
+        (["evaluate", "edits", "--temperature", "nan"], "from 0 to 1000, not nan."),
+        (["evaluate", "edits", "--keep-unchanged", "inf"], "from 0 to 255, not inf."),
+        (["bench", "--num-inference-steps", "1001"], "from 1 to 1000, not 1001."),
+        (["plan", "--config", "pretrain_3b", "--price", "nan"], "--price is a number of at least"),
+        (["convert", "verify", "x", "y", "--tolerance", "inf"], "above 0, not inf."),
         (["generate", "a cat", "--batch-size", "0"], "at least 1"),
         (["generate", "a cat", "--mesh", "pipes=2"], "data=N"),
         (["generate", "cat " * 400], "more than the 64 allowed"),
@@ -259,7 +265,9 @@ def test_a_bad_prompt_of_a_file_is_named_and_nothing_is_loaded_for_it(
     monkeypatch.chdir(tmp_path)
     (tmp_path / file).write_text(contents)
     assert main(["generate", "--prompts", file, "--out", "made"]) == 1
-    assert "1 requests failed" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert said.out == "0 images in made\n"
+    assert said.err.startswith(f"blip3o-jax: 1 request failed ({file} line ")
     assert sentence in json.loads((tmp_path / "made/manifest.jsonl").read_text())["error"]
 
 

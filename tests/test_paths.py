@@ -44,24 +44,47 @@ def test_a_missing_extra_is_named(scheme, extra, monkeypatch):
     assert str(caught.value) == f"{scheme}://team/run needs the extra [{extra}]; {install}"
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     file = tmp_path / "config.json"
     paths.write_text(file, "old")
 
-    def full(path: Path, data: bytes) -> None:
-        with open(path, "wb") as stream:
-            stream.write(data[:1])
+    def full():
+        yield b"n"
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(Path, "write_bytes", full)
     sentence = "config.json cannot be written: No space left on device."
     with (
         pytest.raises(InputError, match=sentence),
         paths.remote_errors(f"{file} cannot be written"),
     ):
-        paths.write_text(file, "new")
+        paths.write_chunks(file, full())
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     assert file.read_text() == "old"
+
+
+def test_a_file_is_written_beside_its_place_under_a_name_of_its_own(tmp_path):
+    """Of two writers neither sees the other's, wherever they run; a killed one's is known."""
+    file, begun = tmp_path / "a" / "list", []
+
+    def chunks(last: bytes):
+        yield b"x"
+        begun.append(set((tmp_path / "job").iterdir()))
+        assert not file.exists()
+        yield last
+
+    def outer():
+        yield b"o"
+        paths.write_chunks(tmp_path / "b", chunks(b"y"), tmp_path / "job")
+        yield b"o"
+
+    paths.write_chunks(file, outer(), tmp_path / "job")
+    assert (tmp_path / "b").read_bytes() == b"xy"
+    assert file.read_bytes() == b"oo"
+    (names,) = begun
+    assert len(names) == 2
+    assert all(paths.is_left_over(name) for name in names)
+    assert not paths.is_left_over(file)
+    assert list((tmp_path / "job").iterdir()) == []
 
 
 def test_a_mistake_of_the_program_is_not_put_down_to_the_server():
@@ -69,7 +92,7 @@ def test_a_mistake_of_the_program_is_not_put_down_to_the_server():
         raise KeyError("x")
 
 
-def test_files_of_all_folders_are_listed_and_removed(tmp_path):
+def test_files_of_all_folders_are_listed_and_removed_behind_a_link_too(tmp_path):
     for name in ("b/c/d", "a"):
         (tmp_path / "f" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "f" / name).write_text(name)
@@ -80,8 +103,11 @@ def test_files_of_all_folders_are_listed_and_removed(tmp_path):
     files[0].write_text("x")
     os.utime(files[0], ns=(1, 1))
     assert paths.state(files[0]) == (1, "1") != before
-    paths.remove_folder(tmp_path / "f")
-    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "link").symlink_to("f")
+    (tmp_path / "f" / "elsewhere").symlink_to(tmp_path)
+    paths.clear_folder(tmp_path / "link")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "link"]
+    assert list((tmp_path / "f").iterdir()) == []
 
 
 def test_local_paths_import_no_client():

@@ -14,7 +14,6 @@ import os
 import pathlib
 import re
 import tarfile
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -24,6 +23,7 @@ from blip3o_jax.data.captions import captions_of
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.records import FileSource, Record, RecordError, locate, read_bytes
 from blip3o_jax.errors import InputError, require
+from blip3o_jax.paths import write_chunks
 from blip3o_jax.resources import cache_folder
 
 VERSION = 2
@@ -294,14 +294,6 @@ def _load(file: pathlib.Path, version: dict) -> tuple[np.ndarray, dict] | None:
 
 def _store(file: pathlib.Path, version: dict, index: np.ndarray, notes: dict) -> None:
     """Writes the index atomically, also when other processes write it at the same time."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     head = {"version_of": version, "records": len(index), "dtype": index.dtype.descr}
     head["notes"] = notes
-    handle, temporary = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(json.dumps(head).encode() + b"\n" + index.tobytes())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    finally:
-        pathlib.Path(temporary).unlink(missing_ok=True)
+    write_chunks(file, [json.dumps(head).encode(), b"\n", index.tobytes()])

@@ -4,25 +4,19 @@ origin inside, and a manifest."""
 from __future__ import annotations
 
 import argparse
-import functools
-import hashlib
 import pathlib
 import warnings
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
-from blip3o_jax.errors import about, os_errors, require
+from blip3o_jax.errors import about, check_number, require
 from blip3o_jax.jobs import work
-from blip3o_jax.jobs.images import mask_name
+from blip3o_jax.jobs.images import image_format, mask_name
 from blip3o_jax.jobs.options import job_options, model_options, option, settings_of
 from blip3o_jax.jobs.prompts import Row, read_edits
-from blip3o_jax.sample.settings import EditSettings
-
-if TYPE_CHECKING:
-    from blip3o_jax.request import Sample
+from blip3o_jax.sample.settings import LEVELS, EditSettings
 
 HELP = "images edited by instruction"
-LEVELS = 16.0  # of 255, from which change counts
+CHANGE = 16.0  # levels from which it counts
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -43,16 +37,16 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def keep_option(parser: argparse.ArgumentParser) -> None:
-    unchanged = f"keep the source's pixels where change is below (default: {LEVELS:g} of 255)"
-    keep = {"nargs": "?", "type": float, "const": LEVELS, "metavar": "LEVELS", "help": unchanged}
+    unchanged = f"keep the source's pixels where change is below (default: {CHANGE:g} of {LEVELS})"
+    keep = {"nargs": "?", "type": float, "const": CHANGE, "metavar": "LEVELS", "help": unchanged}
     parser.add_argument("--keep-unchanged", **keep)
 
 
 def levels_to_keep(args: argparse.Namespace) -> float | None:
-    """The threshold of `geometry.keep_unchanged`; InputError below 0."""
-    levels = args.keep_unchanged
-    require(levels is None or levels >= 0, f"--keep-unchanged is at least 0, not {levels}.")
-    return levels
+    """The threshold of `geometry.keep_unchanged`; InputError unless it is a pixel's level."""
+    if args.keep_unchanged is not None:
+        check_number(args.keep_unchanged, "--keep-unchanged", 0, LEVELS)
+    return args.keep_unchanged
 
 
 def check_place(path: str, out: str) -> None:
@@ -74,28 +68,6 @@ def check(path: str, out: str) -> None:
         pixels = array(path)
     with about(path):
         placement(pixels)
-
-
-@functools.lru_cache(maxsize=64)  # all turns and images of an edit are of the same
-def source_of(path: str) -> dict[str, str]:
-    """A source image's name and sha256."""
-    with os_errors(f"{path} cannot be read"):
-        digest = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
-    return {"file": pathlib.Path(path).name, "sha256": digest}
-
-
-def origin(sample: Sample) -> dict:
-    """What an image and its row say of where it is from."""
-    request = sample.request
-    return {
-        "instruction": sample.prompt,
-        "seed": sample.seed,
-        "index": sample.index,
-        "turn": sample.turn,
-        "instructions": list(request.texts[: sample.turn + 1]),
-        "sources": [source_of(path) for path in request.images],
-        "keep_unchanged": request.keep_unchanged,
-    }
 
 
 def run(args: argparse.Namespace) -> int:
@@ -125,12 +97,16 @@ def run(args: argparse.Namespace) -> int:
     for instruction in then:
         with about("--then"):
             text.encode_edit(instruction, codes)
-    # An image of a file's row that cannot be edited fails alone.
+    # An image of a file's row that cannot be edited fails alone in a folder.
+    is_alone = bool(args.edits) and not image_format(args.out)
     for path in {path for row in rows for path in row.paths}:
-        (check_place if args.edits else check)(path, args.out)
+        (check_place if is_alone else check)(path, args.out)
     how = {"then": then, "seed": args.seed, "settings": settings, "keep_unchanged": levels}
-    requests = [Request(row.text, row.paths, id=row.id, metadata=row.fields, **how) for row in rows]
+    requests = [
+        Request(row.text, row.paths, id=row.id, where=row.where, metadata=row.fields, **how)
+        for row in rows
+    ]
     facts = {"command": "edit", "num_images": args.num_images, "seed": args.seed}
     facts |= {"then": then, "keep_unchanged": levels, "mask": args.mask, **asdict(settings)}
     is_file = bool(args.edits)
-    return work.run(args, repeated(requests, args.num_images), facts, origin, is_file)
+    return work.run(args, repeated(requests, args.num_images), facts, is_file)

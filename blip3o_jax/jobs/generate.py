@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from blip3o_jax.errors import require
 from blip3o_jax.jobs import ledger, work
@@ -12,9 +11,6 @@ from blip3o_jax.jobs.images import image_format
 from blip3o_jax.jobs.options import job_options, model_options, option, settings_of
 from blip3o_jax.jobs.prompts import Row, read_prompts
 from blip3o_jax.sample.settings import EditSettings, Settings
-
-if TYPE_CHECKING:
-    from blip3o_jax.request import Sample
 
 HELP = "images from prompts"
 
@@ -27,13 +23,6 @@ def options(parser: argparse.ArgumentParser) -> None:
     model_options(parser)
     job_options(parser)
     parser.set_defaults(run=run)
-
-
-def origin(sample: Sample) -> dict:
-    """What an image and its row say of where it is from."""
-    facts = {"prompt": sample.prompt, "seed": sample.seed, "index": sample.index}
-    sources = [{"sha256": work.name_of(image)} for image in sample.request.images]
-    return facts | ({"sources": sources} if sources else {})
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,9 +45,11 @@ def run(args: argparse.Namespace) -> int:
     typed = [Row(f"Prompt {number}", prompt) for number, prompt in enumerate(args.prompt, 1)]
     rows = typed or read_prompts(args.prompts)
     how = {"seed": args.seed, "settings": settings}
-    requests = [Request(row.text, id=row.id, metadata=row.fields, **how) for row in rows]
+    requests = [
+        Request(row.text, id=row.id, where=row.where, metadata=row.fields, **how) for row in rows
+    ]
     requests = repeated(requests, args.num_images)
-    return work.run(args, requests, facts, origin, is_file=bool(args.prompts))
+    return work.run(args, requests, facts, is_file=bool(args.prompts))
 
 
 def _run_batch(args: argparse.Namespace, settings: Settings, facts: dict) -> int:
@@ -78,7 +69,7 @@ def _run_batch(args: argparse.Namespace, settings: Settings, facts: dict) -> int
     defaults = openai.Defaults(models, size, args.format, args.seed, settings, edits)
     requests, refused = openai.read_batch(args.prompts, defaults)
     facts["batch"] = ledger.digest_of(paths.path(args.prompts))
-    code = work.run(args, requests, facts, origin, is_file=True, refused=refused)
+    code = work.run(args, requests, facts, is_file=True, refused=refused)
     folder = paths.path(args.out)
     if (folder / ledger.MANIFEST).is_file():
         openai.write_results(folder, ledger.read_facts(folder)[ledger.BEGUN])

@@ -46,10 +46,12 @@ def encode_image(image: np.ndarray, origin: dict, kind: str = "png") -> bytes:
     return data.getvalue()
 
 
-def file_name(text: str, number: int, *more: int) -> str:
-    """NUMBER-INDEX-words.png: sorts by prompt, and says what the image shows."""
+def file_name(text: str, number: int, *more: int, kind: str = "png") -> str:
+    """NUMBER-INDEX-words.png, or the suffix of another kind of picture: sorts by prompt, and says
+    what the image shows."""
+    suffix = next(suffix for suffix, name in FORMATS.items() if name == kind)
     words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60]
-    return "-".join([f"{number:05d}", *map(str, more), f"{words}.png"])
+    return "-".join([f"{number:05d}", *map(str, more), f"{words}{suffix}"])
 
 
 def mask_name(name: str) -> str:

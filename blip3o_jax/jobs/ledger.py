@@ -6,11 +6,12 @@ OUT/job/done/NUMBER.jsonl   a row for each result of a shard of requests, once a
 OUT/manifest.jsonl          the rows of all shards in the order of the requests, at the end
 
 Each file appears whole. A row names its file and that file's hash, so a result that was damaged or
-deleted is made again.
+deleted is made again; a file of the job itself that cannot be one is an InputError that says so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import heapq
@@ -20,55 +21,75 @@ import json
 import tarfile
 import tempfile
 import time
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from blip3o_jax import paths
 from blip3o_jax.errors import InputError, require
+from blip3o_jax.files import json_object, read_json
+from blip3o_jax.jobs.output import made
 
 VERSION = 1  # of the files of a job
-FACTS, DONE, MANIFEST, NEW = "job/job.json", "job/done", "manifest.jsonl", "job/new-"
+JOB, FACTS, DONE, MANIFEST = "job", "job/job.json", "job/done", "manifest.jsonl"
 # What a row names, and by what hash.
 FILES = (("file", "sha256"), ("mask", "mask_sha256"), ("shard", "shard_sha256"))
 BEGUN = "begun"  # the fact when a job first began, in seconds, which may differ
 Rows = dict[int, list[dict]]  # of a shard, by the request's number
+# What helps where a file of the job is damaged.
+OTHER_JOB = "name another folder, or add --overwrite to make all of it again"
+OTHER_ROWS = "delete this file and give the job's command again, which makes what it recorded"
 
 
 def write_whole(folder: paths.AnyPath, name: str, data: Iterable[bytes]) -> None:
     """Writes a file of the job that nobody sees half written; InputError if it cannot be."""
-    # Local ones begin under a name that no other process on any host has.
-    file = folder / name
-    new = file if paths.is_bucket(folder) else folder / f"{NEW}{uuid.uuid4().hex}"
-    with paths.remote_errors(f"{file} cannot be written"):
-        for path in (new, file):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with new.open("wb") as opened:
-            opened.writelines(data)
-        if new != file:
-            new.replace(file)
+    with paths.remote_errors(f"{folder / name} cannot be written"):
+        paths.write_chunks(folder / name, data, folder / JOB)
+
+
+@contextlib.contextmanager
+def place(folder: paths.AnyPath) -> Iterator[None]:
+    """A local job's folder in the block, so that one that cannot be is known before there is work;
+    it does not stay for a job that does not begin."""
+    with contextlib.ExitStack() as stack:
+        if not paths.is_bucket(folder):
+            with paths.remote_errors(f"{folder} cannot be written"):
+                stack.enter_context(made(folder / JOB))
+        yield
+
+
+@contextlib.contextmanager
+def mended_by(fix: str) -> Iterator[None]:
+    """Ends an InputError with what helps."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{str(error).rstrip('.')}; {fix}.") from error
 
 
 def begin(folder: paths.AnyPath, facts: dict, overwrite: bool = False) -> None:
-    """Makes `folder` that of the job with these facts, or goes on with it; InputError that shows
-    the difference if it is another's. `overwrite` deletes an earlier job there first."""
-    facts = json.loads(json.dumps({"version": VERSION, **facts}))  # tuples are lists there
-    facts[BEGUN] = int(time.time())
-    require(not folder.exists() or folder.is_dir(), f"{folder} exists and is not a folder.")
-    with paths.remote_errors(f"{folder} cannot be read"):
-        is_empty = not folder.is_dir() or not any(folder.iterdir())
-        has_job = (folder / FACTS).is_file()
-    other = f"{folder} holds other files and no job (no {FACTS}), so it is not overwritten;"
-    other += " name another folder."
-    require(is_empty or has_job, other)
-    if has_job and overwrite:
+    """Makes `folder` that of the job with these facts, or goes on with it, if `is_begun` allows it.
+    `overwrite` deletes an earlier job there first."""
+    begun = is_begun(folder, facts, overwrite)
+    if begun and overwrite:
         with paths.remote_errors(f"{folder} cannot be deleted"):
             (folder / FACTS).unlink()
-            paths.remove_folder(folder)
-        has_job = False
-    if not has_job:
+            paths.clear_folder(folder)
+    if not begun or overwrite:
+        facts = {"version": VERSION, **facts, BEGUN: int(time.time())}
         write_whole(folder, FACTS, [json.dumps(facts, indent=1).encode()])
-        return
+
+
+def is_begun(folder: paths.AnyPath, facts: dict, overwrite: bool = False) -> bool:
+    """Whether `folder` holds the job with these facts; InputError if it holds anything else, and
+    that shows the difference if it is another job that is not to be overwritten."""
+    with paths.remote_errors(f"{folder} cannot be read"):
+        require(not folder.exists() or folder.is_dir(), f"{folder} exists and is not a folder.")
+        has_job = (folder / FACTS).is_file()
+        other = f"{folder} holds other files and no job (no {FACTS}), so it is not overwritten;"
+        require(has_job or _is_empty(folder), f"{other} name another folder.")
+    if not has_job or overwrite:
+        return has_job
+    facts = json.loads(json.dumps({"version": VERSION, **facts}))  # tuples are lists there
     before = read_facts(folder)
     names = {**before, **facts}.keys() - {BEGUN}
     names = sorted(name for name in names if before.get(name) != facts.get(name))
@@ -76,6 +97,16 @@ def begin(folder: paths.AnyPath, facts: dict, overwrite: bool = False) -> None:
         was, now = (", ".join(f"{n} {_shown(job, n)}" for n in names) for job in (before, facts))
         fix = "give the same command, name another folder, or add --overwrite"
         raise InputError(f"{folder} holds a job with {was}; this one has {now}: {fix}.")
+    return True
+
+
+def _is_empty(folder: paths.AnyPath) -> bool:
+    """Whether there is nothing, but for what was left by one that was killed as it began."""
+    own = folder / JOB
+    for place in [place for place in (folder, own) if place.is_dir()]:
+        if any(file != own and not paths.is_left_over(file) for file in place.iterdir()):
+            return False
+    return True
 
 
 def _shown(facts: dict, name: str) -> str:
@@ -85,16 +116,14 @@ def _shown(facts: dict, name: str) -> str:
 def read_facts(folder: paths.AnyPath) -> dict:
     """What `begin` wrote."""
     path = folder / FACTS
-    facts = _parsed(path, path.read_text("utf-8")) if path.is_file() else None
-    require(isinstance(facts, dict), f"{folder} holds no job (no {FACTS}).")
+    with paths.remote_errors(f"{path} cannot be read"):
+        require(path.is_file(), f"{folder} holds no job (no {FACTS}).")
+    with mended_by(OTHER_JOB):
+        facts = read_json(path)
+        for name in ("requests", BEGUN):
+            is_whole = type(facts.get(name)) is int
+            require(is_whole, f"{path} is damaged: its `{name}` is no whole number.")
     return facts
-
-
-def _parsed(path: paths.AnyPath, text: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged: it is not JSON.") from error
 
 
 def shard_name(shard: int) -> str:
@@ -144,27 +173,37 @@ def _array_record(files: dict[str, bytes]) -> bytes:
         return path.read_bytes()
 
 
-def recorded(folder: paths.AnyPath, shard: int) -> Rows:
-    """The rows of a shard, by number, none if it has none yet."""
+def recorded(folder: paths.AnyPath, shard: int, numbers: list[int] | None = None) -> Rows:
+    """The rows of a shard, by number, none if it has none yet; InputError for a number that is none
+    of the shard's, if these are given."""
     path = folder / shard_name(shard)
     rows: Rows = {}
-    if not path.is_file():
-        return rows
-    for line in path.read_text("utf-8").splitlines():
-        row = _parsed(path, line)
-        rows.setdefault(row["number"], []).append(row)
+    with paths.remote_errors(f"{path} cannot be read"):
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+    for place, line in enumerate(lines, 1):
+        with mended_by(OTHER_ROWS):
+            row = json_object(f"{path} line {place}", line)
+            number = row.get("number")
+            is_own = type(number) is int and (numbers is None or number in numbers)
+            are_files = all(
+                isinstance(row.get(name, ""), str) and isinstance(row.get(digest, ""), str)
+                for name, digest in FILES
+            )
+            is_row = is_own and are_files and isinstance(row.get("id"), str)
+            require(is_row, f"{path} line {place} is damaged: it is no row of this shard.")
+        rows.setdefault(number, []).append(row)
     return rows
 
 
-def intact(folder: paths.AnyPath, shard: int) -> Rows:
+def intact(folder: paths.AnyPath, shard: int, numbers: list[int]) -> Rows:
     """As `recorded`, but only requests that did not fail and whose files are what they were."""
     hashes = functools.cache(digest_of)
 
     def is_intact(row: dict) -> bool:
-        files = [(row[name], row[digest]) for name, digest in FILES if name in row]
+        files = [(row[name], row.get(digest)) for name, digest in FILES if name in row]
         return bool(files) and all(hashes(folder / name) == digest for name, digest in files)
 
-    rows = recorded(folder, shard)
+    rows = recorded(folder, shard, numbers)
     return {number: own for number, own in rows.items() if all(map(is_intact, own))}
 
 
@@ -172,34 +211,35 @@ def digest_of(path: paths.AnyPath) -> str:
     """The sha256 of a file, "" where there is none."""
     if not path.is_file():
         return ""
-    with path.open("rb") as file:
+    with paths.remote_errors(f"{path} cannot be read"), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def finish(folder: paths.AnyPath, groups: list[list[int]]) -> tuple[int, int] | None:
-    """Writes the manifest if all shards are recorded, and gives the number of its results and of
-    the requests that failed; None if some are left to other processes.
+def finish(
+    folder: paths.AnyPath, shards: list[list[int]], groups: list[list[int]]
+) -> tuple[int, list[str]] | None:
+    """Writes the manifest if all requests of the shards are recorded, and gives the number of its
+    results and the ids of the requests that failed; None if some are left to other processes.
 
     groups: shards whose numbers ascend from one to the next, so that rows are merged as they are
     read, however many.
     """
-    if not all((folder / shard_name(shard)).is_file() for shard in itertools.chain(*groups)):
+    if not all((folder / shard_name(shard)).is_file() for shard in range(len(shards))):
         return None
+    # All is read before anything is written: a signal may have ended a shard's process halfway.
+    results, failed = 0, {}
+    for shard, numbers in enumerate(shards):
+        rows = recorded(folder, shard, numbers)
+        if len(rows) < len(numbers):
+            return None
+        failed |= {number: own[0]["id"] for number, own in rows.items() if "error" in own[0]}
+        results += sum("error" not in row for row in itertools.chain(*rows.values()))
 
-    def lines(shards: list[int]) -> Iterator[tuple[int, int, str]]:
-        for shard in shards:
+    def lines(group: list[int]) -> Iterator[tuple[int, int, str]]:
+        for shard in group:
             for place, row in enumerate(itertools.chain(*recorded(folder, shard).values())):
                 yield row["number"], place, json.dumps(row)
 
-    results = failures = 0
-
-    def counted() -> Iterator[bytes]:
-        nonlocal results, failures
-        for *_, line in heapq.merge(*map(lines, groups)):
-            failed = '"error": ' in line and "error" in json.loads(line)
-            failures += failed
-            results += not failed
-            yield f"{line}\n".encode()
-
-    write_whole(folder, MANIFEST, counted())
-    return results, failures
+    merged = heapq.merge(*map(lines, groups))
+    write_whole(folder, MANIFEST, (f"{line}\n".encode() for *_, line in merged))
+    return results, [id_ for _, id_ in sorted(failed.items())]

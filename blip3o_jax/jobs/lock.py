@@ -15,12 +15,15 @@ from collections.abc import Callable, Iterator
 
 from blip3o_jax import paths
 from blip3o_jax.errors import InputError, require
-from blip3o_jax.jobs.ledger import write_whole
+from blip3o_jax.files import json_object
+from blip3o_jax.jobs.ledger import mended_by, write_whole
 
 log = logging.getLogger(__name__)
 
 BEAT = 10.0  # seconds between two signs of life
 DEAD = 35.0  # seconds without one
+# What a lock says of its process.
+KINDS = {"host": (str,), "pid": (int,), "token": (str,), "made": (int,), "seconds": (int, float)}
 
 
 @contextlib.contextmanager
@@ -45,16 +48,30 @@ def locked(folder: paths.AnyPath, index: int, count: int) -> Iterator[dict]:
     finally:
         ended.set()
         thread.join()
-        if _read(path).get("token") == life["token"]:
+        if _token(path) == life["token"]:
             path.unlink(missing_ok=True)
 
 
-def _read(path: paths.AnyPath) -> dict:
-    """A lock, {} where there is none that can be read."""
-    life = None
-    with contextlib.suppress(InputError, ValueError), paths.remote_errors(path.name):
-        life = json.loads(path.read_text("utf-8"))
-    return life if isinstance(life, dict) else {}
+def read(path: paths.AnyPath) -> dict:
+    """A lock, {} where there is none or a server does not answer; InputError for a damaged one."""
+    text = None
+    with contextlib.suppress(InputError), paths.remote_errors(path.name):
+        text = path.read_bytes()
+    if text is None:
+        return {}
+    with mended_by("delete it, if no process is at work on this job"):
+        life = json_object(path, text)
+        are_there = all(type(life.get(name)) in kinds for name, kinds in KINDS.items())
+        is_lock = are_there and 0 < life["pid"] < 2**31 and life["seconds"] >= 0
+        require(is_lock, f"{path} is damaged: it is no lock.")
+    return life
+
+
+def _token(path: paths.AnyPath) -> str | None:
+    """By which a process knows its own lock; None where there is none that can be read."""
+    with contextlib.suppress(InputError):
+        return read(path).get("token")
+    return None
 
 
 def outwait(
@@ -63,23 +80,23 @@ def outwait(
     """Deletes the rivals' locks, once their processes are known to be dead; InputError if one is
     alive."""
     for path in filter(is_rival, sorted((folder / "job").glob("lock-*.json"))):
-        first, until = _read(path), time.monotonic()
-        if first.get("host") != socket.gethostname() or _is_alive(first.get("pid")):
+        first, until = read(path), time.monotonic()
+        if first.get("host") != socket.gethostname() or _is_alive(first["pid"]):
             log.info("%s is held; waiting up to %d s for a sign of life.", path.name, DEAD)
             until += DEAD
         while time.monotonic() < until:
             time.sleep(min(1.0, DEAD / 10))
-            now = _read(path)
+            now = read(path)
             who = f"process {now.get('pid')} on {now.get('host')}"
             sentence = f"Another job is at work on {folder}: {who}; wait for it or stop it."
             require(now in ({}, first), sentence)
         path.unlink(missing_ok=True)
 
 
-def _is_alive(pid: object) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except (ProcessLookupError, TypeError):
+    except ProcessLookupError:
         return False
     except PermissionError:  # of another user
         return True
@@ -89,7 +106,7 @@ def _is_alive(pid: object) -> bool:
 def _beat(folder: paths.AnyPath, name: str, life: dict, ended: threading.Event) -> None:
     begin = time.monotonic()
     while not ended.wait(BEAT):
-        if _read(folder / name).get("token", life["token"]) != life["token"]:
+        if _token(folder / name) not in (None, life["token"]):
             log.error("%s was taken by another process; this one stops.", name)
             os._exit(1)
         life["seconds"] = round(time.monotonic() - begin, 1)  # so each beat differs

@@ -14,10 +14,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from blip3o_jax import paths
-from blip3o_jax.errors import InputError, require
-from blip3o_jax.files import read_lines
+from blip3o_jax.errors import MAX_SEED, InputError, require
+from blip3o_jax.files import json_object, read_lines
 from blip3o_jax.jobs.ledger import MANIFEST, write_whole
-from blip3o_jax.jobs.prompts import json_object
 from blip3o_jax.request import Request
 from blip3o_jax.sample.settings import EditSettings, Settings
 
@@ -60,9 +59,11 @@ def _field(holds: bool, param: str, sentence: str) -> None:
         raise FieldError(param, sentence)
 
 
-def requests_of(url: str, body: Any, id_: str, defaults: Defaults) -> list[Request]:
-    """A request for each of the `n` images of a body; FieldError for a field that is missing, wrong
-    or asks for what is not done here: none is passed over."""
+def requests_of(
+    url: str, body: Any, id_: str, defaults: Defaults, where: str = ""
+) -> list[Request]:
+    """A request for each of the `n` images of a body that stands `where`; FieldError for a field
+    that is missing, wrong or asks for what is not done here: none is passed over."""
     _field(url in (GENERATIONS, EDITS), "url", f"{GENERATIONS} or {EDITS}, not {url!r}.")
     _field(isinstance(body, dict), "body", "an object.")
     settings = defaults.edit_settings if url == EDITS else defaults.settings
@@ -74,7 +75,8 @@ def requests_of(url: str, body: Any, id_: str, defaults: Defaults) -> list[Reque
     prompt, n, seed = body.get("prompt"), body.get("n", 1), body.get("seed", defaults.seed)
     _field(isinstance(prompt, str), "prompt", "a text, which is missing.")
     _field(_is_whole(n) and 1 <= n <= MOST_IMAGES, "n", f"1 to {MOST_IMAGES}, not {n!r}.")
-    _field(_is_whole(seed), "seed", f"a whole number, not {seed!r}.")
+    is_seed = _is_whole(seed) and 0 <= seed <= MAX_SEED
+    _field(is_seed, "seed", f"a whole number from 0 to {MAX_SEED}, not {seed!r}.")
     # What can only be as it is here.
     side = f"{defaults.size}x{defaults.size}"
     fixed = {"model": defaults.models, "output_format": (defaults.format,)}
@@ -83,20 +85,14 @@ def requests_of(url: str, body: Any, id_: str, defaults: Defaults) -> list[Reque
         if name in body:
             shown = " or ".join(json.dumps(value) for value in values)
             _field(body[name] in values, name, f"{shown}, not {body[name]!r}.")
-    changes = {name: body[name] for name in names & body.keys()}
-    for name, value in changes.items():
-        kind = type(getattr(settings, name))
-        is_kind = type(value) is kind or (kind is float and _is_whole(value))
-        _field(is_kind, name, f"a value like {getattr(settings, name)!r}, not {value!r}.")
-    try:
-        own = dataclasses.replace(settings, **changes)
-        images = tuple(_images(body.get("images"))) if url == EDITS else ()
-        request = Request(prompt, images, seed=seed, settings=own, id=id_)
-    except FieldError:
-        raise
-    except InputError as error:
-        raise FieldError("body", str(error)) from error
-    return [dataclasses.replace(request, index=index) for index in range(n)]
+    for name in sorted(names & body.keys()):
+        try:
+            settings = dataclasses.replace(settings, **{name: body[name]})
+        except InputError as error:
+            raise FieldError(name, str(error).removeprefix(f"{name} is ")) from error
+    images = tuple(_images(body.get("images"))) if url == EDITS else ()
+    how = {"seed": seed, "settings": settings, "id": id_, "where": where}
+    return [Request(prompt, images, index=index, **how) for index in range(n)]
 
 
 def _is_whole(value: Any) -> bool:
@@ -126,8 +122,8 @@ def is_batch(path: str) -> bool:
     if not path.endswith(".jsonl"):
         return False
     first = next(filter(str.strip, read_lines(path, "prompts")), "")
-    with contextlib.suppress(ValueError, RecursionError):
-        return isinstance(row := json.loads(first), dict) and {"custom_id", "url"} <= row.keys()
+    with contextlib.suppress(InputError):
+        return {"custom_id", "url"} <= json_object(path, first).keys()
     return False
 
 
@@ -151,7 +147,7 @@ def read_batch(path: str, defaults: Defaults) -> tuple[list[Request], dict[int, 
         ids.add(id_)
         try:
             _field(row.get("method") == "POST", "method", f"POST, not {row.get('method')!r}.")
-            requests += requests_of(row.get("url"), row.get("body"), id_, defaults)
+            requests += requests_of(row.get("url"), row.get("body"), id_, defaults, where)
         except FieldError as error:
             refused[len(requests)] = error
             requests.append(Request("", id=id_))

@@ -1,10 +1,12 @@
 """Results on disk: a folder appears whole or not at all."""
 
 import contextlib
+import itertools
 import os
 import pathlib
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 
 from blip3o_jax.errors import os_errors, require
@@ -18,17 +20,18 @@ def new_folder(destination: str, marker: str, overwrite: bool = False) -> Iterat
     `marker`, the file by which an earlier result is known.
     """
     target = pathlib.Path(destination)
-    is_file = target.exists() and not target.is_dir()
-    require(not is_file, f"{destination} exists and is not a folder.")
-    # Only an earlier result of the same job is replaced.
-    if target.is_dir() and any(target.iterdir()):
-        require(overwrite, f"{destination} exists; name another folder or add --overwrite.")
-        other = f"{destination} holds other files (no {marker}), so it is not overwritten;"
-        require((target / marker).is_file(), f"{other} name another folder.")
+    with os_errors(f"{destination} cannot be read"):
+        is_file = target.exists() and not target.is_dir()
+        require(not is_file, f"{destination} exists and is not a folder.")
+        # Only an earlier result of the same job is replaced.
+        if target.is_dir() and any(target.iterdir()):
+            require(overwrite, f"{destination} exists; name another folder or add --overwrite.")
+            other = f"{destination} holds other files (no {marker}), so it is not overwritten;"
+            require((target / marker).is_file(), f"{other} name another folder.")
     # Beside the destination, so that taking its name is one rename on one disk.
     options = {"prefix": f".{target.name}-", "dir": target.parent, "ignore_cleanup_errors": True}
     with os_errors(f"{destination} cannot be written"), contextlib.ExitStack() as stack:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(made(target.parent))
         temporary = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(**options)))
         yield temporary
         # With the permissions that mkdir would have given.
@@ -44,12 +47,30 @@ def new_folder(destination: str, marker: str, overwrite: bool = False) -> Iterat
 def new_file(destination: str, overwrite: bool = False) -> Iterator[pathlib.Path]:
     """The same for one file: a temporary path; an existing file is refused unless `overwrite`."""
     target = pathlib.Path(destination)
-    require(not target.is_dir(), f"{destination} is a folder.")
-    is_free = overwrite or not target.exists()
-    require(is_free, f"{destination} exists; name another file or add --overwrite.")
-    temporary = target.with_name(f".{target.name}.part")
     with os_errors(f"{destination} cannot be written"), contextlib.ExitStack() as cleanup:
+        require(not target.is_dir(), f"{destination} is a folder.")
+        is_free = overwrite or not target.exists()
+        require(is_free, f"{destination} exists; name another file or add --overwrite.")
+        cleanup.enter_context(made(target.parent))
+        temporary = target.with_name(f".{uuid.uuid4().hex}.part")
         cleanup.callback(temporary.unlink, missing_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()  # what cannot be written is known before there is anything to write
         yield temporary
         temporary.replace(target)
+
+
+@contextlib.contextmanager
+def made(folder: pathlib.Path) -> Iterator[None]:
+    """A folder in the block, which does not stay where it was made for nothing."""
+    places = [folder, *folder.parents]
+    new = list(itertools.takewhile(lambda place: not os.path.lexists(place), places))
+    above = places[len(new)]
+    require(above.is_dir(), f"{above} is not a folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for place in new:
+            with contextlib.suppress(OSError):
+                place.rmdir()
+        raise

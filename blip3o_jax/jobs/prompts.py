@@ -6,14 +6,13 @@ import collections
 import csv
 import dataclasses
 import io
-import json
 import pathlib
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from blip3o_jax.errors import InputError, first_line, require
-from blip3o_jax.files import read_lines, read_text
+from blip3o_jax.files import json_object, read_lines, read_text
 from blip3o_jax.sample.settings import Settings
 
 OWN_FIELDS = ("seed", "index", "num_images", "settings")
@@ -23,12 +22,13 @@ OWN_FIELDS += tuple(field.name for field in dataclasses.fields(Settings))
 @dataclass(frozen=True)
 class Row:
     """A prompt, or an edit of the images at `paths`, that is asked for under an `id`: the file's
-    own, or where it stands."""
+    own, or `where` it stands, by which errors name it."""
 
     id: str
     text: str
     paths: tuple[str, ...] = ()
     fields: dict = dataclasses.field(default_factory=dict)  # all of the file's
+    where: str = ""
 
 
 def read_prompts(path: str) -> list[Row]:
@@ -36,7 +36,8 @@ def read_prompts(path: str) -> list[Row]:
     and, if there is one, `id`)."""
     rows = []
     for where, fields in _read(path, "prompts", ".txt", ".jsonl", ".csv", ".parquet"):
-        rows.append(Row(_id(where, fields), _text(where, fields, "prompt"), fields=fields))
+        text = _text(where, fields, "prompt")
+        rows.append(Row(_id(where, fields), text, fields=fields, where=where))
     return _checked(path, "prompts", rows)
 
 
@@ -54,15 +55,17 @@ def read_edits(path: str) -> list[Row]:
         require(not strange, f"{where}: `image` has a line break or a character that no name has.")
         folder = pathlib.Path(path).parent
         paths = tuple(str(folder / image) for image in images)
-        rows.append(Row(_id(where, fields), text, paths, fields))
+        rows.append(Row(_id(where, fields), text, paths, fields, where))
     return _checked(path, "edits", rows)
 
 
 def _checked(path: str, what: str, rows: list[Row]) -> list[Row]:
     require(bool(rows), f"{path} contains no {what}.")
-    ids = collections.Counter(row.id for row in rows)
-    ((id_, count),) = ids.most_common(1)
-    require(count == 1, f"{path} has {count} rows with the id {id_!r}; make them differ.")
+    places: dict[str, str] = {}
+    for row in rows:
+        first = places.setdefault(row.id, row.where)
+        same = f"{row.where} has the id {row.id!r}, as {first} has; make them differ."
+        require(first == row.where, same)
     return rows
 
 
@@ -99,22 +102,8 @@ def _read(path: str, what: str, *kinds: str) -> Iterator[tuple[str, dict]]:
         for number, line in enumerate(read_lines(path, what), 1):
             where = f"{path} line {number}"
             if line.strip():
-                yield (
-                    where,
-                    json_object(where, line)
-                    if kind == ".jsonl"
-                    else {"prompt": line.strip(" \t\r")},
-                )
-
-
-def json_object(where: str, line: str) -> dict:
-    """The object that a line holds; InputError, `where` it stands, for anything else."""
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON.") from error
-    require(isinstance(fields, dict), f"{where} is not a JSON object.")
-    return fields
+                text = {"prompt": line.strip(" \t\r")}
+                yield where, json_object(where, line) if kind == ".jsonl" else text
 
 
 def _csv_rows(path: str, what: str) -> Iterator[tuple[str, dict]]:

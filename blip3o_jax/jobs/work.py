@@ -11,20 +11,23 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import functools
 import hashlib
 import json
 import logging
 import pathlib
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from blip3o_jax import paths
-from blip3o_jax.errors import InputError, require
+from blip3o_jax.errors import InputError, counted, require
 from blip3o_jax.jobs import ledger
 from blip3o_jax.jobs.images import encode_image, file_name, image_format, mask_name
 from blip3o_jax.jobs.lock import locked, outwait
+from blip3o_jax.jobs.lock import read as read_lock
 from blip3o_jax.jobs.options import check_devices, load_for
 from blip3o_jax.jobs.output import new_file
 from blip3o_jax.train import stop
@@ -67,8 +70,6 @@ def shards_of(
         cut = [own[start : start + SHARD] for start in range(0, len(own), SHARD)]
         groups.append(list(range(len(shards), len(shards) + len(cut))))
         shards += cut
-    served = len(requests) - len(refused)
-    log.info("%d requests of %d shapes.", served, len(numbers) - bool(refused))
     return shards, groups, refused
 
 
@@ -76,16 +77,14 @@ def run(
     args: argparse.Namespace,
     requests: list[Request],
     facts: dict,
-    origin: Callable[[Sample], dict],
     is_file: bool,
     refused: dict[int, InputError] | None = None,
 ) -> int:
     """Makes a command's requests, as a job in the folder --out or as one file; returns the exit
     code.
 
-    facts: what makes this job another than an earlier one. origin: what a picture and its row say
-    of where it is from. A bad request of a file fails alone, as do those already `refused`, by
-    number; one that was typed ends it all.
+    facts: what makes this job another than an earlier one. A bad request of a file fails alone in a
+    folder, as do those already `refused`, by number; one that was typed ends it all.
     """
     from blip3o_jax import checkpoints
     from blip3o_jax.request import encode
@@ -100,25 +99,24 @@ def run(
         require(is_plain, "--reward is for a job in a folder, of one turn.")
         facts |= {"reward": args.reward, "best_of": args.best_of}
     config, text = checkpoints.config_of(args.checkpoint), checkpoints.text_of(args.checkpoint)
-    if not is_file:
+    is_one = image_format(args.out) is not None
+    if is_one or not is_file:
         for request in requests:
             encode(request, config, text)
     # One picture, or a job in a folder, which is known again by what its requests ask for.
-    if image_format(args.out):
-        return _run_file(args, requests, origin)
+    if is_one:
+        return _run_file(args, requests)
     digest = hashlib.sha256()
     for request in requests:
-        images = [name_of(image) for image in request.images]
+        images = [x if isinstance(x, str) else source_of(x) for x in request.images]
         line = [request.id, request.texts, images]
         digest.update(json.dumps(line).encode())
     facts |= {"requests": len(requests), "input": digest.hexdigest(), "format": args.format}
     shards = shards_of(requests, config, text, refused or {})
-    return _run_job(args, requests, facts, origin, *shards)
+    return _run_job(args, requests, facts, *shards)
 
 
-def _run_file(
-    args: argparse.Namespace, requests: list[Request], origin: Callable[[Sample], dict]
-) -> int:
+def _run_file(args: argparse.Namespace, requests: list[Request]) -> int:
     """Writes the one image as --out, and its mask beside it if --mask is given."""
     total = sum(len(request.texts) for request in requests)
     several = f"{args.out} is one file, but you asked for {total} images; name a folder."
@@ -127,7 +125,7 @@ def _run_file(
     with contextlib.ExitStack() as stack:
         places = [stack.enter_context(new_file(name, args.overwrite)) for name in names]
         pipeline = load_for(args)
-        pipeline.check(requests)
+        pipeline.warn(requests)
         (sample,) = pipeline.run(requests)
         files = encoded(args, sample, origin(sample) | {"checkpoint": pipeline.identity})
         for place, data in zip(places, files, strict=True):
@@ -140,7 +138,6 @@ def _run_job(
     args: argparse.Namespace,
     requests: list[Request],
     facts: dict,
-    origin: Callable[[Sample], dict],
     shards: list[list[int]],
     groups: list[list[int]],
     refused: dict[int, InputError],
@@ -152,14 +149,27 @@ def _run_job(
     folder = paths.path(args.out)
     index, count = share(args.share)
     require(count == 1 or not args.overwrite, "--overwrite is of one process alone.")
+    identity = checkpoints.open(args.checkpoint).identity
+    facts = {**facts, "checkpoint": identity, "shard": SHARD}
+    begun = ledger.is_begun(folder, facts, args.overwrite)
     if args.overwrite:
         outwait(folder)
-    identity = checkpoints.open(args.checkpoint).identity
-    ledger.begin(folder, {**facts, "checkpoint": identity, "shard": SHARD}, args.overwrite)
     own = [shard for shard in range(len(shards)) if shard % count == index]
+    # A place, model or devices that cannot be are refused before there is a folder, or one is
+    # emptied.
+    is_needed = any(not set(shards[shard]) <= refused.keys() for shard in own)
+    pipeline = None
+    with contextlib.ExitStack() as stack:
+        if is_needed and (not begun or args.overwrite):
+            stack.enter_context(ledger.place(folder))
+            pipeline = load_for(args)
+        ledger.begin(folder, facts, args.overwrite)
+    failed: list[str] = []
     with locked(folder, index, count) as life, stop.watch(together=False) as leaves:
         # What is there already, if it is what it was.
-        done = {shard: ledger.intact(folder, shard) for shard in own}
+        done = {shard: ledger.intact(folder, shard, shards[shard]) for shard in own}
+        for rows in done.values():
+            check_sources(folder, requests, rows)
         if args.format in SHARDED:
             done = {s: rows if len(rows) == len(shards[s]) else {} for s, rows in done.items()}
         left = {s: [n for n in shards[s] if n not in done[s]] for s in own}
@@ -168,23 +178,42 @@ def _run_job(
             del left[shard]
             rows = {n: [failure(requests[n], n, refused[n])] for n in shards[shard]}
             ledger.record(folder, shard, rows)
+            failed += [requests[n].id for n in rows]
         todo = [number for numbers in left.values() for number in numbers]
         if todo:
             log.info("%d of %d requests are to be made here.", len(todo), len(requests))
-            pipeline = load_for(args)
+            pipeline = pipeline or load_for(args)
             require(pipeline.identity == identity, f"{args.checkpoint} changed meanwhile.")
             pipeline.warn([requests[number] for number in todo])
-            _work(args, folder, requests, left, done, pipeline, origin, leaves, life)
-        ended = ledger.finish(folder, groups)
+            failed += _work(args, folder, requests, left, done, pipeline, leaves, life)
+        ended = ledger.finish(folder, shards, groups)
     wait_for_others()
-    if ended is None:
-        print(f"This process's share of {args.out} is done; others are at work on the rest.")
-        return 0
-    results, failures = ended
-    print(f"{results} images in {args.out}")
-    if failures:
-        print(f"{failures} requests failed; {folder / ledger.MANIFEST} says why.")
-    return FAILED if failures else 0
+    where = ledger.MANIFEST
+    if ended:
+        results, failed = ended
+        print(f"{counted(results, 'image')} in {args.out}")
+    else:
+        where = ledger.DONE
+        there = counted(len(shards), "part")
+        what = "is done" if own else f"is empty, since the job has {there}"
+        print(f"Share {index}/{count} of {args.out} {what}; others are at work on the rest.")
+    if failed:
+        names = ", ".join(failed[:3]) + (", ..." if len(failed) > 3 else "")
+        sentence = f"{counted(len(failed), 'request')} failed ({names}); {folder / where} says why."
+        print(f"blip3o-jax: {sentence}", file=sys.stderr)
+    return FAILED if failed else 0
+
+
+def check_sources(folder: paths.AnyPath, requests: list[Request], rows: ledger.Rows) -> None:
+    """InputError for results that were made of other source images than are there now."""
+    for number, (row, *_) in rows.items():
+        now, before = None, row.get("sources", [])
+        with contextlib.suppress(InputError):  # one that is gone is no other one
+            now = [source_of(picture) for picture in requests[number].images]
+        name = row.get("file", row.get("shard"))
+        were = f"{folder / str(name)} was made of {json.dumps(before)}"
+        fix = "put them back, name another folder, or add --overwrite"
+        require(now in (None, before), f"{were}, and these are now {json.dumps(now)}: {fix}.")
 
 
 def _work(
@@ -194,11 +223,11 @@ def _work(
     left: dict[int, list[int]],
     done: dict[int, ledger.Rows],
     pipeline: Pipeline,
-    origin: Callable[[Sample], dict],
     leaves: Callable[[int], bool],
     life: dict,
-) -> None:
-    """Makes the requests that are `left` of each shard, and records each shard once it is done."""
+) -> list[str]:
+    """Makes the requests that are `left` of each shard, and records each shard once it is done;
+    returns the ids of those that failed."""
     from tqdm import tqdm
 
     from blip3o_jax.jobs.best import best_of
@@ -210,6 +239,7 @@ def _work(
     # Files of shards that become one.
     held: dict[int, dict[str, bytes]] = collections.defaultdict(dict)
     writing: collections.deque[tuple[int, int, bool, Future]] = collections.deque()
+    failures: list[str] = []
 
     def settle(most: int) -> None:
         """Waits until no more than `most` results are being written."""
@@ -227,6 +257,7 @@ def _work(
 
     def failed(request: Request, reason: str) -> None:
         shard, number = places[id(request)]
+        failures.append(request.id)
         row = failure(request, number, InputError(reason)), {}
         writing.append((shard, number, True, executor.submit(lambda: row)))
 
@@ -253,6 +284,7 @@ def _work(
         whole = {n: own for n, own in rows.items() if len(own) == len(requests[n].texts)}
         if missing[shard] and whole and args.format not in SHARDED:
             ledger.record(folder, shard, whole)
+    return failures
 
 
 def write(
@@ -262,7 +294,8 @@ def write(
     row."""
     request = sample.request
     several = [sample.turn] if request.then else []
-    name = file_name(sample.prompt, number // args.num_images, request.index, *several)
+    place = number // args.num_images, request.index, *several
+    name = file_name(sample.prompt, *place, kind=kind_of(args))
     files = dict(zip((name, mask_name(name)), encoded(args, sample, facts), strict=False))
     row = {"number": number, "id": request.id}
     tail = facts | {"tokens": sample.tokens.tolist()} | asdict(request.settings)
@@ -278,13 +311,33 @@ def write(
     return row | tail, {}
 
 
-def name_of(picture: Picture) -> str:
-    """A picture's path, or the sha256 of the pixels of one that has none."""
+def origin(sample: Sample) -> dict:
+    """What a picture and its row say of where it is from."""
+    request = sample.request
+    facts = {"seed": sample.seed, "index": sample.index}
+    if not request.images:
+        return {"prompt": sample.prompt} | facts
+    facts = {"instruction": sample.prompt} | facts | {"turn": sample.turn}
+    facts["instructions"] = list(request.texts[: sample.turn + 1])
+    facts["sources"] = [source_of(picture) for picture in request.images]
+    return facts | {"keep_unchanged": request.keep_unchanged}
+
+
+def source_of(picture: Picture) -> dict[str, str]:
+    """A source image's name and the sha256 of its file, or that of its pixels if it has none."""
     from blip3o_jax.pictures import array
 
     if isinstance(picture, str):
-        return picture
-    return hashlib.sha256(array(picture).tobytes()).hexdigest()
+        return {"file": pathlib.Path(picture).name, "sha256": digest_of_file(picture)}
+    return {"sha256": hashlib.sha256(array(picture).tobytes()).hexdigest()}
+
+
+@functools.lru_cache(maxsize=64)  # all turns and images of an edit are of the same
+def digest_of_file(file: str) -> str:
+    """Of a source image."""
+    digest = ledger.digest_of(paths.path(file))
+    require(bool(digest), f"{file} cannot be read: it is no file.")
+    return digest
 
 
 def failure(request: Request, number: int, error: InputError) -> dict:
@@ -298,20 +351,28 @@ def status(out: str) -> int:
     folder = paths.path(out)
     facts = ledger.read_facts(folder)
     done = failures = 0
-    for file in (folder / ledger.DONE).glob("*.jsonl"):
+    with paths.remote_errors(f"{folder} cannot be read"):
+        files = [x for x in (folder / ledger.DONE).glob("*.jsonl") if x.stem.isdecimal()]
+        locks = list((folder / ledger.JOB).glob("lock-*.json"))
+    for file in files:
         rows = ledger.recorded(folder, int(file.stem)).values()
         failures += sum("error" in row for (row, *_) in rows)
         done += len(rows)
     result = {"requests": facts["requests"], "done": done - failures, "failed": failures}
-    lives = [json.loads(file.read_text("utf-8")) for file in (folder / "job").glob("lock-*.json")]
+    lives = list(filter(None, map(read_lock, locks)))
     rates = [life["made"] / life["seconds"] for life in lives if life["seconds"]]
     print(json.dumps(result | {"requests_per_s": round(sum(rates), 3), "at_work": lives}))
     return 0
 
 
+def kind_of(args: argparse.Namespace) -> str:
+    """Of the pictures of a job, also of those in files of many."""
+    return "png" if args.format in SHARDED else args.format
+
+
 def encoded(args: argparse.Namespace, sample: Sample, facts: dict) -> list[bytes]:
     """The file of a sample, and of its mask if --mask is given."""
-    kind = image_format(args.out) or ("png" if args.format in SHARDED else args.format)
+    kind = image_format(args.out) or kind_of(args)
     settings = {"settings": asdict(sample.request.settings)}
     files = [encode_image(sample.image, facts | settings, kind)]
     if getattr(args, "mask", False):

@@ -115,7 +115,7 @@ def test_unchanged_pixels_are_kept_over_all_turns(pipeline, monkeypatch):
     image = picture(20, 30)
     given = [image], [["blue", "red"]]
     settings = EditSettings(**QUICK)
-    for sample in edits(pipeline, *given, settings=settings, keep_unchanged=256.0):
+    for sample in edits(pipeline, *given, settings=settings, keep_unchanged=255):
         np.testing.assert_array_equal(sample.image, image)
         assert not sample.mask.any()
     for sample in edits(pipeline, *given, settings=settings, keep_unchanged=0.0):
@@ -169,7 +169,7 @@ def test_the_command_edits_a_photograph_as_it_is_shown(channels, tmp_path):
         stored.save(name, **options)
     lines = [json.dumps({"image": name, "instruction": "blue"}) for name in files]
     (tmp_path / "kinds.jsonl").write_text("\n".join(lines))
-    argv = ["edit", "--edits", "kinds.jsonl", "--keep-unchanged", "256", "--checkpoint", channels]
+    argv = ["edit", "--edits", "kinds.jsonl", "--keep-unchanged", "255", "--checkpoint", channels]
     assert main([*argv, *FLAGS, "--out", "made"]) == 0
     # With everything unchanged the result is the source.
     for number, name in enumerate(files):
@@ -292,16 +292,33 @@ def spoilt(tmp_path):
         (["a.png", "b.png", "x"], "2 source images for one edit; the checkpoint takes 1."),
         (["--edits", "no_image.jsonl"], "no_image.jsonl line 2 has no field `image`."),
         (["--edits", "no_text.jsonl"], "no_text.jsonl line 2 has no field `instruction`."),
-        (["--edits", "no_json.jsonl"], "no_json.jsonl line 2 is not JSON."),
+        (["--edits", "no_json.jsonl"], "no_json.jsonl line 2 is not JSON: Expecting property"),
         (["--edits", "no_object.jsonl"], "no_object.jsonl line 2 is not a JSON object."),
         (["--edits", "number.jsonl"], "number.jsonl line 2: `image` is not a path"),
         (["--edits", "nowhere.jsonl"], "The edits file nowhere.jsonl cannot be read"),
         (["a.png", "x", "--out", "a.png", "--overwrite"], "would replace a.png"),
         (["a.png", "x", "--out", ".", "--overwrite"], "would replace a.png"),
         (["a.png", "x", "--mask"], "--mask needs --keep-unchanged."),
-        (["a.png", "x", "--keep-unchanged", "-1"], "--keep-unchanged is at least 0, not -1.0."),
-        (["a.png", "x", "--image-guidance-scale", "-1"], "image_guidance_scale is at least 0"),
-        (["a.png", "x", "--renorm-min", "2"], "renorm_min is in [0, 1], not 2.0."),
+        (
+            ["a.png", "x", "--keep-unchanged", "-1"],
+            "--keep-unchanged is a number from 0 to 255, not",
+        ),
+        (["a.png", "x", "--keep-unchanged", "999"], "is a number from 0 to 255, not 999.0."),
+        (["a.png", "x", "--keep-unchanged", "nan"], "is a number from 0 to 255, not nan."),
+        (
+            ["a.png", "x", "--image-guidance-scale", "inf"],
+            "image_guidance_scale is a number from 0",
+        ),
+        (["a.png", "x", "--renorm-min", "2"], "renorm_min is a number from 0 to 1, not 2.0."),
+        (["a.png", "x", "--mesh", "data=0"], "Mesh 'data=0': 'data=0' is not one of data=N"),
+        (["a.png", "x", "--mesh", "data=1,data=1"], "data is there twice."),
+        (["a.png", "x", "--out", "a.png/b.png"], "blip3o-jax: a.png is not a folder."),
+        (
+            ["a.png", "x", "--out", f"{'x' * 300}.png"],
+            ".png cannot be written: File name too long.",
+        ),
+        (["--edits", "gone.jsonl", "--out", "d.png"], "c.png cannot be read: No such file"),
+        (["a.png", "x", "--reward", "http:///x"], "The reward server 'http:///x' names no host;"),
         (["a.png", "x", "--num-images", "0"], "--num-images is at least 1, not 0."),
         (["a.png", "x", "--then", "y", "--out", "c.png"], "you asked for 2 images"),
         (["a.png", "x", "--checkpoint", "emoji_46"], "did you mean 'emoji_64'"),

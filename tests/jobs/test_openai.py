@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import pathlib
 
 import numpy as np
@@ -54,7 +55,8 @@ def test_images_and_edits_of_a_batch_come_back_under_their_ids(channels, loaded,
     np.testing.assert_array_equal(made, pipeline.edit("a.png", "make it blue", **QUICK)[0])
     (row,) = files["errors"]
     assert (row["custom_id"], row["response"]["status_code"]) == ("three", 400)
-    assert "The prompt is empty" in row["response"]["body"]["error"]["message"]
+    message = row["response"]["body"]["error"]["message"]
+    assert message.startswith("batch.jsonl line 3: The prompt is empty")
     # The same command gives the same bytes.
     before = pathlib.Path("made/output.jsonl").read_bytes()
     served(channels, *lines, code=1)
@@ -73,10 +75,15 @@ def test_images_and_edits_of_a_batch_come_back_under_their_ids(channels, loaded,
         ({"negative_prompt": "ugly"}, "negative_prompt", "this field is not served."),
         ({"stream": True}, "stream", "false, not True."),
         ({"output_format": "gif"}, "output_format", "not 'gif'"),
-        ({"seed": -1}, "body", "The seed is a whole number from 0"),
+        ({"seed": -1}, "seed", "a whole number from 0 to 4294967295, not -1."),
         ({"seed": "1"}, "seed", "a whole number"),
-        ({"guidance_scale": "2"}, "guidance_scale", "a value like"),
-        ({"num_inference_steps": 0}, "body", "num_inference_steps is at least 1"),
+        ({"guidance_scale": "2"}, "guidance_scale", "a number from 0 to 1000, not '2'."),
+        ({"guidance_scale": math.inf}, "guidance_scale", "a number from 0 to 1000, not inf."),
+        ({"guidance_scale": math.nan}, "guidance_scale", "a number from 0 to 1000, not nan."),
+        ({"top_k": 10**400}, "top_k", "a number from 1 to 2147483647, not such a long one."),
+        ({"top_k": 3.5}, "top_k", "a whole number, not 3.5."),
+        ({"num_inference_steps": 0}, "num_inference_steps", "a number from 1 to 1000, not 0."),
+        ({"num_inference_steps": True}, "num_inference_steps", "from 1 to 1000, not True."),
         ({"images": []}, "images", "this field is not served."),
         ({"url": EDITS}, "url", "this field is not served."),
     ],
@@ -114,7 +121,8 @@ def test_images_come_as_data_and_from_nowhere_else(images, param, channels, load
     [
         ([line("a", {}), line("a", {})], "line 2: the custom_id 'a' stands in a line before"),
         ([line("a", {}), '{"prompt": "a cat"}'], "line 2 has no `custom_id`."),
-        ([line("a", {}), "{"], "line 2 is not JSON."),
+        ([line("a", {}), "{"], "line 2 is not JSON: Expecting property name"),
+        ([line("a", {}), '{"custom_id": "b", "custom_id": "c"}'], "'custom_id' is there twice."),
         ([line(str(n), {}) for n in range(50_001)], "50001 lines; a batch file has 50000 at most"),
     ],
 )

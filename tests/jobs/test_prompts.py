@@ -56,7 +56,23 @@ def test_prompts_are_those_that_were_written(name, written, prompts, tmp_path):
             b"index,prompt\n1,a cat\n",
             "a.csv line 2: `index` is not read from a row; leave it",
         ),
-        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON."),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl line 1 is not JSON: it is nested too deeply."),
+        (
+            "a.jsonl",
+            b'{"prompt": "a cat"\n',
+            "line 1 is not JSON: Expecting ',' delimiter (column 19)",
+        ),
+        (
+            "a.jsonl",
+            b'{"prompt": "a cat", "prompt": "a dog"}',
+            "a.jsonl line 1 is not JSON: the key 'prompt' is there twice.",
+        ),
+        (
+            "a.jsonl",
+            b'{"prompt": "a cat"}\n{"prompt": "a", "include": [{"class": 1, "class": 2}]}',
+            "a.jsonl line 2 is not JSON: the key 'class' is there twice.",
+        ),
+        ("a.csv", b"id,prompt\nx,a cat\ny,a dog\nx,a fish\n", "a.csv line 4 has the id 'x', as "),
     ],
 )
 def test_a_file_that_is_not_what_its_name_says_is_one_sentence(name, written, sentence, tmp_path):
@@ -64,6 +80,19 @@ def test_a_file_that_is_not_what_its_name_says_is_one_sentence(name, written, se
     with pytest.raises(InputError) as error:
         read_prompts(str(tmp_path / name))
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "where"),
+    [
+        ("a.txt", b"a cat\n\na dog", "line 3"),
+        ("a.csv", b"id,prompt\nx,a cat\ny,a dog\n", "line 3"),
+        ("a.jsonl", b'{"prompt": "a cat"}\n\n{"prompt": "a dog", "id": "x"}', "line 3"),
+    ],
+)
+def test_a_row_says_where_it_stands_also_under_an_id_of_its_own(name, written, where, tmp_path):
+    (tmp_path / name).write_bytes(written)
+    assert read_prompts(str(tmp_path / name))[1].where == f"{tmp_path / name} {where}"
 
 
 @pytest.mark.parametrize(("suffix", "farthest"), [("png", 0), ("webp", 0), ("jpg", 12)])
@@ -113,5 +142,5 @@ def test_an_instruction_keeps_its_separators_too(tmp_path):
         str(tmp_path / "3\u202fPM\u3000.png"),
     )
     (tmp_path / "a.jsonl").write_bytes(b"[" * 100_000)
-    with pytest.raises(InputError, match=r"a.jsonl line 1 is not JSON\."):
+    with pytest.raises(InputError, match=r"a.jsonl line 1 is not JSON: it is nested"):
         read_edits(str(tmp_path / "a.jsonl"))

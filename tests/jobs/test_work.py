@@ -16,6 +16,7 @@ import grain
 import jax
 import numpy as np
 import pytest
+from asking import PROMPTS, files, generate, manifest
 from editing import FLAGS, QUICK
 from PIL import Image
 
@@ -25,41 +26,7 @@ from blip3o_jax.jobs import ledger, lock, work
 from blip3o_jax.request import Request
 from blip3o_jax.sample.settings import Settings
 
-PROMPTS = ["a cat", "two red hearts", "a blue fish left of a green tree on pink", "a moon"]
-PROMPTS += [f"{n} hearts on {ground}" for n in ("two", "three") for ground in ("pink", "gray")]
-
-
-@pytest.fixture(autouse=True)
-def small(loaded, monkeypatch):
-    """Shards of three requests, so that a few make several."""
-    monkeypatch.setattr(work, "SHARD", 3)
-    rows = [json.dumps({"prompt": prompt, "id": f"p{i}"}) for i, prompt in enumerate(PROMPTS)]
-    pathlib.Path("prompts.jsonl").write_text("\n".join(rows))
-
-
-def generate(channels, *more, out="made"):
-    argv = ["generate", "--prompts", "prompts.jsonl", "--checkpoint", channels, *FLAGS]
-    return main([*argv, "--out", out, *more])
-
-
-def files(folder="made"):
-    """All that the user gets: the pictures and the manifest."""
-    paths = pathlib.Path(folder).glob("*.*")
-    return {path.name: path.read_bytes() for path in paths}
-
-
-def manifest(folder="made"):
-    return [json.loads(line) for line in (pathlib.Path(folder) / "manifest.jsonl").open()]
-
-
-@pytest.fixture
-def never(monkeypatch):
-    """No weights may be loaded."""
-
-    def load_for(_):
-        raise AssertionError("loaded")
-
-    return lambda: monkeypatch.setattr(work, "load_for", load_for)
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def test_a_job_gives_what_python_gives_in_the_order_of_its_prompts(channels, pipeline, capsys):
@@ -88,7 +55,11 @@ def test_a_finished_job_loads_nothing_and_says_the_same_again(channels, never, c
 def test_shares_make_the_same_files_as_one_process(channels, capsys):
     assert generate(channels) == 0
     assert generate(channels, "--share", "1/3", out="shared") == 0
-    assert "others are at work" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(
+        "Share 1/3 of shared is done; others are at work on the rest.\n"
+    )
+    assert generate(channels, "--share", "7/8", out="shared") == 0
+    assert "Share 7/8 of shared is empty, since the job has 3 parts;" in capsys.readouterr().out
     assert not pathlib.Path("shared/manifest.jsonl").exists()
     assert generate(channels, "--share", "0/3", out="shared") == 0
     assert generate(channels, "--share", "2/3", out="shared") == 0
@@ -127,7 +98,10 @@ def test_a_request_that_fails_is_recorded_and_made_once_it_can_be(channels, caps
     pathlib.Path("edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
     argv = ["edit", "--edits", "edits.jsonl", "--checkpoint", channels, *FLAGS, "--out", "made"]
     assert main(argv) == work.FAILED
-    assert "2 requests failed" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert said.out == "2 images in made\n"
+    failed = "2 requests failed (edits.jsonl line 2, edits.jsonl line 4)"
+    assert said.err.endswith(f"blip3o-jax: {failed}; made/manifest.jsonl says why.\n")
     reasons = [row.get("error", "") for row in manifest()]
     assert [bool(reason) for reason in reasons] == [False, True, False, True]
     assert "c.png cannot be read" in reasons[1]
@@ -184,7 +158,7 @@ def test_a_second_job_stays_out_and_a_dead_ones_restart_gets_in(channels, capsys
     # Of a process that is gone, and of one on another host that gives no sign of life.
     for life in ({"host": os.uname().nodename, "pid": 2**22 + 1}, {"host": "elsewhere", "pid": 1}):
         path = folder / "job/lock-0-of-1.json"
-        path.write_text(json.dumps(life))
+        path.write_text(json.dumps(life | {"token": "x", "made": 3, "seconds": 2.0}))
         assert generate(channels) == 0
         assert not path.exists()
 
@@ -209,6 +183,16 @@ def test_a_shard_holds_pictures_and_rows_and_is_made_whole_again(channels, monke
     shards[1].write_bytes(shards[1].read_bytes()[:-1])
     assert generate(channels, "--format", "tar", out="tars") == 0
     assert {path: path.read_bytes() for path in shards} == before
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("webp", ".webp"), ("jpeg", ".jpg")])
+def test_pictures_are_named_for_what_they_are(kind, suffix, channels):
+    assert generate(channels, "--format", kind) == 0
+    for row in manifest():
+        path = pathlib.Path("made") / row["file"]
+        assert path.suffix == suffix
+        with Image.open(path) as image:
+            assert image.format == kind.upper()
 
 
 def test_the_status_counts_what_is_recorded(channels, capsys):
@@ -306,8 +290,8 @@ def test_the_best_of_several_is_kept_and_says_which_one_it_is(channels, judge):
     ("says", "sentence"),
     [
         ((404, {}), "fails: HTTP Error 404"),
-        ((200, {"rewards": [1.0]}), "gives 1 rewards for 2 images."),
-        ((200, {"scores": []}), "answers without a list of rewards."),
+        ((200, {"rewards": [1.0]}), "gives 1 reward for 2 images."),
+        ((200, {"scores": []}), "its answer has no list `rewards`."),
         ((200, {"rewards": [None, None]}), "the reward has nothing to say of its images."),
     ],
 )
@@ -326,6 +310,7 @@ def test_rewards_that_cannot_be_are_refused(channels, capsys, never):
         ("--best-of", "0"): "--best-of is at least 1",
         ("--best-of", "2"): "--best-of needs a --reward",
         ("--reward", "ocr"): "There is no reward 'ocr'; known: scenes, http://HOST/PATH.",
+        ("--reward", "http://"): "The reward server 'http://' names no host;",
     }.items():
         assert generate(channels, *options) == 2
         assert sentence in capsys.readouterr().err
