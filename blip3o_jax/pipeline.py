@@ -72,6 +72,7 @@ class Pipeline:
         self.model, self.params, self.text, self.embedded = model, params, text, embedded
         self.mesh, self.identity, self.batch_size = mesh, identity, batch_size
         shards = f"the mesh's {batch_shards(mesh)} batch shards"
+        require(batch_size >= 1, f"batch_size is at least 1, not {batch_size}.")
         divides = batch_size % batch_shards(mesh) == 0
         require(divides, f"batch_size {batch_size} does not divide by {shards}.")
         self._place = jax.NamedSharding(mesh, BATCH)
@@ -356,7 +357,7 @@ def load(
         params, identity = int8.quantized(params), f"{identity}+int8"
     # The batch fills the mesh; a CPU gains nothing from a large one.
     each = math.ceil(CPU_BATCH / shards) if on_cpu() else 8
-    batch_size = batch_size or each * shards
+    batch_size = each * shards if batch_size is None else batch_size
     model = Blip3o(config, dtype=jnp.dtype(dtype))
     text, folder = checkpoints.text_of(name), checkpoint.folder
     embedded = folder.name if folder in checkpoints.embedded().values() else ""

@@ -240,6 +240,12 @@ def test_an_accelerator_begins_a_batch_ahead_and_a_cpu_none(platform, order, pip
     assert events == order.split()
 
 
+def test_no_images_at_once_are_refused(pipeline):
+    for size in (0, -4):
+        with pytest.raises(InputError, match=f"batch_size is at least 1, not {size}."):
+            blip3o_jax.load("emoji_64", batch_size=size)
+
+
 def test_a_dtype_that_there_is_not_is_named_with_those_that_are():
     with pytest.raises(InputError) as error:
         blip3o_jax.load("emoji_64", dtype="int4")

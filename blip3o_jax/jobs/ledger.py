@@ -46,15 +46,10 @@ def write_whole(folder: paths.AnyPath, name: str, data: Iterable[bytes]) -> None
         paths.write_chunks(folder / name, data, folder / JOB)
 
 
-@contextlib.contextmanager
-def place(folder: paths.AnyPath) -> Iterator[None]:
+def place(folder: paths.AnyPath) -> contextlib.AbstractContextManager:
     """A local job's folder in the block, so that one that cannot be is known before there is work;
     it does not stay for a job that does not begin."""
-    with contextlib.ExitStack() as stack:
-        if not paths.is_bucket(folder):
-            with paths.remote_errors(f"{folder} cannot be written"):
-                stack.enter_context(made(folder / JOB))
-        yield
+    return contextlib.nullcontext() if paths.is_bucket(folder) else made(folder / JOB)
 
 
 @contextlib.contextmanager

@@ -67,7 +67,8 @@ def made(folder: pathlib.Path) -> Iterator[None]:
     above = places[len(new)]
     require(above.is_dir(), f"{above} is not a folder.")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        with os_errors(f"{folder} cannot be written"):
+            folder.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
         for place in new:

@@ -24,10 +24,8 @@ from typing import TYPE_CHECKING
 
 from blip3o_jax import paths
 from blip3o_jax.errors import InputError, counted, require
-from blip3o_jax.jobs import ledger
+from blip3o_jax.jobs import ledger, lock
 from blip3o_jax.jobs.images import encode_image, file_name, image_format, mask_name
-from blip3o_jax.jobs.lock import locked, outwait
-from blip3o_jax.jobs.lock import read as read_lock
 from blip3o_jax.jobs.options import check_devices, load_for
 from blip3o_jax.jobs.output import new_file
 from blip3o_jax.train import stop
@@ -105,6 +103,8 @@ def run(
             encode(request, config, text)
     # One picture, or a job in a folder, which is known again by what its requests ask for.
     if is_one:
+        is_plain = args.format == "png" and not args.share
+        require(is_plain, f"--format and --share are of a job; {args.out} is one file.")
         return _run_file(args, requests)
     digest = hashlib.sha256()
     for request in requests:
@@ -153,7 +153,7 @@ def _run_job(
     facts = {**facts, "checkpoint": identity, "shard": SHARD}
     begun = ledger.is_begun(folder, facts, args.overwrite)
     if args.overwrite:
-        outwait(folder)
+        lock.outwait(folder)
     own = [shard for shard in range(len(shards)) if shard % count == index]
     # A place, model or devices that cannot be are refused before there is a folder, or one is
     # emptied.
@@ -165,7 +165,7 @@ def _run_job(
             pipeline = load_for(args)
         ledger.begin(folder, facts, args.overwrite)
     failed: list[str] = []
-    with locked(folder, index, count) as life, stop.watch(together=False) as leaves:
+    with lock.locked(folder, index, count) as life, stop.watch(together=False) as leaves:
         # What is there already, if it is what it was.
         done = {shard: ledger.intact(folder, shard, shards[shard]) for shard in own}
         for rows in done.values():
@@ -359,7 +359,7 @@ def status(out: str) -> int:
         failures += sum("error" in row for (row, *_) in rows)
         done += len(rows)
     result = {"requests": facts["requests"], "done": done - failures, "failed": failures}
-    lives = list(filter(None, map(read_lock, locks)))
+    lives = list(filter(None, map(lock.read, locks)))
     rates = [life["made"] / life["seconds"] for life in lives if life["seconds"]]
     print(json.dumps(result | {"requests_per_s": round(sum(rates), 3), "at_work": lives}))
     return 0

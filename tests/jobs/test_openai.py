@@ -63,6 +63,20 @@ def test_images_and_edits_of_a_batch_come_back_under_their_ids(channels, loaded,
     assert pathlib.Path("made/output.jsonl").read_bytes() == before
 
 
+def test_a_picture_that_another_share_is_to_make_again_is_named(channels, loaded, capsys):
+    edit = {"prompt": "make it blue", "images": [{"image_url": url_of("a.png")}]}
+    served(channels, line("one", {"prompt": "a cat"}), line("two", edit, EDITS))
+    rows = [json.loads(x) for x in pathlib.Path("made/manifest.jsonl").read_text().splitlines()]
+    pathlib.Path("made", rows[0]["file"]).unlink()
+    shards = [pathlib.Path(f"made/job/done/00000{i}.jsonl").read_text() for i in (0, 1)]
+    owner = ['"id": "one"' in shard for shard in shards].index(True)
+    argv = ["generate", "--prompts", "batch.jsonl", "--checkpoint", channels, *FLAGS]
+    argv += ["--out", "made", "--share"]
+    assert main([*argv, f"{1 - owner}/2"]) == 2
+    assert f"made/{rows[0]['file']} cannot be read; its share" in capsys.readouterr().err
+    assert main([*argv, f"{owner}/2"]) == 0
+
+
 @pytest.mark.parametrize(
     ("change", "param", "sentence"),
     [

@@ -123,6 +123,9 @@ def test_a_folder_is_no_format_and_others_are_refused(capsys, tmp_path, monkeypa
     assert "--out a.tiff: pictures are written as .png, .webp" in capsys.readouterr().err
     assert main(["generate", "a cat", "a dog", "--out", "a.webp"]) == 2
     assert "a.webp is one file, but you asked for 2 images" in capsys.readouterr().err
+    for options in (["--format", "webp"], ["--share", "0/2"]):
+        assert main(["generate", "a cat", "--out", "a.webp", *options]) == 2
+        assert "--format and --share are of a job; a.webp is one file." in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
