@@ -81,7 +81,7 @@ def outwait(
     alive."""
     for path in filter(is_rival, sorted((folder / "job").glob("lock-*.json"))):
         first, until = read(path), time.monotonic()
-        if first.get("host") != socket.gethostname() or _is_alive(first["pid"]):
+        if is_alive(first):
             log.info("%s is held; waiting up to %d s for a sign of life.", path.name, DEAD)
             until += DEAD
         while time.monotonic() < until:
@@ -93,13 +93,14 @@ def outwait(
         path.unlink(missing_ok=True)
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # of another user
-        return True
+def is_alive(life: dict) -> bool:
+    """Whether the process of a lock may be at work; False for one of this host that is gone."""
+    with contextlib.suppress(PermissionError):  # of another user
+        try:
+            if life.get("host") == socket.gethostname():
+                os.kill(life["pid"], 0)
+        except ProcessLookupError:
+            return False
     return True
 
 

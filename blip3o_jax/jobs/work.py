@@ -359,7 +359,7 @@ def status(out: str) -> int:
         failures += sum("error" in row for (row, *_) in rows)
         done += len(rows)
     result = {"requests": facts["requests"], "done": done - failures, "failed": failures}
-    lives = list(filter(None, map(lock.read, locks)))
+    lives = [life for life in map(lock.read, locks) if life and lock.is_alive(life)]
     rates = [life["made"] / life["seconds"] for life in lives if life["seconds"]]
     print(json.dumps(result | {"requests_per_s": round(sum(rates), 3), "at_work": lives}))
     return 0

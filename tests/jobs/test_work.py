@@ -198,10 +198,17 @@ def test_pictures_are_named_for_what_they_are(kind, suffix, channels):
 def test_the_status_counts_what_is_recorded(channels, capsys):
     assert generate(channels, "--share", "0/3") == 0
     capsys.readouterr()
+    # Of a process that was killed.
+    life = {"host": os.uname().nodename, "pid": 2**22 + 1, "token": "x", "made": 3, "seconds": 2.0}
+    pathlib.Path("made/job/lock-0-of-3.json").write_text(json.dumps(life))
     assert main(["generate", "--status", "--out", "made"]) == 0
     status = json.loads(capsys.readouterr().out)
     assert (status["requests"], status["failed"], status["at_work"]) == (8, 0, [])
     assert 0 < status["done"] < 8
+    pathlib.Path("made/job/lock-0-of-3.json").write_text(json.dumps(life | {"host": "elsewhere"}))
+    assert main(["generate", "--status", "--out", "made"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert (status["requests_per_s"], status["at_work"][0]["host"]) == (1.5, "elsewhere")
     assert main(["generate", "--status", "--out", "nowhere"]) == 2
     assert "nowhere holds no job" in capsys.readouterr().err
 
