@@ -10,20 +10,20 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from blip3o_jax import presets, resources, training_checkpoint
+from blip3o_jax import paths, presets, resources, training_checkpoint
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.convert import converted, hashes, lora, orbax_io, published, unused
 from blip3o_jax.convert.config_json import config_to_json
 from blip3o_jax.convert.padding import VOCAB_AXIS, padded, with_rows
 from blip3o_jax.errors import InputError, nearest, require
 from blip3o_jax.models.blip3o import parts_of
+from blip3o_jax.paths import AnyPath
 from blip3o_jax.text import Text, load_tokenizer
 from blip3o_jax.tree import flatten, unflatten
 
@@ -36,12 +36,12 @@ Leaves = dict[str, published.PublishedLeaf | orbax_io.Leaf]
 class Checkpoint:
     """A model on disk, its weights unread."""
 
-    folder: Path  # what was named
+    folder: AnyPath  # what was named
     kind: str
     config: Blip3oConfig  # whose vocabulary is padded only by `padded`
     step: int | None  # of a run
-    root: Path  # of the weights and their record of hashes
-    files: tuple[Path, ...]  # all that hold weights
+    root: AnyPath  # of the weights and their record of hashes
+    files: tuple[AnyPath, ...]  # all that hold weights
     select: Callable[[tuple[str, ...]], Leaves]  # parts -> leaves, InputError when one is missing
 
     @functools.cached_property
@@ -50,7 +50,7 @@ class Checkpoint:
         return self.select(parts_of(self.config))
 
     @property
-    def tokenizer(self) -> Path:
+    def tokenizer(self) -> AnyPath:
         """As `tokenizer_of`."""
         return _tokenizer(self.folder, self.kind, self.root)
 
@@ -137,41 +137,43 @@ def _reader(
     return piece
 
 
-def embedded() -> dict[str, Path]:
+def embedded() -> dict[str, AnyPath]:
     """Names of the checkpoints that travel with the package, and their folders."""
     return {file.parent.name: file.parent for file in resources.ASSETS.glob("*/config.json")}
 
 
-def _split(name: str | Path) -> tuple[str, str | None]:
+def _split(name: str | AnyPath) -> tuple[str, str | None]:
     """(NAME, STEP) of NAME@STEP; without a step, also where a folder has such a name itself."""
     match = re.fullmatch("(.+)@(.*)", str(name))
-    if match is None or Path(name).exists():
+    if match is None or paths.path(name).exists():
         return str(name), None
-    is_known = match[1] in embedded() or Path(match[1]).is_dir()
+    is_known = match[1] in embedded() or paths.path(match[1]).is_dir()
     return match.groups() if is_known else (str(name), None)
 
 
-def _folder_of_run(workdir: str, step: str | None) -> Path:
+def _folder_of_run(workdir: str, step: str | None) -> AnyPath:
     """The folder of a run's checkpoint of a step, by default of the newest; InputError that names
     those that are there."""
     if step is None:
         return training_checkpoint.newest(workdir)
-    complete = training_checkpoint.complete(Path(workdir).absolute() / "checkpoints")
+    complete = training_checkpoint.complete(paths.path(workdir).absolute() / "checkpoints")
     folders = {folder.name: folder for folder in complete}
     steps = ", ".join(sorted(folders, key=int))
     require(step in folders, f"{workdir} has no checkpoint of step {step!r}; it has {steps}.")
     return folders[step]
 
 
-def find(name: str | Path) -> tuple[Path, str]:
+def find(name: str | AnyPath) -> tuple[AnyPath, str]:
     """(folder, kind) of a checkpoint; InputError with the nearest name if there is none."""
     return _find(name)[:2]
 
 
-def _find(name: str | Path) -> tuple[Path, str, Path]:
+def _find(name: str | AnyPath) -> tuple[AnyPath, str, AnyPath]:
     """As `find`, and the folder of the weights, which a run has one of for each step."""
     name, step = _split(given := name)
-    folder = embedded().get(name, Path(name))
+    folder = embedded().get(name) or paths.path(name)
+    partial = f"{name} was not written to its end, or is being written; convert it again."
+    require(not paths.is_unfinished(folder), partial)
     if training_checkpoint.is_workdir(folder):  # whose config.json is the run's
         return folder, RUN, _folder_of_run(name, step)
     # A workdir without weights to read is no model, whatever its config.json says.
@@ -193,7 +195,7 @@ def _find(name: str | Path) -> tuple[Path, str, Path]:
     raise InputError(f"No checkpoint {str(name)!r}, {neither}; {nearest(str(name), embedded())}")
 
 
-def config_of(name: str | Path) -> Blip3oConfig:
+def config_of(name: str | AnyPath) -> Blip3oConfig:
     """The config of a checkpoint as its small files alone describe it; touches no device."""
     folder, kind, root = _find(name)
     if kind == RUN:
@@ -201,12 +203,12 @@ def config_of(name: str | Path) -> Blip3oConfig:
     return published.read_config(folder)
 
 
-def tokenizer_of(name: str | Path) -> Path:
+def tokenizer_of(name: str | AnyPath) -> AnyPath:
     """The tokenizer.json of a checkpoint; InputError when a run has none."""
     return _tokenizer(*_find(name))
 
 
-def _tokenizer(folder: Path, kind: str, root: Path) -> Path:
+def _tokenizer(folder: AnyPath, kind: str, root: AnyPath) -> AnyPath:
     file = folder / "tokenizer.json"
     if kind != RUN or file.is_file():
         return file
@@ -217,13 +219,13 @@ def _tokenizer(folder: Path, kind: str, root: Path) -> Path:
     return resources.find_tokenizer(training_checkpoint.model_config(root).name, own)
 
 
-def text_of(name: str | Path) -> Text:
+def text_of(name: str | AnyPath) -> Text:
     """What prompts of a checkpoint are encoded and checked with; reads no weights."""
     config = config_of(name)
     return Text(load_tokenizer(tokenizer_of(name)), config.vocab, config.max_prompt_tokens)
 
 
-def open(name: str | Path) -> Checkpoint:
+def open(name: str | AnyPath) -> Checkpoint:
     """The checkpoint of that name; InputError for a missing, damaged or contradictory one."""
     folder, kind, root = _find(name)
     step = None
@@ -236,7 +238,7 @@ def open(name: str | Path) -> Checkpoint:
         select = functools.partial(_of_run, folder, root, config, leaves)
     elif kind == CONVERTED:
         config, leaves = converted.open_converted(folder)
-        files = (folder / converted.PARAMS).rglob("*")
+        files = paths.files_below(folder / converted.PARAMS)
         select = functools.partial(_of_parts, leaves)
     else:
         config, stored = published.open_published(folder)
@@ -245,9 +247,7 @@ def open(name: str | Path) -> Checkpoint:
         def select(parts: tuple[str, ...]) -> Leaves:
             return published.open_leaves(folder, config, stored, parts)[0]
 
-    # Of Orbax's folders too, the files alone.
-    files = tuple(sorted(path for path in files if path.is_file()))
-    return Checkpoint(folder, kind, config, step, root, files, select)
+    return Checkpoint(folder, kind, config, step, root, tuple(sorted(files)), select)
 
 
 def _unpadded(leaves: dict[str, orbax_io.Leaf], size: int) -> dict[str, orbax_io.Leaf]:
@@ -264,7 +264,7 @@ def _of_parts(leaves: Leaves, parts: tuple[str, ...]) -> Leaves:
 
 
 def _of_run(
-    folder: Path, root: Path, config: Blip3oConfig, leaves: Leaves, parts: tuple[str, ...]
+    folder: AnyPath, root: AnyPath, config: Blip3oConfig, leaves: Leaves, parts: tuple[str, ...]
 ) -> Leaves:
     """The same of a run, which may be of a stage that trains some parts only."""
     held = tuple(dict.fromkeys(path.split("/")[0] for path in leaves))
@@ -277,15 +277,15 @@ def _of_run(
     return chosen
 
 
-def keep_tokenizer(workdir: Path, file: Path) -> None:
+def keep_tokenizer(workdir: AnyPath, file: AnyPath) -> None:
     """Copies a run's tokenizer into its workdir, so that its checkpoints can be opened anywhere."""
     copy = workdir / "tokenizer.json"
     if not copy.is_file():
-        copy.write_bytes(file.read_bytes())
+        paths.write_bytes(copy, file.read_bytes())
     other = f"{copy}, with which the run began, is not {file}; take a new workdir, or name the copy"
     require(copy.read_bytes() == file.read_bytes(), f"{other} with data.tokenizer.")
 
 
-def load_part(name: str | Path, part: str) -> dict:
+def load_part(name: str | AnyPath, part: str) -> dict:
     """One part's parameters in float32 on the host, for instance to start a training run with."""
     return open(name).load((part,))[part]

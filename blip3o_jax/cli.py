@@ -15,6 +15,7 @@ import sys
 
 from blip3o_jax import __version__
 from blip3o_jax.errors import InputError
+from blip3o_jax.paths import is_bucket
 from blip3o_jax.train import stop
 
 # Each job, with one line that is enough to begin with.
@@ -132,6 +133,12 @@ def _run_job(args: argparse.Namespace) -> int:
         return args.run(args) or 0
     except InputError as error:
         print(f"blip3o-jax: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        # A bucket may end to answer anywhere; what a disk says is expected where it is asked.
+        if not is_bucket(str(error.filename)):
+            raise
+        print(f"blip3o-jax: {error.filename}: {error.strerror}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

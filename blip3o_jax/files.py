@@ -2,18 +2,18 @@
 what stands beside weights, a job's own files."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from blip3o_jax import paths
 from blip3o_jax.errors import InputError, first_line, require
+from blip3o_jax.paths import AnyPath
 
 LARGEST = 256 << 20  # bytes
 
 
-def read_text(path: str | Path, what: str = "") -> str:
+def read_text(path: str | AnyPath, what: str = "") -> str:
     """A UTF-8 file of bounded size, without a byte order mark; InputError names it as `what`."""
-    file = Path(path)
+    file = paths.path(path)
     unread = f"The {what} file {path} cannot be read" if what else f"{path} cannot be read"
     try:
         require(file.stat().st_size <= LARGEST, f"{path} is larger than {LARGEST >> 20} MB.")
@@ -26,7 +26,7 @@ def read_text(path: str | Path, what: str = "") -> str:
         raise InputError(f"{unread}: {error.strerror}.") from error
 
 
-def read_lines(path: str | Path, what: str = "") -> list[str]:
+def read_lines(path: str | AnyPath, what: str = "") -> list[str]:
     """As `read_text`, lines that end at `\\n` or `\\r\\n` and nowhere else: other separators of
     Unicode are part of a prompt."""
     return [line.removesuffix("\r") for line in read_text(path, what).split("\n")]

@@ -1,11 +1,10 @@
 """Local files and objects in buckets through one function: `path(name)` for a local name, gs:// or
-s3://.
+s3://. What the two do not share is here and in buckets.py, and nowhere else.
 
-Local paths are pathlib's, those in buckets etils.epath's, which have the same methods but for
-sizes, recursion and exclusive creation: these are here. A local file appears whole because it is
-written beside its place and renamed; an object appears whole with the request that writes it, so
-nothing is renamed in a bucket. A folder in a bucket is complete when its marker is there, an object
-that its writer adds last (docs/pods.md). Retries are those of the clients, gcsfs and s3fs.
+A local file appears whole because it is written beside its place and renamed; an object appears
+whole with the request that ends its upload, so nothing is renamed in a bucket. A folder there is
+complete when its marker is there, an object that its writer adds last, and that is removed first
+when the folder is deleted (docs/pods.md).
 """
 
 import contextlib
@@ -16,20 +15,14 @@ import urllib.parse
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TypeAlias
 
+from blip3o_jax.buckets import READ_AHEAD, BucketPath, is_clients
 from blip3o_jax.errors import InputError, first_line, require
-
-if TYPE_CHECKING:
-    from etils import epath
-
-AnyPath: TypeAlias = "Path | epath.Path"
 
 NEW = ".new-"  # how the name of a file begins that is being written
 CLIENTS = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # scheme -> extra, module that it brings
-# Whose exceptions tell of a server, not of a mistake in a program.
-CLIENT_MODULES = ("gcsfs", "s3fs", "fsspec", "aiohttp", "botocore", "aiobotocore", "google")
-CLIENT_MODULES += ("requests", "urllib3")
+UNFINISHED = "unfinished.txt"  # first and while a folder is copied into a bucket
 
 
 def is_bucket(name: str | os.PathLike) -> bool:
@@ -37,8 +30,10 @@ def is_bucket(name: str | os.PathLike) -> bool:
     return os.fspath(name).startswith(tuple(f"{scheme}://" for scheme in CLIENTS))
 
 
-def path(name: str | os.PathLike) -> AnyPath:
+def path(name: str | os.PathLike) -> "AnyPath":
     """The path of that name; InputError for an unknown scheme, a missing extra or no bucket."""
+    if isinstance(name, BucketPath):
+        return name
     text = os.fspath(name)
     scheme, separator, rest = text.partition("://")
     if not separator:
@@ -53,42 +48,52 @@ def path(name: str | os.PathLike) -> AnyPath:
     install = f"install it with: pip install 'blip3o-jax[{extra}]'"
     is_there = importlib.util.find_spec(module) is not None
     require(is_there, f"{text} needs the extra [{extra}]; {install}")
-    return _bucket_path(text)
+    return BucketPath(text)
 
 
-def _bucket_path(text: str) -> AnyPath:
-    # TensorFlow, where it is installed, would be taken for buckets, and cannot read S3.
-    os.environ.setdefault("EPATH_USE_TF", "false")
-    from etils import epath
-    from fsspec.config import conf
-
-    # Other processes, and TensorStore, write to the same folders.
-    for protocol in ("gcs", "s3"):
-        conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
-    return epath.Path(text)
-
-
-def _filesystem(file: AnyPath) -> tuple[Any, str]:
-    """The client of a bucket, and its own name of the path."""
-    from fsspec.core import url_to_fs
-
-    return url_to_fs(os.fspath(file))
+AnyPath: TypeAlias = Path | BucketPath
 
 
 @contextlib.contextmanager
 def remote_errors(what: str) -> Iterator[None]:
-    """Puts an InputError, `what` and the reason, in place of a file's or a bucket's errors: what is
-    missing, forbidden, or does not answer after the client's retries."""
+    """Puts an InputError, `what` and the reason, in place of a file's or a bucket's errors, also
+    where a library asks the bucket."""
     try:
         yield
-    except InputError:
-        raise
     except Exception as error:
-        is_clients = type(error).__module__.partition(".")[0] in CLIENT_MODULES
-        if not is_clients and not isinstance(error, OSError):
+        if not (is_clients(error) or isinstance(error, OSError)):
             raise
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"{what}: {reason[:300].rstrip('.')}.") from error
+
+
+def read_ranges(file: AnyPath, places: Iterable[tuple[int, int]]) -> list[bytes]:
+    """The bytes of a file at each (start, stop), fewer where it ends before; a start is before the
+    end."""
+    if is_bucket(file):
+        return [file.read_range(*place) for place in places]
+    contents = []
+    with file.open("rb") as stream:
+        for start, stop in places:
+            stream.seek(start)
+            contents.append(stream.read(stop - start))
+    return contents
+
+
+def read_range(file: AnyPath, start: int, stop: int) -> bytes:
+    """The same of one place."""
+    return read_ranges(file, [(start, stop)])[0]
+
+
+def read_into(file: AnyPath, start: int, buffer: memoryview) -> int:
+    """As `read_range`, into a buffer, as much as fits; returns how much that was."""
+    if is_bucket(file):
+        data = read_range(file, start, start + len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+    with file.open("rb") as stream:
+        stream.seek(start)
+        return stream.readinto(buffer)
 
 
 def write_chunks(file: AnyPath, chunks: Iterable[bytes], beside: "AnyPath | None" = None) -> None:
@@ -98,19 +103,18 @@ def write_chunks(file: AnyPath, chunks: Iterable[bytes], beside: "AnyPath | None
     A local one begins in the folder `beside`, by default its own, of the same disk, under a name
     that no other process on any host has, and which `is_left_over` knows.
     """
-    new_file = file
-    if not is_bucket(file):
-        new_file = (beside or file.parent) / f"{NEW}{uuid.uuid4().hex}"
+    if is_bucket(file):
+        file.write_chunks(chunks)
+        return
+    new_file = (beside or file.parent) / f"{NEW}{uuid.uuid4().hex}"
     try:
         for folder in (new_file.parent, file.parent):
             folder.mkdir(parents=True, exist_ok=True)
         with new_file.open("wb") as stream:
             stream.writelines(chunks)
-        if new_file != file:
-            new_file.replace(file)
+        new_file.replace(file)
     finally:
-        if new_file != file:
-            new_file.unlink(missing_ok=True)
+        new_file.unlink(missing_ok=True)
 
 
 def is_left_over(file: AnyPath) -> bool:
@@ -120,7 +124,10 @@ def is_left_over(file: AnyPath) -> bool:
 
 def write_bytes(file: AnyPath, data: bytes) -> None:
     """As `write_chunks`, all at once."""
-    write_chunks(file, [data])
+    if is_bucket(file):
+        file.write_bytes(data)
+    else:
+        write_chunks(file, [data])
 
 
 def write_text(file: AnyPath, text: str) -> None:
@@ -128,42 +135,110 @@ def write_text(file: AnyPath, text: str) -> None:
     write_bytes(file, text.encode())
 
 
-def absolute(folder: AnyPath) -> AnyPath:
-    """The same path, of a local one from the root; links are followed by neither."""
-    return folder if is_bucket(folder) else folder.absolute()
+def create(file: AnyPath, data: bytes) -> bool:
+    """Writes a file unless there is one; whether it did. Of several processes one does."""
+    try:
+        if is_bucket(file):
+            file.ask("pipe_file", data, mode="create")
+        else:
+            with file.open("xb") as stream:
+                stream.write(data)
+        return True
+    except FileExistsError:
+        return False
+
+
+def touch(file: AnyPath) -> None:
+    """Changes the state of a file, not its bytes."""
+    if is_bucket(file):
+        file.write_bytes(file.read_bytes())
+    else:
+        os.utime(file)
+
+
+def append_text(file: AnyPath, text: str) -> None:
+    """Adds to the end of a file; an object, which has no end, is written again with it."""
+    if is_bucket(file):
+        before = file.read_bytes() if file.exists() else b""
+        file.write_bytes(before + text.encode())
+        return
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(text)
+
+
+def join(folder: AnyPath, name: str) -> AnyPath:
+    """The path of a name that stands in a file of `folder`: beside it, or somewhere else."""
+    is_elsewhere = "://" in name or name.startswith("/")
+    return path(name) if is_elsewhere else folder / name
 
 
 def size(file: AnyPath) -> int:
     """Bytes of a file."""
-    stat = file.stat()
-    return stat.length if is_bucket(file) else stat.st_size
+    return file.stat().st_size
 
 
 def state(file: AnyPath) -> tuple[int, str]:
-    """(bytes, what changes with them: a local file's time, an object's ETag)."""
-    if not is_bucket(file):
-        stat = file.stat()
-        return stat.st_size, str(stat.st_mtime_ns)
-    filesystem, name = _filesystem(file)
-    info = filesystem.info(name)
-    return info["size"], str(info.get("ETag") or info.get("etag"))
+    """(bytes, what every write changes: a local file's time, an object's version)."""
+    stat = file.stat()
+    return stat.st_size, stat.version if is_bucket(file) else str(stat.st_mtime_ns)
 
 
 def files_below(folder: AnyPath) -> list[AnyPath]:
     """All files in a folder and its folders, sorted; none for a folder that is not there."""
+    return sorted(file for file in folder.rglob("*") if is_bucket(file) or file.is_file())
+
+
+def remove_folder(folder: AnyPath, marker: str = "") -> None:
+    """Removes a folder with all in it, if it is there, beginning with its marker."""
+    if marker:
+        (folder / marker).unlink(missing_ok=True)
     if not is_bucket(folder):
-        return sorted(file for file in folder.rglob("*") if file.is_file())
-    filesystem, name = _filesystem(folder)
-    return sorted(path(filesystem.unstrip_protocol(file)) for file in filesystem.find(name))
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.is_dir():
+        folder.ask("rm", recursive=True)
 
 
 def clear_folder(folder: AnyPath) -> None:
     """Removes all that is in a folder, which may be a link; its marker must go first."""
     if is_bucket(folder):
-        folder.rmtree()
+        remove_folder(folder)
         return
     for entry in list(folder.iterdir()):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
             entry.unlink()
+
+
+def copy_file(source: AnyPath, target: AnyPath) -> None:
+    """Copies a file, which appears whole."""
+    with source.open("rb") as stream:
+        write_chunks(target, iter(lambda: stream.read(READ_AHEAD), b""))
+
+
+def move_folder(source: AnyPath, target: AnyPath, marker: str) -> None:
+    """Gives a folder another name; in a bucket, its objects."""
+    if is_bucket(source):
+        copy_folder(source, target, marker)
+        remove_folder(source, marker)
+    else:
+        source.rename(target)
+
+
+def copy_folder(source: AnyPath, target: AnyPath, marker: str = "") -> None:
+    """Copies all files of a folder. With a marker, that comes last, and until then the copy
+    `is_unfinished`."""
+    if marker:
+        write_text(target / UNFINISHED, "Its writer had not come to the end.\n")
+    files = sorted(files_below(source), key=lambda file: file == source / marker)
+    for file in files:
+        copy = target / file.relative_to(source).as_posix()
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy_file(file, copy)
+    if marker:
+        (target / UNFINISHED).unlink()
+
+
+def is_unfinished(folder: AnyPath) -> bool:
+    """Whether a folder in a bucket is being written, or its writer was killed."""
+    return is_bucket(folder) and (folder / UNFINISHED).is_file()

@@ -7,12 +7,12 @@ import contextlib
 import io
 import math
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from blip3o_jax import paths
 from blip3o_jax.errors import InputError, os_errors
 
 MAX_PIXELS = 1 << 26  # 8192 x 8192: those of one picture are in memory at once
@@ -70,7 +70,7 @@ def array(picture: Picture) -> np.ndarray:
             return _checked(picture)
         name = f"The picture {picture}"
         with os_errors(f"{name} cannot be read"):
-            data = Path(picture).read_bytes()
+            data = paths.path(picture).read_bytes()
         return np.asarray(decode(data))
     except PictureError as error:
         raise InputError(f"{name} cannot be used: {error}.") from error

@@ -7,7 +7,9 @@ So one path serves the clone, the editable install and the wheel.
 import os
 from pathlib import Path
 
+from blip3o_jax import paths
 from blip3o_jax.errors import nearest, require
+from blip3o_jax.paths import AnyPath
 
 ASSETS = Path(__file__).parent / "assets"
 CONFIGS = Path(__file__).parent / "configs"
@@ -33,9 +35,9 @@ def find_config(name_or_path: str) -> Path:
     return shipped[path.stem]
 
 
-def find_tokenizer(preset: str, given: str = "") -> Path:
+def find_tokenizer(preset: str, given: str = "") -> AnyPath:
     """The tokenizer.json that a run's config names (`given`), or that travels with its preset."""
-    path = Path(given) if given else ASSETS / preset / "tokenizer.json"
+    path = paths.path(given) if given else ASSETS / preset / "tokenizer.json"
     missing = f"No tokenizer travels with preset {preset!r}; name one with data.tokenizer."
     if given:
         missing = f"No tokenizer at {given!r}; a checkpoint folder holds it as tokenizer.json."

@@ -13,13 +13,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from blip3o_jax import paths
 from blip3o_jax.config import Blip3oConfig, VocabConfig
 from blip3o_jax.errors import InputError, require
+from blip3o_jax.paths import AnyPath
 
 if TYPE_CHECKING:
     import jax
@@ -52,15 +53,16 @@ def edit_prompt(instruction: str, num_images: int, num_image_tokens: int) -> str
     return CHAT.format(content=request + images)
 
 
-def load_tokenizer(path: str | Path, text: str | None = None) -> Any:
+def load_tokenizer(path: str | AnyPath, text: str | None = None) -> Any:
     """The `tokenizers.Tokenizer` of a tokenizer.json, or of its `text`, which `path` then only
     names; with any truncation or padding saved in the file switched off."""
     from tokenizers import Tokenizer
 
     missing = f"No tokenizer at {str(path)!r}; checkpoints hold a tokenizer.json."
-    require(Path(path).is_file(), missing)
+    file = paths.path(path)
+    require(file.is_file(), missing)
     try:
-        tokenizer = Tokenizer.from_str(text) if text else Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(text or file.read_text("utf-8"))
     except Exception as error:  # the library raises plain Exception
         raise InputError(f"{str(path)!r} is not a tokenizer.json ({error}).") from error
     tokenizer.no_truncation()

@@ -15,19 +15,20 @@ import dataclasses
 import functools
 import itertools
 import logging
-import shutil
+import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 
+from blip3o_jax import buckets, paths
 from blip3o_jax.config import Blip3oConfig, replace
 from blip3o_jax.convert import hashes, orbax_io
 from blip3o_jax.convert.config_json import config_from_json, config_to_json
-from blip3o_jax.errors import InputError, about, disk_reason, first_line, os_errors, require
+from blip3o_jax.errors import InputError, about, disk_reason, first_line, require
 from blip3o_jax.files import read_json
 from blip3o_jax.moved import refuse
 from blip3o_jax.parallel.processes import process_zero_first
+from blip3o_jax.paths import AnyPath
 from blip3o_jax.presets import preset
 
 __getattr__ = functools.partial(refuse, "training_checkpoint")
@@ -45,17 +46,19 @@ CONFIG_LIMIT = 4 << 20  # bytes
 HASHING = 3600  # seconds that other processes wait while the first reads a checkpoint whole
 
 
-def open_manager(workdir: str | Path, keep: int = 1):
+def open_manager(workdir: str | AnyPath, keep: int = 1):
     """Orbax's manager of a workdir's checkpoints, after incomplete and damaged ones are set aside;
     InputError when no other is left."""
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").addFilter(_not_orbax)
-    folder = Path(workdir).absolute() / "checkpoints"
+    folder = paths.path(workdir).absolute() / "checkpoints"
+    if paths.is_bucket(folder):
+        orbax_io.teach_buckets()
     # The hashes: runs in the background before a checkpoint takes its name, and in process 0 only.
     then = ocp.options.AsyncOptions(post_finalization_callback=lambda: _record_hashes(folder))
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, async_options=then)
-    with os_errors(f"The checkpoints {folder} cannot be written"):
+    with paths.remote_errors(f"The checkpoints {folder} cannot be written"):
         with process_zero_first("the checkpoints", HASHING) as first:
             if first:
                 _set_aside(folder)
@@ -64,7 +67,7 @@ def open_manager(workdir: str | Path, keep: int = 1):
         is_left = bool(complete(folder)) or not broken
         lost = f"{folder} holds damaged checkpoints alone ({', '.join(broken)})"
         require(is_left, f"{lost}; restore one under its number, or remove them to begin anew.")
-        return ocp.CheckpointManager(folder, options=options)
+        return ocp.CheckpointManager(os.fspath(folder), options=options)
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
@@ -72,12 +75,12 @@ def _not_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
 
 
-def _set_aside(folder: Path) -> None:
+def _set_aside(folder: AnyPath) -> None:
     """Removes checkpoints that a killed run was writing; renames those that lost files later, and
     the newest ones until one is as it was written."""
-    for unfinished in folder.glob(UNFINISHED):
+    for unfinished in _unfinished(folder):
         log.warning("%s was not written to its end and is removed.", unfinished)
-        shutil.rmtree(unfinished, ignore_errors=True)
+        paths.remove_folder(unfinished)
     for broken in _numbered(folder) - complete(folder):
         _rename(broken, f"{broken} lacks some of its files")
     for checkpoint in sorted(complete(folder), key=lambda path: -int(path.name)):
@@ -88,15 +91,22 @@ def _set_aside(folder: Path) -> None:
             _rename(checkpoint, str(error))
 
 
-def _rename(checkpoint: Path, reason: str) -> None:
+def _rename(checkpoint: AnyPath, reason: str) -> None:
     """Sets a checkpoint aside."""
     names = (checkpoint.with_name(f"{checkpoint.name}.broken-{n}") for n in itertools.count())
     aside = next(name for name in names if not name.exists())
     log.warning("%s It is set aside as %s.", reason.rstrip(".") + ".", aside.name)
-    checkpoint.rename(aside)
+    paths.move_folder(checkpoint, aside, orbax_io.MARKER)
 
 
-def _recorded(checkpoint: Path) -> list[Path]:
+def _unfinished(folder: AnyPath) -> list[AnyPath]:
+    """Checkpoints that are being written, or were when their run was killed."""
+    if paths.is_bucket(folder):
+        return [x for x in _numbered(folder) if not (x / orbax_io.MARKER).is_file()]
+    return list(folder.glob(UNFINISHED))
+
+
+def _recorded(checkpoint: AnyPath) -> list[AnyPath]:
     """The files of a checkpoint whose hashes were recorded; those of version 0.1 have none."""
     if not (checkpoint / hashes.RECORD).is_file():
         return []
@@ -104,30 +114,32 @@ def _recorded(checkpoint: Path) -> list[Path]:
     return [checkpoint / name for name in names if (checkpoint / name).is_file()]
 
 
-def _record_hashes(folder: Path) -> None:
+def _record_hashes(folder: AnyPath) -> None:
     """Records the hashes of all that the checkpoint holds that is just being written: Orbax's
     format has none of arrays."""
-    for unfinished in folder.glob(UNFINISHED):
-        hashes.record(unfinished, [file for file in unfinished.rglob("*/*") if file.is_file()])
+    for unfinished in _unfinished(folder):
+        inner = paths.files_below(unfinished)
+        hashes.record(unfinished, [file for file in inner if file.parent != unfinished])
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: AnyPath) -> list[AnyPath]:
     """The files with the weights in the checkpoint `folder`."""
-    return [file for file in (folder / "model").rglob("*") if file.is_file()]
+    return paths.files_below(folder / "model")
 
 
-def _numbered(folder: Path) -> set[Path]:
+def _numbered(folder: AnyPath) -> set[AnyPath]:
     return {child for child in folder.glob("*") if child.name.isdigit()}
 
 
-def complete(folder: Path) -> set[Path]:
+def complete(folder: AnyPath) -> set[AnyPath]:
     """The checkpoints below `folder` that have all that Orbax writes last."""
-    return {child for child in _numbered(folder) if all((child / x).is_file() for x in LAST_FILES)}
+    last = LAST_FILES + ((orbax_io.MARKER,) if paths.is_bucket(folder) else ())
+    return {child for child in _numbered(folder) if all((child / x).is_file() for x in last)}
 
 
-def is_workdir(directory: str | Path) -> bool:
+def is_workdir(directory: str | AnyPath) -> bool:
     """Whether the directory is a training run's with at least one complete checkpoint."""
-    return bool(complete(Path(directory) / "checkpoints"))
+    return bool(complete(paths.path(directory) / "checkpoints"))
 
 
 @contextlib.contextmanager
@@ -135,7 +147,10 @@ def _writing(manager) -> Iterator[None]:
     """InputError for what went wrong while a checkpoint, this or the one before, was written."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
+        is_disk = isinstance(error, OSError | ValueError | RuntimeError)
+        if not (is_disk or buckets.is_clients(error)):
+            raise
         reason = disk_reason(error) or first_line(error)[:200]
         what = f"A checkpoint cannot be written to {manager.directory}: {reason}"
         raise InputError(f"{what}; those before it are whole.") from error
@@ -201,19 +216,19 @@ def restore(manager, state, frozen):
     return {**model, **saved["optimizer"]}, frozen, saved["notes"]
 
 
-def newest(workdir: str | Path) -> Path:
+def newest(workdir: str | AnyPath) -> AnyPath:
     """The folder of a run's newest checkpoint; InputError when there is no complete one."""
-    folders = complete(Path(workdir).absolute() / "checkpoints")
+    folders = complete(paths.path(workdir).absolute() / "checkpoints")
     require(len(folders) > 0, f"{workdir} holds no complete training checkpoint.")
     return max(folders, key=lambda folder: int(folder.name))
 
 
-def read_config(folder: Path) -> dict:
+def read_config(folder: AnyPath) -> dict:
     """The run's config as nested dicts, as the checkpoint in `folder` has it."""
     return read_json(folder / "config" / "metadata", CONFIG_LIMIT)
 
 
-def model_config(folder: Path) -> Blip3oConfig:
+def model_config(folder: AnyPath) -> Blip3oConfig:
     """The config of the model in the checkpoint `folder`, without padding of the vocabulary."""
     file = folder / "model_config" / "metadata"
     if file.is_file():
@@ -229,7 +244,7 @@ def model_config(folder: Path) -> Blip3oConfig:
         return config_from_json(fields, None)
 
 
-def open_weights(folder: Path) -> dict[str, orbax_io.Leaf]:
+def open_weights(folder: AnyPath) -> dict[str, orbax_io.Leaf]:
     """The weights, or their average if it was kept, by "part/.../leaf", unread."""
     leaves = orbax_io.open_leaves(folder / "model")
     averaged = any(path.startswith("ema/") for path in leaves)

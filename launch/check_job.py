@@ -91,8 +91,6 @@ def main(argv: list[str] | None = None) -> int:
         config, workdir = (getattr(job, name, None) for name in ("config", "workdir"))
         if config:
             check_config(config, job.overrides, job.job, args.type)
-        if workdir and "://" in workdir:
-            raise InputError(f"{workdir} is a bucket's address; mount it and give the folder.")
         check_folder(job, workdir or getattr(job, "out", ""), args.fresh)
     except SystemExit:
         return 2

@@ -23,7 +23,6 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 
 PACKAGES = ("blip3o-jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "libtpu")
 
@@ -79,10 +78,13 @@ def versions(args) -> str:
 
 def workdir(args) -> str:
     """A file of this host's is written, read and removed."""
-    is_bucket = "://" in args.workdir
-    need(not is_bucket, f"{args.workdir} is a bucket's address; mount it and give the folder")
-    workdir = Path(args.workdir)
-    folder = next(parent for parent in (workdir, *workdir.parents) if parent.exists())
+    from blip3o_jax import paths
+
+    workdir = paths.path(args.workdir)
+    if paths.is_bucket(workdir):
+        folder = workdir
+    else:
+        folder = next(parent for parent in (workdir, *workdir.parents) if parent.exists())
     mark = folder / f".preflight-{socket.gethostname()}-{uuid.uuid4().hex}"
     began = time.perf_counter()
     try:
@@ -100,7 +102,8 @@ def data(args) -> str:
     sources, and the checkpoints, also embedded ones, that parts come from."""
     if not args.config:
         return "no --config, nothing to look for"
-    from blip3o_jax import checkpoints
+    from blip3o_jax import checkpoints, paths
+    from blip3o_jax.data import records
 
     cfg = config_of(args)
     names = [cfg.data.cache] if cfg.data.cache else [source.path for source in cfg.data.sources]
@@ -109,14 +112,15 @@ def data(args) -> str:
     folders = [glob.escape(str(checkpoints.find(name)[0])) for name in inits]
     for pattern in [*names, *folders]:
         # Lazily: a folder may hold millions of files.
-        paths = (Path(path) for path in sorted(glob.glob(pattern)))
-        files = (file for path in paths for file in ([path] if path.is_file() else path.rglob("*")))
+        in_bucket = paths.is_bucket(pattern)
+        there = records.expand(pattern) if in_bucket else sorted(glob.glob(pattern))
+        found = map(paths.path, there)
+        files = (file for path in found for file in ([path] if path.is_file() else path.rglob("*")))
         first = next((file for file in files if file.is_file()), None)
         absent = f"{pattern} names no file on this host; mount it or change the config"
         need(first is not None, absent)
         try:
-            with open(first, "rb") as file:
-                file.read(4096)
+            paths.read_range(first, 0, min(4096, first.stat().st_size))
         except OSError as error:
             raise CheckError(f"{first} cannot be read: {error.strerror}") from error
     return f"{', '.join([*names, *inits]) or 'the config reads no files'}"

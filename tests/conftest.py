@@ -28,6 +28,7 @@ SLOWEST = (
     "plan/test_plan.py",
     "verify/test_verify.py",
     "train/test_own_pictures.py",
+    "test_buckets.py",
     "train/test_losses.py",
     "jobs/test_edit.py",
     "jobs/test_evaluate_edits.py",
@@ -56,6 +57,7 @@ PLAINLY_COMPILED = (
     "rl/test_grpo.py",
     "rl/test_trainer.py",
     "sample/test_generate.py",
+    "test_buckets.py",
     "train/test_losses.py",
     "train/test_loop.py",
     "train/test_own_pictures.py",
@@ -138,3 +140,20 @@ def tokenizer():
     import tiny
 
     return tiny.text()
+
+
+@pytest.fixture(scope="module")
+def cloud():
+    """Servers of buckets on loopback: their URLs by scheme."""
+    import clouds
+
+    with clouds.servers() as urls:
+        yield urls
+
+
+@pytest.fixture(params=["gs", "s3"])
+def bucket(cloud, request):
+    """A new bucket of each kind."""
+    import clouds
+
+    return clouds.new_bucket(cloud, request.param)

@@ -5,7 +5,6 @@ import functools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 from jax.sharding import AbstractMesh
@@ -20,13 +19,14 @@ from blip3o_jax.errors import require
 from blip3o_jax.moved import refuse
 from blip3o_jax.parallel.mesh import AXES
 from blip3o_jax.parallel.parameters import spec
+from blip3o_jax.paths import AnyPath
 
 __getattr__ = functools.partial(refuse, "convert.converted")
 
 PARAMS = "params"
 
 
-def open_converted(directory: Path) -> tuple[Blip3oConfig, dict[str, orbax_io.Leaf]]:
+def open_converted(directory: AnyPath) -> tuple[Blip3oConfig, dict[str, orbax_io.Leaf]]:
     """(configuration, unread arrays by path); InputError when the two contradict each other."""
     leaves = orbax_io.open_leaves(directory / PARAMS)
     embedding = leaves.get("qwen3/embed_tokens/embedding")
@@ -39,7 +39,7 @@ def open_converted(directory: Path) -> tuple[Blip3oConfig, dict[str, orbax_io.Le
 
 
 def write_params(
-    directory: Path, leaves: Leaves, dtype: np.dtype | None, mesh: Mapping[str, int]
+    directory: AnyPath, leaves: Leaves, dtype: np.dtype | None, mesh: Mapping[str, int]
 ) -> dict[str, dict[str, int]]:
     """Writes params/ as `dtype`, or each as it is, and hashes.json, one layer in memory at a time,
     in files of one layer and one shard of the mesh each; returns {part: numbers}. InputError when

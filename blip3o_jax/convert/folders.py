@@ -5,12 +5,12 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from blip3o_jax.convert import lora, safetensors_io
 from blip3o_jax.convert.safetensors_io import Stored
 from blip3o_jax.errors import InputError, require
+from blip3o_jax.paths import AnyPath
 
 # What torch.compile, DataParallel and modules around a model put before every name of it.
 WRAPPERS = re.compile(r"(?:(?:_orig_mod|module|model|transformer)\.)*")
@@ -47,7 +47,7 @@ class Weights:
     tensors: dict[str, Stored]
     note: str = ""  # what was changed about the names
     merged: dict[str, str] = field(default_factory=dict)  # {tensor: what was merged into it}
-    files: tuple[Path, ...] = ()  # of adapters
+    files: tuple[AnyPath, ...] = ()  # of adapters
 
 
 def unwrapped(tensors: Mapping[str, Stored], is_qwen3: bool = False) -> Weights:
@@ -73,7 +73,7 @@ def unwrapped(tensors: Mapping[str, Stored], is_qwen3: bool = False) -> Weights:
     return Weights(renamed, note)
 
 
-def refuse_quantised_config(folder: Path, fields: Mapping[str, Any]) -> None:
+def refuse_quantised_config(folder: AnyPath, fields: Mapping[str, Any]) -> None:
     """InputError when the `fields` of a folder's config.json say that its weights are quantised."""
     quantisation = fields.get("quantization_config")
     if isinstance(quantisation, Mapping):
@@ -81,7 +81,7 @@ def refuse_quantised_config(folder: Path, fields: Mapping[str, Any]) -> None:
         raise InputError(f"{folder} is quantised ({method}, says its config.json); {ADVICE}")
 
 
-def refuse_quantised_tensors(folder: Path, tensors: Iterable[Stored]) -> None:
+def refuse_quantised_tensors(folder: AnyPath, tensors: Iterable[Stored]) -> None:
     """InputError when the tensors of a folder are not floats that stand for themselves."""
     for tensor in tensors:
         ends = QUANTISED.items()
@@ -94,12 +94,12 @@ def refuse_quantised_tensors(folder: Path, tensors: Iterable[Stored]) -> None:
 
 
 def open_weights(
-    folder: Path,
+    folder: AnyPath,
     stem: str,
     fields: Mapping[str, Any],
     options: Options,
     is_qwen3: bool = False,
-    places: Iterable[Path] = (),
+    places: Iterable[AnyPath] = (),
 ) -> Weights:
     """The tensors of a folder whose config.json has these `fields`; an adapter beside them, or in
     `places`, is merged if the options say so. InputError for what is damaged, quantised or

@@ -10,12 +10,13 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from tqdm import tqdm
 
+from blip3o_jax import paths
 from blip3o_jax.errors import InputError, os_errors, require
 from blip3o_jax.files import read_json
+from blip3o_jax.paths import AnyPath
 from blip3o_jax.resources import cache_folder
 
 RECORD = "hashes.json"
@@ -24,27 +25,27 @@ PIECES, PIECE = 8, 4096  # of a file's sample: how many, and bytes of each
 WORKERS = 8
 
 
-def hash_file(file: Path) -> dict:
+def hash_file(file: AnyPath) -> dict:
     """A file's size and SHA-256; InputError when it cannot be read."""
     with os_errors(f"{file} cannot be read"), file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return {"bytes": os.fstat(stream.fileno()).st_size, "sha256": digest}
+        return {"bytes": stream.tell(), "sha256": digest}
 
 
-def sample_file(file: Path) -> dict:
+def sample_file(file: AnyPath) -> dict:
     """A file's size and the SHA-256 of PIECES pieces from its first to its last byte."""
     digest = hashlib.sha256()
-    with os_errors(f"{file} cannot be read"), file.open("rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        for i in range(PIECES):
-            stream.seek(max(0, size - PIECE) * i // (PIECES - 1))
-            digest.update(stream.read(PIECE))
+    with os_errors(f"{file} cannot be read"):
+        size = file.stat().st_size
+        starts = [max(0, size - PIECE) * i // (PIECES - 1) for i in range(PIECES)]
+        places = [(start, min(start + PIECE, size)) for start in starts]
+        digest.update(b"".join(paths.read_ranges(file, places)))
     return {"bytes": size, "sample": digest.hexdigest()}
 
 
 def over_files(
-    function: Callable[[Path], dict], files: Iterable[Path], title: str = "Hashing"
-) -> dict[Path, dict]:
+    function: Callable[[AnyPath], dict], files: Iterable[AnyPath], title: str = "Hashing"
+) -> dict[AnyPath, dict]:
     """{file: function(file)}, several files at once, since hashing needs no interpreter lock."""
     files = sorted(files)
     with ThreadPoolExecutor(WORKERS) as pool:
@@ -53,18 +54,20 @@ def over_files(
         return dict(zip(files, shown, strict=True))
 
 
-def _named(folder: Path, rows: dict[Path, dict]) -> dict[str, dict]:
+def _named(folder: AnyPath, rows: dict[AnyPath, dict]) -> dict[str, dict]:
     """The same by the files' names below `folder`."""
     return {file.relative_to(folder).as_posix(): row for file, row in sorted(rows.items())}
 
 
-def record(folder: Path, files: Iterable[Path]) -> None:
+def record(folder: AnyPath, files: Iterable[AnyPath]) -> None:
     """Writes FOLDER/hashes.json about `files` below it."""
     rows = over_files(lambda file: hash_file(file) | sample_file(file), files)
-    (folder / RECORD).write_text(json.dumps(_named(folder, rows), indent=1) + "\n")
+    paths.write_text(folder / RECORD, json.dumps(_named(folder, rows), indent=1) + "\n")
 
 
-def compare(folder: Path, files: Iterable[Path], whole: bool = False) -> dict[str, str] | None:
+def compare(
+    folder: AnyPath, files: Iterable[AnyPath], whole: bool = False
+) -> dict[str, str] | None:
     """SHA-256 of the `files` below `folder` as hashes.json has them, None without such a record;
     InputError naming the first file whose size and sample, or with `whole` any byte, differ."""
     if not (folder / RECORD).is_file():
@@ -86,13 +89,13 @@ def compare(folder: Path, files: Iterable[Path], whole: bool = False) -> dict[st
     return {name: str(recorded[name].get("sha256")) for name in measured}
 
 
-def measure(folder: Path, files: Iterable[Path]) -> dict[str, str]:
+def measure(folder: AnyPath, files: Iterable[AnyPath]) -> dict[str, str]:
     """SHA-256 of `files` below `folder`, of every byte that is there."""
     rows = _named(folder, over_files(hash_file, files))
     return {name: row["sha256"] for name, row in rows.items()}
 
 
-def remembered(folder: Path, files: Iterable[Path]) -> dict[str, str]:
+def remembered(folder: AnyPath, files: Iterable[AnyPath]) -> dict[str, str]:
     """As `measure`, but kept in the cache folder until a file changes its size or time."""
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
     cache = cache_folder() / "hashes" / f"{name}.json"
@@ -102,12 +105,11 @@ def remembered(folder: Path, files: Iterable[Path]) -> dict[str, str]:
     # Only files that changed are hashed.
     rows, stale = {}, []
     for file in files:
-        row, stat = cached.get(file.relative_to(folder).as_posix(), {}), file.stat()
-        rows[file] = row
-        if (row.get("bytes"), row.get("changed")) != (stat.st_size, stat.st_mtime_ns):
+        row = rows[file] = cached.get(file.relative_to(folder).as_posix(), {})
+        if (row.get("bytes"), row.get("changed")) != paths.state(file):
             stale.append(file)
     for file, row in over_files(hash_file, stale).items():
-        rows[file] = row | {"changed": file.stat().st_mtime_ns}
+        rows[file] = row | {"changed": paths.state(file)[1]}
     named = _named(folder, rows)
     # Written whole or not at all; a home that cannot be written to is no error.
     if stale:

@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from blip3o_jax.convert import safetensors_io
 from blip3o_jax.convert.safetensors_io import Stored, finite
 from blip3o_jax.errors import InputError, about, require
 from blip3o_jax.files import parse_json, read_json
+from blip3o_jax.paths import AnyPath
 
 CONFIG, CONFIG_LIMIT = "adapter_config.json", 1 << 20  # bytes
 PEFT, DIFFUSERS = "adapter_model", "pytorch_lora_weights"
@@ -46,7 +46,7 @@ class Merged(Stored):
         return finite(weight, self.dtype, f"{self} with the adapter {self.down.file}")
 
 
-def find_adapters(places: Iterable[Path], stem: str) -> list[Path]:
+def find_adapters(places: Iterable[AnyPath], stem: str) -> list[AnyPath]:
     """The adapters among the files of folders, by their names or else by their tensors';
     `STEM.safetensors`, its shards and its variants are a model's own."""
     adapters = []
@@ -62,7 +62,7 @@ def find_adapters(places: Iterable[Path], stem: str) -> list[Path]:
     return adapters
 
 
-def refuse_adapter_folder(folder: Path) -> None:
+def refuse_adapter_folder(folder: AnyPath) -> None:
     """InputError when a folder that should hold a model holds an adapter alone."""
     files = (CONFIG, f"{PEFT}.safetensors", f"{DIFFUSERS}.safetensors")
     if not (folder / "config.json").is_file() and any((folder / x).is_file() for x in files):
@@ -77,7 +77,7 @@ def refuse_adapter_folder(folder: Path) -> None:
 
 
 def merge(
-    tensors: Mapping[str, Stored], own: Mapping[str, str], adapter: Path
+    tensors: Mapping[str, Stored], own: Mapping[str, str], adapter: AnyPath
 ) -> tuple[dict[str, Stored], dict[str, str]]:
     """(the tensors with an adapter merged into them, {tensor: how}); `own` gives the tensors' names
     by those that the adapter's authors may call them. InputError for a matrix that belongs to no
@@ -116,7 +116,7 @@ def merge(
 class _Alphas:
     """What an adapter's matrices are multiplied by: its alpha over its rank."""
 
-    def __init__(self, adapter: Path, ranks: set[tuple[int, ...]]):
+    def __init__(self, adapter: AnyPath, ranks: set[tuple[int, ...]]):
         self.adapter, self.ranks = adapter, ranks
         self.fields = _settings(adapter)
         with about(adapter):
@@ -153,7 +153,7 @@ class _Alphas:
         return float(alpha)
 
 
-def _settings(adapter: Path) -> dict[str, Any]:
+def _settings(adapter: AnyPath) -> dict[str, Any]:
     """The fields of adapter_config.json beside an adapter, or of the metadata inside it."""
     file = adapter.with_name(CONFIG)
     if adapter.stem != DIFFUSERS and file.is_file():

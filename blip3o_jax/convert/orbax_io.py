@@ -7,25 +7,28 @@ checkpoint: Orbax restores it onto any mesh.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes  # noqa: F401, gives numpy the name bfloat16
 import numpy as np
 
+from blip3o_jax import buckets, paths
 from blip3o_jax.convert.rules import Shape
 from blip3o_jax.convert.safetensors_io import BLOCK, finite, row_blocks
 from blip3o_jax.errors import InputError, first_line
+from blip3o_jax.paths import AnyPath
 from blip3o_jax.tree import unflatten
 
 # Orbax's own choice; a fifth smaller than none for bfloat16 weights, and as fast
 COMPRESSOR = {"id": "zstd", "level": 1}
+MARKER = "commit_success.txt"  # what Orbax writes last into a checkpoint in a bucket
 DTYPES = {"<f4": "float32", "<f2": "float16", "bfloat16": "bfloat16"}  # Zarr's names
 
 
@@ -33,7 +36,7 @@ DTYPES = {"<f4": "float32", "<f2": "float16", "bfloat16": "bfloat16"}  # Zarr's 
 class Leaf:
     """An array in a checkpoint's folder, unread; of a larger one, the part of `shape`."""
 
-    folder: Path
+    folder: AnyPath
     name: str
     shape: Shape
     dtype: np.dtype
@@ -78,7 +81,7 @@ def chunk_shape(shape: Shape, itemsize: int, stacked: bool, shards: Shape) -> Sh
     return tuple(cut)
 
 
-def save_tree(folder: Path, dtypes: Mapping[str, np.dtype]) -> None:
+def save_tree(folder: AnyPath, dtypes: Mapping[str, np.dtype]) -> None:
     """A checkpoint at `folder` with the leaf paths `dtypes`, each a single number as yet."""
     import orbax.checkpoint as ocp
 
@@ -86,10 +89,10 @@ def save_tree(folder: Path, dtypes: Mapping[str, np.dtype]) -> None:
     tree = unflatten({path: np.zeros((), dtype) for path, dtype in dtypes.items()})
     handler = ocp.StandardCheckpointHandler(use_ocdbt=False)
     with _disk_errors(f"{folder} cannot be written"), ocp.Checkpointer(handler) as writer:
-        writer.save(folder.absolute(), args=ocp.args.StandardSave(tree))
+        writer.save(os.fspath(folder.absolute()), args=ocp.args.StandardSave(tree))
 
 
-def create(folder: Path, path: str, shape: Shape, dtype: np.dtype, chunks: Shape) -> Any:
+def create(folder: AnyPath, path: str, shape: Shape, dtype: np.dtype, chunks: Shape) -> Any:
     """The leaf `path` of a `save_tree` checkpoint, replaced by an empty array: a TensorStore."""
     metadata = {"shape": shape, "chunks": chunks, "compressor": COMPRESSOR}
     metadata["dimension_separator"] = "."
@@ -109,14 +112,14 @@ def write(store: Any, values: np.ndarray, dtype: np.dtype, where: str) -> None:
             store[start : start + len(block)].write(block).result()
 
 
-def open_leaves(folder: Path) -> dict[str, Leaf]:
+def open_leaves(folder: AnyPath) -> dict[str, Leaf]:
     """The arrays of a checkpoint by path, in one database (OCDBT, of training runs) or in a folder
     each; InputError when one's description makes no sense."""
     import tensorstore
 
     leaves = {}
     with _disk_errors(f"{folder} cannot be read", reading=True):
-        store = tensorstore.KvStore.open(_place(folder)).result()
+        store = tensorstore.KvStore.open(_place(folder), context=_context()).result()
         for key in store.list().result():
             name, _, file = key.decode().rpartition("/")
             if file != ".zarray":
@@ -132,10 +135,10 @@ def open_leaves(folder: Path) -> dict[str, Leaf]:
     return dict(sorted(leaves.items()))
 
 
-def _place(folder: Path, name: str = "") -> dict[str, Any]:
+def _place(folder: AnyPath, name: str = "") -> dict[str, Any]:
     """TensorStore's name for a checkpoint's folder, or for the array `name` in it."""
     inner = f"{name}/" if name else ""
-    place = {"driver": "file", "path": f"{folder.absolute()}/"}
+    place = buckets.kvstore(f"{folder.absolute()}/")
     if (folder / "manifest.ocdbt").is_file():
         return {"driver": "ocdbt", "base": place, "path": inner}
     return {**place, "path": place["path"] + inner}
@@ -146,7 +149,47 @@ def _open(spec: dict[str, Any], **options) -> Any:
 
     place = spec["kvstore"]
     with _disk_errors(f"{place.get('base', place)['path']} cannot be opened"):
-        return tensorstore.open(spec, **options).result()
+        return tensorstore.open(spec, context=_context(), **options).result()
+
+
+@functools.cache
+def _context() -> Any:
+    import tensorstore
+
+    return tensorstore.Context(buckets.RETRIES)
+
+
+@functools.cache
+def teach_buckets() -> None:
+    """Lets Orbax write to S3 as it writes to GCS, and to both within bounded retries.
+
+    Orbax knows gs:// alone: there a checkpoint has its name from the beginning, is complete with
+    its marker (MARKER), and arrays go through TensorStore's own driver of buckets. An s3:// path
+    would be one of a local disk for it. It asks these functions of its own which is which; those of
+    another version of Orbax would have other names, so each must be there.
+    """
+    from orbax.checkpoint._src.path import gcs_utils
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    remove = gcs_utils.rmtree
+
+    def remove_marked(folder: Any, *, missing_ok: bool = False) -> None:
+        (folder / MARKER).unlink(missing_ok=True)
+        remove(folder, missing_ok=missing_ok)
+
+    def normalized(name: str) -> str:
+        return name.rstrip("/") if paths.is_bucket(name) else os.path.normpath(name)
+
+    taught = {"_GCS_PATH_PREFIX": tuple(f"{scheme}://" for scheme in buckets.SCHEMES)}
+    taught |= {"get_kvstore_for_gcs": buckets.kvstore, "rmtree": remove_marked}
+    contexts = (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT)
+    also = {"_use_gcs_driver": paths.is_bucket, "_normalize_path": normalized}
+    for module, functions in ((gcs_utils, taught), (tensorstore_utils, also)):
+        for name, function in functions.items():
+            assert hasattr(module, name), name
+            setattr(module, name, function)
+    for context in contexts:
+        context |= buckets.RETRIES
 
 
 @contextlib.contextmanager

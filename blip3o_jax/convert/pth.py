@@ -13,11 +13,11 @@ import re
 import struct
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from blip3o_jax.convert.safetensors_io import Stored
 from blip3o_jax.errors import InputError, require
+from blip3o_jax.paths import AnyPath
 
 # bytes; names and places take less, and each may become a hundred bytes of objects
 PICKLE_LIMIT = 4 << 20
@@ -144,10 +144,10 @@ def _load(archive: zipfile.ZipFile) -> Any:
         return _Unpickler(stream, archive, root).load()
 
 
-def load_pth(file: Path) -> Any:
+def load_pth(file: AnyPath) -> Any:
     """What torch.save wrote, tensors as Place; InputError for anything but plain values."""
     try:
-        with zipfile.ZipFile(file) as archive:
+        with file.open("rb") as stream, zipfile.ZipFile(stream) as archive:
             return _load(archive)
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}.") from error
@@ -161,7 +161,7 @@ def load_pth(file: Path) -> Any:
         raise InputError(f"{file} is refused: {damaged}.") from error
 
 
-def open_ta_tok(file: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
+def open_ta_tok(file: AnyPath) -> tuple[dict[str, Any], dict[str, Stored]]:
     """(arguments, tensors by name) of `ta_tok.pth`: {"model": {"args", "sd"}}, or the inner two, or
     a bare dict of tensors, whose arguments are empty. Nested arguments come at one level."""
     content = load_pth(file)

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from blip3o_jax import paths
 from blip3o_jax.config import Blip3oConfig, replace
 from blip3o_jax.convert import (
     config_json,
@@ -37,6 +39,7 @@ from blip3o_jax.errors import InputError, about, require
 from blip3o_jax.files import read_json
 from blip3o_jax.models.blip3o import Blip3o, parts_of
 from blip3o_jax.moved import refuse
+from blip3o_jax.paths import AnyPath
 from blip3o_jax.tree import flatten
 
 CONFIG_LIMIT = 1 << 20  # bytes
@@ -126,7 +129,7 @@ class PublishedLeaf:
 Leaves = dict[str, PublishedLeaf]  # by path
 
 
-def _missing(name: str, stored: Mapping[str, Stored], where: Path) -> str:
+def _missing(name: str, stored: Mapping[str, Stored], where: AnyPath) -> str:
     """Says where the tensor of a published name should be, in the words of the files that hold its
     neighbours: their folder, and its own name there."""
 
@@ -174,7 +177,7 @@ def _report(where: str, tensors: int, ignored: int) -> None:
 
 
 def open_leaves(
-    where: Path,
+    where: AnyPath,
     cfg: Blip3oConfig,
     stored: Mapping[str, Stored],
     parts: tuple[str, ...],
@@ -218,7 +221,7 @@ def float_dtype(dtype: Any) -> np.dtype:
     return np.dtype(name)
 
 
-def read_fields(directory: Path) -> dict[str, Any]:
+def read_fields(directory: AnyPath) -> dict[str, Any]:
     """The fields of config.json; InputError when it is not a BLIP3o-NEXT's."""
     fields = read_json(directory / "config.json", CONFIG_LIMIT)
     with about(directory / "config.json"):
@@ -227,7 +230,7 @@ def read_fields(directory: Path) -> dict[str, Any]:
 
 
 def read_config(
-    directory: Path, shapes: Shapes | None = None, fields: Mapping | None = None
+    directory: AnyPath, shapes: Shapes | None = None, fields: Mapping | None = None
 ) -> Blip3oConfig:
     """The configuration in a folder's config.json, or of its `fields`, see `config_from_json`; what
     they leave out comes from the small files beside it."""
@@ -237,7 +240,7 @@ def read_config(
         return config_json.config_from_json(fields, shapes, directory.resolve().name)
 
 
-def open_published(directory: Path) -> tuple[Blip3oConfig, dict[str, Stored]]:
+def open_published(directory: AnyPath) -> tuple[Blip3oConfig, dict[str, Stored]]:
     """(configuration, unread tensors by published name but for an lm_head that repeats the
     embedding); InputError for another family of models, and for contradicting files."""
     require(directory.is_dir(), f"{directory} is not a directory.")
@@ -250,7 +253,7 @@ def open_published(directory: Path) -> tuple[Blip3oConfig, dict[str, Stored]]:
     return cfg, {name: tensor for name, tensor in stored.items() if name not in repeated}
 
 
-def check_shapes(where: Path, cfg: Blip3oConfig, leaves: Mapping, parts: tuple = ()) -> None:
+def check_shapes(where: AnyPath, cfg: Blip3oConfig, leaves: Mapping, parts: tuple = ()) -> None:
     """InputError beginning with `where` unless `leaves` are those of `parts`, or of all parts."""
     trees = leaves, flatten(Blip3o(cfg).abstract(parts or parts_of(cfg)))
     shapes, needed = ({path: tuple(x.shape) for path, x in tree.items()} for tree in trees)
@@ -267,7 +270,7 @@ def write_published(
     leaves: Mapping[str, Any],
     dtype: np.dtype | None,
     max_shard_bytes: float,
-    beside: Mapping[str, Path | str],
+    beside: Mapping[str, AnyPath | str],
     more: Mapping[str, tuple[Entry, Any]] = types.MappingProxyType({}),
     names: Mapping[str, str] = types.MappingProxyType({}),
 ) -> dict[str, Entry]:
@@ -307,20 +310,19 @@ def to_text(fields: Mapping[str, Any]) -> str:
     return json.dumps(fields, indent=2) + "\n"
 
 
-def write_beside(folder: Path, files: Mapping[str, Path | str]) -> None:
+def write_beside(folder: Path, files: Mapping[str, AnyPath | str]) -> None:
     """Small files by name: a path is copied, a text is written."""
     for name, content in files.items():
-        if isinstance(content, Path):
-            shutil.copyfile(content, folder / name)
-        else:
-            (folder / name).write_text(content, encoding="utf-8")
+        is_file = isinstance(content, AnyPath)
+        data = content.read_bytes() if is_file else content.encode()
+        (folder / name).write_bytes(data)
 
 
 def save_published(
-    directory: str | Path,
+    directory: str | AnyPath,
     cfg: Blip3oConfig,
     params: Mapping[str, Any],
-    tokenizer_file: str | Path | None = None,
+    tokenizer_file: str | AnyPath | None = None,
     dtype: str = "float32",
     max_shard_bytes: float = 5e9,
     overwrite: bool = False,
@@ -328,8 +330,9 @@ def save_published(
     """Writes parameters as `dtype` in the published layout, complete or not at all; InputError when
     `directory` exists (with `overwrite`: and is not a checkpoint), when the parameters are not
     those of `cfg`, or for a value that is not finite in `dtype`."""
-    directory, dtype, leaves = Path(directory).absolute(), float_dtype(dtype), flatten(params)
-    beside = {"tokenizer.json": Path(tokenizer_file)} if tokenizer_file else {}
+    directory, dtype = paths.path(directory).absolute(), float_dtype(dtype)
+    leaves = flatten(params)
+    beside = {"tokenizer.json": paths.path(tokenizer_file)} if tokenizer_file else {}
     # Only a checkpoint is replaced, and only by one that is sound.
     choices = f"{directory} exists already; choose another name, or overwrite it."
     require(overwrite or not directory.exists(), choices)
@@ -338,6 +341,12 @@ def save_published(
     for file in beside.values():
         require(file.is_file(), f"The tokenizer file {file} is missing.")
     check_shapes(directory, cfg, leaves)
+    if paths.is_bucket(directory):
+        with tempfile.TemporaryDirectory() as folder:
+            write_published(Path(folder), cfg, leaves, dtype, max_shard_bytes, beside)
+            paths.remove_folder(directory, "config.json")
+            paths.copy_folder(Path(folder), directory, "config.json")
+        return
     # The new folder is complete before the old one goes.
     temporary = directory.with_name(f".{directory.name}.new-{os.getpid()}")
     old = directory.with_name(f".{directory.name}.old-{os.getpid()}")

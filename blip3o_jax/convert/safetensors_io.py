@@ -5,12 +5,13 @@ library checks the headers; the values are read and written here, because it map
 memory to read them, which a process's peak then counts, and wants a whole shard to write it.
 """
 
+import contextlib
 import json
 import logging
 import math
-import os
 import re
 import struct
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,10 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from blip3o_jax import paths
 from blip3o_jax.errors import InputError, os_errors, require
 from blip3o_jax.files import json_object, read_json
+from blip3o_jax.paths import AnyPath
 
 HEADER_LIMIT, INDEX_LIMIT = 100 << 20, 16 << 20  # bytes; the first is the library's own
 BLOCK = 64 << 20  # bytes of a tensor that are checked, converted and written at once
@@ -40,7 +43,7 @@ log = logging.getLogger(__name__)
 class Stored:
     """A tensor in a file, unread; its values lie back to back from byte `offset` on."""
 
-    file: Path
+    file: AnyPath
     name: str  # the file's own
     shape: tuple[int, ...]
     code: str  # of the dtype
@@ -69,11 +72,11 @@ class Stored:
             start, stop, _ = rows.indices(shape[0])
             shape = (max(0, stop - start), *shape[1:])
             offset += start * math.prod(shape[1:]) * dtype.itemsize
-        # readinto allocates nothing beside the result.
+        # Nothing is allocated beside the result.
         buffer = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
-        with os_errors(f"{self} cannot be read"), self.file.open("rb") as stream:
-            stream.seek(offset)
-            require(stream.readinto(buffer.data) == buffer.size, f"{self} is cut short.")
+        with os_errors(f"{self} cannot be read"):
+            size = paths.read_into(self.file, offset, buffer.data)
+        require(size == buffer.size, f"{self} is cut short.")
         return buffer.view(dtype).reshape(shape)
 
     def read(self, dtype) -> np.ndarray:
@@ -99,10 +102,25 @@ def finite(tensor: np.ndarray, dtype, where: str) -> np.ndarray:
     return tensor
 
 
-def open_file(file: Path) -> dict[str, Stored]:
+@contextlib.contextmanager
+def _with_header(file: AnyPath) -> Iterator[AnyPath]:
+    """A local file with the header and the length of `file`: itself, or of an object one without
+    its values, which takes no room."""
+    if not paths.is_bucket(file):
+        yield file
+        return
+    with tempfile.NamedTemporaryFile() as local, file.open("rb") as stream:
+        local.write(length := stream.read(8))
+        if len(length) == 8:
+            local.write(stream.read(min(*struct.unpack("<Q", length), HEADER_LIMIT)))
+        local.truncate(file.stat().st_size)
+        yield Path(local.name)
+
+
+def open_file(file: AnyPath) -> dict[str, Stored]:
     """The tensors of one file; InputError when header and length disagree or a name repeats."""
     try:
-        with safe_open(file, framework="numpy"):
+        with _with_header(file) as local, safe_open(local, framework="numpy"):
             pass  # the library has checked the header against the file's length
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
@@ -119,34 +137,34 @@ def open_file(file: Path) -> dict[str, Stored]:
     return tensors
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def _read_index(path: AnyPath) -> dict[str, str]:
     """{tensor: file} of an index; InputError for a file that could lie outside the directory."""
     places = read_json(path, INDEX_LIMIT).get("weight_map")
     is_map = isinstance(places, dict) and len(places) > 0
     require(is_map, f"{path} has no weight_map of tensor names to files.")
+    there = {file.name for file in path.parent.iterdir()}
     for name, file in places.items():
         is_plain = isinstance(file, str) and re.fullmatch(r"[\w.-]+\.safetensors", file)
         sentence = f"{path} places {name!r} in {file!r}, which is not the plain name of a"
         require(is_plain, f"{sentence} .safetensors file.")
-        is_there = os.path.isfile(path.parent / file)  # also where the name is too long for one
-        require(is_there, f"{path} places {name!r} in {file}, which is missing.")
+        require(file in there, f"{path} places {name!r} in {file}, which is missing.")
     return places
 
 
-def metadata(file: Path) -> dict[str, str]:
+def metadata(file: AnyPath) -> dict[str, str]:
     """What a file says of itself beside its tensors."""
     try:
-        with safe_open(file, framework="numpy") as opened:
+        with _with_header(file) as local, safe_open(local, framework="numpy") as opened:
             return opened.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} is damaged or cut short: {error}.") from error
 
 
-def _find(directory: Path, stem: str, variant: str | None) -> Path:
+def _find(directory: AnyPath, stem: str, variant: str | None) -> AnyPath:
     """The file or index that holds the weights: of `variant` where there is one, else the plain
     ones, else those of the only variant."""
     pattern = rf"{stem}(?:\.(\w+))?\.safetensors(?:\.index(?:\.(\w+))?\.json)?"
-    files: dict[str, list[Path]] = {}
+    files: dict[str, list[AnyPath]] = {}
     for file in sorted(directory.glob(f"{stem}*")):
         if (match := re.fullmatch(pattern, file.name)) and file.is_file():
             files.setdefault(match[1] or match[2] or "", []).append(file)
@@ -167,7 +185,7 @@ def _find(directory: Path, stem: str, variant: str | None) -> Path:
 
 
 def open_tensors(
-    directory: Path, stem: str = "model", variant: str | None = None
+    directory: AnyPath, stem: str = "model", variant: str | None = None
 ) -> dict[str, Stored]:
     """All tensors of `STEM.safetensors`, or of the shards that `STEM.safetensors.index.json` names,
     or of those of a variant (see `_find`); none is read yet. InputError when there are neither or

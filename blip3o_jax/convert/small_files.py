@@ -3,13 +3,13 @@ its tokenizer; sizes of SANA and its autoencoder, in the folder of `diffusion_na
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from blip3o_jax.convert.config_json import NETWORKS
 from blip3o_jax.convert.tokenizer_files import added_tokens
 from blip3o_jax.errors import about
 from blip3o_jax.files import read_json
+from blip3o_jax.paths import AnyPath
 from blip3o_jax.text import load_tokenizer
 
 LIMIT = 1 << 20  # bytes of a config
@@ -20,7 +20,7 @@ IDS = {"pad_token_id": ("pad_token", "<|endoftext|>"), "eos_token_id": ("eos_tok
 FOLDERS = {"sana": "transformer", "dc_ae": "vae"}
 
 
-def completed(directory: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+def completed(directory: AnyPath, fields: Mapping[str, Any]) -> dict[str, Any]:
     """`fields` of a folder's config.json with the ids and networks that it leaves out, where a file
     beside it has them."""
     missing = [key for key in IDS if _first(fields.get(key)) is None]
@@ -33,11 +33,11 @@ def _first(number: Any) -> Any:
     return number[0] if isinstance(number, list) and number else number
 
 
-def _read(file: Path, limit: int) -> dict[str, Any]:
+def _read(file: AnyPath, limit: int) -> dict[str, Any]:
     return read_json(file, limit) if file.is_file() else {}
 
 
-def _ids(directory: Path, missing: list[str]) -> dict[str, Any]:
+def _ids(directory: AnyPath, missing: list[str]) -> dict[str, Any]:
     """Those of `missing` that the files of generation or of the tokenizer say."""
     if not missing:
         return {}
@@ -60,7 +60,7 @@ def _ids(directory: Path, missing: list[str]) -> dict[str, Any]:
     return ids
 
 
-def networks(directory: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+def networks(directory: AnyPath, fields: Mapping[str, Any]) -> dict[str, Any]:
     """{key of config.json: fields} of the networks that it does not describe and that are not the
     published ones, from the folder of that name in the checkpoint or beside it."""
     name = fields.get("diffusion_name_or_path")

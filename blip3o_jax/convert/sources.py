@@ -5,12 +5,12 @@ import json
 import logging
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from blip3o_jax import paths
 from blip3o_jax.config import Blip3oConfig, replace
 from blip3o_jax.convert import published, small_files, tokenizer_files, upstream, vocabulary
 from blip3o_jax.convert.config_json import EMBEDDING, NETWORKS, config_to_json, read_qwen3
@@ -21,6 +21,7 @@ from blip3o_jax.convert.safetensors_io import Stored
 from blip3o_jax.convert.vocabulary import Made
 from blip3o_jax.errors import about, require
 from blip3o_jax.models.blip3o import Blip3o, parts_of
+from blip3o_jax.paths import AnyPath
 from blip3o_jax.text import load_tokenizer
 
 # Group -> the flag that fills it, what opens its files, and how its tensors begin in a BLIP3o
@@ -48,9 +49,9 @@ class Source:
     config: Blip3oConfig
     leaves: dict[str, published.PublishedLeaf]
     ignored: dict[str, str]  # every tensor that fills none, and the reason
-    folders: dict[str, Path]
-    files: set[Path]  # all that were read
-    beside: dict[str, Path | str]  # name in the result -> the file to copy, or the text to write
+    folders: dict[str, AnyPath]
+    files: set[AnyPath]  # all that were read
+    beside: dict[str, AnyPath | str]  # name in the result -> the file to copy, or the text to write
     unused: dict[str, Stored]  # by published name, the tensors that fill none, but for
     repeated: dict[str, np.dtype]  # those that repeat another
     renamed: dict[str, str]  # published name -> the checkpoint's own, where it has another
@@ -61,7 +62,7 @@ class Source:
 
 
 def open_source(
-    directory: Path | None,
+    directory: AnyPath | None,
     flags: dict[str, str | None],
     new_vocabulary: str | None,
     name: str,
@@ -102,7 +103,7 @@ def _open_parts(
     return parts, stored
 
 
-def _from_checkpoint(directory: Path, flags: dict[str, str | None], options: Options) -> Source:
+def _from_checkpoint(directory: AnyPath, flags: dict[str, str | None], options: Options) -> Source:
     """A published checkpoint; a flag fills a group that it lacks, and overrides nothing."""
     file, fields = directory / "config.json", published.read_fields(directory)
     weights = open_weights(directory, "model", fields, options, is_qwen3=True)
@@ -147,7 +148,11 @@ def _from_parts(
     flags: dict[str, str | None], new_vocabulary: str | None, name: str, options: Options
 ) -> Source:
     """The four upstream parts, with a new connector."""
-    if flags.get("vae") is None and flags.get("dit") and (Path(flags["dit"]) / "vae").is_dir():
+    if (
+        flags.get("vae") is None
+        and flags.get("dit")
+        and (paths.path(flags["dit"]) / "vae").is_dir()
+    ):
         flags = {**flags, "vae": flags["dit"]}
     for flag in FLAGS.values():
         missing = f"Name a checkpoint to convert, or all of its parts: --{flag} is missing."
@@ -205,12 +210,12 @@ def _from_parts(
 
 
 def _finish(
-    where: Path,
+    where: AnyPath,
     cfg: Blip3oConfig,
     stored: dict[str, Any],
     repeated: dict[str, str],
     parts: dict[str, upstream.Upstream],
-    folders: dict[str, Path],
+    folders: dict[str, AnyPath],
     options: Options,
 ) -> Source:
     """Compares names and shapes; finds the tokenizer at `where` and licences beside all weights."""

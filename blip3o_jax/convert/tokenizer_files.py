@@ -3,11 +3,11 @@ tokens), read as the tokenizer.json that it means."""
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from blip3o_jax.errors import InputError, about, os_errors, require
 from blip3o_jax.files import read_json
+from blip3o_jax.paths import AnyPath
 
 LIMIT = 64 << 20  # bytes
 # How Qwen's tokenizer cuts text before its merges: contractions, words with one character before
@@ -20,13 +20,13 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an ad
 NAMED = ("pad_token", "eos_token", "bos_token", "unk_token")  # special, where a file names them
 
 
-def is_slow(folder: Path) -> bool:
+def is_slow(folder: AnyPath) -> bool:
     """Whether the tokenizer of a folder is there as vocab.json and merges.txt only."""
     files = ("vocab.json", "merges.txt")
     return not (folder / "tokenizer.json").is_file() and all((folder / x).is_file() for x in files)
 
 
-def to_tokenizer_json(folder: Path) -> str:
+def to_tokenizer_json(folder: AnyPath) -> str:
     """The text of tokenizer.json; InputError for damaged files, or ids that no tokenizer gives."""
     from tokenizers import (
         AddedToken,
@@ -62,7 +62,7 @@ def to_tokenizer_json(folder: Path) -> str:
     return tokenizer.to_str()
 
 
-def _merges(file: Path) -> list[tuple[str, str]]:
+def _merges(file: AnyPath) -> list[tuple[str, str]]:
     with os_errors(f"{file} cannot be read"):
         require(file.stat().st_size <= LIMIT, f"{file} is larger than {LIMIT} bytes.")
         data = file.read_bytes()
@@ -78,7 +78,7 @@ def _merges(file: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def added_tokens(folder: Path) -> dict[str, tuple[int, dict[str, bool]]]:
+def added_tokens(folder: AnyPath) -> dict[str, tuple[int, dict[str, bool]]]:
     """{token: (id, flags)} of tokenizer_config.json, and of added_tokens.json what that lacks."""
     config, file = {}, folder / "tokenizer_config.json"
     if file.is_file():

@@ -2,7 +2,6 @@
 beside the converted parameters as it is, so that the way back writes every tensor again."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from blip3o_jax.convert import hashes, safetensors_io
 from blip3o_jax.convert.published import LM_HEAD, published_name
 from blip3o_jax.convert.safetensors_io import DTYPES, Entry, Stored
 from blip3o_jax.errors import require
+from blip3o_jax.paths import AnyPath
 
 FOLDER = "unused"
 SHARD = 5e9  # bytes
@@ -29,7 +29,7 @@ def size(tensors: Mapping[str, Stored], dtype: np.dtype | None) -> int:
     return sum(entry(tensor, dtype).size for tensor in tensors.values())
 
 
-def keep(directory: Path, tensors: Mapping[str, Stored], dtype: np.dtype | None) -> None:
+def keep(directory: AnyPath, tensors: Mapping[str, Stored], dtype: np.dtype | None) -> None:
     """Writes unused/ into a converted checkpoint, with its own hashes.json."""
     if not tensors:
         return
@@ -40,13 +40,13 @@ def keep(directory: Path, tensors: Mapping[str, Stored], dtype: np.dtype | None)
     hashes.record(folder, folder.glob("*.safetensors"))
 
 
-def verify(directory: Path, whole: bool = False) -> None:
+def verify(directory: AnyPath, whole: bool = False) -> None:
     """InputError unless unused/, if there is one, is as its hashes.json recorded it."""
     folder = directory / FOLDER
     hashes.compare(folder, folder.glob("*.safetensors"), whole)
 
 
-def open_unused(directory: Path, origin: Mapping[str, Any]) -> dict[str, Stored]:
+def open_unused(directory: AnyPath, origin: Mapping[str, Any]) -> dict[str, Stored]:
     """The tensors kept in a converted checkpoint, unread; `origin` is its convert.json, which says
     how many they are. InputError when they are not all there."""
     counts = origin.get("tensors")
@@ -64,7 +64,7 @@ def open_unused(directory: Path, origin: Mapping[str, Any]) -> dict[str, Stored]
 
 
 def restored(
-    directory: Path,
+    directory: AnyPath,
     origin: Mapping[str, Any],
     checkpoint: tuple[Blip3oConfig, Mapping[str, Any]],
     dtype: np.dtype | None,

@@ -5,9 +5,9 @@ a BLIP3o checkpoint (docs/model.md §3)."""
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from blip3o_jax import paths
 from blip3o_jax.config import MAX_LAYERS, SiglipConfig, TaTokConfig
 from blip3o_jax.convert import folders, lora
 from blip3o_jax.convert.config_json import (
@@ -24,6 +24,7 @@ from blip3o_jax.convert.published import CONFIG_LIMIT, TA_TOK
 from blip3o_jax.convert.safetensors_io import Stored
 from blip3o_jax.errors import about, require
 from blip3o_jax.files import read_json
+from blip3o_jax.paths import AnyPath
 
 DIFFUSERS = "diffusion_pytorch_model"
 SANA = "SanaTransformer2DModel"
@@ -41,15 +42,15 @@ class Upstream:
     """`config` is the part's, or config.json's fields for Qwen3; `files` described it, and the rest
     is as in `Weights`."""
 
-    folder: Path
+    folder: AnyPath
     config: Any
     tensors: dict[str, Stored]
-    files: tuple[Path, ...]
+    files: tuple[AnyPath, ...]
     note: str
     merged: Mapping[str, str]
 
 
-def _upstream(path: Path, config: Any, file: Path, prefix: str, weights: Weights) -> Upstream:
+def _upstream(path: AnyPath, config: Any, file: AnyPath, prefix: str, weights: Weights) -> Upstream:
     tensors = {prefix + name: tensor for name, tensor in weights.tensors.items()}
     return Upstream(path, config, tensors, (file, *weights.files), weights.note, weights.merged)
 
@@ -58,10 +59,10 @@ def _open_diffusers(
     path: str, options: Options, inner: str, title: str, name: str, read: Callable, prefix: str
 ) -> Upstream:
     """A model of diffusers' class `name` at `path`, or in its folder `inner`."""
-    places = (Path(path) / inner / "config.json", Path(path) / "config.json")
+    places = (paths.path(path) / inner / "config.json", paths.path(path) / "config.json")
     file = next((place for place in places if place.is_file()), None)
     if file is None:
-        lora.refuse_adapter_folder(Path(path))
+        lora.refuse_adapter_folder(paths.path(path))
     neither = f"holds no config.json, nor does its folder {inner}"
     require(file is not None, f"{path} {neither}: it is no {title}.")
     # Its class says what it is; the fields are the config's.
@@ -93,8 +94,8 @@ def open_dc_ae(path: str, options: Options) -> Upstream:
 def open_qwen3(path: str, options: Options) -> Upstream:
     """A Qwen3 directory of transformers, with or without its head, plain or with BLIP3o's
     vocabulary."""
-    lora.refuse_adapter_folder(Path(path))
-    file = Path(path) / "config.json"
+    lora.refuse_adapter_folder(paths.path(path))
+    file = paths.path(path) / "config.json"
     fields = read_json(file, CONFIG_LIMIT)
     with about(file):
         kind = str(fields.get("model_type"))
@@ -108,7 +109,7 @@ def open_qwen3(path: str, options: Options) -> Upstream:
 
 def open_tokenizer(path: str, options: Options) -> Upstream:
     """TA-Tok's `ta_tok.pth`, or a directory that holds it."""
-    file = Path(path) / "ta_tok.pth" if Path(path).is_dir() else Path(path)
+    file = paths.path(path) / "ta_tok.pth" if paths.path(path).is_dir() else paths.path(path)
     is_file = file.is_file()
     require(is_file, f"{path} is neither TA-Tok's .pth file nor a folder with ta_tok.pth.")
     args, tensors = open_ta_tok(file)
@@ -119,7 +120,7 @@ def open_tokenizer(path: str, options: Options) -> Upstream:
     return _upstream(file.parent, cfg, file, TA_TOK, weights)
 
 
-def _teacher(args: Mapping[str, Any], where: Path) -> SiglipConfig | None:
+def _teacher(args: Mapping[str, Any], where: AnyPath) -> SiglipConfig | None:
     """The encoder that TA-Tok is built around, as its config.json in a folder of its name beside
     ta_tok.pth describes it; None for so400m without one, whose sizes are known."""
     teacher = str(args.get("teacher") or args.get("ckpt_path") or TEACHER)
@@ -140,7 +141,7 @@ def _teacher(args: Mapping[str, Any], where: Path) -> SiglipConfig | None:
         return read_fields(SiglipConfig, fields, "it")
 
 
-def _ta_tok_config(args: Mapping[str, Any], shapes: Shapes, where: Path) -> TaTokConfig:
+def _ta_tok_config(args: Mapping[str, Any], shapes: Shapes, where: AnyPath) -> TaTokConfig:
     """TA-Tok's sizes: its tensors', else those of its encoder's own config, else its arguments,
     else its defaults (docs/model.md §2.3)."""
     teacher = _teacher(args, where)

@@ -10,8 +10,8 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -22,12 +22,15 @@ import numpy as np
 from flax import serialization
 from flax.traverse_util import flatten_dict
 
+from blip3o_jax import paths
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data import origin
 from blip3o_jax.data.config import DataConfig, SourceConfig
 from blip3o_jax.data.records import Record, RecordError, Source
+from blip3o_jax.data.shards import open_shards
 from blip3o_jax.data.transform import Tally
 from blip3o_jax.errors import InputError, first_line, require
+from blip3o_jax.paths import AnyPath
 
 FORMAT, MAX_SHARDS = 1, 10**5
 log = logging.getLogger(__name__)
@@ -102,7 +105,7 @@ def shards(sizes: list[int], shard_records: int) -> list[Shard]:
     return result
 
 
-def begin(folder: pathlib.Path, description: dict, process: int) -> None:
+def begin(folder: AnyPath, description: dict) -> None:
     """Makes the folder and writes its description; InputError when it holds another cache or
     something else."""
     # A description, unless there is one.
@@ -110,12 +113,10 @@ def begin(folder: pathlib.Path, description: dict, process: int) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            names = sorted(path.name for path in folder.iterdir())
+            names = sorted(path.name for path in folder.glob("*"))
             if others := [n for n in names if not n.startswith((".", "bad_records"))]:
                 raise InputError(f"{folder} holds {others[0]} and no cache.json; name another.")
-            temporary = folder / f".cache.json.{process}"
-            temporary.write_text(json.dumps(description, indent=1) + "\n")
-            temporary.replace(file)
+            paths.write_text(file, json.dumps(description, indent=1) + "\n")
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}.") from error
     # Which is this one.
@@ -183,8 +184,14 @@ def _encode_records(records: list[dict], encode: Callable[[list[dict]], tuple]) 
         yield arrays
 
 
-def write_shard(file: pathlib.Path, records: Iterable[dict]) -> None:
-    """Writes each record as msgpack to a temporary file, then renames it."""
+def write_shard(file: AnyPath, records: Iterable[dict]) -> None:
+    """Writes each record as msgpack to a temporary file, then renames it, or copies it into a
+    bucket."""
+    if paths.is_bucket(file):
+        with tempfile.TemporaryDirectory() as folder:
+            write_shard(local := pathlib.Path(folder) / file.name, records)
+            paths.copy_file(local, file)
+        return
     from array_record.python.array_record_module import ArrayRecordWriter
 
     temporary = file.with_name(f".{file.name}.part")
@@ -201,7 +208,7 @@ def _require_cache(holds: bool, what: str) -> None:
 
 def read_description(folder: str) -> dict:
     """The contents of cache.json; InputError when it is missing or unreadable."""
-    file = pathlib.Path(folder) / "cache.json"
+    file = paths.path(folder) / "cache.json"
     try:
         description = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError):
@@ -264,13 +271,11 @@ class CachedSource:
     them, of several captions all `captions`, and of an edit `source_codes` [N,n], `source_latents`
     [N,Y,X,C]; RecordError for bad ones."""
 
-    def __init__(self, files: list[pathlib.Path], blocks: list[int] | None):
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
-
+    def __init__(self, files: list[AnyPath], sizes: list[int], blocks: list[int] | None):
         self.folder = files[0].parent
         self.blocks = None if blocks is None else np.array(blocks)
         with self._read():
-            self.source = ArrayRecordDataSource([str(file) for file in files])
+            self.source = open_shards(files, sizes)
 
     @contextlib.contextmanager
     def _read(self) -> Iterator[None]:
@@ -338,12 +343,14 @@ def open_cached(folder: str, spec: SourceConfig) -> CachedSource:
     records = entry["records"]
     # Its shards, all of them and each complete.
     every = shards([entry["records"] for entry in entries], description["shard_records"])
-    files = [pathlib.Path(folder) / shard.name for shard in every if shard.source == number]
-    there = set(os.listdir(folder))  # at once: a damaged cache.json may name many
+    own = [shard for shard in every if shard.source == number]
+    files = [paths.path(folder) / shard.name for shard in own]
+    # At once: a damaged cache.json may name many.
+    there = {file.name for file in paths.path(folder).iterdir()}
     missing = [file for file in files if file.name not in there]
     lost = f"{len(missing)} of {len(files)} shards of {spec.path!r}"
     _require_cache(not missing, f"{folder} lacks {lost}")
-    source = CachedSource(files, entry["blocks"])
+    source = CachedSource(files, [len(shard.numbers) for shard in own], entry["blocks"])
     size = f"{len(source)} of {records} records of {spec.path!r}"
     _require_cache(len(source) == records, f"{folder} holds {size}")
     return source

@@ -2,7 +2,6 @@
 (seed, s)."""
 
 import dataclasses
-import pathlib
 from collections.abc import Iterator
 from functools import partial
 
@@ -26,6 +25,7 @@ from blip3o_jax.data.transform import (
     with_sources,
 )
 from blip3o_jax.errors import InputError, disk_reason, multiples, require
+from blip3o_jax.paths import AnyPath
 from blip3o_jax.scenes import builder, edits
 from blip3o_jax.scenes.exercises import exercise
 from blip3o_jax.scenes.scene import compose
@@ -103,7 +103,7 @@ class Feed:
     seed: int = 0
     hosts: tuple[int, int] = (0, 1)
     data_dir: str = ""
-    bad_records: pathlib.Path | None = None
+    bad_records: AnyPath | None = None
 
     def __post_init__(self):
         if self.rows not in ROWS or (self.rows != "images" and self.tokenizer is None):

@@ -1,4 +1,4 @@
-"""One record of a source, and the files of sources, on disk or in a bucket (etils.epath)."""
+"""One record of a source, and the files of sources, on disk or in a bucket."""
 
 import bisect
 import glob
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from blip3o_jax import paths
 from blip3o_jax.errors import InputError, require
 
 MAX_BYTES = 256 << 20  # of one encoded image, caption or line
@@ -92,52 +93,39 @@ def expand(pattern: str) -> list[str]:
 
 
 def _remote(pattern: str) -> list[str]:
-    from etils import epath
-
     parts = pattern.split("/")
     magic = [i for i, part in enumerate(parts) if set(part) & set("*?[")]
     try:
         if not magic:
-            return [pattern] if epath.Path(pattern).exists() else []
-        folder = epath.Path("/".join(parts[: magic[0]]))
+            return [pattern] if paths.path(pattern).exists() else []
+        folder = paths.path("/".join(parts[: magic[0]]))
         return sorted(str(path) for path in folder.glob("/".join(parts[magic[0] :])))
-    except Exception as error:  # whatever the bucket's client raises
-        why = f"{type(error).__name__}: {error}"
-        raise InputError(f"data.sources: {pattern!r} cannot be listed: {why}.") from error
+    except OSError as error:
+        reason = f"{pattern!r} cannot be listed: {error.strerror}"
+        raise InputError(f"data.sources: {reason}.") from error
 
 
 def open_binary(path: str):
     """The file, open for reading."""
-    if "://" not in path:
-        return open(path, "rb")
-    from etils import epath
-
-    return epath.Path(path).open("rb")
+    return paths.path(path).open("rb")
 
 
 def state(path: str) -> tuple[int, int]:
-    """(bytes, time of the last change: in ns, of a bucket in s)."""
-    if "://" in path:
-        from etils import epath
-
-        stat = epath.Path(path).stat()
-        return stat.length, int(stat.mtime)
-    stat = os.stat(path)
+    """(bytes, time of the last change in ns)."""
+    stat = paths.path(path).stat()
     return stat.st_size, stat.st_mtime_ns
 
 
 def read_bytes(path: str, *spans: tuple[int, int]) -> list[bytes]:
     """The file's bytes at each (offset, size), size -1 to its end; RecordError when it cannot be
     read."""
-    contents = []
+    # One byte more than is allowed tells that there are too many.
+    sizes = [size if 0 <= size <= MAX_BYTES else MAX_BYTES + 1 for _, size in spans]
+    places = [(start, start + size) for (start, _), size in zip(spans, sizes, strict=True)]
     try:
-        with open_binary(path) as file:
-            for start, size in spans:
-                file.seek(start)
-                # one byte more than is allowed tells that there are too many
-                contents.append(file.read(size if 0 <= size <= MAX_BYTES else MAX_BYTES + 1))
-                if len(contents[-1]) > MAX_BYTES:
-                    raise RecordError(f"more than {MAX_BYTES >> 20} MB in {path}")
+        contents = paths.read_ranges(paths.path(path), places)
+        if any(len(data) > MAX_BYTES for data in contents):
+            raise RecordError(f"more than {MAX_BYTES >> 20} MB in {path}")
     except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
         reason = getattr(error, "strerror", None) or error
         raise RecordError(f"{path} cannot be read ({reason})") from error

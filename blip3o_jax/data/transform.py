@@ -2,16 +2,17 @@
 
 import json
 import logging
-import pathlib
 import threading
 
 import numpy as np
 from PIL import Image
 
+from blip3o_jax import paths
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data.records import Record, RecordError
 from blip3o_jax.errors import InputError, require
 from blip3o_jax.geometry import to_square
+from blip3o_jax.paths import AnyPath
 from blip3o_jax.pictures import LIMITS, Limits, PictureError, decode
 from blip3o_jax.pixels import centre_crop, squash
 from blip3o_jax.text import Text, edit_prompt, t2i_prompt
@@ -55,7 +56,7 @@ class Tally:
     more than `max_fraction` of those read, or of `MIN_READ` while fewer are.
     """
 
-    def __init__(self, max_fraction: float, path: pathlib.Path | None = None):
+    def __init__(self, max_fraction: float, path: AnyPath | None = None):
         self.max_fraction = max_fraction
         self.path = path
         self.counts = {"read": 0, "bad": 0, "truncated": 0, "dropped": 0, "bytes": 0}
@@ -79,8 +80,8 @@ class Tally:
                 self._named.add(key)
                 log.warning("Record %s is not used: %s.", key, reason)
                 if self.path:
-                    with self.path.open("a") as file:
-                        file.write(json.dumps({"key": key, "reason": reason}) + "\n")
+                    line = json.dumps({"key": key, "reason": reason})
+                    paths.append_text(self.path, f"{line}\n")
             # a share of at least MIN_READ, as the first record read may be a bad one
             bad, read = self.counts["bad"], self.counts["read"]
             limit = f"more than data.max_bad_fraction {self.max_fraction}"

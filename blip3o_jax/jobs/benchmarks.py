@@ -13,6 +13,7 @@ import shlex
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from blip3o_jax import paths
 from blip3o_jax.errors import InputError, about, require
 from blip3o_jax.evaluate.exporters import record
 from blip3o_jax.evaluate.exporters.record import Benchmark, Export, Item
@@ -49,8 +50,8 @@ def options(benchmarks: argparse._SubParsersAction) -> None:
         job.set_defaults(run=run_export, seed=benchmark.seed)
         job = actions.add_parser("import", help="the scorer's results as one JSON record")
         job.add_argument("--export", required=True, metavar="DIR", help="--out of the export")
-        paths = {"required": True, "nargs": "+", "metavar": "PATH", "help": benchmark.results}
-        job.add_argument("--results", **paths)
+        several = {"required": True, "nargs": "+", "metavar": "PATH", "help": benchmark.results}
+        job.add_argument("--results", **several)
         judge = benchmark.judge or "to be named, as it decides the scores"
         job.add_argument("--judge", default=benchmark.judge, help=f"model that judged: {judge}")
         version = "of the judge and its scorer, e.g. a date or a commit"
@@ -65,15 +66,15 @@ def run_export(args: argparse.Namespace) -> None:
     from blip3o_jax.parallel.processes import require_alone
 
     require_alone("evaluate")
-    benchmark, prompts = BENCHMARKS[args.benchmark], Path(args.prompts)
+    benchmark, prompts = BENCHMARKS[args.benchmark], paths.path(args.prompts)
     # Everything is checked before any weights are loaded.
     plain = f"--model-name {args.model_name!r} is a folder: use letters, digits, `.`, `_` and `-`."
     require(bool(re.fullmatch(r"\w[\w.-]*", args.model_name)), plain)
     settings = settings_of(args, EditSettings if benchmark.edits else Settings)
     items = benchmark.read(prompts, args.model_name)
     check_items(args, benchmark, items)
-    images = Path(args.out).resolve() / "images"
-    keep_results(Path(args.out))
+    images = paths.path(args.out).resolve() / "images"
+    keep_results(paths.path(args.out))
     with new_folder(args.out, marker=MARKER, overwrite=args.overwrite) as folder:
         # What stands beside the images comes first: sources of edits are read from there.
         tree = folder / "images"
@@ -93,7 +94,7 @@ def run_export(args: argparse.Namespace) -> None:
         export["items"] = [dataclasses.asdict(item) for item in items]
         (folder / MARKER).write_text(json.dumps(export), "utf-8")
     places = {"images": images, "out": images.parent, "prompts": prompts.resolve()}
-    places |= {"sources": Path(getattr(args, "sources", ".")).resolve()}
+    places |= {"sources": paths.path(getattr(args, "sources", ".")).resolve()}
     quoted = {name: shlex.quote(str(path)) for name, path in places.items()}
     number = len(items) * benchmark.num_images
     print(f"{number} images in {images}. In a clone of {benchmark.repository}:\n")
@@ -134,7 +135,7 @@ def check_items(args: argparse.Namespace, benchmark: Benchmark, items: list[Item
                 is_below = not path.is_absolute() and ".." not in path.parts
                 require(is_below, f"{name!r} is not the name of a file.")
             if benchmark.sources:
-                edit.check(str(Path(args.sources) / item.source), args.out)
+                edit.check(str(paths.path(args.sources) / item.source), args.out)
 
 
 def write_images(
@@ -155,7 +156,7 @@ def write_images(
     # All images in the order of the items.
     prompts, each = [item.prompt for item in items], benchmark.num_images
     if benchmark.edits:
-        folder = Path(args.sources) if benchmark.sources else tree
+        folder = paths.path(args.sources) if benchmark.sources else tree
         sources = [(str(folder / item.source),) for item in items]
     else:
         sources = [()] * len(items)
@@ -195,7 +196,7 @@ def digest_of(items: list[Item]) -> str:
 
 def run_import(args: argparse.Namespace) -> None:
     """Writes the record of a finished scorer to --out, and prints it."""
-    benchmark, file = BENCHMARKS[args.benchmark], Path(args.export) / MARKER
+    benchmark, file = BENCHMARKS[args.benchmark], paths.path(args.export) / MARKER
     export = record.parse_json(file, record.read_text(file))
     # Of this benchmark, and as `run_export` wrote it.
     try:
@@ -206,7 +207,7 @@ def run_import(args: argparse.Namespace) -> None:
         raise InputError(f"{file} was not written by `evaluate NAME export`.") from error
     require(name == args.benchmark, f"{file} is an export for {name}, not {args.benchmark}.")
     require(bool(args.judge), "Name the model that judged the images: --judge NAME.")
-    results = [Path(path) for path in args.results]
+    results = [paths.path(path) for path in args.results]
     for path in results:
         require(path.exists(), f"{path} does not exist.")
     scores = benchmark.scores(Export(items, model_name), results)

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip3o_jax import __version__
+from blip3o_jax import __version__, paths
 from blip3o_jax.errors import require
 from blip3o_jax.jobs import verify
 from blip3o_jax.jobs.options import overwrite_option
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from blip3o_jax.checkpoints import Checkpoint
+    from blip3o_jax.paths import AnyPath
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def run_to_jax(args: argparse.Namespace) -> None:
     require(min(mesh.values()) >= 1, f"--mesh {args.mesh!r}: {left}.")
     flags = {flag: getattr(args, flag) for flag in sources.FLAGS.values()}
     for flag, path in flags.items():
-        exists = not path or Path(path).exists()
+        exists = not path or paths.path(path).exists()
         require(exists, f"--{flag} {path}: there is no such file or folder.")
     directory, kind = checkpoints.find(args.source) if args.source else (None, None)
     is_torch = kind in (None, checkpoints.PUBLISHED)
@@ -110,7 +111,7 @@ def run_to_jax(args: argparse.Namespace) -> None:
     with _conversion(args, read_from) as (folder, report, details):
         # Headers alone say whether everything is there, and fits the disk. Compression saves a
         # tenth to a quarter; half is out of the question, so this is the time to say so.
-        name = Path(args.destination).absolute().name
+        name = paths.path(args.destination).absolute().name
         options = Options(args.variant, tuple(args.ignore), args.merge_lora)
         source = sources.open_source(directory, flags, args.new_vocabulary, name, options)
         if "tokenizer.json" not in source.beside:
@@ -159,7 +160,7 @@ def run_to_torch(args: argparse.Namespace) -> None:
     is_jax = kind != checkpoints.PUBLISHED
     require(is_jax, f"{args.source} is in the published layout already.")
     # A run keeps none of its source's unused tensors.
-    keeper = Path(args.unused) if args.unused else folder
+    keeper = paths.path(args.unused) if args.unused else folder
     own = f"{args.source} is converted and keeps its own unused tensors; --unused is for a run."
     require(not args.unused or kind == checkpoints.RUN, own)
     no_keeper = f"--unused {args.unused} is not a folder of `convert to-jax`."
@@ -196,7 +197,7 @@ def run_to_torch(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _conversion(
-    args: argparse.Namespace, read_from: list[str | Path]
+    args: argparse.Namespace, read_from: list[str | AnyPath]
 ) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
     """(the folder that becomes DST, a report, its details) for the block to fill: the two are
     written as convert.json, and the report is printed with what the conversion took."""
@@ -204,9 +205,9 @@ def _conversion(
 
     began, now = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     # Overwriting would remove a source that lies in the result, or the other way round.
-    target = Path(args.destination).resolve()
+    target = paths.path(args.destination).resolve()
     for place in read_from:
-        source = Path(place).resolve()
+        source = paths.path(place).resolve()
         apart = source not in (target, *target.parents) and target not in source.parents
         lie = f"{args.destination} and the source {place} lie in each other"
         require(apart, f"{lie}; name another folder.")
@@ -229,7 +230,7 @@ def _size(leaves: dict[str, Any], dtype: np.dtype | None) -> int:
     return sum(math.prod(x.shape) * (dtype or x.dtype).itemsize for x in leaves.values())
 
 
-def _origin(folder: Path) -> dict[str, Any]:
+def _origin(folder: AnyPath) -> dict[str, Any]:
     """A folder's convert.json, where it has one."""
     from blip3o_jax.files import read_json
 
@@ -239,7 +240,7 @@ def _origin(folder: Path) -> dict[str, Any]:
 
 def _beside(
     checkpoint: Checkpoint, dtype: np.dtype | None
-) -> tuple[dict[str, Any], dict[str, Path | str]]:
+) -> tuple[dict[str, Any], dict[str, AnyPath | str]]:
     """(where a checkpoint came from, what its published copy has beside the weights)."""
     from blip3o_jax import checkpoints
     from blip3o_jax.convert.published import CONFIG_LIMIT, to_text
@@ -251,7 +252,7 @@ def _beside(
     config, origin = checkpoint.folder / "config.json", _origin(checkpoint.folder)
     names = {file.name for file in checkpoint.folder.iterdir()}
     names = (x for x in names if x in TOKENIZER_FILES or LICENCE.search(x))
-    beside: dict[str, Path | str] = {name: checkpoint.folder / name for name in names}
+    beside: dict[str, AnyPath | str] = {name: checkpoint.folder / name for name in names}
     # The source's own config.json, but for the dtype where either conversion changed it.
     beside["config.json"] = config
     name = dtype.name if dtype else origin.get("dtype")

@@ -6,7 +6,6 @@ import argparse
 import functools
 import json
 import logging
-import pathlib
 import time
 from typing import TYPE_CHECKING
 
@@ -92,7 +91,7 @@ def run(args) -> None:
     import jax
     import jax.numpy as jnp
 
-    from blip3o_jax import checkpoints
+    from blip3o_jax import checkpoints, paths
     from blip3o_jax.data import cache
     from blip3o_jax.data.feed import open_sources
     from blip3o_jax.data.transform import Tally, image_arrays
@@ -117,9 +116,9 @@ def run(args) -> None:
     entries = [cache.source_entry(*pair) for pair in zip(cfg.data.sources, sources, strict=True)]
     description = cache.describe(cfg.blip3o(), cfg.data, params)
     description |= {"latents": args.latents, "shard_records": args.shard_records}
-    folder, host, hosts = pathlib.Path(args.out), jax.process_index(), jax.process_count()
+    folder, host, hosts = paths.path(args.out), jax.process_index(), jax.process_count()
     encode = make_encoder(cfg, params, args.batch_size, jnp.dtype(args.latents))
-    cache.begin(folder, description | {"sources": entries}, host)
+    cache.begin(folder, description | {"sources": entries})
     enable_compilation_cache()
     # This host's shards that are missing.
     shards = cache.shards([len(source) for source in sources], args.shard_records)

@@ -4,10 +4,10 @@ origin inside, and a manifest."""
 from __future__ import annotations
 
 import argparse
-import pathlib
 import warnings
 from dataclasses import asdict
 
+from blip3o_jax import paths
 from blip3o_jax.errors import about, check_number, require
 from blip3o_jax.jobs import work
 from blip3o_jax.jobs.images import image_format, mask_name
@@ -51,7 +51,7 @@ def levels_to_keep(args: argparse.Namespace) -> float | None:
 
 def check_place(path: str, out: str) -> None:
     """InputError for a source image that the results would replace."""
-    source, target = pathlib.Path(path).resolve(), pathlib.Path(out).resolve()
+    source, target = paths.path(path).resolve(), paths.path(out).resolve()
     files = (target, target.with_name(mask_name(target.name)))
     overlaps = source in files or target in source.parents
     require(not overlaps, f"The results would replace {path}; name another --out.")
@@ -86,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
     if args.words:
         missing = f"Give an image and an instruction, not {args.words[0]!r} alone."
         require(len(args.words) > 1, missing)
-    *paths, last = args.words or [""]
-    rows = [Row("edit", last, tuple(paths))] if args.words else read_edits(args.edits)
+    *sources, last = args.words or [""]
+    rows = [Row("edit", last, tuple(sources))] if args.words else read_edits(args.edits)
     require(args.num_images >= 1, f"--num-images is at least 1, not {args.num_images}.")
     levels = levels_to_keep(args)
     require(levels is not None or not args.mask, "--mask needs --keep-unchanged.")

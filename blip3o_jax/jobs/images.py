@@ -8,6 +8,7 @@ import pathlib
 import re
 from typing import TYPE_CHECKING
 
+from blip3o_jax import paths
 from blip3o_jax.errors import require
 
 if TYPE_CHECKING:
@@ -56,6 +57,6 @@ def file_name(text: str, number: int, *more: int, kind: str = "png") -> str:
 
 def mask_name(name: str) -> str:
     """The mask's file beside that of an image."""
-    path = pathlib.Path(name)
+    path = paths.path(name)
     stem = path.with_suffix("") if path.suffix.lower() in FORMATS else path
     return f"{stem}.mask.png"

@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from blip3o_jax import paths
 from blip3o_jax.errors import InputError, first_line, require
 from blip3o_jax.files import json_object, read_lines, read_text
 from blip3o_jax.sample.settings import Settings
@@ -53,9 +54,9 @@ def read_edits(path: str) -> list[Row]:
         require(is_text, f"{where}: `image` is not a path or a list of paths.")
         strange = {"Cc", "Cs", "Zl", "Zp"} & set(map(unicodedata.category, "".join(images)))
         require(not strange, f"{where}: `image` has a line break or a character that no name has.")
-        folder = pathlib.Path(path).parent
-        paths = tuple(str(folder / image) for image in images)
-        rows.append(Row(_id(where, fields), text, paths, fields, where))
+        folder = paths.path(path).parent
+        sources = tuple(str(paths.join(folder, image)) for image in images)
+        rows.append(Row(_id(where, fields), text, sources, fields, where))
     return _checked(path, "edits", rows)
 
 
@@ -126,7 +127,7 @@ def _parquet_rows(path: str, what: str) -> Iterator[tuple[str, dict]]:
 
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        with paths.path(path).open("rb") as stream, parquet.ParquetFile(stream) as file:
             names = {"id", "prompt", "image", "instruction", *OWN_FIELDS}
             columns = [name for name in file.schema_arrow.names if name in names]
             for batch in file.iter_batches(columns=columns):

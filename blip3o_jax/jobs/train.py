@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip3o_jax.errors import InputError, require
@@ -13,6 +12,7 @@ from blip3o_jax.jobs.options import run_options
 
 if TYPE_CHECKING:
     from blip3o_jax.data.feed import Feed
+    from blip3o_jax.paths import AnyPath
     from blip3o_jax.text import Text
     from blip3o_jax.train.config import TrainConfig
 
@@ -81,7 +81,7 @@ def open_feed(
     tokenizer: Text | None,
     data_dir: str = "",
     hosts: tuple[int, int] = (0, 1),
-    workdir: Path | None = None,
+    workdir: AnyPath | None = None,
 ) -> Feed:
     """The run's data.feed.Feed; bad records are named in a file of the workdir, if there is one."""
     import jax
@@ -95,7 +95,7 @@ def open_feed(
 
 def run(args: argparse.Namespace) -> None:
     """Trains; prints the last evaluation as one JSON line, from process 0 if there are several."""
-    from blip3o_jax import checkpoints
+    from blip3o_jax import checkpoints, paths, resources
     from blip3o_jax.data import cache
     from blip3o_jax.kernels.platform import enable_compilation_cache
     from blip3o_jax.parallel.batches import batch_hosts
@@ -109,8 +109,10 @@ def run(args: argparse.Namespace) -> None:
     cfg = open_run(args.config, [*args.overrides, *quirks], "train")
     # The data; a cache must have been made by the run's own encoders.
     tokenizer = open_tokenizer(cfg) if "tokenizer" in cfg.record.data else None
-    workdir = Path(args.workdir)
-    data_dir = cfg.data.data_dir or str(workdir.parent / "scenes")
+    workdir = paths.path(args.workdir)
+    # The embedded world is drawn on a disk.
+    beside = resources.cache_folder() if paths.is_bucket(workdir) else workdir.parent
+    data_dir = cfg.data.data_dir or str(beside / "scenes")
     feed = open_feed(cfg, tokenizer, data_dir, batch_hosts(make_mesh(cfg.mesh)), workdir)
     if cfg.data.cache:
         encoders = start.encoder_params(cfg, checkpoints.load_part)

@@ -10,19 +10,19 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from blip3o_jax import training_checkpoint
+from blip3o_jax import paths, training_checkpoint
 from blip3o_jax.errors import require
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.parallel.batches import check_batch, put_batch
 from blip3o_jax.parallel.mesh import make_mesh
 from blip3o_jax.parallel.processes import barrier
+from blip3o_jax.paths import AnyPath
 from blip3o_jax.train import start, steps, stop
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.meter import Meter
@@ -48,7 +48,7 @@ class Run:
     halt: Callable[[dict], str] = lambda metrics: ""
 
 
-def run(cfg: TrainConfig, workdir: str | Path, run: Run) -> dict[str, float]:
+def run(cfg: TrainConfig, workdir: str | AnyPath, run: Run) -> dict[str, float]:
     """Trains to `cfg.num_steps` and returns the last evaluation; resumes when the workdir holds a
     checkpoint.
 
@@ -64,7 +64,7 @@ def run(cfg: TrainConfig, workdir: str | Path, run: Run) -> dict[str, float]:
         # The newest whole checkpoint, or a new run.
         state, frozen, shardings, notes = start.begin(cfg, run.model, run.mesh, manager, run.params)
         done = int(state["step"])
-        meter = Meter(cfg, Path(workdir), done, {"began": began, **notes})
+        meter = Meter(cfg, paths.path(workdir), done, {"began": began, **notes})
         # What is trained, part by part; every parameter with its shape and sharding.
         parts, mesh = start.overview(state, frozen), dict(run.mesh.shape)
         log.info("Stage %s on mesh %s.\n%s", cfg.stage, mesh, parts)

@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import logging
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +12,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from blip3o_jax import paths
 from blip3o_jax.chips import peak_flops
 from blip3o_jax.errors import require
 from blip3o_jax.kernels.platform import jit
+from blip3o_jax.paths import AnyPath
 from blip3o_jax.train import steps
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.metrics import MetricWriter
@@ -49,9 +53,9 @@ class Meter:
     that went into steps that still count.
     """
 
-    def __init__(self, cfg: TrainConfig, workdir: Path, step: int, notes: dict):
+    def __init__(self, cfg: TrainConfig, workdir: AnyPath, step: int, notes: dict):
         self.cfg = cfg
-        self.workdir = workdir
+        self.workdir, self.folder = workdir, workdir / "profile"
         self.writer = MetricWriter(workdir, step)
         self.began = notes.get("began", time.time())
         self.stepping = notes.get("stepping", 0.0)
@@ -89,7 +93,9 @@ class Meter:
         """Surrounds the dispatch of a step, counted from 1: marks it in profiles, and starts the
         profile that the config asks for."""
         if self.cfg.profile.steps and step == self.cfg.profile.start:
-            jax.profiler.start_trace(str(self.workdir / "profile"))
+            # The profiler writes to a disk.
+            self.traces = Path(tempfile.mkdtemp()) if paths.is_bucket(self.workdir) else self.folder
+            jax.profiler.start_trace(str(self.traces))
             self.profiling = True
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
@@ -106,7 +112,10 @@ class Meter:
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
             self.profiling = False
-            log.info("Profile of steps %d to %d: %s", window.start, step, self.workdir / "profile")
+            if self.traces != self.folder:
+                paths.copy_folder(self.traces, self.folder)
+                shutil.rmtree(self.traces)
+            log.info("Profile of steps %d to %d: %s", window.start, step, self.folder)
 
     def log(self, step: int, state: dict) -> None:
         """Writes the means since the last time, over the steps that were not skipped, and the size

@@ -1,43 +1,48 @@
 """Where numbers go: always a JSONL file, also TensorBoard's event files where `tensorboard` is
-installed (extra [tensorboard]).
+installed (extra [tensorboard]) and the workdir is on a disk.
 
-TensorBoard's own writer is used because clu's SummaryWriter needs TensorFlow.
+TensorBoard's own writer is used because clu's SummaryWriter needs TensorFlow; it cannot write to a
+bucket.
 """
 
 import contextlib
+import io
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
+from blip3o_jax import paths
 from blip3o_jax.errors import InputError
 from blip3o_jax.parallel.processes import is_process_zero
+from blip3o_jax.paths import AnyPath
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: AnyPath) -> Iterator[None]:
     """Turns what the disk refuses into an InputError."""
     try:
         yield
     except OSError as error:
-        reason = f"{path} cannot be written: {error.strerror}"
-        raise InputError(f"{reason}; make room and start again.") from error
+        room = "" if paths.is_bucket(path) else "; make room and start again"
+        raise InputError(f"{path} cannot be written: {error.strerror}{room}.") from error
 
 
 class MetricWriter:
     """Appends one JSON line per `write`, on process 0 of a run that resumes from `step`; lines of
     later steps, which are repeated, are removed. InputError when the workdir cannot be written."""
 
-    def __init__(self, workdir: str | Path, step: int = 0):
-        self.path = Path(workdir) / "metrics.jsonl"
+    def __init__(self, workdir: str | AnyPath, step: int = 0):
+        self.path = paths.path(workdir) / "metrics.jsonl"
         self.silent = not is_process_zero()
         self.board = None
         if self.silent:
             return
         if self.path.exists():
             self._forget(step)
+        if paths.is_bucket(self.path):
+            return
         with contextlib.suppress(ImportError), _writing(self.path.with_name("tensorboard")):
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -52,8 +57,8 @@ class MetricWriter:
             return
         values = {name: float(f"{float(value):.8g}") for name, value in scalars.items()}
         finite = {name: x if np.isfinite(x) else None for name, x in values.items()}
-        with _writing(self.path), self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")
+        with _writing(self.path):
+            paths.append_text(self.path, json.dumps({"step": step, **finite}) + "\n")
             self._show(step, [{"tag": name, "simple_value": x} for name, x in values.items()])
 
     def write_text(self, name: str, text: str) -> None:
@@ -62,7 +67,7 @@ class MetricWriter:
             return
         path = self.path.with_name(name)
         with _writing(path):
-            path.write_text(text + "\n")
+            paths.write_text(path, text + "\n")
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes a uint8 [H,W,3] image as `name-STEP.png`, and to the board."""
@@ -72,21 +77,21 @@ class MetricWriter:
 
         path = self.path.with_name(f"{name}-{step:06d}.png")
         height, width, _ = image.shape
+        encoded = io.BytesIO()
+        Image.fromarray(image).save(encoded, "png")
         shown = {"height": height, "width": width, "colorspace": 3}
+        shown["encoded_image_string"] = encoded.getvalue()
         with _writing(path):
-            Image.fromarray(image).save(path)
-            shown["encoded_image_string"] = path.read_bytes()
+            paths.write_bytes(path, encoded.getvalue())
             self._show(step, [{"tag": name, "image": shown}])
 
     def _forget(self, step: int) -> None:
-        # Written anew beside the file, so that a killed process loses nothing.
         lines = self.path.read_text().splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n"):
             lines.pop()  # its writer was killed
-        new_file = self.path.with_suffix(".new")
-        with _writing(new_file):
-            new_file.write_text("".join(x for x in lines if json.loads(x)["step"] <= step))
-            new_file.replace(self.path)
+        kept = "".join(line for line in lines if json.loads(line)["step"] <= step)
+        with _writing(self.path):
+            paths.write_text(self.path, kept)
 
     def _show(self, step: int, values: list[dict]) -> None:
         if self.board is None:

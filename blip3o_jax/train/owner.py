@@ -12,7 +12,9 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from blip3o_jax import paths
 from blip3o_jax.errors import os_errors, require
+from blip3o_jax.paths import AnyPath
 
 log = logging.getLogger(__name__)
 
@@ -23,13 +25,13 @@ SILENCE = 60.0
 
 
 @contextlib.contextmanager
-def own(workdir: Path) -> Iterator[None]:
+def own(workdir: AnyPath) -> Iterator[None]:
     """Owns the workdir in its body; InputError when a live process does. Waits up to `SILENCE` for
     one of another host that may be gone."""
     file, me = workdir / NAME, _me()
     with os_errors(f"The workdir {workdir} cannot be written"):
         workdir.mkdir(parents=True, exist_ok=True)
-        while not _take(file, me):
+        while not paths.create(file, json.dumps(me).encode()):
             _wait_for_its_end(file)
     ended = threading.Event()
     threading.Thread(target=_touch, args=[file, me, ended], daemon=True).start()
@@ -39,8 +41,9 @@ def own(workdir: Path) -> Iterator[None]:
         ended.set()
         if _read(file) == me:
             file.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # it holds something, as it should
-            workdir.rmdir()
+        if not paths.is_bucket(workdir):
+            with contextlib.suppress(OSError):  # it holds something, as it should
+                workdir.rmdir()
 
 
 def _me() -> dict[str, str | int]:
@@ -66,17 +69,7 @@ def _started(process: int) -> str:
         return ""
 
 
-def _take(file: Path, me: dict) -> bool:
-    """Writes the owner's file unless there is one."""
-    try:
-        with file.open("x") as stream:
-            stream.write(json.dumps(me))
-        return True
-    except FileExistsError:
-        return False
-
-
-def _read(file: Path) -> dict | None:
+def _read(file: AnyPath) -> dict | None:
     """The owner, {} for a file that names none, None without a file."""
     try:
         owner = json.loads(file.read_text())
@@ -87,14 +80,14 @@ def _read(file: Path) -> dict | None:
         return {}
 
 
-def _touched(file: Path) -> int | None:
-    """When the file was last touched, by the disk's clock; None without a file."""
+def _touched(file: AnyPath) -> str | None:
+    """What every touch changes, by the disk's clock; None without a file."""
     with contextlib.suppress(FileNotFoundError):
-        return file.stat().st_mtime_ns
+        return paths.state(file)[1]
     return None
 
 
-def _wait_for_its_end(file: Path) -> None:
+def _wait_for_its_end(file: AnyPath) -> None:
     """Returns when the present owner is gone and its file removed; InputError when it lives."""
     owner, here = _read(file), _me()
     if owner is None:
@@ -119,9 +112,9 @@ def _wait_for_its_end(file: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def _touch(file: Path, me: dict, ended: threading.Event) -> None:
+def _touch(file: AnyPath, me: dict, ended: threading.Event) -> None:
     """The heartbeat; a disk that does not answer for a while is no end."""
     while not ended.wait(HEARTBEAT):
         with contextlib.suppress(OSError):
             if _read(file) == me:
-                os.utime(file)
+                paths.touch(file)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from blip3o_jax.errors import nearest, require
+from blip3o_jax.paths import AnyPath
 from blip3o_jax.train import optimizer
 from blip3o_jax.train.config import TrainConfig
 
@@ -68,7 +69,7 @@ def is_free(key: str, before: Any, now: Any) -> bool:
     return matches(key, FREE) or (matches(key, PATHS) and is_moved(before, now))
 
 
-def check(differing: Changes, allowed: tuple[str, ...], cfg: TrainConfig, workdir: Path) -> None:
+def check(differing: Changes, allowed: tuple[str, ...], cfg: TrainConfig, workdir: AnyPath) -> None:
     """InputError naming the changes that need a permission which `allowed` does not give."""
     keys = flat(json.loads(json.dumps(asdict(cfg)))) | differing
     for name in allowed:

@@ -5,13 +5,13 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 
-from blip3o_jax import resources
+from blip3o_jax import paths, resources
 from blip3o_jax.checkpoints import keep_tokenizer
-from blip3o_jax.errors import InputError, require
+from blip3o_jax.errors import InputError, os_errors, require
 from blip3o_jax.files import parse_json
 from blip3o_jax.parallel.processes import barrier, is_process_zero, process_zero_first
+from blip3o_jax.paths import AnyPath
 from blip3o_jax.train import owner, resume
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.read_config import saved_config
@@ -20,26 +20,25 @@ from blip3o_jax.training_checkpoint import complete, is_workdir
 log = logging.getLogger(__name__)
 
 
-def open_workdir(cfg: TrainConfig, workdir: str | Path, allowed: tuple[str, ...] = ()) -> Path:
+def open_workdir(
+    cfg: TrainConfig, workdir: str | AnyPath, allowed: tuple[str, ...] = ()
+) -> AnyPath:
     """Creates the workdir and keeps the config in it; InputError when it holds another run's or
     cannot be written. Changes that `train.resume` takes, and those of the `allowed` keys, are
     logged and kept."""
-    folder = Path(workdir)
-    file, new_file = folder / "config.json", folder / ".config.json"
+    folder = paths.path(workdir)
+    file, trial = folder / "config.json", folder / ".config.json"
     text = json.dumps(asdict(cfg), indent=1, sort_keys=True)
     # Process 0 writes what all then compare with.
     with process_zero_first("the workdir") as first:
-        try:
-            if first:
+        if first:
+            with os_errors(f"The workdir {workdir} cannot be written"):
                 folder.mkdir(parents=True, exist_ok=True)
-                # Also where there is one, to see whether the workdir can be written.
-                new_file.write_text(text)
-                new_file.unlink() if file.exists() else new_file.replace(file)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                new_file.unlink()
-            reason = f"The workdir {workdir} cannot be written: {error.strerror}."
-            raise InputError(reason) from error
+                # Also where there is a config, to see whether the workdir can be written.
+                paths.write_text(trial, text)
+                trial.unlink()
+                if not file.exists():
+                    paths.write_text(file, text)
 
     try:
         saved = saved_config(parse_json("it", file.read_bytes()))
@@ -53,19 +52,12 @@ def open_workdir(cfg: TrainConfig, workdir: str | Path, allowed: tuple[str, ...]
         # All processes have compared by now.
         barrier("the new config")
         if is_process_zero():
-            _replace(file, text)
+            paths.write_text(file, text)
     return folder
 
 
-def _replace(file: Path, text: str) -> None:
-    """Writes a file that is whole, old or new, also where the process is killed."""
-    new_file = file.with_name(f".{file.name}")
-    new_file.write_text(text)
-    new_file.replace(file)
-
-
 def _log_changes(
-    saved: TrainConfig, cfg: TrainConfig, folder: Path, changes: resume.Changes
+    saved: TrainConfig, cfg: TrainConfig, folder: AnyPath, changes: resume.Changes
 ) -> None:
     """Logs what changes in the run; InputError when it would be over."""
     steps = [int(checkpoint.name) for checkpoint in complete(folder / "checkpoints")]
@@ -81,16 +73,16 @@ def _log_changes(
 
 @contextlib.contextmanager
 def own_workdir(
-    cfg: TrainConfig, workdir: str | Path, allowed: tuple[str, ...] = ()
-) -> Iterator[Path]:
+    cfg: TrainConfig, workdir: str | AnyPath, allowed: tuple[str, ...] = ()
+) -> Iterator[AnyPath]:
     """`open_workdir` around a run that owns the workdir, with a copy of its tokenizer.
 
     Where invalid input ends the run before there are metrics or a checkpoint, both are removed, so
     that the corrected command can take the same folder; a resumed run gets its config back.
     """
     # One process writes for all.
-    with owner.own(Path(workdir)) if is_process_zero() else contextlib.nullcontext():
-        file = Path(workdir) / "config.json"
+    with owner.own(paths.path(workdir)) if is_process_zero() else contextlib.nullcontext():
+        file = paths.path(workdir) / "config.json"
         before = file.read_text() if file.is_file() else None
         folder = open_workdir(cfg, workdir, allowed)
         steps = complete(folder / "checkpoints")
@@ -105,10 +97,10 @@ def own_workdir(
                 for name in ("config.json", "tokenizer.json"):
                     (folder / name).unlink(missing_ok=True)
             elif before and is_process_zero() and complete(folder / "checkpoints") == steps:
-                _replace(file, before)
+                paths.write_text(file, before)
             raise
 
 
-def find_tokenizer(cfg: TrainConfig) -> Path:
+def find_tokenizer(cfg: TrainConfig) -> AnyPath:
     """The tokenizer.json of a run: `data.tokenizer`, or that of the preset."""
     return resources.find_tokenizer(cfg.blip3o().name, cfg.data.tokenizer)

@@ -203,7 +203,7 @@ def test_a_cache_follows_its_sources_and_refuses_them_when_they_changed(
             opened = open_source(own.data.sources[0])
             entry = cache.source_entry(own.data.sources[0], opened)
             new = description | {"sources": [entry, description["sources"][1]]}
-            cache.begin(folder / "cache", new, 0)
+            cache.begin(folder / "cache", new)
         assert changed in str(error.value)
     finally:
         (folder / "a.tar").write_bytes(before)

@@ -191,7 +191,6 @@ def test_a_dry_run_calls_nothing_and_a_wrong_argument_is_a_sentence(tmp_path):
         ([*JOB, "--config.batch_sise=4"], "did you mean 'batch_size'"),
         ([*JOB, "--config.batch_size=24"], "batch_size 24 does not divide by the mesh's 16"),
         ([*JOB[:2], "pretrain_3b:v5e:16x16", *JOB[3:]], "--type v5litepod-16 is not v5e:16x16"),
-        ([*JOB[:4], "gs://bucket/run"], "a bucket's address"),
         ([*JOB, "--help"], "--reference-quirks"),
         (["grpo", *JOB[1:]], "is of stage 'joint'"),
         ([*JOB[:4], "runs/mine"], "runs/mine is inside the clone"),

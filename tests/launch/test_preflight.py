@@ -152,7 +152,7 @@ def test_the_devices_of_the_config_must_be_there(tmp_path):
 
 @pytest.mark.parametrize(
     ("workdir", "sentence"),
-    [("/proc/nothing/here", "cannot be written"), ("gs://bucket/run", "a bucket's address")],
+    [("/proc/nothing/here", "cannot be written"), ("ftp://host/run", "not with ftp://")],
 )
 def test_a_workdir_that_cannot_be_one(workdir, sentence):
     code, lines = outcome(start(workdir))
