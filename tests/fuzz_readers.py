@@ -303,7 +303,7 @@ def cache_json(folder: Path):
 
     def read(data: bytes) -> bool:
         (folder / "cache" / "cache.json").write_bytes(data)
-        resume = partial(cache.begin, folder / "cache", description, 0)
+        resume = partial(cache.begin, folder / "cache", description)
         check = partial(cache.check_cache, str(folder / "cache"), settings)
         return every(read_records, lambda: resume() is None, lambda: check() is None)
 
