@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Format, lint and tests in .venv.  `bash launch/test.sh`: all that needs neither PyTorch nor libtpu.
-# `--all`: also parity with PyTorch's own modules, and the pod configs through the TPU's compiler.
+# `--all`: also parity with PyTorch's own modules, the pod configs through the TPU's compiler, and the
+# page in a browser, which root installs from Debian's packages.
 set -euo pipefail
 
 case "$*" in
@@ -24,6 +25,11 @@ if $all; then
   # Newer than the pair that the extra [tpu] pins for running on TPUs: it compiles in half the time
   # and prints what it made.
   python -m pip install --quiet --editable ".[test,parity]" libtpu==0.0.52
+  # The browser of tests/page, which is no Python package; without it they are skipped.
+  if ((EUID == 0)) && ! command -v chromium-headless-shell chromium && command -v apt-get; then
+    apt-get update --quiet=2 && apt-get install --quiet=2 --no-install-recommends -y \
+      chromium-headless-shell || echo "Chromium cannot be installed: the page is not tested." >&2
+  fi >/dev/null
 else
   python -m pip install --quiet --editable ".[test]"
 fi

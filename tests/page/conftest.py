@@ -1,0 +1,66 @@
+"""The page in a headless Chromium, before a server that plays."""
+
+import shutil
+
+import page_stub
+import pytest
+
+# Debian's and Ubuntu's names, the smallest package first, then those of others.
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+MISSING = "needs Chromium (apt-get install chromium-headless-shell)"
+
+
+@pytest.fixture(scope="session")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(MISSING)
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="session")
+def _stub():
+    with page_stub.Stub() as server:
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def stub(_stub):
+    _stub.reset()
+    return _stub
+
+
+@pytest.fixture
+def visit(browser, stub):
+    """Opens the page; at the end of the test it must have thrown and been refused nothing."""
+    contexts, problems = [], []
+
+    def note(message):
+        # An answer such as 429, or none, is what a test asks for.
+        if message.type == "error" and not message.text.startswith("Failed to load resource"):
+            problems.append(message.text)
+
+    def open_page(**options):
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 860}} | options)
+        context.set_default_timeout(60_000)  # also on a busy machine
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", note)
+        page.goto(stub.url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert problems == []
+
+
+@pytest.fixture
+def page(visit):
+    return visit()
