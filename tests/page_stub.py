@@ -74,7 +74,7 @@ class Stub(ThreadingHTTPServer):
 
     def reset(self):
         self.requests.clear()
-        self.model = "emoji_64@0123456789ab"
+        self.model = "emoji_64"
         self.ready = True
         self.key = ""
         self.refused: set[str] = set()  # fields

@@ -27,9 +27,9 @@ def tab_to(page, name: str, key="Tab") -> None:
         page.keyboard.press(key)
         if page.locator(":focus").count() and name in focused(page):
             # Where the focus is must be seen.
-            outline = "(node) => getComputedStyle(node.closest(%r)).outlineStyle"
-            frames = ".drop, label:has(> .unseen), .easel, .compare, :focus"
-            assert page.locator(":focus").evaluate(outline % frames) == "solid", name
+            frame = "node.closest('.drop, label:has(> .unseen), .easel, .compare') ?? node"
+            outline = f"(node) => getComputedStyle({frame}).outlineStyle"
+            assert page.locator(":focus").evaluate(outline) == "solid", name
             return
     raise AssertionError(f"Tab does not lead to {name}.")
 
@@ -155,10 +155,13 @@ def test_a_phone_shows_all_of_it_and_a_finger_paints(visit, stub, picture, viewp
     page.fill("#seed", "4294967295")
     page.press("#prompt", "Enter")
     page.locator("article a").wait_for()
+    # The new picture comes into view below the form.
+    seen = "document.querySelector('article').getBoundingClientRect().top + 200 < innerHeight"
+    assert page.evaluate(seen)
     page.locator("summary", has_text="Command").click()
     assert page.evaluate(overflow) == 0
-    # The new picture comes into view below the form.
-    assert page.evaluate("document.querySelector('article').getBoundingClientRect().top") < 640
+    texts = page.locator("article").locator("h3, p, pre, a, button")
+    assert texts.evaluate_all("(nodes) => nodes.every((n) => n.scrollWidth <= n.clientWidth)")
     page.get_by_role("radio", name="Edit").check(force=True)
     page.set_input_files("#file", picture)
     page.check("#masked")
