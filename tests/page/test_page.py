@@ -248,7 +248,7 @@ def test_the_brush_paints_erases_and_is_undone_in_the_pictures_own_pixels(page, 
     start(page, "turn it")
     results(page, 2)
     assert "mask" not in stub.requests[1]
-    assert page.get_by_text("The command has no mask").count() == 1
+    assert page.get_by_text("It has no mask").count() == 1
 
 
 def test_a_result_is_edited_further(page, stub):
