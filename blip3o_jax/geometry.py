@@ -87,6 +87,13 @@ def keep_unchanged(
     return np.rint(mixed).astype(np.uint8), np.rint(255 * weight).astype(np.uint8)
 
 
+def masked(source: np.ndarray, result: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """The result uint8 [h,w,3] where `alpha` [h,w] is 0, the source's own pixels where it is 255,
+    and a mixture between."""
+    weight = 1 - alpha[..., None].astype(np.float32) / 255
+    return np.rint(source + weight * (result.astype(np.float32) - source)).astype(np.uint8)
+
+
 def _blurred(values: np.ndarray, radius: int) -> np.ndarray:
     """Mean over (2 radius + 1) squared pixels, the border repeated."""
     for axis in (0, 1):

@@ -7,6 +7,7 @@ import contextlib
 import io
 import math
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -42,11 +43,18 @@ class PictureError(ValueError):
 def decode(data: bytes, limits: Limits = LIMITS) -> Image.Image:
     """Encoded bytes -> RGB, as `shown`; PictureError for a file that is unknown, damaged, animated
     or beyond the limits, which its header says before it is decoded."""
-    try:
+    with _phrased(data, limits):
         image = Image.open(io.BytesIO(data))
         _check(image, limits)
         image.load()
         return shown(image)
+
+
+@contextlib.contextmanager
+def _phrased(data: bytes, limits: Limits) -> Iterator[None]:
+    """Puts a PictureError in place of whatever a decoder of `data` raises."""
+    try:
+        yield
     except PictureError:
         raise
     except Image.DecompressionBombError as error:
@@ -57,6 +65,18 @@ def decode(data: bytes, limits: Limits = LIMITS) -> Image.Image:
         reason = str(error) or type(error).__name__
         is_cut = "truncated" in reason.lower()
         raise PictureError("it is truncated" if is_cut else f"it is damaged: {reason}") from error
+
+
+def alpha(data: bytes, limits: Limits = LIMITS) -> np.ndarray:
+    """The transparency of encoded bytes, uint8 [h,w], upright; PictureError as `decode`, and for a
+    picture without any."""
+    with _phrased(data, limits):
+        image = Image.open(io.BytesIO(data))
+        _check(image, limits)
+        if not image.has_transparency_data:
+            raise PictureError("it has no alpha channel")
+        image.load()
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGBA"))[..., 3]
 
 
 def array(picture: Picture) -> np.ndarray:

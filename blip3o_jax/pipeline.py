@@ -76,7 +76,10 @@ class Pipeline:
         divides = batch_size % batch_shards(mesh) == 0
         require(divides, f"batch_size {batch_size} does not divide by {shards}.")
         self._place = jax.NamedSharding(mesh, BATCH)
-        compiled = programs.programs(model, out_shardings=self._place)
+        self._compile(programs.programs(model, out_shardings=self._place))
+
+    def _compile(self, compiled: programs.Programs) -> None:
+        self._programs = compiled
         self._run, self._edit, self._round_trip = (
             functools.partial(function, compiled)
             for function in (programs.text_to_image, programs.edit, programs.round_trip)
@@ -107,6 +110,15 @@ class Pipeline:
                         failed(row.request, str(row.error))
                     yield from row.samples
                     row.samples = []
+
+    def watch(
+        self,
+        stops: Callable[[int], Iterable[int]],
+        seen: Callable[[int, int, Callable[[], jax.Array]], None],
+    ) -> None:
+        """Lets the denoising of all that `run` makes be `seen`, see `programs.Stepwise`; images are
+        those of a batch in its order."""
+        self._compile(programs.stepwise(self.model, self._programs, stops, seen))
 
     def check(self, requests: list[Request]) -> None:
         """InputError for the first request that cannot be served, its pictures unread; a warning

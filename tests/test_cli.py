@@ -29,6 +29,7 @@ LEAVES = [
     *(
         ["generate"],
         ["edit"],
+        ["serve"],
         ["train"],
         ["grpo"],
         ["evaluate", "scenes"],

@@ -25,10 +25,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
-LANGUAGES = ("bash", "python", "text")
+LANGUAGES = ("bash", "python", "javascript", "text")
 OPERATORS = {"&&", "||", ";", "|", "&"}
 # What the pages may call beside our own commands, and the jobs that take --config.key=value.
-PROGRAMS = ("git", "ruff", "cd", "export", "pip")
+PROGRAMS = ("git", "ruff", "cd", "export", "pip", "curl")
 CONFIG_JOBS = ("train", "grpo", "data", "plan")
 # Beginnings of code spans that are commands.
 OURS = (

@@ -19,9 +19,10 @@ from blip3o_jax.evaluate.exporters import record
 from blip3o_jax.evaluate.exporters.record import Benchmark, Export, Item
 from blip3o_jax.evaluate.exporters.table import BENCHMARKS
 from blip3o_jax.jobs import edit
-from blip3o_jax.jobs.images import FORMATS, encode_image
+from blip3o_jax.jobs.images import FORMATS
 from blip3o_jax.jobs.options import load_for, model_options, option, overwrite_option, settings_of
 from blip3o_jax.jobs.output import new_file, new_folder
+from blip3o_jax.origin import encode_image
 from blip3o_jax.sample.settings import EditSettings, Settings
 
 if TYPE_CHECKING:

@@ -57,17 +57,18 @@ def _run_batch(args: argparse.Namespace, settings: Settings, facts: dict) -> int
     files beside the manifest."""
     from blip3o_jax import checkpoints, paths
     from blip3o_jax.jobs import openai
+    from blip3o_jax.serve.bodies import Offer
 
     alone = "of a batch file stands in its lines (`n`), and its results are files of a folder."
     is_folder = not image_format(args.out) and args.format not in work.SHARDED
     require(is_folder and args.num_images == 1, f"The number of images {alone}")
     config = checkpoints.config_of(args.checkpoint)
-    size, models = config.image_size, (args.checkpoint, checkpoints.open(args.checkpoint).identity)
+    models = args.checkpoint, checkpoints.open(args.checkpoint).identity
     # An edit has its own defaults where the command line keeps an image's.
     changed = asdict(settings).items() - asdict(Settings()).items()
     edits = EditSettings(**dict(changed))
-    defaults = openai.Defaults(models, size, args.format, args.seed, settings, edits)
-    requests, refused = openai.read_batch(args.prompts, defaults)
+    offer = Offer(models, config, (args.format,), args.seed, settings, edits)
+    requests, refused = openai.read_batch(args.prompts, offer)
     facts["batch"] = ledger.digest_of(paths.path(args.prompts))
     code = work.run(args, requests, facts, is_file=True, refused=refused)
     folder = paths.path(args.out)

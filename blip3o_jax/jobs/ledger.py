@@ -28,6 +28,7 @@ from blip3o_jax import paths
 from blip3o_jax.errors import InputError, require
 from blip3o_jax.files import json_object, read_json
 from blip3o_jax.jobs.output import made
+from blip3o_jax.origin import digest_of
 
 VERSION = 1  # of the files of a job
 JOB, FACTS, DONE, MANIFEST = "job", "job/job.json", "job/done", "manifest.jsonl"
@@ -200,14 +201,6 @@ def intact(folder: paths.AnyPath, shard: int, numbers: list[int]) -> Rows:
 
     rows = recorded(folder, shard, numbers)
     return {number: own for number, own in rows.items() if all(map(is_intact, own))}
-
-
-def digest_of(path: paths.AnyPath) -> str:
-    """The sha256 of a file, "" where there is none."""
-    if not path.is_file():
-        return ""
-    with paths.remote_errors(f"{path} cannot be read"), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def finish(

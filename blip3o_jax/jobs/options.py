@@ -47,18 +47,28 @@ def overwrite_option(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--overwrite", action="store_true", help=f"replace {what}")
 
 
-def model_options(parser: argparse.ArgumentParser, kind: type[Settings] = Settings) -> None:
-    """Adds the checkpoint, how it samples, and where the results go."""
+def checkpoint_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --checkpoint."""
     folders = "folder in the published PyTorch layout or of `convert to-jax`, or training workdir"
     folders += ", of which WORKDIR@STEP is the checkpoint of a step"
     option(parser, "--checkpoint", "emoji_64", f"embedded name, {folders}")
+
+
+def device_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --batch-size and --mesh."""
+    parser.add_argument("--batch-size", type=int, help="images made at once (default: by device)")
+    parser.add_argument("--mesh", default="", help="e.g. data=4,fsdp=2 (default: data over all)")
+
+
+def model_options(parser: argparse.ArgumentParser, kind: type[Settings] = Settings) -> None:
+    """Adds the checkpoint, how it samples, and where the results go."""
+    checkpoint_option(parser)
     option(
         parser, "--out", "out", "folder for the results, or NAME.png, .webp or .jpg for one image"
     )
     overwrite_option(parser, "earlier results")
     option(parser, "--seed", 0, "of the images")
-    parser.add_argument("--batch-size", type=int, help="images made at once (default: by device)")
-    parser.add_argument("--mesh", default="", help="e.g. data=4,fsdp=2 (default: data over all)")
+    device_options(parser)
     for field in dataclasses.fields(kind):
         flag = f"--{field.name.replace('_', '-')}"
         if isinstance(field.default, bool):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import functools
 import hashlib
 import json
 import logging
@@ -25,14 +24,14 @@ from typing import TYPE_CHECKING
 from blip3o_jax import paths
 from blip3o_jax.errors import InputError, counted, require
 from blip3o_jax.jobs import ledger, lock
-from blip3o_jax.jobs.images import encode_image, file_name, image_format, mask_name
+from blip3o_jax.jobs.images import file_name, image_format, mask_name
 from blip3o_jax.jobs.options import check_devices, load_for
 from blip3o_jax.jobs.output import new_file
+from blip3o_jax.origin import encode_image, origin, source_of
 from blip3o_jax.train import stop
 
 if TYPE_CHECKING:
     from blip3o_jax.config import Blip3oConfig
-    from blip3o_jax.pictures import Picture
     from blip3o_jax.pipeline import Pipeline
     from blip3o_jax.request import Request, Sample
     from blip3o_jax.text import Text
@@ -309,35 +308,6 @@ def write(
             (folder / path).write_bytes(data)
         row |= {kind: path, digest: hashlib.sha256(data).hexdigest()}
     return row | tail, {}
-
-
-def origin(sample: Sample) -> dict:
-    """What a picture and its row say of where it is from."""
-    request = sample.request
-    facts = {"seed": sample.seed, "index": sample.index}
-    if not request.images:
-        return {"prompt": sample.prompt} | facts
-    facts = {"instruction": sample.prompt} | facts | {"turn": sample.turn}
-    facts["instructions"] = list(request.texts[: sample.turn + 1])
-    facts["sources"] = [source_of(picture) for picture in request.images]
-    return facts | {"keep_unchanged": request.keep_unchanged}
-
-
-def source_of(picture: Picture) -> dict[str, str]:
-    """A source image's name and the sha256 of its file, or that of its pixels if it has none."""
-    from blip3o_jax.pictures import array
-
-    if isinstance(picture, str):
-        return {"file": pathlib.Path(picture).name, "sha256": digest_of_file(picture)}
-    return {"sha256": hashlib.sha256(array(picture).tobytes()).hexdigest()}
-
-
-@functools.lru_cache(maxsize=64)  # all turns and images of an edit are of the same
-def digest_of_file(file: str) -> str:
-    """Of a source image."""
-    digest = ledger.digest_of(paths.path(file))
-    require(bool(digest), f"{file} cannot be read: it is no file.")
-    return digest
 
 
 def failure(request: Request, number: int, error: InputError) -> dict:

@@ -22,21 +22,30 @@ Velocity = Callable[[Array, Array], Array]  # (x [B,Y,X,C], sigma) -> the veloci
 Step = Callable[[Array, Array, Array, Array, Array], tuple[Array, Any]]
 
 
-def _shifted(sigma: np.ndarray, shift: Scalar) -> Array:
+def shifted(sigma: np.ndarray | Array, shift: Scalar) -> Array:
+    """Noise levels moved towards 1, where 0 and 1 stay."""
     return jnp.asarray(shift * sigma / (1 + (shift - 1) * sigma), jnp.float32)
 
 
 def training_sigmas(shift: Scalar = 1.0) -> Array:
     """The 1000 noise levels of training, from 1 down."""
     levels = np.arange(NUM_TRAIN_TIMESTEPS, 0, -1, dtype=np.float32)
-    return _shifted(levels / np.float32(NUM_TRAIN_TIMESTEPS), shift)
+    return shifted(levels / np.float32(NUM_TRAIN_TIMESTEPS), shift)
 
 
 def sigmas(num_steps: int, shift: Scalar = 1.0) -> Array:
     """The noise levels [num_steps + 1] of sampling: num_steps of them from 1 to 1/num_steps before
     the shift, then 0."""
-    levels = np.linspace(1, 1 / num_steps, num_steps).astype(np.float32)
-    return jnp.append(_shifted(levels, shift), 0.0)
+    return jnp.append(shifted(_evenly(num_steps), shift), 0.0)
+
+
+def levels(num_steps: int, length: int) -> np.ndarray:
+    """`sigmas` without a shift, f32 [length], with as many zeros behind as are missing."""
+    return np.pad(_evenly(num_steps), (0, length - num_steps))
+
+
+def _evenly(num_steps: int) -> np.ndarray:
+    return np.linspace(1, 1 / num_steps, num_steps).astype(np.float32)
 
 
 def per_sample(x: Scalar) -> Array:

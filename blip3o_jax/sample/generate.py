@@ -156,6 +156,35 @@ def denoise(
     return flow.integrate(velocity, noise, schedule)[0]
 
 
+def denoise_between(
+    model: Blip3o,
+    params: Params,
+    hidden: Array,
+    latents: Array,
+    sources: Sources | None,
+    levels: Array,
+    begin: Array,
+    end: Array,
+    *,
+    guidance_scale: Guidance | Scalar | None,
+    shift: Scalar,
+) -> tuple[Array, Array]:
+    """`denoise` from step `begin` to step `end`: latents at the one -> those at the other, and what
+    they say of the final ones, see `flow.clean_estimate`. The `levels` are `flow.levels`, so that
+    one program does for any number of steps, and for any part of them."""
+    schedule = flow.shifted(levels, shift)
+    velocity = _velocity(model, params, hidden, guidance_scale, sources)
+
+    def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        direction = velocity(carry[0], schedule[i])
+        return flow.euler(carry[0], direction, schedule[i], schedule[i + 1], i)[0], direction
+
+    # Traced bounds are a loop of any length.
+    carry = latents.astype(jnp.float32), jnp.zeros(latents.shape, jnp.float32)
+    latents, direction = jax.lax.fori_loop(begin, end, body, carry)
+    return latents, flow.clean_estimate(latents, direction, schedule[end])
+
+
 def trajectory(
     model: Blip3o,
     params: Params,

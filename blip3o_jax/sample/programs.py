@@ -6,8 +6,8 @@ first picture of each of several devices wrong in half of all runs.
 """
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -15,8 +15,9 @@ from jax import Array
 
 from blip3o_jax.kernels.platform import jit
 from blip3o_jax.models.blip3o import Blip3o, Params
-from blip3o_jax.sample import generate
+from blip3o_jax.sample import flow, generate
 from blip3o_jax.sample.condition import Sources, guidance
+from blip3o_jax.sample.settings import MOST
 
 DECODING = ("top_k", "top_p", "temperature")  # settings of `write_tokens`; the others are of `draw`
 
@@ -44,6 +45,53 @@ class Programs:
         """`draw_latents`, then `pictures`: (images, latents)."""
         latents = self.draw_latents(params, hidden, key_numbers, sources, **settings)
         return self.pictures(params, latents), latents
+
+
+@dataclass(frozen=True)
+class Stepwise(Programs):
+    """Programs whose denoising stops after the steps that `stops` of their number names, and is
+    `seen` there: the step, and what gives the images of the latents as they would end. One program
+    does for any number of steps, and the images are the same (tests/serve/test_steps.py)."""
+
+    first_noise: Callable
+    denoise_between: Callable
+    stops: Callable[[int], Iterable[int]]
+    seen: Callable[[int, int, Callable[[], Array]], None]
+
+    def draw(
+        self,
+        params: Params,
+        hidden: Array,
+        key_numbers: Array,
+        sources: Sources | None = None,
+        *,
+        num_inference_steps: int,
+        **settings: Any,
+    ) -> tuple[Array, Array]:
+        """As that of `Programs`."""
+        # As `generate.draw_latents`, in parts.
+        levels, begin = flow.levels(num_inference_steps, MOST + 1), 0
+        latents = self.first_noise(key_numbers)
+        for end in sorted({*self.stops(num_inference_steps), num_inference_steps}):
+            latents, estimate = self.denoise_between(
+                params, hidden, latents, sources, levels, begin, end, **settings
+            )
+            # A step is over once it is computed, not once it is dispatched.
+            show = functools.partial(self.pictures, params, jax.block_until_ready(estimate))
+            self.seen(end, num_inference_steps, show)
+            begin = end
+        return self.pictures(params, latents), latents
+
+
+def stepwise(model: Blip3o, run: Programs, stops: Callable, seen: Callable) -> Stepwise:
+    """A model's programs `run`, seen as they denoise."""
+    if isinstance(run, Stepwise):
+        return replace(run, stops=stops, seen=seen)
+    more = {
+        name: jit(functools.partial(getattr(generate, name), model), model.config)
+        for name in ("first_noise", "denoise_between")
+    }
+    return Stepwise(**vars(run), **more, stops=stops, seen=seen)
 
 
 def programs(model: Blip3o, out_shardings: jax.sharding.Sharding | None = None) -> Programs:

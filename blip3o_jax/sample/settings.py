@@ -39,6 +39,8 @@ class Settings:
             check_number(value, name, *limits)
             is_kind = isinstance(option.default, float) or isinstance(value, numbers.Integral)
             require(is_kind, f"{name} is a whole number, not {value!r}.")
+            # 2 is 2.0: programs are compiled for each kind of number.
+            object.__setattr__(self, name, type(option.default)(value))
         is_sampled = self.temperature == 0 or self.temperature >= LEAST
         require(is_sampled, f"temperature is 0 or at least {LEAST}, not {self.temperature!r}.")
 

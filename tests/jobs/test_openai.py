@@ -12,9 +12,7 @@ from editing import FLAGS, QUICK
 from PIL import Image
 
 from blip3o_jax.cli import main
-from blip3o_jax.jobs import openai
-
-GENERATIONS, EDITS = openai.GENERATIONS, openai.EDITS
+from blip3o_jax.serve.bodies import EDITS, GENERATIONS
 
 
 def url_of(path):

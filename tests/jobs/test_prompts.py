@@ -6,8 +6,9 @@ from PIL import Image
 
 from blip3o_jax.cli import main
 from blip3o_jax.errors import InputError
-from blip3o_jax.jobs.images import encode_image, image_format, mask_name
+from blip3o_jax.jobs.images import image_format, mask_name
 from blip3o_jax.jobs.prompts import read_edits, read_prompts
+from blip3o_jax.origin import encode_image
 
 BOM = b"\xef\xbb\xbf"
 TWO = ["two red hearts", "a blue cat"]

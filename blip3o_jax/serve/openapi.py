@@ -1,0 +1,145 @@
+"""The server's OpenAPI document, from the same tables that bodies are read by."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from blip3o_jax import __version__
+from blip3o_jax.errors import MAX_SEED
+from blip3o_jax.serve.bodies import (
+    EDITS,
+    FIXED,
+    GENERATIONS,
+    LABELS,
+    MOST_IMAGES,
+    MOST_PARTIAL,
+    Offer,
+    known_fields,
+)
+
+ERRORS = {
+    **{"400": "A field is missing, wrong, or asks for what is not done here."},
+    **{"401": "The API key is missing or wrong.", "403": "A page of another site called."},
+    **{"404": "There is no such thing.", "408": "The body was too slow."},
+    **{"413": "The body is too large.", "415": "The body is of another content type."},
+    **{"429": "The queue is full.", "500": "The server failed."},
+    **{"503": "The server is not ready, or stops.", "504": "The call took too long."},
+}
+
+
+def document(offer: Offer) -> dict[str, Any]:
+    """The routes of a server with this offer."""
+    # A model without editing weights has no edits.
+    body = {"application/json": {"schema": _body(GENERATIONS, offer)}}
+    paths = {GENERATIONS: _images("Images from a prompt", body)}
+    if offer.config.max_sources:
+        edit = _body(EDITS, offer)
+        fields = {name: value for name, value in edit["properties"].items() if name != "images"}
+        binary = {"type": "string", "format": "binary"}
+        count = {"minItems": 1, "maxItems": offer.config.max_sources}
+        fields |= {"image": {"type": "array", "items": binary, **count}, "mask": binary}
+        form = {**edit, "properties": fields, "required": ["prompt", "image"]}
+        body = {"application/json": {"schema": edit}, "multipart/form-data": {"schema": form}}
+        paths[EDITS] = _images("Images from images and an instruction", body)
+    text = {"type": "string"}
+    models = {"type": "object", "properties": {"object": {"const": "list"}, "data": _list(_MODEL)}}
+    name = {"name": "name", "in": "path", "required": True, "schema": text}
+    paths |= {
+        "/v1/models": {"get": _get("The model", models)},
+        "/v1/models/{name}": {"get": _get("The model, by name", _MODEL) | {"parameters": [name]}},
+        "/health": {"get": _get("Whether the process answers", _STATUS)},
+        "/ready": {"get": _get("Whether all programs are compiled", _STATUS)},
+    }
+    key = {"type": "http", "scheme": "bearer"}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "blip3o-jax serve", "version": __version__},
+        "paths": paths,
+        "components": {"securitySchemes": {"key": key}, "schemas": {"Error": _ERROR}},
+        "security": [{}, {"key": []}],
+    }
+
+
+def _body(url: str, offer: Offer) -> dict[str, Any]:
+    settings = offer.edit_settings if url == EDITS else offer.settings
+    side = f"{offer.config.image_size}x{offer.config.image_size}"
+    fields: dict[str, Any] = {
+        "n": _whole(1, MOST_IMAGES),
+        "seed": _whole(0, MAX_SEED),
+        "model": {"enum": [*offer.models, None]},
+        "size": {"enum": ["auto", *([side] if url == GENERATIONS else []), None]},
+        "output_format": {"enum": [*offer.formats, None]},
+        "output_compression": _whole(0, 100),
+        "stream": {"type": ["boolean", "null"]},
+        "partial_images": _whole(0, MOST_PARTIAL),
+        **{name: {"enum": [*values, None]} for name, values in FIXED.items()},
+        **{name: {"type": ["string", "null"]} for name in LABELS},
+    }
+    # What the command line takes its options from.
+    for option in dataclasses.fields(settings):
+        if option.name in offer.fixed:
+            fields[option.name] = {"enum": [getattr(settings, option.name), None]}
+        else:
+            least, most = option.metadata["limits"]
+            fields[option.name] = (
+                _whole(least, most)
+                if type(option.default) is int
+                else {"type": ["number", "null"], "minimum": least, "maximum": most}
+            )
+    fields["prompt"] = {"type": "string", "minLength": 1}
+    required = ["prompt"]
+    if url == EDITS:
+        most = offer.config.max_sources
+        fields["images"] = {"type": "array", "items": _IMAGE, "minItems": 1, "maxItems": most}
+        fields["mask"] = {"anyOf": [_IMAGE, {"type": "null"}]}
+        required = ["prompt", "images"]
+    # A field that is read is described, and no other.
+    assert fields.keys() == known_fields(url, offer)
+    body = {"type": "object", "properties": fields, "required": required}
+    return body | {"additionalProperties": False}
+
+
+def _whole(least: int, most: int) -> dict[str, Any]:
+    return {"type": ["integer", "null"], "minimum": least, "maximum": most}
+
+
+def _list(items: dict) -> dict[str, Any]:
+    return {"type": "array", "items": items}
+
+
+def _errors() -> dict[str, Any]:
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    return {status: {"description": text, "content": content} for status, text in ERRORS.items()}
+
+
+def _get(text: str, schema: dict) -> dict[str, Any]:
+    good = {"description": text, "content": {"application/json": {"schema": schema}}}
+    return {"summary": text, "responses": {"200": good} | _errors()}
+
+
+def _images(text: str, content: dict) -> dict[str, Any]:
+    good = {"application/json": {"schema": _IMAGES}, "text/event-stream": {"schema": {}}}
+    responses = {"200": {"description": text, "content": good}} | _errors()
+    body = {"required": True, "content": content}
+    return {"post": {"summary": text, "requestBody": body, "responses": responses}}
+
+
+def _object(**fields: dict) -> dict[str, Any]:
+    return {"type": "object", "properties": fields, "required": list(fields)}
+
+
+_TEXT, _MAYBE, _COUNT = {"type": "string"}, {"type": ["string", "null"]}, {"type": "integer"}
+_ERROR = _object(error=_object(message=_TEXT, type=_TEXT, param=_MAYBE, code=_MAYBE))
+_MODEL = _object(id=_TEXT, object={"const": "model"}, created=_COUNT, owned_by=_TEXT)
+_STATUS = _object(status=_TEXT)
+_USAGE = _object(input_tokens=_COUNT, output_tokens=_COUNT, total_tokens=_COUNT)
+_IMAGES = _object(created=_COUNT, data=_list(_object(b64_json=_TEXT)), usage=_USAGE, size=_TEXT)
+_IMAGE = {
+    "type": "object",
+    "properties": {
+        "image_url": {"type": "string", "pattern": "^data:image/[a-z]+;base64,"},
+        "file_id": {"type": "string"},
+    },
+    "additionalProperties": False,
+}
