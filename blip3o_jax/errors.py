@@ -15,6 +15,10 @@ class InputError(ValueError):
     """A configuration or input that cannot work; the message is one sentence for the user."""
 
 
+class RewardError(InputError):
+    """A reward that fails; a run of training saves its state before it ends."""
+
+
 def nearest(name: str, known) -> str:
     """`', did you mean X?'` for the closest of `known`, or the whole list."""
     known = sorted(known)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = grpo()
-    names = ("num_generations", "num_inference_steps", "guidance_scale", "strict")
+    names = ("num_generations", "num_inference_steps", "guidance_scale", "rewards")
     section = {
         **{name: config.grpo[name] for name in names},
         "train": "diffusion",

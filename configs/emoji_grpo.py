@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
                 "num_inference_steps": 8,
                 "guidance_scale": None,
                 "beta": 0.01,
-                "strict": 0.5,
+                "rewards": {"scenes": 0.5, "strict": 0.5},
             },
             "optimizer": {
                 "learning_rate": 1e-4,

@@ -1,12 +1,14 @@
-"""The best of several images of each request, by a reward."""
+"""The best of several images of each request, by a reward or by the mean of several."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from blip3o_jax.errors import InputError
 from blip3o_jax.pictures import array
@@ -14,14 +16,14 @@ from blip3o_jax.pictures import array
 if TYPE_CHECKING:
     from blip3o_jax.pipeline import Pipeline
     from blip3o_jax.request import Request, Sample
-    from blip3o_jax.rl.rewards import Reward
+    from blip3o_jax.rl.rewards.protocol import Reward
 
 
 def best_of(
     pipeline: Pipeline,
     requests: Iterable[Request],
     count: int,
-    reward: Reward,
+    rewards: Sequence[Reward],
     failed: Callable[[Request, str], None],
 ) -> Iterator[Sample]:
     """`Pipeline.run`, with the best of `count` candidates for each request of one turn, the first
@@ -53,20 +55,24 @@ def best_of(
             request, own = waiting.popleft(), [x for x in outcomes if not isinstance(x, str)]
             outcomes.clear()
             try:
-                yield _best(request, own, reward)
+                yield _best(request, own, rewards)
             except InputError as error:
                 failed(request, str(error))
 
 
-def _best(request: Request, samples: list[Sample], reward: Reward) -> Sample:
+def _best(request: Request, samples: list[Sample], rewards: Sequence[Reward]) -> Sample:
+    from blip3o_jax.rl.grpo import weighted
+
     images, metadata = [sample.image for sample in samples], [request.metadata or {}] * len(samples)
     sources = [[array(picture) for picture in request.images]] * len(samples)
-    rewards = reward(images, [request.prompt] * len(samples), metadata, sources)
+    arguments = images, [request.prompt] * len(samples), metadata, sources
+    columns = np.stack([reward(*arguments) for reward in rewards], axis=1)
+    totals = weighted(columns, [1 / len(rewards)] * len(rewards)).tolist()
     # The first of the highest, where nan is below all.
-    judged = [-math.inf if math.isnan(x) else x for x in rewards]
+    judged = [-math.inf if math.isnan(x) else x for x in totals]
     if max(judged) == -math.inf:
         raise InputError(f"{request.prompt!r}: the reward has nothing to say of its images.")
     place = judged.index(max(judged))
-    facts = {"reward": rewards[place], "candidate": samples[place].index}
-    facts["rewards"] = [None if math.isnan(x) else x for x in rewards]
+    facts = {"reward": totals[place], "candidate": samples[place].index}
+    facts["rewards"] = [None if math.isnan(x) else x for x in totals]
     return dataclasses.replace(samples[place], request=request, facts=facts)

@@ -1,7 +1,6 @@
 """`blip3o-jax grpo`: config -> prompts and judge of the embedded world -> loop."""
 
 import argparse
-import dataclasses
 import json
 
 from blip3o_jax.errors import require
@@ -12,6 +11,9 @@ HELP = "reinforce the transformer by rewards; resumes if the workdir holds a che
 
 HELDOUT_SEED = 2  # of the prompts shown while training; the benchmark draws from seed 1
 
+# Rewards of some prompts alone, and the share that draws those.
+NEEDS = {"ocr": "text_fraction", "edit_done": "edits", "edit_kept": "edits"}
+
 
 def options(parser: argparse.ArgumentParser) -> None:
     run_options(parser)
@@ -21,11 +23,13 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Trains; prints the last held-out numbers as one JSON line."""
     import jax
+    import numpy as np
 
     from blip3o_jax import checkpoints
     from blip3o_jax.data.feed import row_tokens
     from blip3o_jax.kernels.platform import enable_compilation_cache
-    from blip3o_jax.rl.rewards import scene_rewards
+    from blip3o_jax.rl.rewards.protocol import named
+    from blip3o_jax.rl.rewards.scoring import scorer
     from blip3o_jax.rl.run import reinforced
     from blip3o_jax.scenes import edits, prompts
     from blip3o_jax.scenes.config import TAGS, WorldConfig
@@ -40,8 +44,8 @@ def run(args: argparse.Namespace) -> None:
     text = open_tokenizer(cfg)
     # Prompts and edits of the embedded world: step after step, and those of the evaluation.
     count, share = cfg.batch_size // cfg.grpo.num_generations, cfg.data.edits
-    world = dataclasses.replace(cfg.data.world, text=0.0)
-    unseen = WorldConfig(seed=HELDOUT_SEED, weights=dict.fromkeys(TAGS, 1.0))
+    world, equal = cfg.data.world, dict.fromkeys(TAGS, 1.0)
+    unseen = WorldConfig(seed=HELDOUT_SEED, weights=equal, text=world.text)
 
     def asked(world: WorldConfig, index: int, split: str = "train") -> dict:
         # Edits at even distances.
@@ -55,8 +59,17 @@ def run(args: argparse.Namespace) -> None:
 
     heldout = [asked(unseen, i, "heldout") for i in range(min(64, cfg.batch_size))]
 
-    with own_workdir(cfg, args.workdir, args.allow) as folder:
-        enable_compilation_cache()
-        run = reinforced(cfg, prompts_at, heldout, text, scene_rewards, checkpoints.load_part)
-        result = loop.run(cfg, folder, run)
+    # Each reward is asked once, so that one that cannot work is known before anything is written.
+    rewards = {x: named(x, cfg.grpo.reward_timeout) for x in cfg.grpo.rewards}
+    for name in filter(NEEDS.get, rewards):
+        sentence = f"The reward {name!r} of grpo.rewards has nothing to say of these prompts"
+        is_drawn = getattr(cfg.data, NEEDS[name]) > 0
+        require(is_drawn, f"{sentence}; set data.{NEEDS[name]} above 0.")
+    blank = np.zeros((1, *[cfg.blip3o().image_size] * 2, 3), np.uint8)
+    with scorer(rewards, cfg.grpo.reward_timeout) as score:
+        score(blank, heldout[:1], pauses=False)()
+        with own_workdir(cfg, args.workdir, args.allow) as folder:
+            enable_compilation_cache()
+            run = reinforced(cfg, prompts_at, heldout, text, score, checkpoints.load_part)
+            result = loop.run(cfg, folder, run)
     print(json.dumps(result))

@@ -86,8 +86,9 @@ def job_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=kinds, default="png", help=formats)
     best = "keep the best by --reward of so many candidates for each image"
     option(parser, "--best-of", 1, best)
-    reward = "scenes (the embedded world's judge) or http://HOST/PATH: score images in the manifest"
-    parser.add_argument("--reward", default="", metavar="NAME", help=reward)
+    reward = "score images in the manifest by scenes or strict (the embedded world's judge), ocr or"
+    reward += " http://HOST/PATH; several times for the mean of several"
+    parser.add_argument("--reward", action="append", default=[], metavar="NAME", help=reward)
     status = "print what is done of the job in --out, and how fast, as JSON"
     parser.add_argument("--status", action="store_true", help=status)
 

@@ -85,21 +85,29 @@ def run(
     """
     from blip3o_jax import checkpoints
     from blip3o_jax.request import encode
-    from blip3o_jax.rl import rewards
+    from blip3o_jax.rl.rewards.protocol import check_asked, named
 
     check_devices(args)
     require(args.best_of >= 1, f"--best-of is at least 1, not {args.best_of}.")
     require(args.reward or args.best_of == 1, "--best-of needs a --reward to choose by.")
     if args.reward:
-        rewards.named(args.reward)
+        for name in args.reward:
+            named(name)
         is_plain = not image_format(args.out) and not any(request.then for request in requests)
         require(is_plain, "--reward is for a job in a folder, of one turn.")
         facts |= {"reward": args.reward, "best_of": args.best_of}
     config, text = checkpoints.config_of(args.checkpoint), checkpoints.text_of(args.checkpoint)
-    is_one = image_format(args.out) is not None
-    if is_one or not is_file:
-        for request in requests:
-            encode(request, config, text)
+    is_one, refused = image_format(args.out) is not None, dict(refused or {})
+    for number, request in enumerate(requests):
+        try:
+            if is_one or not is_file:
+                encode(request, config, text)
+            for name in args.reward:
+                check_asked(name, request.prompt, request.metadata or {})
+        except InputError as error:
+            if is_one or not is_file:
+                raise
+            refused.setdefault(number, error)
     # One picture, or a job in a folder, which is known again by what its requests ask for.
     if is_one:
         is_plain = args.format == "png" and not args.share
@@ -111,7 +119,7 @@ def run(
         line = [request.id, request.texts, images]
         digest.update(json.dumps(line).encode())
     facts |= {"requests": len(requests), "input": digest.hexdigest(), "format": args.format}
-    shards = shards_of(requests, config, text, refused or {})
+    shards = shards_of(requests, config, text, refused)
     return _run_job(args, requests, facts, *shards)
 
 
@@ -230,7 +238,7 @@ def _work(
     from tqdm import tqdm
 
     from blip3o_jax.jobs.best import best_of
-    from blip3o_jax.rl import rewards
+    from blip3o_jax.rl.rewards.protocol import named
 
     order = [(shard, number) for shard, numbers in left.items() for number in numbers]
     places = {id(requests[number]): (shard, number) for shard, number in order}
@@ -264,8 +272,8 @@ def _work(
     with ThreadPoolExecutor(WRITERS) as executor:
         asked = (requests[number] for _, number in order)
         if args.reward:
-            reward = rewards.named(args.reward)
-            samples = best_of(pipeline, asked, args.best_of, reward, failed)
+            rewards = [named(name) for name in args.reward]
+            samples = best_of(pipeline, asked, args.best_of, rewards, failed)
         else:
             samples = pipeline.run(asked, failed)
         for sample in tqdm(samples, total=len(order), unit="image"):

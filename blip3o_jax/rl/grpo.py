@@ -28,8 +28,7 @@ def advantages(
     """
     rewards = np.asarray(rewards, np.float64)
     groups = rewards.reshape(-1, cfg.num_generations, len(weights))
-    nothing = np.isnan(groups).all(axis=2)
-    total = np.where(nothing, np.nan, np.nansum(groups * weights, axis=2))
+    nothing, total = np.isnan(groups).all(axis=2), weighted(groups, weights)
     mean, std = _moments(total, axis=1)
     if cfg.multi_objective_aggregation == "normalize_then_sum":
         centers, spreads = _moments(groups, axis=1)
@@ -50,6 +49,12 @@ def advantages(
     dropped = {"zero_spread": flat, "saturated": done}
     rows = {name: np.broadcast_to(x, result.shape).ravel() for name, x in dropped.items()}
     return result.ravel().astype(np.float32), rows
+
+
+def weighted(rewards: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """The weighted sum [...] of the rewards [...,R] that are not NaN; NaN where all are."""
+    nothing = np.isnan(rewards).all(axis=-1)
+    return np.where(nothing, np.nan, np.nansum(rewards * np.asarray(weights), axis=-1))
 
 
 def _moments(x: np.ndarray, axis: int | None = None) -> tuple[np.ndarray, np.ndarray]:

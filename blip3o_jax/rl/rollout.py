@@ -2,7 +2,7 @@
 arrays that the update reads."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,20 +11,16 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from blip3o_jax.errors import require
 from blip3o_jax.models.blip3o import Blip3o, Params
 from blip3o_jax.parallel.batches import put_batch, put_replicated
 from blip3o_jax.rl import grpo
 from blip3o_jax.rl.diffusion import METHODS
+from blip3o_jax.rl.rewards.scoring import Score
 from blip3o_jax.sample import generate, programs
 from blip3o_jax.sample.condition import Sources
 from blip3o_jax.text import Text, left_pad, row_length
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.tree import join
-
-# (images uint8 [B,H,W,3], what was asked for) -> (rewards [B,2], numbers to log); the second reward
-# has the share `grpo.strict`
-Reward = Callable[[np.ndarray, list[dict]], tuple[np.ndarray, dict[str, float]]]
 
 SEEDS = 1_000_003  # between those of two steps' rollouts
 
@@ -74,13 +70,25 @@ def diversity(images: np.ndarray, group: int) -> float:
     return float(np.mean(np.sqrt(variances.mean(axis=(1, 2, 3)))))
 
 
+def over_renderings(rewards: np.ndarray) -> np.ndarray:
+    """The mean [B,R] of the rewards [renderings,B,R] that are not NaN; NaN where all are."""
+    counts = np.sum(~np.isnan(rewards), axis=0)
+    return np.where(counts, np.nansum(rewards, axis=0) / np.maximum(counts, 1), np.nan)
+
+
+def means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Of each number, over the rows that have it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
+
+
 def rollouts(
     cfg: TrainConfig,
     model: Blip3o,
     mesh: Mesh,
     text: Text,
     prompts: Callable[[int], list[dict]],
-    reward: Reward,
+    score: Score,
 ) -> Callable[[int, dict, dict], tuple[dict, dict[str, float]]]:
     """(step, state, frozen) -> ({half: arrays} for the halves that the step trains, numbers to
     log).
@@ -91,7 +99,7 @@ def rollouts(
     """
     section, editing = cfg.grpo, cfg.data.edits > 0
     group, method = section.num_generations, section.diffusion and METHODS[section.diffusion.method]
-    weights, run = np.array([1 - section.strict, section.strict]), programs.programs(model)
+    weights, run = np.array([*section.rewards.values()]), programs.programs(model)
     # Drawn from the whole distribution, as the loss sees it.
     decoding = {"top_k": 0, "top_p": 1.0, "temperature": section.temperature}
     scale = section.guidance_scale
@@ -133,23 +141,29 @@ def rollouts(
             keys = put_batch(key_numbers(everyone, seed, i * len(everyone)), mesh)
             images, trained = render(painter, hidden, keys, sources, path)
             renderings.append(images)
-        images = np.concatenate(jax.device_get(renderings))
+        # Each is rewarded while the device is at the next one.
+        pending = []
+        for i, images in enumerate(renderings):
+            renderings[i] = np.asarray(images)
+            pending.append(score(renderings[i], everyone))
         rollout_s = time.perf_counter() - began
 
-        # Rewards on the host, of tokens the mean over their renderings.
+        # Rewards of tokens are the mean over their renderings.
         began = time.perf_counter()
-        rewards, numbers = reward(images, everyone * len(renderings))
-        shape, count = np.shape(rewards), len(images)
-        require(shape == (count, 2), f"The reward gives {shape} numbers for {count} images.")
-        rewards = np.mean(np.reshape(rewards, (len(renderings), -1, 2)), axis=0)
+        answers = [wait() for wait in pending]
+        rewards = over_renderings(np.stack([rewards for rewards, _ in answers]))
+        numbers = means([numbers for _, numbers in answers])
         gains, dropped = grpo.advantages(rewards, weights, section)
         learns = {"advantages": gains, "mask": np.float32(~np.any(list(dropped.values()), axis=0))}
-        total = rewards @ weights
+        # Of groups of which a reward has something to say.
+        groups = grpo.weighted(rewards, weights).reshape(-1, group)
+        groups = groups[~np.isnan(groups).all(axis=1)]
+        if len(groups):
+            spread = np.mean(np.nanstd(groups, axis=1))
+            numbers |= {"reward": float(np.nanmean(groups)), "reward_std": float(spread)}
         numbers = {
-            "reward": float(total.mean()),
-            "reward_std": float(np.mean(np.std(total.reshape(-1, group), axis=1))),
             **{name: float(rows.mean()) for name, rows in dropped.items()},
-            "diversity": diversity(images[: len(everyone)], group),
+            "diversity": diversity(renderings[0], group),
             **numbers,
             **{"rollout_s": rollout_s, "reward_s": time.perf_counter() - began},
         }

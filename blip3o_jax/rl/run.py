@@ -14,6 +14,7 @@ from blip3o_jax.parallel.batches import put_batch
 from blip3o_jax.parallel.mesh import make_mesh
 from blip3o_jax.pixels import contact_sheet
 from blip3o_jax.rl import rollout, update
+from blip3o_jax.rl.rewards.scoring import Score
 from blip3o_jax.sample import programs
 from blip3o_jax.sample.settings import Settings
 from blip3o_jax.text import Text
@@ -27,7 +28,7 @@ def reinforced(
     prompts: Callable[[int], list[dict]],
     heldout: list[dict],
     text: Text,
-    reward: rollout.Reward,
+    score: Score,
     load_part: start.LoadPart,
 ) -> Run:
     """The run of stage `grpo`.
@@ -35,7 +36,8 @@ def reinforced(
     `prompts(step)` are the metadata of the update after that step, batch_size / num_generations of
     them: each with its "prompt" and, where that is an instruction (a share `data.edits`), the
     "source" uint8 [H,W,3] that it edits. `heldout` are those that are drawn at every evaluation,
-    batch_size at most. The time of rollouts and rewards counts as waiting for data.
+    batch_size at most. `score` gives the rewards of `grpo.rewards`. The time of rollouts and
+    rewards counts as waiting for data.
     """
     mesh, model = make_mesh(cfg.mesh), start.build_model(cfg)
     editing = cfg.data.edits > 0
@@ -45,7 +47,7 @@ def reinforced(
     draw = functools.partial(draw, programs.programs(model))
     show = asdict(Settings(num_inference_steps=20))
     show |= programs.by_text(show["guidance_scale"], editing)
-    rollouts = rollout.rollouts(cfg, model, mesh, text, prompts, reward)
+    rollouts = rollout.rollouts(cfg, model, mesh, text, prompts, score)
 
     def compiled(state: dict, frozen: dict, batch: dict, shardings: dict) -> Callable:
         # The policy at the run's start, which a later state no longer holds.
@@ -77,7 +79,7 @@ def reinforced(
         arrays = prompt, valid, rollout.key_numbers(rows, cfg.seed), *images
         images = np.asarray(draw(params, *put_batch(arrays, mesh), **show)["images"])
         images = images[: len(heldout)]
-        numbers = reward(images, heldout)[1]
+        numbers = score(images, heldout)()[1]
         return {f"heldout/{name}": value for name, value in numbers.items()}, contact_sheet(images)
 
     return Run(

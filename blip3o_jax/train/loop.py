@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from blip3o_jax import paths, training_checkpoint
-from blip3o_jax.errors import require
+from blip3o_jax.errors import InputError, RewardError, require
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.parallel.batches import check_batch, put_batch
 from blip3o_jax.parallel.mesh import make_mesh
@@ -53,8 +53,9 @@ def run(cfg: TrainConfig, workdir: str | AnyPath, run: Run) -> dict[str, float]:
     checkpoint.
 
     Raises InputError before compilation for anything the config gets wrong, and when too many
-    steps are skipped, the workdir cannot be written or the run's own reason to `halt` occurs;
-    `stop.Preempted` after a SIGTERM. State and notes are saved before the last two.
+    steps are skipped, the workdir cannot be written, a reward fails or the run's own reason to
+    `halt` occurs; `stop.Preempted` after a SIGTERM. State and notes are saved before the last
+    three.
     """
     began = time.time()
     check_batch(cfg.batch_size, run.mesh, cfg.accumulate)
@@ -76,27 +77,45 @@ def run(cfg: TrainConfig, workdir: str | AnyPath, run: Run) -> dict[str, float]:
             sentence = "The run in %s is finished, at step %d; docs/data.md says how to train on."
             log.info(sentence, workdir, done)
             result, _ = run.evaluate(steps.weights(state, frozen))
-        for now in range(done + 1, cfg.num_steps + 1):
-            with meter.phase("data"):
-                batch, numbers = batch_of(now, state, frozen)
-            if step is None:
-                # A process that compiles slower is waited for here, not in a collective with a
-                # time limit of its own.
-                with meter.phase("other"):
-                    step = run.compile(state, frozen, batch, shardings)
-                    barrier("the first step")
-            with meter.step(now):
-                state, metrics = step(state, frozen, batch)
-            meter.add(now, batch, metrics | numbers)
-            leave, reason = stopping(now), run.halt(metrics)
-            ends = leave or bool(reason)
-            result = after_step(run, meter, manager, state, frozen, now, ends) or result
-            require(not reason, f"{reason} Step {now} is saved.")
-            if leave and now < cfg.num_steps:
-                log.info("Saved step %d; the same command resumes from it.", now)
-                raise stop.Preempted(now)
+        try:
+            for now in range(done + 1, cfg.num_steps + 1):
+                with meter.phase("data"):
+                    batch, numbers = batch_of(now, state, frozen)
+                if step is None:
+                    # A process that compiles slower is waited for here, not in a collective with a
+                    # time limit of its own.
+                    with meter.phase("other"):
+                        step = run.compile(state, frozen, batch, shardings)
+                        barrier("the first step")
+                with meter.step(now):
+                    state, metrics = step(state, frozen, batch)
+                meter.add(now, batch, metrics | numbers)
+                leave, reason = stopping(now), run.halt(metrics)
+                ends = leave or bool(reason)
+                result = after_step(run, meter, manager, state, frozen, now, ends) or result
+                require(not reason, f"{reason} Step {now} is saved.")
+                if leave and now < cfg.num_steps:
+                    log.info("Saved step %d; the same command resumes from it.", now)
+                    raise stop.Preempted(now)
+        except RewardError as error:
+            last = int(state["step"])
+            save_last(manager, cfg, state, frozen, meter, last)
+            if stop.is_asked():
+                raise stop.Preempted(last) from error
+            where = f" Step {last} is saved." if last else ""
+            raise InputError(f"{error}{where}") from error
         training_checkpoint.finish(manager)
     return result
+
+
+def save_last(
+    manager: Any, cfg: TrainConfig, state: dict, frozen: dict, meter: Meter, step: int
+) -> None:
+    """Saves `step`, which is on disk when this returns, unless it is there already."""
+    training_checkpoint.finish(manager)
+    if step > (manager.latest_step() or 0):
+        training_checkpoint.save(manager, cfg, state, frozen, meter.clock())
+        training_checkpoint.finish(manager)
 
 
 def after_step(

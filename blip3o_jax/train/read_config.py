@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from blip3o_jax import resources
-from blip3o_jax.errors import MAX_FLOAT, InputError, nearest, require
+from blip3o_jax.errors import MAX_FLOAT, InputError, check_number, nearest, require
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.stages import MIXTURE, STAGES, WORLD
 
@@ -100,6 +100,14 @@ def rename(values: dict, stage: str | None) -> list[tuple[str, str]]:
             new = new.replace("STAGE", str(stage))
             _set(values, new, node.pop(name))
             renamed.append((old, new))
+    # The strict verdict's share, beside the dense score.
+    section = values.get("grpo")
+    if isinstance(section, dict) and "strict" in section:
+        share = section.pop("strict")
+        check_number(share, "grpo.strict", 0, 1)
+        shares = {"scenes": 1 - share, "strict": share}
+        section["rewards"] = {name: own for name, own in shares.items() if own}
+        renamed.append(("grpo.strict", f"grpo.rewards, {json.dumps(section['rewards'])}"))
     if values.get("loss") == {}:
         del values["loss"]
     return renamed

@@ -3,6 +3,7 @@
 A run has the section of its own stage and no other, so that every key that is set has an effect.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -211,7 +212,9 @@ class GrpoConfig:
     top_entropy_quantile: float = 1.0  # share of the tokens, the least certain ones, that are moved
     # probabilities among all tokens, as in the PyTorch code, not among the image's
     full_vocabulary: bool = False
-    strict: float = 0.0  # share of the strict verdict in the reward; the rest is the dense score
+    # reward (rl.rewards.protocol) -> its weight in the sum
+    rewards: dict = field(default_factory=lambda: {"scenes": 1.0})
+    reward_timeout: float = 600.0  # seconds that a step waits for rewards, and for a server
     # groups that teach little more: their rewards' mean is above, and their deviation below
     saturated_mean: float | None = None  # None drops only groups without any spread
     saturated_std: float = 0.05
@@ -220,6 +223,11 @@ class GrpoConfig:
     def __post_init__(self):
         _check_choices("grpo", self, GRPO_CHOICES)
         self._check_halves()
+        require(bool(self.rewards), "grpo.rewards names no reward.")
+        for name, weight in self.rewards.items():
+            is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            above_0 = is_number and 0 < weight < math.inf
+            require(above_0, f"grpo.rewards are weights above 0, not {weight!r} ({name}).")
         _check_ranges(
             "grpo",
             self,
@@ -232,7 +240,7 @@ class GrpoConfig:
                 "epsilon": ("in (0, 1)", 0 < self.epsilon < 1),
                 "epsilon_high": ("above 0", self.epsilon_high is None or self.epsilon_high > 0),
                 "top_entropy_quantile": ("in (0, 1]", 0 < self.top_entropy_quantile <= 1),
-                "strict": ("in [0, 1]", 0 <= self.strict <= 1),
+                "reward_timeout": ("above 0", self.reward_timeout > 0),
                 "saturated_std": ("at least 0", self.saturated_std >= 0),
                 "phase_steps": ("at least 1", self.phase_steps >= 1),
                 "decodes": ("at least 1", self.decodes >= 1),

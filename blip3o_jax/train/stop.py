@@ -39,6 +39,11 @@ def _code() -> int:
     return KEYBOARD if signal.SIGINT in _received else RESTART
 
 
+def is_asked() -> bool:
+    """Whether there was a signal: for whoever waits within a step."""
+    return bool(_received)
+
+
 def _leaves_at_once() -> bool:
     return not _stepping.is_set() or _received.count(signal.SIGINT) > 1
 

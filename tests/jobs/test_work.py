@@ -3,6 +3,7 @@
 import base64
 import concurrent.futures
 import http.server
+import importlib.util
 import io
 import json
 import os
@@ -24,6 +25,7 @@ import blip3o_jax
 from blip3o_jax.cli import main
 from blip3o_jax.jobs import ledger, lock, work
 from blip3o_jax.request import Request
+from blip3o_jax.rl.rewards import ocr
 from blip3o_jax.sample.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("small")
@@ -311,13 +313,63 @@ def test_a_request_that_cannot_be_judged_fails_alone(says, sentence, channels, j
     assert second["candidate"] in (0, 1)
 
 
-def test_rewards_that_cannot_be_are_refused(channels, capsys, never):
+def test_rewards_that_cannot_be_are_refused(channels, capsys, never, monkeypatch):
     never()
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "rapidocr" else find(name)
+    )
     for options, sentence in {
         ("--best-of", "0"): "--best-of is at least 1",
         ("--best-of", "2"): "--best-of needs a --reward",
-        ("--reward", "ocr"): "There is no reward 'ocr'; known: scenes, http://HOST/PATH.",
+        ("--reward", "scene"): "There is no reward 'scene'; did you mean 'scenes'?",
+        (
+            "--reward",
+            "scenes",
+            "--reward",
+            "ocr",
+        ): "The reward 'ocr' needs the extra [ocr]; install",
         ("--reward", "http://"): "The reward server 'http://' names no host;",
     }.items():
         assert generate(channels, *options) == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_prompts_that_a_reward_cannot_judge_are_refused_before_there_are_images(
+    channels, capsys, never, monkeypatch
+):
+    """A typed one ends the command, one of a file fails alone."""
+    never()
+    monkeypatch.setattr(ocr, "check_extra", lambda: None)
+    monkeypatch.setattr(ocr, "read", lambda image: "cat")
+    options = ["--checkpoint", channels, *FLAGS, "--out", "made"]
+    for reward, sentence in {
+        "ocr": "reads what a prompt has in double quotes, and 'a cat' has nothing there.",
+        "strict": "'a cat' has no metadata of GenEval (`tag`, `include`) to judge it by.",
+        "edit_done": "The reward 'edit_done' is of the edits of `blip3o-jax grpo`;",
+    }.items():
+        assert main(["generate", "a cat", *options, "--reward", reward]) == 2
+        assert sentence in capsys.readouterr().err
+        assert not pathlib.Path("made").exists()
+    pathlib.Path("prompts.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "a dog"}')
+    assert generate(channels, "--reward", "ocr") == work.FAILED
+    assert all("double quotes" in row["error"] for row in manifest())
+
+
+def test_the_best_by_words_and_the_mean_of_several_rewards(channels, judge, monkeypatch):
+    monkeypatch.setattr(ocr, "check_extra", lambda: None)
+    monkeypatch.setattr(ocr, "read", lambda image: "cat" if image[0, 0, 0] % 2 else "cut")
+    pathlib.Path("prompts.jsonl").write_text('{"prompt": "the word \\"CAT\\""}')
+    options = ["--best-of", "3", "--reward", "ocr"]
+    assert generate(channels, *options) == 0
+    (row,) = manifest()
+    assert set(row["rewards"]) <= {1.0, 1 - 1 / 3}
+    assert row["reward"] == max(row["rewards"])
+    Judge.says.append((200, {"rewards": [3.0, None, 5.0]}))
+    assert generate(channels, *options, "--reward", judge, out="both") == 0
+    (both,) = manifest("both")
+    by_words, by_server = np.array(row["rewards"]), np.array([3.0, 0.0, 5.0])
+    np.testing.assert_allclose(both["rewards"], (by_words + by_server) / 2)
+    assert both["candidate"] == 2
+    # Its results are of these rewards and no other ones.
+    assert generate(channels, *options, out="both") == 2

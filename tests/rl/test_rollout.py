@@ -17,7 +17,8 @@ from blip3o_jax.parallel.mesh import make_mesh
 from blip3o_jax.presets import preset
 from blip3o_jax.rl import grpo
 from blip3o_jax.rl.logprobs import image_logprobs
-from blip3o_jax.rl.rewards import scene_rewards
+from blip3o_jax.rl.rewards.protocol import named
+from blip3o_jax.rl.rewards.scoring import scorer
 from blip3o_jax.rl.run import reinforced
 from blip3o_jax.sample import generate
 from blip3o_jax.scenes import edits, prompts
@@ -30,27 +31,29 @@ EDITING = {**tiny.SMALL, **CHANNELS}
 
 
 def test_rows_of_edits_hold_their_sources_and_have_the_probabilities_of_decoding():
-    section = GrpoConfig(num_generations=4, num_inference_steps=1)
+    weights = {"scenes": 0.5, "ocr": 2.0}
+    section = GrpoConfig(num_generations=4, num_inference_steps=1, rewards=weights)
     data = DataConfig(edits=0.5, row_length=0)
     cfg = tiny.config(stage="grpo", joint=None, grpo=section, model=EDITING, data=data)
     text, model = tiny.text(), Blip3o(replace(preset("emoji_64"), **EDITING))
     side, n = model.config.image_size, model.config.ta_tok.num_tokens
     source = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
     asked = [{"prompt": "two red hearts"}, {"prompt": "make it blue", "source": source}]
-    rewards = np.stack([np.arange(8.0), np.full(8, 5.0)], axis=1)
+    rewards = np.stack([np.arange(8.0), [5.0] * 4 + [np.nan] * 4], axis=1)
 
-    def reward(images, metadata):
+    def score(images, metadata):
         assert [m["prompt"] for m in metadata] == ["two red hearts"] * 4 + ["make it blue"] * 4
         assert images.shape == (8, side, side, 3)
-        return rewards, {}
+        return lambda: (rewards, {})
 
-    run = reinforced(cfg, lambda step: asked, asked, text, reward, None)
+    run = reinforced(cfg, lambda step: asked, asked, text, score, None)
     params = jax.device_put(random_params(model.config))
     with jax.set_mesh(make_mesh(cfg.mesh)):
         batch, numbers = run.batches(0)(1, {"params": params}, {})
     batch = batch["transformer"]
-    assert numbers["reward"] == rewards[:, 0].mean()
-    expected, _ = grpo.advantages(rewards, [1.0, 0.0], section)
+    total = 0.5 * np.arange(8.0) + 2.0 * np.array([5.0] * 4 + [0.0] * 4)
+    assert numbers["reward"] == total.mean()
+    expected, _ = grpo.advantages(total[:, None], [1.0], section)
     np.testing.assert_array_equal(batch["advantages"], expected)
     # The source's codes stand in the prompt of every edit, and nothing does in that of a prompt.
     codes = np.asarray(generate.encode_codes(model, params, source[None]))[0]
@@ -69,8 +72,8 @@ def test_a_model_that_edits_draws_prompts_without_sources(scale):
     section = GrpoConfig(num_generations=4, num_inference_steps=1, guidance_scale=scale)
     cfg = tiny.config(stage="grpo", joint=None, grpo=section, model=EDITING, data=DataConfig())
     asked = [{"prompt": "two red hearts"}, {"prompt": "a dog"}]
-    rewards = np.arange(16.0).reshape(8, 2), {}
-    run = reinforced(cfg, lambda step: asked, asked, tiny.text(), lambda *_: rewards, None)
+    rewards = np.arange(8.0)[:, None], {}
+    run = reinforced(cfg, lambda step: asked, asked, tiny.text(), lambda *_: lambda: rewards, None)
     params = jax.device_put(random_params(Blip3o(replace(preset("emoji_64"), **EDITING)).config))
     with jax.set_mesh(make_mesh(cfg.mesh)):
         batch, _ = run.batches(0)(1, {"params": params}, {})
@@ -100,9 +103,13 @@ def test_an_edit_is_rewarded_for_what_it_did_and_for_what_it_left():
     metadata, scene = prompts.sample(world, 0)
     pictures = np.stack([compose(edit.after), compose(edit.before), compose(scene)])
     asked = [{"prompt": edit.instruction, "edit": edit}] * 2 + [metadata]
-    rewards, numbers = scene_rewards(pictures, asked)
+    names = ("scenes", "strict", "edit_done", "edit_kept")
+    with scorer({name: named(name) for name in names}, 60.0) as score:
+        rewards, numbers = score(pictures, asked)()
     # Left as it was, the thing in its new colour is missing and the old one is still there.
     parts = len(edit.after.things) + 2
-    np.testing.assert_allclose(rewards, [[1, 1], [1 - 2 / parts, 0], [1, 1]], rtol=1e-6)
+    dense = 1 - 2 / parts
+    expected = [[1, 1, 1, 1], [dense, 0, 0, 1], [1, 1, np.nan, np.nan]]
+    np.testing.assert_allclose(rewards, expected, rtol=1e-6)
     assert numbers["edit_success"] == numbers["edit_done"] == 0.5
     assert numbers["edit_kept"] == numbers["strict"] == 1.0

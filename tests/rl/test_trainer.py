@@ -12,7 +12,7 @@ import tiny
 
 from blip3o_jax import training_checkpoint
 from blip3o_jax.convert.random_weights import random_params
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import InputError, RewardError
 from blip3o_jax.rl.diffusion import METHODS
 from blip3o_jax.rl.rollout import diversity
 from blip3o_jax.rl.run import reinforced
@@ -45,16 +45,20 @@ def config(mode, **changes):
 
 
 def reward(images, metadata):
-    """How bright an image is, and how red."""
-    light = images.astype(np.float64).mean(axis=(1, 2)) / 255
-    return np.stack([light.mean(axis=1), light[:, 0]], axis=1), {}
+    """How bright an image is."""
+    return images.astype(np.float64).mean(axis=(1, 2, 3))[:, None] / 255, {}
 
 
 def run_of(cfg, judge=reward):
     def load_part(name, part):
         return random_params(cfg.blip3o())[part]
 
-    return reinforced(cfg, lambda step: PROMPTS, PROMPTS, tiny.text(), judge, load_part)
+    return reinforced(cfg, lambda step: PROMPTS, PROMPTS, tiny.text(), score_of(judge), load_part)
+
+
+def score_of(judge):
+    """Answers are there at once."""
+    return lambda images, metadata: lambda: judge(images, metadata)
 
 
 def trained(cfg, workdir, run):
@@ -119,7 +123,7 @@ def model_and_params():
 
 
 def rollout_of(cfg, model, step, state, frozen, judge=reward):
-    run = reinforced(cfg, lambda step: PROMPTS, PROMPTS, tiny.text(), judge, None)
+    run = reinforced(cfg, lambda step: PROMPTS, PROMPTS, tiny.text(), score_of(judge), None)
     with jax.set_mesh(run.mesh):
         return run.batches(0)(step, state, frozen)
 
@@ -153,16 +157,16 @@ def test_tokens_are_rewarded_by_the_mean_of_their_renderings(model_and_params):
 
     def judge(images, metadata):
         seen.append((images, [m["prompt"] for m in metadata]))
-        return np.arange(32.0).reshape(16, 2) % 7, {}
+        return rewards[len(seen) - 1][:, None], {"seen": len(seen)}
 
-    state = {"params": params}
+    state, rewards = {"params": params}, np.arange(16.0).reshape(2, 8) % 7
     batch, numbers = rollout_of(cfg, model, 1, state, {}, judge)
-    images, asked = seen[0]
-    assert asked == (["two red hearts"] * 4 + ["a dog"] * 4) * 2
-    assert not np.array_equal(images[:8], images[8:])
-    rewards = (np.arange(32.0).reshape(2, 8, 2) % 7).mean(axis=0)[:, 0]
+    (images, asked), (others, again) = seen
+    assert asked == again == ["two red hearts"] * 4 + ["a dog"] * 4
+    assert not np.array_equal(images, others)
     assert numbers["reward"] == rewards.mean()
-    groups = rewards.reshape(2, 4)
+    assert numbers["seen"] == 1.5
+    groups = rewards.mean(axis=0).reshape(2, 4)
     expected = groups - groups.mean(axis=1, keepdims=True)
     expected /= groups.std(axis=1, ddof=1, keepdims=True) + 1e-4
     gains = batch["transformer"]["advantages"]
@@ -170,7 +174,7 @@ def test_tokens_are_rewarded_by_the_mean_of_their_renderings(model_and_params):
     # The first rendering is the one without any more.
     once = config("alternating", grpo={"num_inference_steps": 1, "decodes": 1})
     rollout_of(once, model, 1, state, {}, lambda i, m: (seen.append((i, m)), reward(i, m))[1])
-    np.testing.assert_array_equal(seen[1][0], images[:8])
+    np.testing.assert_array_equal(seen[2][0], images)
 
 
 def test_a_group_of_the_diffusion_part_shares_its_tokens_and_is_drawn_by_the_old_policy(
@@ -231,12 +235,62 @@ def test_a_divergence_above_the_ceiling_ends_the_run_with_its_state_saved(tmp_pa
     assert max(int(folder.name) for folder in folders) == step
 
 
-def test_a_reward_of_another_length_is_one_sentence(model_and_params):
+def test_a_reward_that_fails_ends_the_run_with_its_state_saved_and_it_resumes(tmp_path):
+    cfg = config("joint", log_every=1)
+    whole, state = trained(cfg, tmp_path / "whole", run_of(cfg))
+    calls = []
+
+    def fragile(images, metadata):
+        calls.append(len(images))
+        if len(calls) == 4:
+            raise RewardError("The reward 'it' fails.")
+        return reward(images, metadata)
+
+    with pytest.raises(InputError, match=r"^The reward 'it' fails\. Step 3 is saved\.$"):
+        trained(cfg, tmp_path / "cut", run_of(cfg, fragile))
+    folders = training_checkpoint.complete((tmp_path / "cut" / "checkpoints").absolute())
+    assert [int(folder.name) for folder in folders] == [3]
+    resumed, again = trained(cfg, tmp_path / "cut", run_of(cfg, fragile))
+    assert same(state, again)
+    assert [row["reward"] for row in resumed] == [row["reward"] for row in whole]
+
+
+def test_a_signal_while_rewards_are_waited_for_saves_and_leaves_to_be_started_again(tmp_path):
+    def interrupted(images, metadata):
+        calls.append(len(images))
+        if len(calls) == 3:
+            patch.setattr(loop.stop, "is_asked", lambda: True)
+            raise RewardError("The reward 'it' was interrupted.")
+        return reward(images, metadata)
+
+    cfg, calls = config("joint"), []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(loop.stop.Preempted):
+        trained(cfg, tmp_path / "run", run_of(cfg, interrupted))
+    folders = training_checkpoint.complete((tmp_path / "run" / "checkpoints").absolute())
+    assert [int(folder.name) for folder in folders] == [2]
+
+
+def test_a_reward_that_fails_at_once_leaves_no_checkpoint(tmp_path):
+    def broken(images, metadata):
+        raise RewardError("The reward 'it' fails.")
+
+    cfg = config("joint")
+    with pytest.raises(InputError, match=r"^The reward 'it' fails\.$"):
+        trained(cfg, tmp_path / "run", run_of(cfg, broken))
+    assert training_checkpoint.complete((tmp_path / "run" / "checkpoints").absolute()) == []
+
+
+def test_a_rollout_without_any_reward_teaches_nothing(model_and_params):
     model, params = model_and_params
-    with pytest.raises(InputError, match=r"The reward gives \(3, 2\) numbers for 8 images."):
-        rollout_of(
-            config("joint"), model, 1, {"params": params}, {}, lambda *_: (np.zeros((3, 2)), {})
-        )
+    nothing = np.full((8, 1), np.nan), {}
+    batch, numbers = rollout_of(
+        config("joint"), model, 1, {"params": params}, {}, lambda *_: nothing
+    )
+    for half in batch.values():
+        np.testing.assert_array_equal(half["advantages"], 0)
+        np.testing.assert_array_equal(half["mask"], 0)
+    assert "reward" not in numbers
+    assert numbers["zero_spread"] == 1
 
 
 @pytest.mark.parametrize(
@@ -246,6 +300,9 @@ def test_a_reward_of_another_length_is_one_sentence(model_and_params):
         ({"phase_steps": 3}, "grpo.phase_steps has no effect where grpo.train is 'transformer'"),
         ({"train": "joint", "decodes": 2}, "grpo.decodes has no effect where grpo.train is"),
         ({"train": "diffusion", "loss_type": "grpo"}, "grpo.loss_type has no effect where grpo"),
+        ({"rewards": {}}, "grpo.rewards names no reward."),
+        ({"rewards": {"ocr": 0}}, "grpo.rewards are weights above 0, not 0 (ocr)."),
+        ({"reward_timeout": 0.0}, "grpo.reward_timeout is above 0, not 0.0."),
         ({"train": "both"}, "Unknown grpo.train 'both'"),
         ({"train": "diffusion", "max_kl": 0.1}, "grpo.max_kl bounds the transformer's divergence"),
         (
