@@ -12,6 +12,7 @@ import numpy as np
 
 from blip3o_jax.errors import InputError
 from blip3o_jax.pictures import array
+from blip3o_jax.rl.rewards.http import Unreachable
 
 if TYPE_CHECKING:
     from blip3o_jax.pipeline import Pipeline
@@ -56,6 +57,8 @@ def best_of(
             outcomes.clear()
             try:
                 yield _best(request, own, rewards)
+            except Unreachable:
+                raise
             except InputError as error:
                 failed(request, str(error))
 

@@ -169,7 +169,7 @@ def _run_job(
     with contextlib.ExitStack() as stack:
         if is_needed and (not begun or args.overwrite):
             stack.enter_context(ledger.place(folder))
-            pipeline = load_for(args)
+            pipeline = ready(args)
         ledger.begin(folder, facts, args.overwrite)
     failed: list[str] = []
     with lock.locked(folder, index, count) as life, stop.watch(together=False) as leaves:
@@ -189,7 +189,7 @@ def _run_job(
         todo = [number for numbers in left.values() for number in numbers]
         if todo:
             log.info("%d of %d requests are to be made here.", len(todo), len(requests))
-            pipeline = pipeline or load_for(args)
+            pipeline = pipeline or ready(args)
             require(pipeline.identity == identity, f"{args.checkpoint} changed meanwhile.")
             pipeline.warn([requests[number] for number in todo])
             failed += _work(args, folder, requests, left, done, pipeline, leaves, life)
@@ -209,6 +209,15 @@ def _run_job(
         sentence = f"{counted(len(failed), 'request')} failed ({names}); {folder / where} says why."
         print(f"blip3o-jax: {sentence}", file=sys.stderr)
     return FAILED if failed else 0
+
+
+def ready(args: argparse.Namespace) -> Pipeline:
+    """The pipeline; InputError where a server of --reward does not answer."""
+    from blip3o_jax.rl.rewards.protocol import check_there
+
+    for name in args.reward:
+        check_there(name)
+    return load_for(args)
 
 
 def check_sources(folder: paths.AnyPath, requests: list[Request], rows: ledger.Rows) -> None:
@@ -238,6 +247,7 @@ def _work(
     from tqdm import tqdm
 
     from blip3o_jax.jobs.best import best_of
+    from blip3o_jax.rl.rewards.http import Unreachable
     from blip3o_jax.rl.rewards.protocol import named
 
     order = [(shard, number) for shard, numbers in left.items() for number in numbers]
@@ -276,21 +286,28 @@ def _work(
             samples = best_of(pipeline, asked, args.best_of, rewards, failed)
         else:
             samples = pipeline.run(asked, failed)
-        for sample in tqdm(samples, total=len(order), unit="image"):
-            shard, number = places[id(sample.request)]
-            is_last = sample.turn == len(sample.request.then)
-            facts = origin(sample) | {"checkpoint": pipeline.identity} | sample.facts
-            future = executor.submit(write, args, folder, sample, number, facts)
-            writing.append((shard, number, is_last, future))
-            settle(4 * pipeline.batch_size)
-            if leaves(number):
-                break
+        away = None
+        try:
+            for sample in tqdm(samples, total=len(order), unit="image"):
+                shard, number = places[id(sample.request)]
+                is_last = sample.turn == len(sample.request.then)
+                facts = origin(sample) | {"checkpoint": pipeline.identity} | sample.facts
+                future = executor.submit(write, args, folder, sample, number, facts)
+                writing.append((shard, number, is_last, future))
+                settle(4 * pipeline.batch_size)
+                if leaves(number):
+                    break
+        except Unreachable as error:
+            away = error
         settle(0)
-    # What a shard has so far, where a signal ends the work; a file of many is whole or not at all.
+    # What a shard has so far, where a signal or a server that is away ends the work; a file of many
+    # is whole or not at all.
     for shard, rows in ((shard, done[shard]) for shard in left if shard in done):
         whole = {n: own for n, own in rows.items() if len(own) == len(requests[n].texts)}
         if missing[shard] and whole and args.format not in SHARDED:
             ledger.record(folder, shard, whole)
+    if away:
+        raise InputError(f"{str(away).rstrip('.')}; the same command makes the rest.") from away
     return failures
 
 

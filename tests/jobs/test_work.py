@@ -25,6 +25,7 @@ import blip3o_jax
 from blip3o_jax.cli import main
 from blip3o_jax.jobs import ledger, lock, work
 from blip3o_jax.request import Request
+from blip3o_jax.rl.rewards import http as http_reward
 from blip3o_jax.rl.rewards import ocr
 from blip3o_jax.sample.settings import Settings
 
@@ -311,6 +312,33 @@ def test_a_request_that_cannot_be_judged_fails_alone(says, sentence, channels, j
     first, second = manifest()
     assert sentence in first["error"]
     assert second["candidate"] in (0, 1)
+
+
+def test_a_server_that_is_away_ends_the_job_which_goes_on_when_it_is_back(
+    channels, judge, capsys, never, monkeypatch
+):
+    monkeypatch.setattr(http_reward.time, "sleep", lambda _: None)
+    options = ["--reward", judge, "--batch-size", "2"]
+    assert generate(channels, *options, out="whole") == 0
+    # The third request finds nobody.
+    busy = (503, {})
+    image = (200, {"rewards": [1.0]})
+    Judge.says += [image, image, busy, busy, busy]
+    assert generate(channels, *options) == 2
+    error = capsys.readouterr().err
+    assert f"The reward server {judge} fails: HTTP Error 503" in error
+    assert error.endswith("; the same command makes the rest.\n")
+    assert main(["generate", "--out", "made", "--status"]) == 0
+    assert json.loads(capsys.readouterr().out)["done"] == 2
+    assert generate(channels, *options) == 0
+    files = [row["file"] for row in manifest()]
+    assert files == [row["file"] for row in manifest("whole")]
+    # Nobody there from the start is known before anything is loaded.
+    never()
+    options[1] = "http://127.0.0.1:9/"
+    assert generate(channels, *options, out="none") == 2
+    assert "The reward server http://127.0.0.1:9/ fails: " in capsys.readouterr().err
+    assert not pathlib.Path("none").exists()
 
 
 def test_rewards_that_cannot_be_are_refused(channels, capsys, never, monkeypatch):

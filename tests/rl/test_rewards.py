@@ -131,6 +131,14 @@ def test_a_pickle_is_read_for_numbers_alone(answer, sentence, server):
     assert str(error.value).startswith(f"The reward server {server}: {sentence}")
 
 
+@pytest.mark.parametrize(("code", "error"), [(503, client.Unreachable), (500, InputError)])
+def test_a_server_that_is_busy_is_away_and_one_that_fails_is_not(code, error, ask):
+    with pytest.raises(InputError, match=rf"fails: HTTP Error {code}") as raised:
+        ask("", f"HTTP/1.0 {code} Sorry\r\n\r\n")
+    assert raised.type is error
+    assert Server.asked == (3 if error is client.Unreachable else 1)
+
+
 CHUNKED = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n"
 
 
@@ -138,7 +146,7 @@ CHUNKED = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n"
 def test_an_answer_that_is_cut_or_no_http_is_asked_for_again_and_then_a_sentence(head, ask):
     with pytest.raises(InputError, match=r"The reward server .* fails: "):
         ask("{", head)
-    assert Server.asked == client.TRIES
+    assert Server.asked == 1 + len(client.PAUSES)
 
 
 @pytest.mark.parametrize(

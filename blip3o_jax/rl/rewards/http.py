@@ -29,7 +29,9 @@ from blip3o_jax.errors import (
 from blip3o_jax.files import json_object
 from blip3o_jax.rl.rewards.scenes import check_metadata
 
-TRIES, LARGEST = 3, 1 << 24  # bytes of an answer
+LARGEST = 1 << 24  # bytes of an answer
+PAUSES = (0.5, 1.0)  # seconds until a server is asked again
+AWAY = (429, 502, 503, 504)  # codes of a server that may answer later
 
 
 class Unreachable(InputError):
@@ -99,21 +101,34 @@ class _Plain(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is not a number")
 
 
+def check_reachable(url: str) -> None:
+    """`Unreachable` where no server answers; whatever it says to a GET, it is there."""
+    try:
+        _answer(url, urllib.request.Request(url), 10.0)
+    except Unreachable:
+        raise
+    except InputError:
+        return
+
+
 def _post(url: str, data: bytes, kind: str, timeout: float) -> bytes:
     """The answer, asked for again where a server is restarting or busy, not where it refuses."""
-    for left in reversed(range(TRIES)):
-        request = urllib.request.Request(url, data, {"Content-Type": kind})
-        try:
-            with urllib.request.urlopen(request, timeout=timeout) as response:
-                return response.read(LARGEST)
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            is_lasting = isinstance(error, urllib.error.HTTPError) and error.code < 500
-            sentence = f"The reward server {url} fails: {first_line(error)}."
-            if is_lasting:
-                raise InputError(sentence) from error
-            if not left:
-                raise Unreachable(sentence) from error
-            time.sleep(2.0 ** (TRIES - left) / 4)
+    request = urllib.request.Request(url, data, {"Content-Type": kind})
+    for pause in PAUSES:
+        with contextlib.suppress(Unreachable):
+            return _answer(url, request, timeout)
+        time.sleep(pause)
+    return _answer(url, request, timeout)
+
+
+def _answer(url: str, request: urllib.request.Request, timeout: float) -> bytes:
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            return response.read(LARGEST)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        is_refusal = isinstance(error, urllib.error.HTTPError) and error.code not in AWAY
+        kind = InputError if is_refusal else Unreachable
+        raise kind(f"The reward server {url} fails: {first_line(error)}.") from error
 
 
 def _numbers(rewards: object, name: str, count: int) -> list[float]:

@@ -14,18 +14,25 @@ Reward = Callable[
     [Sequence[np.ndarray], Sequence[str], Sequence[dict], Sequence[Sequence[np.ndarray]]],
     list[float],
 ]
-SERVERS = {"http": http.ask, "https": http.ask, "geneval+http": http.ask_geneval}
+SERVERS = ("http://", "https://")
+PICKLED = "geneval+"  # before http://, for the server of GRPO-GenEval
 TIMEOUT = 60.0  # seconds in which a server must answer
+
+
+def check_there(name: str) -> None:
+    """`http.Unreachable` for a server that does not answer."""
+    url = name.removeprefix(PICKLED)
+    if url.startswith(SERVERS):
+        http.check_reachable(url)
 
 
 def named(name: str, timeout: float = TIMEOUT) -> Reward:
     """The reward of that name: of `scenes.REWARDS`, `ocr`, or a server's URL. InputError for
     another, and where its extra is missing."""
-    scheme, is_url, _ = name.partition("://")
-    if is_url and scheme in SERVERS:
-        url = name.removeprefix("geneval+")
+    url = name.removeprefix(PICKLED)
+    if url.startswith(SERVERS):
         http.check_url(url)
-        return functools.partial(SERVERS[scheme], url, timeout)
+        return functools.partial(http.ask if url == name else http.ask_geneval, url, timeout)
     if name == "ocr":
         ocr.check_extra()
         return ocr.ocr
@@ -42,5 +49,5 @@ def check_asked(name: str, prompt: str, metadata: dict) -> None:
     elif name in scenes.REWARDS:
         sentence = f"The reward {name!r} is of the edits of `blip3o-jax grpo`; none is known here"
         require(scenes.REWARDS[name][0] is not None, f"{sentence}.")
-    if name in scenes.REWARDS or name.startswith("geneval+"):
+    if name in scenes.REWARDS or name.startswith(PICKLED):
         scenes.check_metadata(prompt, metadata)
