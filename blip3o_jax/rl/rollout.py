@@ -90,8 +90,8 @@ def rollouts(
     prompts: Callable[[int], list[dict]],
     score: Score,
 ) -> Callable[[int, dict, dict], tuple[dict, dict[str, float]]]:
-    """(step, state, frozen) -> ({half: arrays} for the halves that the step trains, numbers to
-    log).
+    """(step, state, frozen) -> ({half: arrays} for the halves that the step trains, none if all
+    groups are left out, and numbers to log).
 
     `prompts(step)` as in `run.reinforced`. For the transformer each image of a group has tokens of
     its own, rendered `decodes` times. For the diffusion part alone a group shares its tokens, so
@@ -168,8 +168,10 @@ def rollouts(
             **{"rollout_s": rollout_s, "reward_s": time.perf_counter() - began},
         }
 
-        # What each half reads.
+        # What each half reads; nothing where no group teaches anything.
         batch = {}
+        if not learns["mask"].any():
+            return batch, numbers
         if "transformer" in halves:
             codes = jax.device_get(written.get("source_codes", [None] * len(everyone)))
             ids = [encode(text, m, own) for m, own in zip(everyone, codes, strict=True)]

@@ -59,6 +59,8 @@ def reinforced(
         compiled_for = {}
 
         def step(state: dict, frozen: dict, batch: dict) -> tuple[dict, dict]:
+            if not batch:
+                return update.unchanged(cfg, state)
             # A program for each set of halves, compiled when it is first needed.
             halves = tuple(sorted(batch))
             if halves not in compiled_for:

@@ -16,6 +16,7 @@ from blip3o_jax.models.blip3o import Blip3o, Params
 from blip3o_jax.rl import diffusion, grpo
 from blip3o_jax.rl.logprobs import image_logprobs
 from blip3o_jax.sample import condition, flow
+from blip3o_jax.train import optimizer
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.steps import advance, group_state, with_group
 
@@ -54,6 +55,19 @@ def update(
         named = {f"diffusion/{name}": value for name, value in others.items()}
         metrics = metrics | named | norms | counted
     return new | {"step": state["step"] + 1}, metrics
+
+
+def unchanged(cfg: TrainConfig, state: dict) -> tuple[dict, dict]:
+    """As `update`, for a batch that teaches nothing: only the step is counted."""
+    metrics = {"skipped": 0, "skipped_in_a_row": 0}
+    for half in cfg.grpo.halves_at(int(state["step"]) + 1):
+        own = group_state(cfg, state, half)
+        rates = optimizer.schedule(cfg.optimizer, cfg.updates_of(half))
+        metrics["learning_rate"] = rates(own["opt_state"].count)
+        metrics["skipped"] += own["guard"]["skipped"]
+        in_a_row = own["guard"]["in_a_row"]
+        metrics["skipped_in_a_row"] = jnp.maximum(metrics["skipped_in_a_row"], in_a_row)
+    return state | {"step": state["step"] + 1}, metrics
 
 
 def _moved(cfg: TrainConfig, state: dict, params: dict) -> dict:

@@ -286,11 +286,31 @@ def test_a_rollout_without_any_reward_teaches_nothing(model_and_params):
     batch, numbers = rollout_of(
         config("joint"), model, 1, {"params": params}, {}, lambda *_: nothing
     )
-    for half in batch.values():
-        np.testing.assert_array_equal(half["advantages"], 0)
-        np.testing.assert_array_equal(half["mask"], 0)
+    assert batch == {}
     assert "reward" not in numbers
     assert numbers["zero_spread"] == 1
+
+
+def test_a_step_whose_groups_all_agree_is_counted_and_updates_nothing(tmp_path):
+    """The first of all, and one between two others; and the run goes on as ever."""
+    calls = []
+
+    def agreed(images, metadata):
+        calls.append(len(images))
+        rewards, numbers = reward(images, metadata)
+        return (np.ones_like(rewards) if len(calls) in (1, 3) else rewards), numbers
+
+    cfg = config("joint", log_every=1)
+    rows, state = trained(cfg, tmp_path / "run", run_of(cfg, agreed))
+    assert [row["zero_spread"] for row in rows] == [1, 0, 1, 0, 0, 0]
+    # No forward pass, no gradient: only what every step has.
+    assert ["loss" in row for row in rows] == [x == 0 for x in (1, 0, 1, 0, 0, 0)]
+    assert int(state["step"]) == 6
+    assert {half: int(own.count) for half, own in state["opt_state"].items()} == dict.fromkeys(
+        cfg.grpo.halves, 4
+    )
+    rates = [row["learning_rate"] for row in rows]
+    assert rates[0] == rates[1] != rates[2] == rates[3] != rates[4]
 
 
 @pytest.mark.parametrize(
