@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from blip3o_jax.errors import InputError
+from blip3o_jax.errors import InputError, require
 from blip3o_jax.pictures import array
 from blip3o_jax.rl.rewards.http import Unreachable
+from blip3o_jax.rl.rewards.protocol import named
 
 if TYPE_CHECKING:
     from blip3o_jax.pipeline import Pipeline
@@ -20,11 +21,19 @@ if TYPE_CHECKING:
     from blip3o_jax.rl.rewards.protocol import Reward
 
 
+def check_rewards(names: Sequence[str], count: int) -> None:
+    """InputError for what --reward and --best-of cannot be."""
+    require(count >= 1, f"--best-of is at least 1, not {count}.")
+    require(names or count == 1, "--best-of needs a --reward to choose by.")
+    for name in names:
+        named(name)
+
+
 def best_of(
     pipeline: Pipeline,
     requests: Iterable[Request],
     count: int,
-    rewards: Sequence[Reward],
+    names: Sequence[str],
     failed: Callable[[Request, str], None],
 ) -> Iterator[Sample]:
     """`Pipeline.run`, with the best of `count` candidates for each request of one turn, the first
@@ -33,6 +42,7 @@ def best_of(
 
     A request whose images cannot be judged fails, and one whose rewards are all nan.
     """
+    rewards = [named(name) for name in names]
     waiting: collections.deque[Request] = collections.deque()
 
     def candidates() -> Iterator[Request]:

@@ -1,11 +1,17 @@
 """`blip3o-jax grpo`: config -> prompts and judge of the embedded world -> loop."""
 
+from __future__ import annotations
+
 import argparse
 import json
+from typing import TYPE_CHECKING
 
 from blip3o_jax.errors import require
 from blip3o_jax.jobs.options import run_options
 from blip3o_jax.jobs.train import open_run, open_tokenizer
+
+if TYPE_CHECKING:
+    from blip3o_jax.train.config import TrainConfig
 
 HELP = "reinforce the transformer by rewards; resumes if the workdir holds a checkpoint"
 
@@ -60,16 +66,31 @@ def run(args: argparse.Namespace) -> None:
     heldout = [asked(unseen, i, "heldout") for i in range(min(64, cfg.batch_size))]
 
     # Each reward is asked once, so that one that cannot work is known before anything is written.
-    rewards = {x: named(x, cfg.grpo.reward_timeout) for x in cfg.grpo.rewards}
-    for name in filter(NEEDS.get, rewards):
-        sentence = f"The reward {name!r} of grpo.rewards has nothing to say of these prompts"
-        is_drawn = getattr(cfg.data, NEEDS[name]) > 0
-        require(is_drawn, f"{sentence}; set data.{NEEDS[name]} above 0.")
+    section = cfg.grpo
+    rewards = {name: named(name, section.reward_timeout) for name in names_of(cfg)}
     blank = np.zeros((1, *[cfg.blip3o().image_size] * 2, 3), np.uint8)
-    with scorer(rewards, cfg.grpo.reward_timeout) as score:
+    with scorer(rewards, section.reward_timeout, section.watched) as score:
         score(blank, heldout[:1], pauses=False)()
         with own_workdir(cfg, args.workdir, args.allow) as folder:
             enable_compilation_cache()
             run = reinforced(cfg, prompts_at, heldout, text, score, checkpoints.load_part)
             result = loop.run(cfg, folder, run)
     print(json.dumps(result))
+
+
+def names_of(cfg: TrainConfig) -> tuple[str, ...]:
+    """The rewards of a run and those that it watches; InputError for one that its prompts cannot
+    have, or that is of no other kind."""
+    from blip3o_jax.rl.rewards.scoring import asked_as
+
+    rewarded = {asked_as(name): name for name in cfg.grpo.rewards}
+    for name in cfg.grpo.watched:
+        same = rewarded.get(asked_as(name))
+        sentence = f"grpo.watched: {name!r} is not independent of the reward {same!r}"
+        require(same is None, f"{sentence}; name a judge of another kind.")
+    names = *cfg.grpo.rewards, *cfg.grpo.watched
+    for name in filter(NEEDS.get, names):
+        is_drawn = getattr(cfg.data, NEEDS[name]) > 0
+        sentence = f"The reward {name!r} has nothing to say of these prompts"
+        require(is_drawn, f"{sentence}; set data.{NEEDS[name]} above 0.")
+    return names

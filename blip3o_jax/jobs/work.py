@@ -84,15 +84,13 @@ def run(
     folder, as do those already `refused`, by number; one that was typed ends it all.
     """
     from blip3o_jax import checkpoints
+    from blip3o_jax.jobs.best import check_rewards
     from blip3o_jax.request import encode
-    from blip3o_jax.rl.rewards.protocol import check_asked, named
+    from blip3o_jax.rl.rewards.protocol import check_asked
 
     check_devices(args)
-    require(args.best_of >= 1, f"--best-of is at least 1, not {args.best_of}.")
-    require(args.reward or args.best_of == 1, "--best-of needs a --reward to choose by.")
+    check_rewards(args.reward, args.best_of)
     if args.reward:
-        for name in args.reward:
-            named(name)
         is_plain = not image_format(args.out) and not any(request.then for request in requests)
         require(is_plain, "--reward is for a job in a folder, of one turn.")
         facts |= {"reward": args.reward, "best_of": args.best_of}
@@ -215,8 +213,7 @@ def ready(args: argparse.Namespace) -> Pipeline:
     """The pipeline; InputError where a server of --reward does not answer."""
     from blip3o_jax.rl.rewards.protocol import check_there
 
-    for name in args.reward:
-        check_there(name)
+    check_there(args.reward)
     return load_for(args)
 
 
@@ -248,7 +245,6 @@ def _work(
 
     from blip3o_jax.jobs.best import best_of
     from blip3o_jax.rl.rewards.http import Unreachable
-    from blip3o_jax.rl.rewards.protocol import named
 
     order = [(shard, number) for shard, numbers in left.items() for number in numbers]
     places = {id(requests[number]): (shard, number) for shard, number in order}
@@ -282,8 +278,7 @@ def _work(
     with ThreadPoolExecutor(WRITERS) as executor:
         asked = (requests[number] for _, number in order)
         if args.reward:
-            rewards = [named(name) for name in args.reward]
-            samples = best_of(pipeline, asked, args.best_of, rewards, failed)
+            samples = best_of(pipeline, asked, args.best_of, args.reward, failed)
         else:
             samples = pipeline.run(asked, failed)
         away = None

@@ -16,13 +16,8 @@ from blip3o_jax.train.config import TrainConfig
 FREE = (
     *("mesh", "topology", "accumulate", "remat", "joint.ce_chunk", "pretrain_ar.ce_chunk"),
     *("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "profile"),
-    *(
-        "grpo.reward_timeout",
-        "guard.max_skipped",
-        "data.max_bad_fraction",
-        "data.reader_threads",
-        "data.row_group_mb",
-    ),
+    *("guard.max_skipped", "data.max_bad_fraction", "data.reader_threads", "data.row_group_mb"),
+    *("grpo.reward_timeout", "grpo.watched"),
     *("data.data_dir", "data.tokenizer", "data.sources.*.root"),
 )
 # Paths of which the last part (of patterns, the last two) tells that they were only moved.

@@ -214,6 +214,7 @@ class GrpoConfig:
     full_vocabulary: bool = False
     # reward (rl.rewards.protocol) -> its weight in the sum
     rewards: dict = field(default_factory=lambda: {"scenes": 1.0})
+    watched: tuple[str, ...] = ()  # rewards that are logged beside them and teach nothing
     reward_timeout: float = 600.0  # seconds that a step waits for rewards, and for a server
     # groups that teach little more: their rewards' mean is above, and their deviation below
     saturated_mean: float | None = None  # None drops only groups without any spread

@@ -33,8 +33,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(scoring, "TICK", 0.01)
 
 
-def ask(rewards, timeout, images=IMAGES, **options):
-    with scorer(rewards, timeout) as score:
+def ask(rewards, timeout, images=IMAGES, watched=(), **options):
+    with scorer(rewards, timeout, watched) as score:
         return score(images, ASKED, **options)()
 
 
@@ -50,6 +50,13 @@ def test_columns_are_in_the_order_of_the_rewards():
     np.testing.assert_array_equal(rewards, [[0.25, 1, 1], [np.nan, 1, 1]])
     assert seen == [(2, [m["prompt"] for m in ASKED], ASKED, [[], []])]
     assert numbers == {"score": 1.0, "correct": 1.0, "strict": 1.0, "reward/own": 0.25}
+
+
+def test_what_is_watched_is_logged_and_is_no_reward():
+    every = {"own": lambda *_: [0.25, 0.5], "other": lambda *_: [3.0, float("nan")]}
+    rewards, numbers = ask(every, 60.0, watched=("other",))
+    np.testing.assert_array_equal(rewards, [[0.25], [0.5]])
+    assert numbers == {"reward/own": 0.375, "watched/other": 3.0}
 
 
 def wrong(answer):
@@ -173,6 +180,10 @@ def test_what_can_be_known_is_refused_before_anything_is_written(tmp_path, capsy
         options = [*config, f"--config.grpo.rewards={rewards}"]
         assert main(["grpo", *options, "--workdir", str(tmp_path / "run")]) == 2
         assert sentence in capsys.readouterr().err
+    same = "grpo.watched: 'strict' is not independent of the reward 'scenes'; name a judge of"
+    options = [*config, '--config.grpo.rewards={"scenes": 1}', '--config.grpo.watched=["strict"]']
+    assert main(["grpo", *options, "--workdir", str(tmp_path / "run")]) == 2
+    assert same in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,11 +19,11 @@ PICKLED = "geneval+"  # before http://, for the server of GRPO-GenEval
 TIMEOUT = 60.0  # seconds in which a server must answer
 
 
-def check_there(name: str) -> None:
-    """`http.Unreachable` for a server that does not answer."""
-    url = name.removeprefix(PICKLED)
-    if url.startswith(SERVERS):
-        http.check_reachable(url)
+def check_there(names: Sequence[str]) -> None:
+    """`http.Unreachable` for a server among the rewards that does not answer."""
+    for url in (name.removeprefix(PICKLED) for name in names):
+        if url.startswith(SERVERS):
+            http.check_reachable(url)
 
 
 def named(name: str, timeout: float = TIMEOUT) -> Reward:

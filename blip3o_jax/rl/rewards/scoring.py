@@ -43,13 +43,21 @@ class Late(Exception):
     """No answer in time."""
 
 
+def asked_as(name: str) -> str:
+    """What is asked for a reward: two with the same answer are of one kind."""
+    return JUDGE if name in scenes.REWARDS else name
+
+
 @contextlib.contextmanager
-def scorer(rewards: Mapping[str, Reward], timeout: float) -> Iterator[Score]:
-    """Gives a function of the rewards, by their names and in their order.
+def scorer(
+    rewards: Mapping[str, Reward], timeout: float, watched: Sequence[str] = ()
+) -> Iterator[Score]:
+    """Gives a function of the rewards, by their names and in their order; those that are `watched`
+    are asked too, but only logged.
 
     Waiting raises RewardError when one of them fails or takes longer than `timeout` seconds.
     """
-    functions = {JUDGE if name in scenes.REWARDS else name: x for name, x in rewards.items()}
+    functions = {asked_as(name): reward for name, reward in rewards.items()}
     if JUDGE in functions:
         functions[JUDGE] = scenes.verdicts
     apart = [name for name in APART if name in functions]
@@ -74,7 +82,7 @@ def scorer(rewards: Mapping[str, Reward], timeout: float) -> Iterator[Score]:
                         answer = _wait(begin(name, arguments), deadline)
                     _check_answer(name, answer, timeout)
                     answers[name] = answer
-                return _joined(rewards, answers, asked)
+                return _joined(rewards, watched, answers, asked)
 
             return wait
 
@@ -155,17 +163,23 @@ def _check_answer(name: str, answer: object, timeout: float) -> None:
         raise RewardError(f"The reward {name!r} fails: {reason}.") from answer
 
 
-def _joined(names: Iterable[str], answers: Mapping, asked: Sequence[dict]) -> Rewards:
-    """The rewards as columns; their means, and those of all that the judge says."""
+def _joined(
+    names: Iterable[str], watched: Sequence[str], answers: Mapping, asked: Sequence[dict]
+) -> Rewards:
+    """The rewards as columns but those that are watched; the means of all, and of whatever else the
+    judge says."""
     columns = []
     numbers = scenes.means(answers[JUDGE], asked) if JUDGE in answers else {}
     for name in names:
         if name in scenes.REWARDS:
-            columns.append(scenes.column(name, answers[JUDGE], asked))
-            continue
-        columns.append(_column(name, answers[name], len(asked)))
-        if not np.isnan(columns[-1]).all():
-            numbers[f"reward/{name}"] = float(np.nanmean(columns[-1]))
+            column = scenes.column(name, answers[JUDGE], asked)
+        else:
+            column = _column(name, answers[name], len(asked))
+            if not np.isnan(column).all():
+                logged = "watched" if name in watched else "reward"
+                numbers[f"{logged}/{name}"] = float(np.nanmean(column))
+        if name not in watched:
+            columns.append(column)
     return np.stack(columns, axis=1), numbers
 
 
