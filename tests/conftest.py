@@ -58,6 +58,7 @@ PLAINLY_COMPILED = (
     "rl/test_trainer.py",
     "sample/test_generate.py",
     "serve/test_api.py",
+    "serve/test_batches.py",
     "serve/test_document.py",
     "serve/test_refusals.py",
     "serve/test_waiting.py",

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import io
+import pathlib
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from blip3o_jax.pipeline import Pipeline
 from blip3o_jax.serve import app, http
 from blip3o_jax.serve.metrics import Metrics
 from blip3o_jax.serve.queue import Queue
+from blip3o_jax.serve.store import Store
 from blip3o_jax.serve.worker import Worker
 
 QUICK = {"num_inference_steps": 2, "temperature": 0.0}
@@ -42,12 +44,17 @@ class Served:
 
 @contextlib.contextmanager
 def served(
-    pipeline: Pipeline, limit: int = 64, keys: tuple = (), timeout: float = 60, drain: float = 30
+    pipeline: Pipeline,
+    folder: pathlib.Path,
+    limit: int = 64,
+    keys: tuple = (),
+    timeout: float = 60,
+    drain: float = 30,
 ) -> Iterator[Served]:
     """A server that is ready; it is stopped, and all its threads with it."""
-    server = app.Server(
-        Worker(pipeline, Queue(limit), Metrics()), app.offer_of(pipeline), keys, timeout
-    )
+    store = Store(folder)
+    worker = Worker(pipeline, Queue(limit), Metrics())
+    server = app.Server(worker, app.offer_of(pipeline, store), store, keys, timeout)
     process = http.Process(server, drain)
     listener = http.listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ipaddress
 import logging
 import math
+import pathlib
+import tempfile
 
 from blip3o_jax import files
-from blip3o_jax.errors import InputError, require
+from blip3o_jax.errors import InputError, os_errors, require
 from blip3o_jax.jobs.options import (
     check_devices,
     checkpoint_option,
@@ -32,6 +35,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     option(parser, "--queue", 64, "images that may wait; more are answered with 429")
     option(parser, "--timeout", 600.0, "seconds after which a call is given up")
     option(parser, "--drain", 30.0, "seconds that SIGTERM leaves to what was asked before")
+    kept = "folder that keeps uploaded files and batches (default: until the server stops)"
+    parser.add_argument("--files", default="", metavar="FOLDER", help=kept)
     parser.set_defaults(run=run)
 
 
@@ -73,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         from blip3o_jax.serve import app, http
         from blip3o_jax.serve.metrics import Metrics
         from blip3o_jax.serve.queue import Queue
+        from blip3o_jax.serve.store import Store
         from blip3o_jax.serve.worker import Worker
     except ImportError as error:
         problem = "serve needs starlette, uvicorn, python-multipart and prometheus-client"
@@ -81,5 +87,10 @@ def run(args: argparse.Namespace) -> int:
     # A port that cannot be had is known before weights are loaded.
     listener = http.listen(args.host, args.port)
     worker = Worker(load_for(args), Queue(args.queue), Metrics())
-    server = app.Server(worker, app.offer_of(worker.pipeline), keys, args.timeout)
-    return http.serve(server, listener, args.drain)
+    with contextlib.ExitStack() as stack:
+        folder = args.files or stack.enter_context(tempfile.TemporaryDirectory())
+        with os_errors(f"--files {folder} cannot be written"):
+            store = Store(pathlib.Path(folder))
+        offer = app.offer_of(worker.pipeline, store)
+        server = app.Server(worker, offer, store, keys, args.timeout)
+        return http.serve(server, listener, args.drain)

@@ -9,6 +9,7 @@ import json
 import time
 
 import numpy as np
+from starlette.responses import Response
 
 from blip3o_jax import geometry
 from blip3o_jax.config import Blip3oConfig
@@ -35,6 +36,11 @@ class Refusal(Exception):
         self.status = status
         self.body = error_body(message, param, kind, code)
         self.headers = {} if retry_after is None else {"retry-after": str(retry_after)}
+
+
+def as_json(body: dict, status: int = 200, headers: dict | None = None) -> Response:
+    """A response in JSON, in ASCII, since a text may hold what UTF-8 cannot."""
+    return Response(json.dumps(body), status, headers, "application/json")
 
 
 def encoded(asked: Asked, sample: Sample, identity: str) -> str:

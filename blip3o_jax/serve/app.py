@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import hashlib
-import hmac
-import json
 import logging
 import math
 import time
@@ -27,23 +24,40 @@ from blip3o_jax.pipeline import Pipeline, shape
 from blip3o_jax.request import encode
 from blip3o_jax.serve import answers, forms, metrics, openapi, page
 from blip3o_jax.serve.answers import Refusal
-from blip3o_jax.serve.bodies import EDITS, GENERATIONS, FieldError, Offer, read_body
+from blip3o_jax.serve.batches import AHEAD, Batches
+from blip3o_jax.serve.bodies import (
+    EDITS,
+    GENERATIONS,
+    Asked,
+    FieldError,
+    Offer,
+    check_field,
+    read_body,
+)
+from blip3o_jax.serve.gate import admit, digests
+from blip3o_jax.serve.lines import read_line
 from blip3o_jax.serve.queue import Call, Done, QueueFull, Step
+from blip3o_jax.serve.store import Store
 from blip3o_jax.serve.worker import COMPILED, Worker
 
 log = logging.getLogger(__name__)
 
-OPEN = ("/", "/health", "/ready", "/openapi.json")  # routes that need no key
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 PIXELS = Limits(pixels=1 << 24)  # of a source image
+METHODS = ("GET", "HEAD", "POST", "DELETE")
 PATIENCE = 1.0  # seconds between signs of life of a stream
 
 
-def offer_of(pipeline: Pipeline) -> Offer:
-    """What a server of a model offers."""
+def offer_of(pipeline: Pipeline, store: Store) -> Offer:
+    """What a server of a model offers, with the files of a store as images."""
+
+    def file(id_: str) -> bytes | None:
+        with contextlib.suppress(Refusal):
+            return store.file(id_).read_bytes()
+
     models = pipeline.identity, pipeline.identity.partition("@")[0]
     config, formats = pipeline.model.config, ("png", "jpeg", "webp")
-    return Offer(models, config, formats, fixed=COMPILED, is_server=True, limits=PIXELS)
+    more = {"fixed": COMPILED, "is_server": True, "limits": PIXELS, "file": file}
+    return Offer(models, config, formats, **more)
 
 
 class EventStream(StreamingResponse):
@@ -65,10 +79,13 @@ class Server:
     """One model behind HTTP. `keys` are those that a call may have, none if it needs none; a call
     that is not answered after `timeout` seconds is given up."""
 
-    def __init__(self, worker: Worker, offer: Offer, keys: tuple[str, ...], timeout: float):
+    def __init__(
+        self, worker: Worker, offer: Offer, store: Store, keys: tuple[str, ...], timeout: float
+    ):
         self.worker, self.offer, self.timeout = worker, offer, timeout
+        self.batches = Batches(store, self._answer_line, AHEAD * worker.pipeline.batch_size)
         self.queue, self.metrics, self.pipeline = worker.queue, worker.metrics, worker.pipeline
-        self.keys = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self.keys = digests(keys)
         self.is_draining = False
         self.open_calls = 0
         self.created = int(time.time())
@@ -86,6 +103,7 @@ class Server:
             Route("/v1/models/{name:path}", self.model),
             Route(GENERATIONS, self.images, methods=["POST"]),
             Route(EDITS, self.images, methods=["POST"]),
+            *self.batches.routes(),
         ]
         handlers = {
             Refusal: _refused,
@@ -108,14 +126,15 @@ class Server:
                 if message["type"] == "http.response.start":
                     message["headers"] = [*message["headers"], (b"x-request-id", id_)]
                     route = getattr(scope.get("route"), "path", "other")
-                    labels = scope["method"], route, str(message["status"])
-                    self.metrics.responses.labels(*labels).inc()
+                    # No more rows than there are routes, whatever a client sends.
+                    method = scope["method"] if scope["method"] in METHODS else "other"
+                    self.metrics.responses.labels(method, route, str(message["status"])).inc()
                 await send(message)
 
             # Before the body is read, and before there is a route.
             request = Request(scope, receive)
             try:
-                self._admit(request)
+                admit(request, self.keys)
             except Refusal as refusal:
                 self.metrics.rejected.labels("forbidden").inc()
                 await _refused(request, refusal)(scope, receive, send_with_id)
@@ -124,36 +143,14 @@ class Server:
 
         return outer
 
-    def _admit(self, request: Request) -> None:
-        """Refuses a call without a key; without keys, one that a page of another site made, which a
-        browser would let reach this machine."""
-        if request.url.path in OPEN and request.method in ("GET", "HEAD"):
-            return
-        if self.keys:
-            key = request.headers.get("authorization", "").removeprefix("Bearer ")
-            digest = hashlib.sha256(key.encode()).digest()
-            # All are compared, so that the time says nothing.
-            if not sum(hmac.compare_digest(digest, own) for own in self.keys):
-                message = "The API key is missing or wrong: Authorization: Bearer KEY."
-                raise Refusal(401, message, code="invalid_api_key")
-            return
-        # A name that an attacker lets point here is no loopback name; a page says its own origin.
-        host = request.headers.get("host", "")
-        origin = request.headers.get("origin")
-        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
-        if name.strip("[]").lower() not in LOOPBACK:
-            raise Refusal(403, "Without keys this server answers to localhost and 127.0.0.1 alone.")
-        if origin not in (None, f"http://{host}"):
-            raise Refusal(403, "A page of another site may not call this server.")
-
     # What says how the server is.
 
     async def health(self, request: Request) -> Response:
-        return _json({"status": "alive"})
+        return answers.as_json({"status": "alive"})
 
     async def is_ready(self, request: Request) -> Response:
         self._check_state()
-        return _json({"status": "ready"})
+        return answers.as_json({"status": "ready"})
 
     def _check_state(self) -> None:
         """Refuses what comes before all is compiled, and after the server was told to stop."""
@@ -172,7 +169,7 @@ class Server:
         return Response(self.metrics.text(), media_type=metrics.TYPE)
 
     async def document(self, request: Request) -> Response:
-        return _json(openapi.document(self.offer))
+        return answers.as_json(openapi.document(self.offer))
 
     async def page(self, request: Request) -> Response:
         body, headers = page.page()
@@ -181,14 +178,14 @@ class Server:
     # The API.
 
     async def models(self, request: Request) -> Response:
-        return _json({"object": "list", "data": [self._model(self.offer.models[0])]})
+        return answers.as_json({"object": "list", "data": [self._model(self.offer.models[0])]})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
         if name not in self.offer.models:
             message = f"There is no model {name!r}; this server has {self.offer.models[0]}."
             raise Refusal(404, message, param="model", code="model_not_found")
-        return _json(self._model(name))
+        return answers.as_json(self._model(name))
 
     def _model(self, name: str) -> dict:
         model = {"id": name, "object": "model", "created": self.created, "owned_by": "blip3o-jax"}
@@ -205,7 +202,7 @@ class Server:
             path = request.url.path
             fields = await forms.read_fields(request, takes_forms=path == EDITS)
             # A thread decodes the pictures.
-            call, events, used = await asyncio.to_thread(self._call, request, path, fields, loop)
+            call, events, used = await asyncio.to_thread(self._read, request, path, fields, loop)
             # The call is open until its response, or until the end of its stream.
             if not call.asked.stream:
                 return await self._answer(request, call, used, events)
@@ -215,13 +212,21 @@ class Server:
         finally:
             self.open_calls -= 1
 
-    def _call(
+    def _read(
         self, request: Request, path: str, fields: dict, loop: asyncio.AbstractEventLoop
+    ) -> tuple[Call, asyncio.Queue, dict]:
+        """As `_call`, of a body."""
+        # Who shares places with whom: a key says it, else a connection is somebody.
+        key = request.headers.get("authorization", "")
+        client = key if self.keys else ":".join(map(str, request.client or ()))
+        return self._call(client, read_body(path, fields, "", self.offer), loop)
+
+    def _call(
+        self, client: str, asked: Asked, loop: asyncio.AbstractEventLoop, is_batch: bool = False
     ) -> tuple[Call, asyncio.Queue, dict]:
         """The call in the queue, what is told of it, and its use of tokens."""
         # All that can be wrong with a body is found before it waits.
         events: asyncio.Queue[Step | Done] = asyncio.Queue()
-        asked = read_body(path, fields, "", self.offer)
         try:
             tokens = encode(asked.requests[0], self.config, self.pipeline.text)
         except InputError as error:
@@ -232,10 +237,8 @@ class Server:
             with contextlib.suppress(RuntimeError):  # of a loop that has ended
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        # Who shares places with whom: a key says it, else a connection is somebody.
-        key = request.headers.get("authorization", "")
-        client = key if self.keys else ":".join(map(str, request.client or ()))
-        call = Call(client, asked, shape(asked.requests[0], tokens, self.config), tell)
+        own_shape = shape(asked.requests[0], tokens, self.config)
+        call = Call(client, asked, own_shape, tell, is_batch)
         try:
             self.queue.put(call)
         except QueueFull:
@@ -246,6 +249,25 @@ class Server:
         """Makes room for others at the end of a stream."""
         self.queue.cancel(call)
         self.open_calls -= 1
+
+    async def _answer_line(self, where: str, id_: str, row: dict) -> tuple[int, dict]:
+        """The status and body of a line of a batch."""
+        loop = asyncio.get_running_loop()
+        try:
+            asked = await asyncio.to_thread(read_line, where, id_, row, self.offer)
+            check_field(not asked.stream, "stream", "a line of a batch has one answer.")
+            call = self._call, "batch", asked, loop, True
+            call, events, used = await asyncio.to_thread(*call)
+            try:
+                images = await self._images(call, events)
+            finally:
+                self.queue.cancel(call)
+            return 200, answers.response(asked, images, used, self.config)
+        except InputError as error:
+            message = f"{where}: {error}"
+            return 400, answers.error_body(message, getattr(error, "param", None))
+        except Refusal as refusal:
+            return refusal.status, refusal.body
 
     def _full(self) -> Refusal:
         """With about the time that the queue takes."""
@@ -270,7 +292,7 @@ class Server:
             )
             if finished in done:
                 body = answers.response(call.asked, finished.result(), used, self.config)
-                return _json(body)
+                return answers.as_json(body)
             reason = "disconnected" if done else "timeout"
             raise self._rejected(reason, self._too_late())
         finally:
@@ -348,24 +370,19 @@ async def _until_gone(request: Request) -> None:
         pass
 
 
-def _json(body: dict, status: int = 200, headers: dict | None = None) -> Response:
-    # In ASCII, since a text may hold what UTF-8 cannot.
-    return Response(json.dumps(body), status, headers, "application/json")
-
-
 def _refused(request: Request, refusal: Exception) -> Response:
-    return _json(refusal.body, refusal.status, refusal.headers)
+    return answers.as_json(refusal.body, refusal.status, refusal.headers)
 
 
 def _bad_input(request: Request, error: Exception) -> Response:
-    return _json(answers.error_body(str(error), getattr(error, "param", None)), 400)
+    return answers.as_json(answers.error_body(str(error), getattr(error, "param", None)), 400)
 
 
 def _not_found(request: Request, error: Exception) -> Response:
     message = f"{request.method} {request.url.path}: {error.detail}."
-    return _json(answers.error_body(message, None), error.status_code, error.headers)
+    return answers.as_json(answers.error_body(message, None), error.status_code, error.headers)
 
 
 def _failed(request: Request, error: Exception) -> Response:
     message = "The server failed; its log says why."
-    return _json(answers.error_body(message, None, "server_error"), 500)
+    return answers.as_json(answers.error_body(message, None, "server_error"), 500)

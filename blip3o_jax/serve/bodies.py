@@ -52,7 +52,7 @@ class Offer:
     fixed: tuple[str, ...] = ()
     is_server: bool = False
     limits: Limits = LIMITS
-    file: Callable[[str], bytes] | None = None
+    file: Callable[[str], bytes | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +208,9 @@ def _bytes(image: Any, name: str, offer: Offer) -> bytes:
         raise FieldError(f"{name}.{field}", "this field is not served.")
     url, file_id = (fields.get(field) for field in FILES)
     if offer.file and isinstance(file_id, str) and url is None:
-        return offer.file(file_id)
+        data = offer.file(file_id)
+        check_field(data is not None, name, f"there is no file {_shown(file_id)}.")
+        return data
     head, _, data = url.partition(";base64,") if isinstance(url, str) else ("", "", "")
     is_data = head.startswith("data:image/") and file_id is None
     check_field(is_data, name, "image_url is a data URL, data:image/png;base64,...")

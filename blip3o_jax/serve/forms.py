@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from blip3o_jax.errors import InputError
 from blip3o_jax.files import json_object
 from blip3o_jax.serve.answers import Refusal
-from blip3o_jax.serve.bodies import FieldError
+from blip3o_jax.serve.bodies import FieldError, check_field
 
 MOST_BYTES = 64 << 20  # of a body
 MOST_SECONDS = 60  # that a body may take to arrive
@@ -28,6 +29,11 @@ IMAGES = ("image", "image[]")
 
 
 async def read_bytes(request: Request, limit: int = MOST_BYTES) -> bytes:
+    """The body, in memory."""
+    return b"".join([chunk async for chunk in _stream(request, limit)])
+
+
+async def _stream(request: Request, limit: int) -> AsyncIterator[bytes]:
     """The body; a Refusal for one that is too large, which its header says before it is read, or
     too slow."""
     large = Refusal(413, f"The body has more than {limit} bytes.")
@@ -35,19 +41,21 @@ async def read_bytes(request: Request, limit: int = MOST_BYTES) -> bytes:
     if length.isdecimal() and int(length) > limit:
         raise large
     # A header may be missing or lie, so what comes is counted.
-    chunks, size = [], 0
+    size, end = 0, time.monotonic() + MOST_SECONDS
+    chunks = aiter(request.stream())
     try:
-        async with asyncio.timeout(MOST_SECONDS):
-            async for chunk in request.stream():
-                chunks.append(chunk)
-                size += len(chunk)
-                if size > limit:
-                    raise large
+        while True:
+            chunk = await asyncio.wait_for(anext(chunks), end - time.monotonic())
+            size += len(chunk)
+            if size > limit:
+                raise large
+            yield chunk
+    except StopAsyncIteration:
+        return
     except TimeoutError as error:
         raise Refusal(408, f"The body took more than {MOST_SECONDS} s.") from error
     except ClientDisconnect as error:
         raise Refusal(400, "The body is not complete.") from error
-    return b"".join(chunks)
 
 
 async def read_fields(request: Request, takes_forms: bool) -> dict[str, Any]:
@@ -57,23 +65,39 @@ async def read_fields(request: Request, takes_forms: bool) -> dict[str, Any]:
     if kind == "application/json":
         return json_object("The body", await read_bytes(request))
     if kind == "multipart/form-data" and takes_forms:
-        return await _form(request, await read_bytes(request))
+        return await _fields(await _form(request, MOST_BYTES))
     kinds = "application/json" + (" or multipart/form-data" if takes_forms else "")
     raise Refusal(415, f"The content type is {kinds}, not {kind or 'missing'}.")
 
 
-async def _form(request: Request, body: bytes) -> dict[str, Any]:
-    async def stream() -> AsyncIterator[bytes]:
-        yield body
-        yield b""
+async def read_upload(request: Request, limit: int) -> dict[str, Any]:
+    """The fields of a form, its one `file` as bytes, with its `filename`."""
+    form = await _form(request, limit)
+    fields: dict[str, Any] = {}
+    try:
+        for name, value in form.multi_items():
+            if name == "file":
+                _once(fields, name, await _file(name, value))
+                fields["filename"] = (value.filename or "file")[:255]
+            else:
+                check_field(isinstance(value, str), name, "a file, which only `file` is.")
+                _once(fields, name, value)
+    finally:
+        await form.close()
+    return fields
 
+
+async def _form(request: Request, limit: int) -> FormData:
     limits = {"max_files": MOST_FILES, "max_fields": MOST_FIELDS, "max_part_size": 1 << 20}
     try:
-        form = await MultiPartParser(request.headers, stream(), **limits).parse()
+        return await MultiPartParser(request.headers, _stream(request, limit), **limits).parse()
     except (MultiPartException, KeyError, ValueError) as error:
         reason = getattr(error, "message", "its parts cannot be told apart")
         raise InputError(f"The body is not a form: {reason}") from error
-    # As JSON would have them: images in a list, numbers as numbers.
+
+
+async def _fields(form: FormData) -> dict[str, Any]:
+    """As JSON would have them: images in a list, numbers as numbers."""
     fields: dict[str, Any] = {}
     try:
         for name, value in form.multi_items():

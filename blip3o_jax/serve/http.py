@@ -44,18 +44,23 @@ class Process(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._watcher = asyncio.ensure_future(self._watch())
+        self._tasks = [
+            asyncio.ensure_future(work) for work in (self._watch(), self.served.batches.run())
+        ]
 
     async def _watch(self) -> None:
         """Ends the process if the model cannot be used, or once a signal came."""
         worker, server = self.served.worker, self.served
         while not (server.is_draining or worker.error):
             await asyncio.sleep(TICK)
+        # Batches go on at the next start.
+        server.batches.is_stopping = True
         # What is open may end; a server without a model has nothing to wait for.
         end = time.monotonic() + self.drain * server.is_draining
         while server.open_calls and time.monotonic() < end:
             await asyncio.sleep(TICK)
         self.cut_off = server.open_calls
+        server.queue.close()
         self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

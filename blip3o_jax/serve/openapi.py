@@ -17,11 +17,13 @@ from blip3o_jax.serve.bodies import (
     Offer,
     known_fields,
 )
+from blip3o_jax.serve.store import MOST_METADATA, PURPOSES
 
 ERRORS = {
     **{"400": "A field is missing, wrong, or asks for what is not done here."},
     **{"401": "The API key is missing or wrong.", "403": "A page of another site called."},
     **{"404": "There is no such thing.", "408": "The body was too slow."},
+    **{"409": "The batch has ended already."},
     **{"413": "The body is too large.", "415": "The body is of another content type."},
     **{"429": "The queue is full.", "500": "The server failed."},
     **{"503": "The server is not ready, or stops.", "504": "The call took too long."},
@@ -51,6 +53,7 @@ def document(offer: Offer) -> dict[str, Any]:
         "/health": {"get": _get("Whether the process answers", _STATUS)},
         "/ready": {"get": _get("Whether all programs are compiled", _STATUS)},
     }
+    paths |= _files_and_batches()
     key = {"type": "http", "scheme": "bearer"}
     return {
         "openapi": "3.1.0",
@@ -59,6 +62,37 @@ def document(offer: Offer) -> dict[str, Any]:
         "components": {"securitySchemes": {"key": key}, "schemas": {"Error": _ERROR}},
         "security": [{}, {"key": []}],
     }
+
+
+def _files_and_batches() -> dict[str, Any]:
+    """Their routes."""
+    binary = {"type": "string", "format": "binary"}
+    form = _object(purpose={"enum": [*PURPOSES]}, file=binary) | {"additionalProperties": False}
+    texts = {"type": "object", "additionalProperties": _TEXT, "maxProperties": MOST_METADATA}
+    fields = {"input_file_id": _TEXT, "endpoint": {"enum": [GENERATIONS, EDITS]}}
+    body = _object(**fields, completion_window={"const": "24h"})
+    body["properties"]["metadata"] = {**texts, "type": ["object", "null"]}
+    body["additionalProperties"] = False
+    files = {
+        "get": _get("All files", _LIST) | {"parameters": _PAGE},
+        "post": _post("A new file", {"multipart/form-data": {"schema": form}}, _FILE),
+    }
+    batches = {
+        "get": _get("All batches", _LIST) | {"parameters": _PAGE},
+        "post": _post("A new batch", {"application/json": {"schema": body}}, _BATCH),
+    }
+    gone = _object(id=_TEXT, object={"const": "file"}, deleted={"const": True})
+    content = _get("The bytes of a file", {})
+    content["responses"]["200"]["content"] = {"application/octet-stream": {"schema": {}}}
+    routes = {
+        "/v1/files/{id}": {"get": _get("A file", _FILE), "delete": _get("Delete a file", gone)},
+        "/v1/files/{id}/content": {"get": content},
+        "/v1/batches/{id}": {"get": _get("A batch", _BATCH)},
+        "/v1/batches/{id}/cancel": {"post": _get("Cancel a batch", _BATCH)},
+    }
+    for route in routes.values():
+        route["parameters"] = [_ID]
+    return {"/v1/files": files, "/v1/batches": batches} | routes
 
 
 def _body(url: str, offer: Offer) -> dict[str, Any]:
@@ -118,11 +152,14 @@ def _get(text: str, schema: dict) -> dict[str, Any]:
     return {"summary": text, "responses": {"200": good} | _errors()}
 
 
+def _post(text: str, content: dict, schema: dict) -> dict[str, Any]:
+    return _get(text, schema) | {"requestBody": {"required": True, "content": content}}
+
+
 def _images(text: str, content: dict) -> dict[str, Any]:
-    good = {"application/json": {"schema": _IMAGES}, "text/event-stream": {"schema": {}}}
-    responses = {"200": {"description": text, "content": good}} | _errors()
-    body = {"required": True, "content": content}
-    return {"post": {"summary": text, "requestBody": body, "responses": responses}}
+    route = _post(text, content, _IMAGES)
+    route["responses"]["200"]["content"]["text/event-stream"] = {"schema": {}}
+    return {"post": route}
 
 
 def _object(**fields: dict) -> dict[str, Any]:
@@ -135,6 +172,14 @@ _MODEL = _object(id=_TEXT, object={"const": "model"}, created=_COUNT, owned_by=_
 _STATUS = _object(status=_TEXT)
 _USAGE = _object(input_tokens=_COUNT, output_tokens=_COUNT, total_tokens=_COUNT)
 _IMAGES = _object(created=_COUNT, data=_list(_object(b64_json=_TEXT)), usage=_USAGE, size=_TEXT)
+_FILE = _object(id=_TEXT, object={"const": "file"}, bytes=_COUNT, purpose=_TEXT, filename=_TEXT)
+_BATCH = _object(id=_TEXT, object={"const": "batch"}, status=_TEXT, request_counts={})
+_LIST = _object(object={"const": "list"}, data={"type": "array"}, has_more={"type": "boolean"})
+_ID = {"name": "id", "in": "path", "required": True, "schema": _TEXT}
+_PAGE = [
+    {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": 10000}},
+    {"name": "after", "in": "query", "schema": _TEXT},
+]
 _IMAGE = {
     "type": "object",
     "properties": {

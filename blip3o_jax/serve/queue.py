@@ -69,7 +69,7 @@ class Queue:
     """At most `limit` images of calls that are not batches, in the order of their arrival."""
 
     def __init__(self, limit: int):
-        self.limit, self._items, self._closed = limit, [], False
+        self.limit, self._items, self.is_closed = limit, [], False
         self._changed = threading.Condition()
 
     def put(self, call: Call) -> None:
@@ -81,7 +81,7 @@ class Queue:
             pixels = call.pixels + sum(other.pixels for other in waiting)
             # One call alone may be larger than the queue.
             is_full = count + len(call.asked.requests) > self.limit or pixels > MOST_PIXELS
-            if self._closed or (is_full and waiting and not call.is_batch):
+            if self.is_closed or (is_full and waiting and not call.is_batch):
                 raise QueueFull
             self._items += [Item(call, request) for request in call.asked.requests]
             self._changed.notify_all()
@@ -89,8 +89,8 @@ class Queue:
     def take(self, size: int) -> list[Item]:
         """Waits for images, and gives up to `size` of one shape; none once the queue is closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._items or self._closed)
-            if self._closed:
+            self._changed.wait_for(lambda: self._items or self.is_closed)
+            if self.is_closed:
                 return []
             # The first one says the shape, and others of it fill the batch.
             order = self._order()
@@ -114,7 +114,7 @@ class Queue:
     def close(self) -> None:
         """Ends `take` and `put`."""
         with self._changed:
-            self._closed = True
+            self.is_closed = True
             self._changed.notify_all()
 
     def __len__(self) -> int:

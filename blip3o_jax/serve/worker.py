@@ -53,6 +53,9 @@ class Worker(threading.Thread):
         begun = time.monotonic()
         requests = list(warm_up_requests(self.pipeline))
         for number, request in enumerate(requests, 1):
+            # A server that is told to stop by now need not compile the rest.
+            if self.queue.is_closed:
+                return
             list(self.pipeline.run([request]))
             log.info("Compiled %d of %d.", number, len(requests))
         log.info("Ready after %.0f s.", time.monotonic() - begun)

@@ -24,8 +24,8 @@ def plain(pipeline):
 
 
 @pytest.fixture(scope="module")
-def served(pipeline):
+def served(pipeline, tmp_path_factory):
     import serving
 
-    with serving.served(pipeline) as running:
+    with serving.served(pipeline, tmp_path_factory.mktemp("files")) as running:
         yield running

@@ -69,7 +69,8 @@ NO_ALPHA = data_url(picture(8, 8))
 @pytest.mark.parametrize(
     ("change", "param", "sentence"),
     [
-        ({"images": None}, "images", "a list of {image_url}."),
+        ({"images": None}, "images", "a list of {image_url} or {file_id}."),
+        ({"images": [{"file_id": "file-1"}]}, "images[0]", "there is no file 'file-1'."),
         ({"images": IMAGE * 2}, "images", "2 source images for one edit; the checkpoint takes 1."),
         ({"images": [{"image_url": "http://elsewhere/a.png"}]}, "images[0]", "is a data URL"),
         ({"images": [{"image_url": "data:image/png;base64,é"}]}, "images[0]", "cannot be used"),

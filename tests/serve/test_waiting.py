@@ -193,9 +193,9 @@ def test_unknown_routes_and_methods_are_errors_of_the_same_form(served):
         assert answer.json()["error"]["message"].startswith(f"{method} {path}: ")
 
 
-def test_keys_are_asked_for_and_what_comes_after_the_end_is_refused(pipeline, pool):
+def test_keys_are_asked_for_and_what_comes_after_the_end_is_refused(pipeline, pool, tmp_path):
     """One server with two keys, until it is told to stop while a call waits."""
-    with serving.served(pipeline, keys=("one", "two"), drain=60) as running:
+    with serving.served(pipeline, tmp_path, keys=("one", "two"), drain=60) as running:
         for key in ("one", "two"):
             answer = running.http.get("/v1/models", headers={"authorization": f"Bearer {key}"})
             assert answer.status_code == 200
@@ -211,7 +211,8 @@ def test_keys_are_asked_for_and_what_comes_after_the_end_is_refused(pipeline, po
             waiting = pool.submit(running.http.post, "/v1/images/generations", json=BODY)
             assert held.begun.wait(60)
             running.process.handle_exit(signal.SIGTERM, None)
-            for path in ("/ready", "/v1/images/generations"):
+            until(lambda: running.server.batches.is_stopping)
+            for path in ("/ready", "/v1/images/generations", "/v1/files", "/v1/batches"):
                 method = "GET" if path == "/ready" else "POST"
                 answer = running.http.request(method, path)
                 assert answer.status_code == 503
