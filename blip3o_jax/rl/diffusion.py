@@ -162,9 +162,10 @@ def loss(
     point: Points,
     advantages: Array,
     mask: Array,
+    count: Array,
 ) -> tuple[Array, dict[str, Array]]:
-    """The method's loss at one level and what holds the velocity near the first one, the mean over
-    the samples where the mask [B] is 1 -> (loss, metrics).
+    """The method's loss at one level and what holds the velocity near the first one, the sum over
+    the samples where the mask [B] is 1 by their `count` in all -> (loss, metrics).
 
     The divergence is the velocity's mean squared distance (UniGRPO, arXiv 2603.23500), whatever the
     level; the norm's excess over the first one's is punished alone (NormGuard, arXiv 2606.27771).
@@ -176,7 +177,6 @@ def loss(
     ratio = norms[0] / norms[1]
     losses = losses + cfg.beta * divergence + cfg.norm_penalty * jnp.maximum(ratio - 1, 0)
     metrics = {"kl": divergence, "norm_ratio": ratio, **metrics, "loss": losses}
-    count = jnp.maximum(jnp.sum(mask), 1.0)
     metrics = {name: jnp.sum(x * mask) / count for name, x in metrics.items()}
     return metrics["loss"], metrics
 

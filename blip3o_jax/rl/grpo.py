@@ -74,14 +74,17 @@ def policy_loss(
     advantages: jax.Array,
     mask: jax.Array,
     entropies: jax.Array,
+    whole: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Clipped policy loss + beta x divergence from the reference -> (loss, metrics).
 
     logprobs, old, reference (unless beta is 0), mask and entropies [B,n]; advantages [B]. The
-    divergence is the estimate exp(d) - d - 1 with d = reference - logprobs.
+    divergence is the estimate exp(d) - d - 1 with d = reference - logprobs. `whole` is the mask of
+    all rows of the step, those of other micro-batches as well: loss and metrics are these rows'
+    shares.
     """
     high = cfg.epsilon if cfg.epsilon_high is None else cfg.epsilon_high
-    gains, count = advantages[:, None], jnp.maximum(jnp.sum(mask), 1.0)
+    gains, count = advantages[:, None], jnp.maximum(jnp.sum(whole), 1.0)
     log_ratio = logprobs - old
     if cfg.importance_sampling_level == "sequence":
         log_ratio = _row_mean(log_ratio, mask)[:, None]
@@ -98,7 +101,7 @@ def policy_loss(
         divergence = jnp.exp(difference) - difference - 1
         losses = losses + cfg.beta * divergence
         metrics["kl"] = jnp.sum(divergence * mask) / count
-    loss = aggregate(cfg.loss_type, losses, mask)
+    loss = aggregate(cfg.loss_type, losses, mask, whole)
     for name, outside in {
         "clipped_low": (ratio < 1 - cfg.epsilon) & (gains < 0),
         "clipped_high": (ratio > 1 + high) & (gains > 0),
@@ -107,13 +110,13 @@ def policy_loss(
     return loss, {"loss": loss, "entropy": jnp.sum(entropies * mask) / count, **metrics}
 
 
-def aggregate(loss_type: str, losses: jax.Array, mask: jax.Array) -> jax.Array:
+def aggregate(loss_type: str, losses: jax.Array, mask: jax.Array, whole: jax.Array) -> jax.Array:
     """Losses of tokens [B,n] -> their sum where the mask is 1, divided by the number of those
-    tokens ("bnpo", and "dapo", which differs where a batch is split), by B n ("dr_grpo"), or first
-    row by row ("grpo")."""
+    tokens ("bnpo" and "dapo"), by B n ("dr_grpo"), or first row by row ("grpo"); numbers of tokens
+    and rows are those of the mask of the whole batch."""
     if loss_type == "grpo":
-        return jnp.mean(_row_mean(losses, mask))
-    count = mask.size if loss_type == "dr_grpo" else jnp.maximum(jnp.sum(mask), 1.0)
+        return jnp.sum(_row_mean(losses, mask)) / len(whole)
+    count = whole.size if loss_type == "dr_grpo" else jnp.maximum(jnp.sum(whole), 1.0)
     return jnp.sum(losses * mask) / count
 
 

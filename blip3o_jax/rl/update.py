@@ -7,6 +7,7 @@ gradients, moments and guard; what belongs to the other one stays as it is.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from blip3o_jax.models.blip3o import Blip3o, Params
 from blip3o_jax.rl import diffusion, grpo
 from blip3o_jax.rl.logprobs import image_logprobs
 from blip3o_jax.sample import condition, flow
-from blip3o_jax.train import optimizer
+from blip3o_jax.train import losses, optimizer
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.steps import advance, group_state, with_group
 
@@ -84,29 +85,36 @@ def update_transformer(
     The policy that drew the tokens is that of the first update's own forward pass, so that its
     ratio is 1 with a gradient. The metric `logprob_gap` compares that pass with decoding.
     """
+    # Pieces of the batch, each with its share of the losses' sums, which are those of all rows.
     section = cfg.grpo
-    rows = batch["tokens"], batch["start"], section.temperature, section.full_vocabulary
-    first = image_logprobs(model, reference["qwen3"], *rows)[0] if section.beta else None
-    mask = jnp.broadcast_to(batch["mask"][:, None], batch["logprobs"].shape)
+    whole = jnp.broadcast_to(batch["mask"][:, None], batch["logprobs"].shape)
+    pieces = losses.interleaved(batch | {"mask": whole}, cfg.accumulate)
+
+    def probabilities(params: dict, piece: dict) -> tuple[jax.Array, jax.Array]:
+        rows = piece["tokens"], piece["start"], section.temperature, section.full_vocabulary
+        return image_logprobs(model, params["qwen3"], *rows)
+
+    if section.beta:
+        pieces["first"] = jax.lax.map(lambda piece: probabilities(reference, piece)[0], pieces)
 
     def one(carry: tuple, iteration: jax.Array) -> tuple[tuple, dict]:
         state, old = carry
 
-        def loss(params: dict) -> tuple[jax.Array, tuple]:
-            logprobs, entropies = image_logprobs(model, params["qwen3"], *rows)
-            before = jnp.where(iteration == 0, fixed(logprobs), old)
-            inputs = logprobs, before, first, batch["advantages"], mask, entropies
-            value, metrics = grpo.policy_loss(section, *inputs)
+        def loss(params: dict, piece: dict) -> tuple[jax.Array, tuple]:
+            logprobs, entropies = probabilities(params, piece)
+            before = jnp.where(iteration == 0, fixed(logprobs), piece["old"])
+            inputs = logprobs, before, piece.get("first"), piece["advantages"], piece["mask"]
+            value, metrics = grpo.policy_loss(section, *inputs, entropies, whole)
             return value, (metrics, before)
 
-        gradients, (metrics, old) = jax.grad(loss, has_aux=True)(state["params"])
-        new, metrics = advance(cfg, state, gradients, metrics, "transformer")
+        gradients, (metrics, old) = _summed(loss, state["params"], pieces | {"old": old})
+        new, metrics = advance(cfg, state, gradients, _total(metrics), "transformer")
         return (state | new, old), metrics
 
-    (new, old), metrics = _iterated(section.num_iterations, one, (state, batch["logprobs"]))
+    (new, old), metrics = _iterated(section.num_iterations, one, (state, pieces["logprobs"]))
     if not section.full_vocabulary:
         # Decoding gives them among the image tokens.
-        metrics["logprob_gap"] = jnp.max(jnp.abs(old - batch["logprobs"]))
+        metrics["logprob_gap"] = jnp.max(jnp.abs(old - pieces["logprobs"]))
     return new, metrics
 
 
@@ -128,47 +136,72 @@ def update_diffusion(
     section, lagged = cfg.grpo.diffusion, policies[1] is not None
     schedule = flow.sigmas(cfg.grpo.num_inference_steps)
     points = diffusion.METHODS[section.method].points(section, batch, schedule, key)
-    given = batch["hidden"], batch.get("sources")
+    # All draws are those of the whole batch, so that they do not depend on the pieces.
+    levels, count = len(points["sigma"]), jnp.maximum(jnp.sum(batch["mask"]), 1.0)
+    # One level of some of the rows after the other; the rows' own arrays are those of all levels.
+    names = ("hidden", "sources", "advantages", "mask")
+    rows = {name: batch[name] for name in names if name in batch}
+    rows = losses.interleaved(rows, cfg.accumulate)
+    split = jax.vmap(functools.partial(losses.interleaved, count=cfg.accumulate))
+    pieces = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), split(points))
+    pieces = {"point": pieces, "rows": jnp.arange(levels * cfg.accumulate) % cfg.accumulate}
 
-    def velocity(params: dict, point: diffusion.Points) -> jax.Array:
-        params = frozen | params
+    def velocity(params: dict, piece: dict) -> jax.Array:
+        params, point, own = frozen | params, piece["point"], _at(rows, piece["rows"])
         t = flow.NUM_TRAIN_TIMESTEPS * point["sigma"]
-        whole = condition.build(model, params, *given)
+        whole = condition.build(model, params, own["hidden"], own.get("sources"))
         return condition.velocity(model, params, point["x"], t, whole).astype(jnp.float32)
 
     def fixed_policy(params: dict) -> jax.Array:
-        """Velocities [K,B,Y,X,C], one level after the other."""
-        return jax.lax.map(functools.partial(velocity, params), points)
+        """Velocities of all pieces, one after the other."""
+        return jax.lax.map(functools.partial(velocity, params), pieces)
 
-    first = fixed_policy(policies[0])
-    drew = fixed_policy(policies[1]) if lagged else jnp.zeros_like(first)
-    whole = batch["advantages"], batch["mask"]
+    pieces["first"] = fixed_policy(policies[0])
+    drew = fixed_policy(policies[1]) if lagged else jnp.zeros_like(pieces["first"])
 
     def one(carry: tuple, iteration: jax.Array) -> tuple[tuple, dict]:
         state, drew = carry
 
-        def loss(params: dict, level: tuple) -> tuple[jax.Array, tuple]:
-            point, before, first = level
-            present = velocity(params, point)
+        def loss(params: dict, piece: dict) -> tuple[jax.Array, tuple]:
+            present, own = velocity(params, piece), _at(rows, piece["rows"])
+            before = piece["drew"]
             if not lagged:
                 before = jnp.where(iteration == 0, fixed(present), before)
-            value, metrics = diffusion.loss(section, present, before, first, point, *whole)
+            inputs = present, before, piece["first"], piece["point"], own["advantages"], own["mask"]
+            value, metrics = diffusion.loss(section, *inputs, levels * count)
             return value, (metrics, before)
 
-        def add(total: dict, level: tuple) -> tuple[dict, tuple]:
-            gradients, aux = jax.grad(loss, has_aux=True)(state["params"], level)
-            return jax.tree.map(jnp.add, total, gradients), aux
-
-        # The mean over the levels, of which one is in memory at a time.
-        zeros = jax.tree.map(jnp.zeros_like, state["params"])
-        total, (metrics, drew) = jax.lax.scan(add, zeros, (points, drew, first))
-        gradients = jax.tree.map(lambda x: x / len(first), total)
-        metrics = jax.tree.map(jnp.mean, metrics)
-        new, metrics = advance(cfg, state, gradients, metrics, "diffusion")
+        gradients, (metrics, drew) = _summed(loss, state["params"], pieces | {"drew": drew})
+        new, metrics = advance(cfg, state, gradients, _total(metrics), "diffusion")
         return (state | new, drew), metrics
 
     (new, _), metrics = _iterated(cfg.grpo.num_iterations, one, (state, drew))
     return new, metrics
+
+
+def _summed(loss: Callable, params: dict, pieces: dict) -> tuple[dict, Any]:
+    """(Gradients of the sum of the losses of pieces [N,...], what comes beside each), one piece in
+    memory at a time."""
+    gradient = jax.grad(loss, has_aux=True)
+    # Of one piece there is no sum, for which there would be a second copy of the gradient.
+    if len(jax.tree.leaves(pieces)[0]) == 1:
+        total, beside = gradient(params, _at(pieces, 0))
+        return total, jax.tree.map(lambda x: x[None], beside)
+
+    def add(total: dict, piece: dict) -> tuple[dict, Any]:
+        own, beside = gradient(params, piece)
+        return jax.tree.map(jnp.add, total, own), beside
+
+    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), pieces)
+
+
+def _total(metrics: dict) -> dict:
+    """Of pieces, each with its share of the whole."""
+    return jax.tree.map(functools.partial(jnp.sum, axis=0), metrics)
+
+
+def _at(tree: Any, i: int | jax.Array) -> Any:
+    return jax.tree.map(lambda x: x[i], tree)
 
 
 def _iterated(count: int, one: Callable, carry: tuple) -> tuple[tuple, dict]:
@@ -181,6 +214,11 @@ def _iterated(count: int, one: Callable, carry: tuple) -> tuple[tuple, dict]:
         name: x[-1] if jnp.issubdtype(x.dtype, jnp.integer) else jnp.mean(x)
         for name, x in every.items()
     }
+
+
+def reference_parts(cfg: TrainConfig, state: dict) -> tuple[str, ...]:
+    """The parts whose first weights the update reads."""
+    return tuple(part for part in state["params"] if part != "qwen3" or cfg.grpo.beta)
 
 
 def compile_update(model: Blip3o, cfg: TrainConfig, state_shardings: dict | None) -> Callable:

@@ -61,7 +61,7 @@ def test_without_advantages_ram_regresses_to_the_first_policy():
     point = {name: jnp.asarray(x, jnp.float32) for name, x in noisy_point().items()}
 
     def loss(velocity):
-        return diffusion.loss(cfg, velocity, old, reference, point, zeros, jnp.ones(B))[0]
+        return diffusion.loss(cfg, velocity, old, reference, point, zeros, jnp.ones(B), B)[0]
 
     np.testing.assert_allclose(loss(new), jnp.mean((new - reference) ** 2), rtol=1e-6)
     assert loss(reference) == 0
@@ -118,7 +118,8 @@ def test_divergence_and_norm_are_added_where_the_mask_is_one():
     every = np.asarray(plain) + 0.2 * divergence + 0.4 * np.maximum(ratio - 1, 0)
     given = [jnp.asarray(x, jnp.float32) for x in (new, old, reference)]
     point = {name: jnp.asarray(x, jnp.float32) for name, x in point.items()}
-    loss, metrics = diffusion.loss(cfg, *given, point, jnp.asarray(gains), jnp.asarray(mask))
+    gains, mask = jnp.asarray(gains), jnp.asarray(mask)
+    loss, metrics = diffusion.loss(cfg, *given, point, gains, mask, jnp.sum(mask))
     np.testing.assert_allclose(loss, every[:4].mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["kl"], divergence[:4].mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["norm_ratio"], ratio[:4].mean(), rtol=1e-5)

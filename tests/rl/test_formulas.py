@@ -143,7 +143,7 @@ def test_the_loss_is_that_of_trl(loss_type, changes):
     given = reference if cfg.beta else None
     arrays = (new, old, given, gains, mask, entropies)
     arrays = [None if x is None else jnp.asarray(x, jnp.float32) for x in arrays]
-    loss, metrics = grpo.policy_loss(cfg, *arrays)
+    loss, metrics = grpo.policy_loss(cfg, *arrays, arrays[4])
     value, low, high, divergence, entropy = expected_loss(cfg, *inputs)
     np.testing.assert_allclose(loss, value, atol=1e-6)
     assert ("kl" in metrics) == bool(cfg.beta)
@@ -155,10 +155,22 @@ def test_the_loss_is_that_of_trl(loss_type, changes):
 
 
 @pytest.mark.parametrize("loss_type", ["bnpo", "grpo", "dr_grpo", "dapo"])
+def test_losses_and_metrics_of_micro_batches_add_up_to_those_of_the_batch(loss_type):
+    cfg = GrpoConfig(loss_type=loss_type, beta=0.3)
+    inputs = [jnp.asarray(x, jnp.float32) for x in random_inputs()]
+    mask = inputs[4]
+    value, metrics = grpo.policy_loss(cfg, *inputs, mask)
+    halves = [[x[i::2] for x in inputs] for i in range(2)]
+    (one, own), (two, others) = (grpo.policy_loss(cfg, *half, mask) for half in halves)
+    np.testing.assert_allclose(one + two, value, rtol=1e-5)
+    jax.tree.map(lambda a, *b: np.testing.assert_allclose(a, sum(b), 1e-5), metrics, own, others)
+
+
+@pytest.mark.parametrize("loss_type", ["bnpo", "grpo", "dr_grpo", "dapo"])
 def test_a_batch_of_dropped_groups_gives_a_loss_of_zero(loss_type):
     new, old, reference, gains, mask, entropies = map(jnp.asarray, random_inputs())
     cfg = GrpoConfig(loss_type=loss_type, top_entropy_quantile=0.5)
-    inputs = old, reference, gains, 0 * mask, entropies
+    inputs = old, reference, gains, 0 * mask, entropies, 0 * mask
     loss = functools.partial(grpo.policy_loss, cfg)
     value, gradient = jax.value_and_grad(lambda new: loss(new, *inputs)[0])(new)
     assert value == 0
@@ -262,7 +274,8 @@ def test_the_first_of_several_updates_is_on_policy_and_the_others_are_measured_f
     def loss(current, old, is_first):
         found, entropies = logprobs.image_logprobs(MODEL, current["qwen3"], *rows, 1.0)
         before = jnp.where(is_first, jax.lax.stop_gradient(found), old)
-        inputs = before, batch["logprobs"], batch["advantages"], jnp.ones_like(found), entropies
+        every = jnp.ones_like(found)
+        inputs = before, batch["logprobs"], batch["advantages"], every, entropies, every
         value, metrics = grpo.policy_loss(cfg.grpo, found, *inputs)
         return value, (metrics, before)
 
