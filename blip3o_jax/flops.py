@@ -71,12 +71,15 @@ def sana(
     return 2 * (cfg.num_layers * layer + rows * (time + ends))
 
 
-def denoise(cfg: config.Blip3oConfig, batch: int) -> tuple[int, int]:
-    """Of `batch` images with guidance, two rows each: (what is needed once, a step).
+def denoise(cfg: config.Blip3oConfig, batch: int, guided: bool = True) -> tuple[int, int]:
+    """Of `batch` images, with guidance two rows each: (what is needed once, a step).
 
     Without positions the unconditional half's tokens are all equal, so that one stands for them.
     """
     condition, positions = cfg.num_condition_tokens, cfg.sana.condition_positions
+    if not guided:
+        once = connector(cfg, batch * condition) + sana_condition(cfg.sana, batch * condition)
+        return once, sana(cfg.sana, batch, condition)
     tokens = 2 * batch * condition if positions else batch * condition + 1
     once = connector(cfg, tokens) + sana_condition(cfg.sana, tokens)
     return once, sana(cfg.sana, 2 * batch, condition, without=0 if positions else batch)
@@ -138,13 +141,32 @@ def ta_tok_encode(cfg: config.TaTokConfig, rows: int, features: int = 0) -> int:
     return 2 * ((rows + features) * encoder + rows * choice + codes * dim * dim)
 
 
+def render(
+    cfg: config.Blip3oConfig, batch: int, num_inference_steps: int, guided: bool = True
+) -> int:
+    """Latents and pixels of `batch` images."""
+    once, step = denoise(cfg, batch, guided)
+    pixels = dc_ae_decode(cfg.dc_ae, batch, cfg.sana.sample_size)
+    return once + num_inference_steps * step + pixels
+
+
 def text_to_image(
     cfg: config.Blip3oConfig, batch: int, prompt: int, num_inference_steps: int
 ) -> int:
     """Tokens, latents with guidance and pixels of `batch` images."""
-    once, step = denoise(cfg, batch)
-    pixels = dc_ae_decode(cfg.dc_ae, batch, cfg.sana.sample_size)
-    return decode(cfg, batch, prompt) + once + num_inference_steps * step + pixels
+    return decode(cfg, batch, prompt) + render(cfg, batch, num_inference_steps)
+
+
+def policy_step(
+    cfg: config.Blip3oConfig, batch: int, length: int, logits: int, referred: bool, updates: int
+) -> int:
+    """`updates` of the transformer on `batch` rows of `length` tokens, with that many `logits` of
+    each image token: three forwards' worth each, and one of the first policy if it is `referred`
+    to."""
+    tokens, width = cfg.ta_tok.num_tokens, cfg.qwen3.hidden_size
+    forward = qwen3(cfg.qwen3, batch * length, (length + 1) / 2)
+    forward += 2 * batch * tokens * width * logits
+    return (3 * updates + referred) * forward
 
 
 def image_encoders(cfg: config.Blip3oConfig, batch: int, sources: int = 0) -> int:

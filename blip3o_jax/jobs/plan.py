@@ -107,7 +107,7 @@ def _generation(
 def run(args: argparse.Namespace) -> int:
     """Prints a table and one JSON line; 1 when it does not fit (a cut model: not even that)."""
     from blip3o_jax.parallel.mesh import make_mesh, parse_mesh
-    from blip3o_jax.plan import estimate, programs
+    from blip3o_jax.plan import estimate, generation, programs, reinforcement
 
     # The config as it runs there, and the mesh; all is checked before anything is lowered.
     cfg = programs.on_accelerator(read_run(args))
@@ -123,7 +123,13 @@ def run(args: argparse.Namespace) -> int:
     if args.generate is not None:
         ways, result = _generation(args, cfg, mesh, devices, chip)
     else:
-        if args.search:
+        if cfg.grpo:
+            require(not args.search, "--search is over ways of supervised training; leave it out.")
+            lowered = reinforcement.lower(cfg, mesh)
+            result = generation.measure(lowered, chip)
+            program = lowered["update"]
+            result |= estimate.price(program, devices, chip, args.mfu, cfg.num_steps, args.price)
+        elif args.search:
             cfg, result = estimate.search(cfg, mesh, devices, chip, args.mfu, args.price)
         else:
             program = programs.lower_step(cfg, mesh)

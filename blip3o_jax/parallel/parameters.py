@@ -51,12 +51,13 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     return axes
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh, without: str = "") -> Any:
     """NamedShardings for a tree of parameters, or of anything nested like them (EMA, Adam's
-    moments): the path's end decides."""
+    moments): the path's end decides; `without` an axis of the mesh, along which nothing is cut."""
 
     def named(path, leaf):
         keys = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, spec(keys, leaf.shape, mesh))
+        axes = spec(keys, leaf.shape, mesh)
+        return NamedSharding(mesh, P(*(None if axis == without else axis for axis in axes)))
 
     return jax.tree_util.tree_map_with_path(named, tree)

@@ -43,7 +43,8 @@ def measure(program: Program, chip: Chip) -> dict:
     less aliases, and the program's code; and what the program does not read (the image encoders,
     when it trains from a cache). Temporaries include what tiling adds to the arguments.
     """
-    memory = {kind: _bytes(tree) for kind, tree in program.kinds.items()}
+    beside = {kind: _bytes(tree) for kind, tree in program.beside.items()}
+    memory = beside | {kind: _bytes(tree) for kind, tree in program.kinds.items()}
     try:
         compiled = program.lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -60,7 +61,7 @@ def measure(program: Program, chip: Chip) -> dict:
     # The peak would leave out gaps between temporaries, and count on-chip buffers.
     used = compiled.memory_analysis()
     total = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
-    total += used.temp_size_in_bytes + unread
+    total += used.temp_size_in_bytes + unread + sum(beside.values())
     memory |= {"temporary": total - sum(memory.values())}
     memory |= {"code": used.generated_code_size_in_bytes}
     memory["total"] = total + memory["code"]

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -73,15 +73,13 @@ def _shape(x: jax.ShapeDtypeStruct, place: jax.NamedSharding) -> jax.ShapeDtypeS
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
 
-def placed(tree, mesh: Mesh):
-    """Shapes of parameters where the sharding table puts them."""
-    return jax.tree.map(_shape, tree, shardings(tree, mesh))
+def placed(tree, mesh: Mesh, without: str = ""):
+    """Shapes of parameters where the sharding table puts them, as `shardings` has it."""
+    return jax.tree.map(_shape, tree, shardings(tree, mesh, without))
 
 
 def abstract_batch(cfg: TrainConfig, mesh: Mesh) -> dict:
     """Shapes of a global batch of the run's stage, sharded along the mesh."""
-    supervised = f"plan compiles the step of supervised stages, not of {cfg.stage!r};"
-    require(cfg.record.batch is not None, f"{supervised} see how it generates with --generate.")
     place = jax.NamedSharding(mesh, BATCH)
     arrays = cfg.record.batch(cfg.blip3o(), cfg.data, cfg.batch_size)
     return {name: _shape(x, place) for name, x in arrays.items()}
@@ -89,13 +87,31 @@ def abstract_batch(cfg: TrainConfig, mesh: Mesh) -> dict:
 
 @dataclass(frozen=True)
 class Program:
-    """A lowered program: its arguments, the same by kind, FLOPs and images of one run in all."""
+    """A lowered program: its arguments, the same by kind, FLOPs and images of one run in all; and
+    `beside`, what lies on the devices while it runs and is none of its arguments."""
 
     lowered: jax.stages.Lowered
     arguments: tuple
     kinds: dict
     flops: int | None
     images: int
+    beside: dict = field(default_factory=dict)  # by kind
+
+
+def abstract_state(cfg: TrainConfig, model: Blip3o, mesh: Mesh) -> tuple[dict, dict]:
+    """Shapes of (state, frozen) of a run where training would put them."""
+    abstract = jax.eval_shape(
+        lambda: steps.init_state(cfg, model.init(jax.random.key(0), cfg.parts))
+    )
+    return placed(abstract[0], mesh), placed(abstract[1], mesh)
+
+
+def kinds_of(state: dict) -> dict:
+    """A state by kind, for the table."""
+    names = {"params": "parameters", "opt_state": "optimizer", "ema": "average"}
+    kinds = {kind: state.get(name) for name, kind in names.items()}
+    kinds["counters"] = {name: tree for name, tree in state.items() if name not in names}
+    return kinds
 
 
 def lower_step(cfg: TrainConfig, mesh: Mesh) -> Program:
@@ -104,18 +120,9 @@ def lower_step(cfg: TrainConfig, mesh: Mesh) -> Program:
     batch = abstract_batch(cfg, mesh)
     with jax.set_mesh(mesh):
         model = Blip3o(cfg.blip3o(), jnp.dtype(cfg.dtype), cfg.remat)
-        # Abstract state, where training would put it.
-        state, frozen = jax.eval_shape(
-            lambda: steps.init_state(cfg, model.init(jax.random.key(0), cfg.parts))
-        )
-        arguments = placed(state, mesh), placed(frozen, mesh), batch
-        places = jax.tree.map(lambda x: x.sharding, arguments[0])
-        lowered = steps.compile_step(model, cfg, places).lower(*arguments)
-    # The same by kind, for the table.
-    state, frozen, batch = arguments
-    names = {"params": "parameters", "opt_state": "optimizer", "ema": "average"}
-    kinds = {kind: state.get(name) for name, kind in names.items()}
-    kinds |= {"frozen": frozen, "batch": batch}
-    kinds["counters"] = {name: tree for name, tree in state.items() if name not in names}
+        state, frozen = abstract_state(cfg, model, mesh)
+        places = jax.tree.map(lambda x: x.sharding, state)
+        lowered = steps.compile_step(model, cfg, places).lower(state, frozen, batch)
+    kinds = kinds_of(state) | {"frozen": frozen, "batch": batch}
     count = cfg.record.flops(cfg.blip3o(), cfg.section, batch)
-    return Program(lowered, arguments, kinds, count, cfg.batch_size)
+    return Program(lowered, (state, frozen, batch), kinds, count, cfg.batch_size)
