@@ -75,6 +75,7 @@ class DataConfig:
     sources: tuple[SourceConfig, ...] = ()  # not empty: these in place of the embedded world
     # a tokenizer.json that fits the preset; empty: the one that travels with it
     tokenizer: str = ""
+    prompts: str = ""  # file of the prompts that GRPO draws, instead of the embedded world's
     heldout: int = 64  # records of the first source that are never trained on
     # of images that are not square: "original" squashes the whole frame for the tokenizer
     # (docs/model.md §6.4)

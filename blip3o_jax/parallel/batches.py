@@ -4,6 +4,7 @@ import math
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from blip3o_jax.errors import multiples, require
@@ -47,6 +48,24 @@ def put_batch(batch, mesh: Mesh):
         return jax.make_array_from_process_local_data(sharding, x, (len(x) * hosts, *x.shape[1:]))
 
     return jax.tree.map(put, batch)
+
+
+def rows_of_host(count: int, mesh: Mesh) -> slice:
+    """Which of `count` rows along the batch are this process's."""
+    i, hosts = batch_hosts(mesh)
+    return slice(i * count // hosts, (i + 1) * count // hosts)
+
+
+def local_rows(x: jax.Array) -> np.ndarray:
+    """This process's rows of an array that is sharded along the batch alone."""
+    # Devices along other axes hold the same rows.
+    pieces = {shard.index[0].start or 0: shard for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(pieces[start].data) for start in sorted(pieces)])
+
+
+def gathered(tree):
+    """Arrays on the host, whole in every process."""
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def put_replicated(batch, mesh: Mesh):

@@ -1,6 +1,7 @@
 """A rollout: images of prompts, drawn by the present weights and rewarded on the host, as the
 arrays that the update reads."""
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,17 +10,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
+from blip3o_jax.errors import RewardError
 from blip3o_jax.models.blip3o import Blip3o, Params
-from blip3o_jax.parallel.batches import put_batch, put_replicated
+from blip3o_jax.parallel.batches import (
+    gathered,
+    local_rows,
+    put_batch,
+    put_replicated,
+    rows_of_host,
+)
+from blip3o_jax.parallel.mesh import BATCH
+from blip3o_jax.parallel.parameters import shardings
 from blip3o_jax.rl import grpo
 from blip3o_jax.rl.diffusion import METHODS
-from blip3o_jax.rl.rewards.scoring import Score
+from blip3o_jax.rl.rewards.scoring import Rewards, Score
 from blip3o_jax.sample import generate, programs
 from blip3o_jax.sample.condition import Sources
 from blip3o_jax.text import Text, left_pad, row_length
 from blip3o_jax.train.config import TrainConfig
+from blip3o_jax.train.sections import GrpoConfig
 from blip3o_jax.tree import join
 
 SEEDS = 1_000_003  # between those of two steps' rollouts
@@ -62,24 +73,66 @@ def write(
     return written | ({"source_codes": codes} if images else {}), sources
 
 
-def diversity(images: np.ndarray, group: int) -> float:
+def decoding(section: GrpoConfig) -> dict[str, Any]:
+    """Settings of `write_tokens`: from the whole distribution, as the loss sees it."""
+    return {"top_k": 0, "top_p": 1.0, "temperature": section.temperature}
+
+
+def rendering(section: GrpoConfig, editing: bool) -> dict[str, Any]:
+    """Settings of `draw_latents`."""
+    settings = programs.by_text(section.guidance_scale, editing) | {"shift": 1.0}
+    return settings | {"num_inference_steps": section.num_inference_steps}
+
+
+def gathering(mesh: Mesh, model: Blip3o) -> Callable[[dict], dict]:
+    """A function of Qwen3's weights that puts together what `fsdp` cuts, in the dtype of the
+    products: all of them are read for every token."""
+    if mesh.shape["fsdp"] == 1:
+        return lambda params: params
+
+    # Norms and the like are small, and read as they are.
+    def cast(path: tuple, leaf: Array) -> Array:
+        return leaf.astype(model.dtype) if path[-1].key in ("kernel", "embedding") else leaf
+
+    places = shardings(model.abstract(("qwen3",)), mesh, without="fsdp")["qwen3"]
+    gather = functools.partial(jax.tree_util.tree_map_with_path, cast)
+    return jax.jit(gather, out_shardings=places)
+
+
+@functools.partial(jax.jit, static_argnames="group")
+def diversity(images: Array, group: int) -> Array:
     """How much the images uint8 [B,H,W,3] of one prompt differ: the root of a pixel's variance in
     its group, in shares of white."""
-    groups = images.reshape(-1, group, *images.shape[1:]).astype(np.float32) / 255
-    variances = np.var(groups, axis=1, ddof=1)
-    return float(np.mean(np.sqrt(variances.mean(axis=(1, 2, 3)))))
+    groups = images.reshape(-1, group, *images.shape[1:]).astype(jnp.float32) / 255
+    variances = jnp.var(groups, axis=1, ddof=1)
+    return jnp.mean(jnp.sqrt(variances.mean(axis=(1, 2, 3))))
 
 
-def over_renderings(rewards: np.ndarray) -> np.ndarray:
-    """The mean [B,R] of the rewards [renderings,B,R] that are not NaN; NaN where all are."""
-    counts = np.sum(~np.isnan(rewards), axis=0)
-    return np.where(counts, np.nansum(rewards, axis=0) / np.maximum(counts, 1), np.nan)
+def of_all_hosts(wait: Callable[[], Rewards], images: np.ndarray, mesh: Mesh) -> Rewards:
+    """What `wait` gives for this process's images, and for those of all others, in f32; RewardError
+    in all processes where it fails in one."""
+    # Whoever fails alone would leave the others waiting for its rewards.
+    failed, answer = None, None
+    try:
+        answer = wait()
+    except RewardError as error:
+        failed = error
+    if gathered(put_batch(np.full(len(images), failed is not None), mesh)).any():
+        raise failed or RewardError("A reward fails in another process, whose log says why.")
+    return gathered(put_batch(answer, mesh))
 
 
-def means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Of each number, over the rows that have it."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
+def mean(values: np.ndarray, axis: int | None = None) -> np.ndarray:
+    """Along an axis, of the values that are not NaN; NaN where all are."""
+    count = np.sum(~np.isnan(values), axis=axis)
+    total = np.nansum(values, axis=axis, dtype=np.float64)
+    return np.where(count, total / np.maximum(count, 1), np.nan)
+
+
+def numbers_of(named: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
+    """What is logged of the rewards by name of several renderings."""
+    means = {name: mean(np.stack([own[name] for own in named])) for name in named[0]}
+    return {name: float(value) for name, value in means.items() if not np.isnan(value)}
 
 
 def rollouts(
@@ -99,18 +152,18 @@ def rollouts(
     """
     section, editing = cfg.grpo, cfg.data.edits > 0
     group, method = section.num_generations, section.diffusion and METHODS[section.diffusion.method]
-    weights, run = np.array([*section.rewards.values()]), programs.programs(model)
-    # Drawn from the whole distribution, as the loss sees it.
-    decoding = {"top_k": 0, "top_p": 1.0, "temperature": section.temperature}
-    scale = section.guidance_scale
+    weights = np.array([*section.rewards.values()])
+    run = programs.programs(model, out_shardings=NamedSharding(mesh, BATCH))
+    sampling, gather = decoding(section), gathering(mesh, model)
+    here = rows_of_host(cfg.batch_size, mesh)
 
     def render(params: Params, hidden: Array, keys: Array, sources: Any, path: bool) -> tuple:
         """(images, what the diffusion part's method trains on)."""
-        steps = section.num_inference_steps
         if not path:
-            settings = programs.by_text(scale, editing) | {"num_inference_steps": steps}
-            images, latents = run.draw(params, hidden, keys, sources, shift=1.0, **settings)
+            settings = rendering(section, editing)
+            images, latents = run.draw(params, hidden, keys, sources, **settings)
             return images, {"x0": latents}
+        steps = section.num_inference_steps
         names = {"sampler": section.diffusion.sampler, "noise_level": section.diffusion.noise_level}
         drawn = run.path(params, hidden, keys, sources, num_inference_steps=steps, **names)
         return run.pictures(params, drawn["latents"][-1]), {"path": drawn["latents"]}
@@ -126,7 +179,9 @@ def rollouts(
         # Tokens: of every image, or of every prompt.
         rows = metadata if is_shared else everyone
         asked = prompt_arrays(text, model, rows, editing), key_numbers(rows, seed)
-        written, sources = write(run, params, *put_replicated(asked, mesh), decoding)
+        whole = {"qwen3": gather(params["qwen3"])}
+        written, sources = write(run, params | whole, *put_replicated(asked, mesh), sampling)
+        del whole  # before the images
         hidden = written["hidden"]
         if is_shared:
             repeated = [jnp.repeat(x, group, axis=0) for x in jax.tree.leaves((hidden, sources))]
@@ -138,32 +193,33 @@ def rollouts(
         path = "diffusion" in halves and method.stochastic
         renderings = []
         for i in range(1 if "diffusion" in halves else section.decodes):
-            keys = put_batch(key_numbers(everyone, seed, i * len(everyone)), mesh)
+            keys = put_replicated(key_numbers(everyone, seed, i * len(everyone)), mesh)
             images, trained = render(painter, hidden, keys, sources, path)
             renderings.append(images)
-        # Each is rewarded while the device is at the next one.
-        pending = []
+        # Each is rewarded while the device is at the next one, in the process that has its rows.
+        spread, own, pending = diversity(renderings[0], group), everyone[here], []
         for i, images in enumerate(renderings):
-            renderings[i] = np.asarray(images)
-            pending.append(score(renderings[i], everyone))
+            renderings[i] = local_rows(images)
+            pending.append(score(renderings[i], own))
         rollout_s = time.perf_counter() - began
 
         # Rewards of tokens are the mean over their renderings.
         began = time.perf_counter()
-        answers = [wait() for wait in pending]
-        rewards = over_renderings(np.stack([rewards for rewards, _ in answers]))
-        numbers = means([numbers for _, numbers in answers])
+        both = zip(pending, renderings, strict=True)
+        answers = [of_all_hosts(wait, images, mesh) for wait, images in both]
+        rewards = mean(np.stack([rewards for rewards, _ in answers]), axis=0)
+        numbers = numbers_of([named for _, named in answers])
         gains, dropped = grpo.advantages(rewards, weights, section)
         learns = {"advantages": gains, "mask": np.float32(~np.any(list(dropped.values()), axis=0))}
         # Of groups of which a reward has something to say.
         groups = grpo.weighted(rewards, weights).reshape(-1, group)
         groups = groups[~np.isnan(groups).all(axis=1)]
         if len(groups):
-            spread = np.mean(np.nanstd(groups, axis=1))
-            numbers |= {"reward": float(np.nanmean(groups)), "reward_std": float(spread)}
+            deviation = np.mean(np.nanstd(groups, axis=1))
+            numbers |= {"reward": float(np.nanmean(groups)), "reward_std": float(deviation)}
         numbers = {
             **{name: float(rows.mean()) for name, rows in dropped.items()},
-            "diversity": diversity(renderings[0], group),
+            "diversity": float(spread),
             **numbers,
             **{"rollout_s": rollout_s, "reward_s": time.perf_counter() - began},
         }
@@ -173,14 +229,14 @@ def rollouts(
         if not learns["mask"].any():
             return batch, numbers
         if "transformer" in halves:
-            codes = jax.device_get(written.get("source_codes", [None] * len(everyone)))
+            codes = gathered(written.get("source_codes", [None] * len(everyone)))
             ids = [encode(text, m, own) for m, own in zip(everyone, codes, strict=True)]
             length = cfg.data.row_length or row_length(model.config)
-            tokens, starts = text.training_rows(ids, jax.device_get(written["tokens"]), length)
-            arrays = {"tokens": tokens, "start": starts, **learns}
-            batch["transformer"] = put_batch(arrays, mesh) | {"logprobs": written["logprobs"]}
+            tokens, starts = text.training_rows(ids, gathered(written["tokens"]), length)
+            arrays = put_replicated({"tokens": tokens, "start": starts, **learns}, mesh)
+            batch["transformer"] = arrays | {"logprobs": written["logprobs"]}
         if "diffusion" in halves:
-            batch["diffusion"] = put_batch(learns, mesh) | {"hidden": hidden, **trained}
+            batch["diffusion"] = put_replicated(learns, mesh) | {"hidden": hidden, **trained}
             if sources is not None:
                 batch["diffusion"]["sources"] = sources
         return batch, numbers

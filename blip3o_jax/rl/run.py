@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip3o_jax.errors import require
-from blip3o_jax.parallel.batches import put_batch
-from blip3o_jax.parallel.mesh import make_mesh
+from blip3o_jax.parallel.batches import gathered, local_rows, put_replicated, rows_of_host
+from blip3o_jax.parallel.mesh import BATCH, make_mesh
 from blip3o_jax.pixels import contact_sheet
 from blip3o_jax.rl import rollout, update
 from blip3o_jax.rl.rewards.scoring import Score
@@ -44,14 +44,15 @@ def reinforced(
     features = "GRPO reads sources as tokens; it cannot train with use_tar_siglip_features"
     require(not (editing and model.config.use_tar_siglip_features), f"{features}.")
     draw = programs.edit if editing else programs.text_to_image
-    draw = functools.partial(draw, programs.programs(model))
+    place = jax.NamedSharding(mesh, BATCH)
+    draw = functools.partial(draw, programs.programs(model, out_shardings=place))
     show = asdict(Settings(num_inference_steps=20))
     show |= programs.by_text(show["guidance_scale"], editing)
     rollouts = rollout.rollouts(cfg, model, mesh, text, prompts, score)
 
     def compiled(state: dict, frozen: dict, batch: dict, shardings: dict) -> Callable:
         # The policy at the run's start, which a later state no longer holds.
-        parts = tuple(x for x in state["params"] if x != "qwen3" or cfg.grpo.beta)
+        parts = update.reference_parts(cfg, state)
         if int(state["step"]) == 0:
             reference = {part: jax.tree.map(jnp.copy, state["params"][part]) for part in parts}
         else:
@@ -79,10 +80,14 @@ def reinforced(
         rows = heldout + heldout[:1] * (cfg.batch_size - len(heldout))
         prompt, valid, *images = rollout.prompt_arrays(text, model, rows, editing)
         arrays = prompt, valid, rollout.key_numbers(rows, cfg.seed), *images
-        images = np.asarray(draw(params, *put_batch(arrays, mesh), **show)["images"])
-        images = images[: len(heldout)]
-        numbers = score(images, heldout)()[1]
-        return {f"heldout/{name}": value for name, value in numbers.items()}, contact_sheet(images)
+        images = draw(params, *put_replicated(arrays, mesh), **show)["images"]
+        own = local_rows(images)
+        wait = score(own, rows[rows_of_host(len(rows), mesh)])
+        _, named = rollout.of_all_hosts(wait, own, mesh)
+        named = {name: values[: len(heldout)] for name, values in named.items()}
+        numbers = rollout.numbers_of([named])
+        sheet = contact_sheet(gathered(images)[: len(heldout)])
+        return {f"heldout/{name}": value for name, value in numbers.items()}, sheet
 
     return Run(
         model=model,

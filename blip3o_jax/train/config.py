@@ -22,7 +22,7 @@ from blip3o_jax.train.sections import (
     ProfileConfig,
     TokenizerConfig,
 )
-from blip3o_jax.train.stages import EDITS, MIXTURE, STAGES, WORLD, Stage
+from blip3o_jax.train.stages import EDITS, MIXTURE, PROMPTS, STAGES, WORLD, Stage
 
 COUNTS = (
     *("batch_size", "accumulate", "num_steps", "log_every", "eval_every"),
@@ -115,6 +115,8 @@ class TrainConfig:
             beside = "beside" if sources else "without"
             unread = (*WORLD, *EDITS) if sources else MIXTURE
             require(name not in unread, f"{where} {beside} data.sources; leave it out.")
+            is_drawn = not self.data.prompts or name not in (*PROMPTS, "text_fraction", "edits")
+            require(is_drawn, f"{where} beside data.prompts; leave it out.")
         for name in ("inverted_edits", "composed_edits"):
             has_effect = self.data.edits > 0 or not getattr(self.data, name)
             require(has_effect, f"data.{name} has no effect without data.edits; leave it out.")
@@ -164,7 +166,9 @@ class TrainConfig:
             group = self.grpo.num_generations
             sentence = f"batch_size {size} is no multiple of grpo.num_generations {group}"
             require(size % group == 0, f"{sentence}; {multiples(size, group)}")
-            require(pieces == 1, "accumulate has no effect in stage 'grpo'; leave it out.")
+            is_whole = pieces == 1 or self.grpo.top_entropy_quantile == 1
+            sentence = "grpo.top_entropy_quantile compares the tokens of the whole batch"
+            require(is_whole, f"{sentence}; leave accumulate out.")
         sentence = f"batch_size {size} does not divide by accumulate {pieces}; "
         require(size % pieces == 0, sentence + multiples(size, pieces))
 

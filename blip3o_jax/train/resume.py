@@ -21,7 +21,7 @@ FREE = (
     *("data.data_dir", "data.tokenizer", "data.sources.*.root"),
 )
 # Paths of which the last part (of patterns, the last two) tells that they were only moved.
-PATHS = ("init", "data.cache", "data.sources.*.path")
+PATHS = ("init", "data.cache", "data.prompts", "data.sources.*.path")
 # What decides which arrays a checkpoint holds.
 ARRAYS = ("stage", "preset", "model", "frozen_parts", "joint.trainable_sana", "tokenizer.teacher")
 

@@ -179,7 +179,7 @@ STAGES = {
         parts=WHOLE,
         trained=lambda cfg: sum((sections.HALVES[half] for half in cfg.halves), ()),
         section=sections.GrpoConfig,
-        data=("seed", "text_fraction", "edits", *TEXT, *PROMPTS),
+        data=("seed", "prompts", "text_fraction", "edits", *TEXT, *PROMPTS),
         job="grpo",
     ),
 }

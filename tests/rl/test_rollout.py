@@ -19,6 +19,7 @@ from blip3o_jax.rl import grpo
 from blip3o_jax.rl.logprobs import image_logprobs
 from blip3o_jax.rl.rewards.protocol import named
 from blip3o_jax.rl.rewards.scoring import scorer
+from blip3o_jax.rl.rollout import numbers_of
 from blip3o_jax.rl.run import reinforced
 from blip3o_jax.sample import generate
 from blip3o_jax.scenes import edits, prompts
@@ -105,7 +106,8 @@ def test_an_edit_is_rewarded_for_what_it_did_and_for_what_it_left():
     asked = [{"prompt": edit.instruction, "edit": edit}] * 2 + [metadata]
     names = ("scenes", "strict", "edit_done", "edit_kept")
     with scorer({name: named(name) for name in names}, 60.0) as score:
-        rewards, numbers = score(pictures, asked)()
+        rewards, columns = score(pictures, asked)()
+    numbers = numbers_of([columns])
     # Left as it was, the thing in its new colour is missing and the old one is still there.
     parts = len(edit.after.things) + 2
     dense = 1 - 2 / parts

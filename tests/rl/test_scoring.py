@@ -17,6 +17,7 @@ from blip3o_jax.rl.rewards import scoring
 from blip3o_jax.rl.rewards.http import Unreachable
 from blip3o_jax.rl.rewards.protocol import named
 from blip3o_jax.rl.rewards.scoring import scorer
+from blip3o_jax.rl.rollout import numbers_of
 from blip3o_jax.scenes import prompts
 from blip3o_jax.scenes.config import WorldConfig
 from blip3o_jax.scenes.scene import compose
@@ -46,7 +47,8 @@ def test_columns_are_in_the_order_of_the_rewards():
         return [0.25, float("nan")]
 
     every = {"own": own, "strict": named("strict"), "scenes": named("scenes")}
-    rewards, numbers = ask(every, 60.0)
+    rewards, columns = ask(every, 60.0)
+    numbers = numbers_of([columns])
     np.testing.assert_array_equal(rewards, [[0.25, 1, 1], [np.nan, 1, 1]])
     assert seen == [(2, [m["prompt"] for m in ASKED], ASKED, [[], []])]
     assert numbers == {"score": 1.0, "correct": 1.0, "strict": 1.0, "reward/own": 0.25}
@@ -54,7 +56,8 @@ def test_columns_are_in_the_order_of_the_rewards():
 
 def test_what_is_watched_is_logged_and_is_no_reward():
     every = {"own": lambda *_: [0.25, 0.5], "other": lambda *_: [3.0, float("nan")]}
-    rewards, numbers = ask(every, 60.0, watched=("other",))
+    rewards, columns = ask(every, 60.0, watched=("other",))
+    numbers = numbers_of([columns])
     np.testing.assert_array_equal(rewards, [[0.25], [0.5]])
     assert numbers == {"reward/own": 0.375, "watched/other": 3.0}
 

@@ -1,6 +1,7 @@
 """Runs of every mode with the tiny model: what moves, exact resume, and what stops a run."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 
@@ -157,7 +158,7 @@ def test_tokens_are_rewarded_by_the_mean_of_their_renderings(model_and_params):
 
     def judge(images, metadata):
         seen.append((images, [m["prompt"] for m in metadata]))
-        return rewards[len(seen) - 1][:, None], {"seen": len(seen)}
+        return rewards[len(seen) - 1][:, None], {"seen": np.full(8, len(seen))}
 
     state, rewards = {"params": params}, np.arange(16.0).reshape(2, 8) % 7
     batch, numbers = rollout_of(cfg, model, 1, state, {}, judge)
@@ -213,6 +214,27 @@ def test_a_first_update_is_on_policy(model_and_params, method):
     np.testing.assert_allclose(metrics["diffusion/norm_ratio"], 1, atol=1e-5)
     if method == "flow_grpo":
         assert metrics["diffusion/ratio"] == 1
+
+
+@pytest.mark.parametrize("mode", ["joint", "nft", "flow_grpo"])
+def test_micro_batches_give_the_update_of_the_batch(model_and_params, mode):
+    model, params = model_and_params
+    cfg = config(mode)
+    state, frozen = steps.init_state(cfg, jax.tree.map(jnp.copy, params))
+    # Another policy than the present one, from which there is a divergence.
+    reference = {p: jax.tree.map(lambda x: 1.01 * x, params[p]) for p in state["params"]}
+    batch, _ = rollout_of(cfg, model, 1, state, frozen)
+    (one, metrics), (other, others) = (
+        compile_update(model, dataclasses.replace(cfg, accumulate=count), None)(
+            jax.tree.map(jnp.copy, state), frozen, reference, batch
+        )
+        for count in (1, 4)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), metrics, others
+    )
+    for a, b in zip(*(jax.tree.leaves(x["opt_state"]) for x in (one, other)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(a).max())
 
 
 def test_diversity_is_within_groups():

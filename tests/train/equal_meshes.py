@@ -1,11 +1,12 @@
 """Proof that a run does not depend on how it is spread: one device, eight in several meshes, two
 slices, two processes, micro-batches.
 
-    python tests/train/equal_meshes.py [--steps 20]
+    python tests/train/equal_meshes.py [--steps 20] [--stage grpo]
 
-Every variant trains the tiny joint model on the same batches. One JSON line last: the largest
-relative difference of a loss from those on one device, and of all parameters together, |a - b| /
-|b|; exit code 1 when one is above 1e-5.
+Every variant trains the tiny model on the same batches; of stage grpo, on what it draws itself,
+with a reward for bright images. One JSON line last: the largest relative difference of a loss (or a
+reward) from those on one device, and of all parameters together, |a - b| / |b|; exit code 1 when
+one is above 1e-5.
 """
 
 import argparse
@@ -82,19 +83,74 @@ def train(mesh_sizes: dict, accumulate: int, num_steps: int, devices=None):
     return np.array(losses), np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])
 
 
-def worker(name: str, num_steps: int, out: str) -> None:
-    """One of two processes; the first writes what `train` gives."""
+def reinforce(mesh_sizes: dict, accumulate: int, num_steps: int, devices=None):
+    """(rewards, flat parameters) of the first steps of GRPO on a mesh, four groups of eight."""
+    import jax
+    import numpy as np
+    from tiny import config, text
+
+    from blip3o_jax.convert.random_weights import random_params
+    from blip3o_jax.models.blip3o import PARTS
+    from blip3o_jax.parallel.batches import gathered
+    from blip3o_jax.parallel.mesh import make_mesh
+    from blip3o_jax.rl import run
+    from blip3o_jax.train import start
+    from blip3o_jax.train.config import GrpoConfig
+
+    cfg = config(
+        stage="grpo",
+        joint=None,
+        grpo=GrpoConfig(num_generations=8, num_inference_steps=2, guidance_scale=None, beta=0.1),
+        mesh=mesh_sizes,
+        accumulate=accumulate,
+        batch_size=32,
+        num_steps=100,
+        init=dict.fromkeys(PARTS, "random"),
+    )
+    weights = random_params(cfg.blip3o())
+    prompts = [{"prompt": prompt} for prompt in ("a dog", "two red hearts", "a tree", "a cat")]
+
+    def score(images, asked):
+        # Coarse, so that the last bit of some pixels decides nothing; of the 320 images of 10
+        # steps one is at 133.4987, and would be rounded up by one pixel.
+        light = np.round(images.mean(axis=(1, 2, 3)) + 0.25)
+        return lambda: (light[:, None], {})
+
+    run.make_mesh = lambda sizes: make_mesh(sizes, devices)
+    training = run.reinforced(
+        cfg, lambda step: prompts, prompts, text(), score, lambda _, part: weights[part]
+    )
+    empty = SimpleNamespace(latest_step=lambda: None)
+    with jax.set_mesh(training.mesh):
+        state, frozen, shardings, _ = start.begin(
+            cfg, training.model, training.mesh, empty, training.params
+        )
+        batch_of, step, rewards = training.batches(0), None, []
+        for now in range(1, num_steps + 1):
+            batch, numbers = batch_of(now, state, frozen)
+            rewards.append(numbers["reward"])
+            step = step or training.compile(state, frozen, batch, shardings)
+            state, _ = step(state, frozen, batch)
+        params = gathered(state["params"])
+    return np.array(rewards), np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])
+
+
+STAGES = {"joint": train, "grpo": reinforce}
+
+
+def worker(stage: str, name: str, num_steps: int, out: str) -> None:
+    """One of two processes; the first writes what the stage's function gives."""
     from blip3o_jax.parallel.processes import is_process_zero, start_processes
 
     start_processes(timeout=120)
     import numpy as np
 
-    losses, params = train(*PROCESSES[name], num_steps)
+    losses, params = STAGES[stage](*PROCESSES[name], num_steps)
     if is_process_zero():
         np.savez(out, losses=losses, params=params)
 
 
-def two_processes(name: str, num_steps: int):
+def two_processes(stage: str, name: str, num_steps: int):
     """(losses, flat parameters) of two processes on this machine, with four devices each."""
     import numpy as np
 
@@ -106,8 +162,8 @@ def two_processes(name: str, num_steps: int):
         command = [
             sys.executable,
             __file__,
-            "--worker",
-            name,
+            *("--stage", stage),
+            *("--worker", name),
             "--steps",
             str(num_steps),
             "--out",
@@ -130,16 +186,18 @@ def two_processes(name: str, num_steps: int):
         return found["losses"], found["params"]
 
 
-def differences(num_steps: int, variants, processes) -> dict[str, dict[str, float]]:
+def differences(
+    num_steps: int, variants, processes, stage: str = "joint"
+) -> dict[str, dict[str, float]]:
     """Variant -> its largest differences from the first of `variants`."""
     import jax
     import numpy as np
 
     results = {
-        name: train(mesh, micro, num_steps, jax.devices()[:count])
+        name: STAGES[stage](mesh, micro, num_steps, jax.devices()[:count])
         for name, (count, mesh, micro) in variants.items()
     }
-    results |= {name: two_processes(name, num_steps) for name in processes}
+    results |= {name: two_processes(stage, name, num_steps) for name in processes}
     losses, params = next(iter(results.values()))
     assert np.ptp(losses) > 0.01, "nothing was learned, so that equality says nothing"
     return {
@@ -154,6 +212,7 @@ def differences(num_steps: int, variants, processes) -> dict[str, dict[str, floa
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--stage", choices=STAGES, default="joint")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -165,11 +224,21 @@ def main() -> int:
 
     enable_compilation_cache()
     if args.worker:
-        worker(args.worker, args.steps, args.out)
+        worker(args.stage, args.worker, args.steps, args.out)
         return 0
-    found = differences(args.steps, VARIANTS, PROCESSES)
+    found = differences(args.steps, VARIANTS, PROCESSES, args.stage)
     worst = {kind: max(row[kind] for row in found.values()) for kind in ("loss", "params")}
-    print(json.dumps({"steps": args.steps, "limit": LIMIT, "worst": worst, "variants": found}))
+    print(
+        json.dumps(
+            {
+                "stage": args.stage,
+                "steps": args.steps,
+                "limit": LIMIT,
+                "worst": worst,
+                "variants": found,
+            }
+        )
+    )
     return int(max(worst.values()) > LIMIT)
 
 

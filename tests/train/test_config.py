@@ -188,7 +188,6 @@ def test_the_stage_of_version_0_1_works_and_says_its_new_name(caplog):
         ("emoji_joint", "data.max_bad_fraction=0.5", "has no effect without data.sources"),
         ("emoji_autoencoder", "data.row_length=8", "data.row_length has no effect in stage"),
         ("emoji_autoencoder", "remat=full", "remat has no effect in stage 'autoencoder'"),
-        ("emoji_grpo", "accumulate=2", "accumulate has no effect in stage 'grpo'"),
         ("pretrain_3b", "data.num_train=5", "data.num_train has no effect beside data.sources"),
         ("pretrain_3b", "data.edits=0.5", "data.edits has no effect beside data.sources"),
         ("emoji_joint", "data.composed_edits=0.1", "has no effect without data.edits"),

@@ -131,9 +131,10 @@ def test_a_process_whose_others_never_come_says_so(monkeypatch):
         start_processes()
 
 
-def test_two_processes_with_all_axes_and_micro_batches_give_the_steps_of_one_device():
-    name = list(equal_meshes.PROCESSES)[-1]
-    found = equal_meshes.differences(3, {"1 device": equal_meshes.VARIANTS["1 device"]}, [name])
+@pytest.mark.parametrize("stage", equal_meshes.STAGES)
+def test_two_processes_with_all_axes_and_micro_batches_give_the_steps_of_one_device(stage):
+    name, one = list(equal_meshes.PROCESSES)[-1], {"1 device": equal_meshes.VARIANTS["1 device"]}
+    found = equal_meshes.differences(3, one, [name], stage)
     assert 0 < max(found[name].values()) < equal_meshes.LIMIT  # other sums, so other bits
 
 

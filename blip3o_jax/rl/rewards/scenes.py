@@ -66,12 +66,12 @@ def column(name: str, verdicts: Sequence[dict], metadata: Sequence[dict]) -> lis
     return [float(v[key]) if key else np.nan for key, v in zip(keys, verdicts, strict=True)]
 
 
-def means(verdicts: Sequence[dict], metadata: Sequence[dict]) -> dict[str, float]:
-    """The mean of each verdict that is logged."""
-    values: dict[str, list[float]] = {}
-    for verdict, asked in zip(verdicts, metadata, strict=True):
-        names = OF_EDITS if asked.get("edit") else OF_PROMPTS
-        for name in names:
-            logged = f"edit_{name}" if asked.get("edit") else name
-            values.setdefault(logged, []).append(float(verdict[name]))
-    return {name: float(np.mean(own)) for name, own in values.items()}
+def logged(verdicts: Sequence[dict], metadata: Sequence[dict]) -> dict[str, np.ndarray]:
+    """Of each verdict that is logged f64 [B], NaN for an image of the other kind."""
+    names = dict.fromkeys(OF_PROMPTS, False) | {f"edit_{name}": True for name in OF_EDITS}
+    columns = {name: np.full(len(verdicts), np.nan) for name in names}
+    for i, (verdict, asked) in enumerate(zip(verdicts, metadata, strict=True)):
+        for name, of_edits in names.items():
+            if of_edits == bool(asked.get("edit")):
+                columns[name][i] = verdict[name.removeprefix("edit_")]
+    return columns

@@ -26,8 +26,9 @@ from blip3o_jax.train import stop
 
 log = logging.getLogger(__name__)
 
-# f64 [B,R] of R kinds, NaN where one has nothing to say; and numbers to log.
-Rewards = tuple[np.ndarray, dict[str, float]]
+# f64 [B,R] of R kinds, NaN where one has nothing to say; and as many [B] by the names under which
+# their means are logged.
+Rewards = tuple[np.ndarray, dict[str, np.ndarray]]
 # Begins to reward images uint8 [B,H,W,3] and gives a function that waits for the rewards. What was
 # asked of each image is its "prompt", its "source" if it is an edit, and other metadata.
 # Unless it `pauses`, a server that does not answer fails at once.
@@ -166,21 +167,19 @@ def _check_answer(name: str, answer: object, timeout: float) -> None:
 def _joined(
     names: Iterable[str], watched: Sequence[str], answers: Mapping, asked: Sequence[dict]
 ) -> Rewards:
-    """The rewards as columns but those that are watched; the means of all, and of whatever else the
-    judge says."""
+    """The rewards as columns but those that are watched; and all of them, with whatever else the
+    judge says, by name."""
     columns = []
-    numbers = scenes.means(answers[JUDGE], asked) if JUDGE in answers else {}
+    named = scenes.logged(answers[JUDGE], asked) if JUDGE in answers else {}
     for name in names:
         if name in scenes.REWARDS:
             column = scenes.column(name, answers[JUDGE], asked)
         else:
             column = _column(name, answers[name], len(asked))
-            if not np.isnan(column).all():
-                logged = "watched" if name in watched else "reward"
-                numbers[f"{logged}/{name}"] = float(np.nanmean(column))
+            named[f"{'watched' if name in watched else 'reward'}/{name}"] = column
         if name not in watched:
             columns.append(column)
-    return np.stack(columns, axis=1), numbers
+    return np.stack(columns, axis=1), named
 
 
 def _column(name: str, answer: object, count: int) -> np.ndarray:

@@ -1,0 +1,64 @@
+"""GRPO on the prompts of a file."""
+
+import json
+
+import pytest
+import tiny
+
+from blip3o_jax.errors import InputError
+from blip3o_jax.jobs import grpo
+from blip3o_jax.train.config import DataConfig, GrpoConfig
+
+ROWS = [{"prompt": f"a dog and {n} cats", "tag": "counting", "include": []} for n in range(25)]
+
+
+def drawn(folder, rows=ROWS, rewards=("scenes",), seed=0):
+    (folder / "prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    data = DataConfig(prompts=str(folder / "prompts.jsonl"), seed=seed)
+    section = GrpoConfig(num_generations=4)
+    cfg = tiny.config(stage="grpo", joint=None, grpo=section, data=data, batch_size=8)
+    return grpo.of_file(cfg, tiny.text(), rewards)
+
+
+def test_an_epoch_has_every_prompt_once_with_its_metadata_but_those_that_are_held_out(tmp_path):
+    prompts_at, heldout = drawn(tmp_path)
+    assert len(heldout) == 2
+    steps = [prompts_at(step) for step in range(23)]
+    assert all(len(step) == 2 for step in steps)
+    epochs = [row for step in steps for row in step]
+    for epoch in (epochs[:23], epochs[23:]):
+        found = sorted([*epoch, *heldout], key=lambda row: row["prompt"])
+        assert found == sorted(ROWS, key=lambda row: row["prompt"])
+    assert epochs[:23] != epochs[23:]
+    # A function of the seed and the step alone.
+    assert drawn(tmp_path)[0](7) == prompts_at(7)
+    assert drawn(tmp_path, seed=1)[0](7) != prompts_at(7)
+
+
+@pytest.mark.parametrize(
+    ("row", "rewards", "sentence"),
+    [
+        ({"prompt": "a dog " * 300}, ("http://127.0.0.1:1/",), r"prompts.jsonl line 26: .*tokens"),
+        ({"prompt": "a dog"}, ("scenes",), r"prompts.jsonl line 26: .*no metadata of GenEval"),
+        ({"prompt": "a dog"}, ("ocr",), r"prompts.jsonl line 26: .*nothing there"),
+        ({"text": "a dog"}, ("scenes",), r"prompts.jsonl line 26 has no field `prompt`"),
+    ],
+)
+def test_a_prompt_that_cannot_be_drawn_or_judged_is_named_by_its_line(
+    tmp_path, row, rewards, sentence
+):
+    quoted = [{**own, "prompt": f'"{own["prompt"]}"'} for own in ROWS]
+    with pytest.raises(InputError, match=sentence):
+        drawn(tmp_path, [*quoted, row], rewards)
+
+
+def test_one_prompt_is_too_few(tmp_path):
+    with pytest.raises(InputError, match="has 1 prompts; one is held out"):
+        drawn(tmp_path, ROWS[:1])
+
+
+@pytest.mark.parametrize("name", ["edits", "text_fraction", "extra"])
+def test_shares_of_the_embedded_world_have_no_effect_beside_a_file(name):
+    data = DataConfig(prompts="prompts.txt", **{name: 0.5})
+    with pytest.raises(InputError, match=f"data.{name} has no effect beside data.prompts"):
+        tiny.config(stage="grpo", joint=None, grpo=GrpoConfig(num_generations=4), data=data)
