@@ -1,25 +1,14 @@
 """The page in a headless Chromium, before a server that plays."""
 
-import shutil
-
 import page_stub
 import pytest
-
-# Debian's and Ubuntu's names, the smallest package first, then those of others.
-BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
-MISSING = "needs Chromium (apt-get install chromium-headless-shell)"
+from browsing import chromium
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(MISSING)
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path)
-        yield chromium
-        chromium.close()
+    with chromium() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
