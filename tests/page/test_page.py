@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from blip3o_jax.errors import MAX_SEED
-from blip3o_jax.jobs.openai import MOST_IMAGES
 from blip3o_jax.sample.settings import EditSettings, Settings
+from blip3o_jax.serve.bodies import MOST_IMAGES
 
 SOURCE = Image.effect_noise((96, 64), 60).convert("RGB")
 
