@@ -168,6 +168,21 @@ def test_a_server_that_stays_away_ends_the_run_in_time():
         ask({"own": away}, 1e9, pauses=False)
 
 
+def test_a_server_that_is_asked_when_the_time_is_over_is_still_said_to_be_away():
+    release, calls = threading.Event(), []
+
+    def own(*_):
+        calls.append(1)
+        if len(calls) == 1:
+            raise Unreachable("It is away.")
+        release.wait(60)
+
+    with pytest.raises(RewardError, match=r"^It is away\.$"):
+        ask({"own": own}, 0.2)
+    assert len(calls) == 2
+    release.set()
+
+
 def test_what_can_be_known_is_refused_before_anything_is_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("blip3o_jax.rl.rewards.http.time.sleep", lambda _: None)
     monkeypatch.setattr("blip3o_jax.rl.rewards.ocr.check_extra", lambda: None)

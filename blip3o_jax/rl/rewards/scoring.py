@@ -80,7 +80,9 @@ def scorer(
                 for name, own in pending.items():
                     answer = _wait(own, deadline)
                     while pauses and isinstance(answer, Unreachable) and _pause(answer, deadline):
-                        answer = _wait(begin(name, arguments), deadline)
+                        again = _wait(begin(name, arguments), deadline)
+                        # Why it was away says more than that it is late.
+                        answer = answer if isinstance(again, Late) else again
                     _check_answer(name, answer, timeout)
                     answers[name] = answer
                 return _joined(rewards, watched, answers, asked)
