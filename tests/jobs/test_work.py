@@ -61,6 +61,40 @@ def test_shares_make_the_same_files_as_one_process(channels, capsys):
     assert files("shared") == files()
 
 
+def test_no_batch_waits_for_what_is_recorded(channels, pipeline, monkeypatch):
+    """So that a bucket that answers slowly holds up no device."""
+    drawn, waited = threading.Event(), []
+    run, record = type(pipeline).run, ledger.record
+
+    def watched(*asked):
+        yield from run(*asked)
+        drawn.set()
+
+    def slow(*what):
+        waited.append(drawn.wait(20))
+        record(*what)
+
+    monkeypatch.setattr(type(pipeline), "run", watched)
+    monkeypatch.setattr(ledger, "record", slow)
+    assert generate(channels, "--num-images", "2") == 0
+    assert waited == [True] * 6
+    assert len(manifest()) == 16
+
+
+def test_files_are_read_together_in_order_and_few_ahead():
+    begun, together = [], threading.Barrier(3)
+
+    def read(item):
+        begun.append(item)
+        together.wait(20)
+        return item
+
+    results = ledger.ahead(read, range(6), most=3)
+    assert next(results) == 0
+    assert sorted(begun) == [0, 1, 2]
+    assert list(results) == [1, 2, 3, 4, 5]
+
+
 def test_only_what_was_spoilt_or_deleted_is_made_again(channels, monkeypatch):
     assert generate(channels) == 0
     before, (first, second, *_) = files(), manifest()

@@ -2,17 +2,18 @@
 many of them while a checkpoint is being written.
 
     python tests/train/kill_rounds.py [--rounds 50] [--processes 1] [--seed 0] [--signals KILL,TERM]
+    python tests/train/kill_rounds.py --rounds 5 --bucket gs
 
-Trains the transformer of the tiny model, with a checkpoint every few steps. Every new start must go
-on from the newest whole checkpoint there is, every run that comes to its end must have the bits of
-one that was never killed, and every signal but KILL give the exit code that launchers know. One
-JSON line last; exit code 1 if not.
+Trains the transformer of the tiny model, with a checkpoint every few steps; with --bucket, in a
+bucket of a server on loopback. Every new start must go on from the newest whole checkpoint there
+is, every run that comes to its end must have the bits of one that was never killed, and every
+signal but KILL give the exit code that launchers know. One JSON line last; exit code 1 if not.
 """
 
 import argparse
 import collections
+import contextlib
 import json
-import logging
 import os
 import pathlib
 import random
@@ -22,19 +23,21 @@ import socket
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable
 
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # for tiny.py
+from blip3o_jax import paths
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # for those that follow
+from clouds import new_bucket, servers
+from forks import fork
 
 # steps of a run, between checkpoints; seconds after which a process hangs
-NUM_STEPS, EVERY, LONGEST = 120, 5, 240.0
+NUM_STEPS, EVERY, LONGEST = 120, 5, 900.0
 EXITS = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
 
 
-def train(workdir: pathlib.Path) -> None:
+def train(workdir: paths.AnyPath) -> None:
     """The run, by the loop that `blip3o-jax train` uses, on random rows."""
     from tiny import from_step, practice, rows_at
 
@@ -58,7 +61,7 @@ def train(workdir: pathlib.Path) -> None:
         loop.run(cfg, workdir, loop.supervised(cfg, from_step(mine), rows_at(10**6), None))
 
 
-def process(workdir: pathlib.Path, index: int, count: int, port: int) -> None:
+def process(workdir: paths.AnyPath, index: int, count: int, port: int) -> None:
     """Process `index` of a run."""
     import jax
 
@@ -80,46 +83,30 @@ def process(workdir: pathlib.Path, index: int, count: int, port: int) -> None:
             jax.distributed.shutdown()
 
 
-def fork(log: pathlib.Path, function: Callable, *args) -> int:
-    """Starts a process that runs `function(*args)`, its output in `log`, and ends with 0 if that
-    returns; gives its id."""
-    if child := os.fork():
-        return child
-    code = 1
-    try:
-        with log.open("w") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        logging.basicConfig(
-            level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr, force=True
-        )
-        function(*args)
-        code = 0
-    except SystemExit as left:
-        code = left.code
-    except KeyboardInterrupt:
-        code = 130
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
-def temporary(workdir: pathlib.Path) -> bool:
+def log_of(workdir: paths.AnyPath, name: int | str) -> pathlib.Path:
+    """What a process says, on the disk of the folder where this began."""
+    folder = pathlib.Path(workdir.name)
+    folder.mkdir(exist_ok=True)
+    return folder / f"log.{name}"
+
+
+def temporary(workdir: paths.AnyPath) -> bool:
     """Whether a checkpoint is being written."""
+    from blip3o_jax.training_checkpoint import complete
+
     folder = workdir / "checkpoints"
+    if paths.is_bucket(folder):
+        return folder.is_dir() and len(list(folder.iterdir())) > len(complete(folder))
     return folder.is_dir() and any("tmp" in child.name for child in folder.iterdir())
 
 
-def newest(workdir: pathlib.Path) -> int:
+def newest(workdir: paths.AnyPath) -> int:
     """Step of the newest whole checkpoint, 0 without one."""
     from blip3o_jax.training_checkpoint import complete
 
@@ -127,7 +114,7 @@ def newest(workdir: pathlib.Path) -> int:
 
 
 def until_killed(
-    workdir: pathlib.Path,
+    workdir: paths.AnyPath,
     count: int,
     rng: random.Random,
     span: float | None,
@@ -142,7 +129,7 @@ def until_killed(
     RuntimeError when a process fails by itself.
     """
     port, began = free_port(), time.monotonic()
-    children = [fork(workdir / f"log.{i}", process, workdir, i, count, port) for i in range(count)]
+    children = [fork(log_of(workdir, i), process, workdir, i, count, port) for i in range(count)]
     moment, aimed, delay = (
         began + (rng.uniform(0, span) if span else 1e9),
         rng.random() < 0.5,
@@ -179,27 +166,30 @@ def until_killed(
     return when
 
 
-def tail(workdir: pathlib.Path) -> str:
-    return "".join(
-        f"\n{log.name}:\n{log.read_text()[-3000:]}" for log in sorted(workdir.glob("log.*"))
-    )
+def tail(workdir: paths.AnyPath) -> str:
+    logs = sorted(log_of(workdir, 0).parent.glob("log.*"))
+    return "".join(f"\n{log.name}:\n{log.read_text()[-3000:]}" for log in logs)
 
 
-def resumed(workdir: pathlib.Path) -> int | None:
+def resumed(workdir: paths.AnyPath) -> int | None:
     """The step from which the last start went on; None when it was killed before it said so."""
-    log = (workdir / "log.0").read_text() if (workdir / "log.0").exists() else ""
+    log = log_of(workdir, 0).read_text() if log_of(workdir, 0).exists() else ""
     if found := re.search(r"Resumed at step (\d+)", log):
         return int(found[1])
     return 0 if "Stage pretrain_ar" in log else None
 
 
-def compare(*workdirs: pathlib.Path) -> None:
+def compare(*workdirs: paths.AnyPath) -> None:
     """AssertionError when the last checkpoints of two runs differ in a bit of any array, Adam's
     moments and counters included."""
     import jax
     import orbax.checkpoint as ocp
 
     def read(reader, folder):
+        if paths.is_bucket(folder):
+            copy = pathlib.Path(tempfile.mkdtemp(dir="."), folder.name)
+            paths.copy_folder(folder, copy)
+            folder = copy.absolute()
         tree = reader.metadata(folder).item_metadata.tree
         on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         return reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=on_host))
@@ -213,7 +203,7 @@ def compare(*workdirs: pathlib.Path) -> None:
 
 
 def rounds(
-    number: int, count: int, seed: int, folder: pathlib.Path, signals: list[signal.Signals]
+    number: int, count: int, seed: int, folder: paths.AnyPath, signals: list[signal.Signals]
 ) -> dict:
     """Kills `number` times, with each of `signals` in turn; a run that finishes is compared and a
     new one begun. The report."""
@@ -245,7 +235,7 @@ def rounds(
             kills += 1
             continue
         finished += 1
-        if os.waitpid(fork(workdir / "log.compare", compare, workdir, reference), 0)[1]:
+        if os.waitpid(fork(log_of(workdir, "compare"), compare, workdir, reference), 0)[1]:
             wrong += 1
             print(f"Run {finished} differs: {tail(workdir)}", file=sys.stderr)
         workdir = folder / f"run{finished}"
@@ -268,6 +258,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--bucket", choices=["gs", "s3"], help="that holds the workdir")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--signals", default="KILL", help="e.g. TERM,INT,USR1,KILL, in turn")
     args = parser.parse_args()
@@ -280,9 +271,13 @@ def main() -> int:
     from blip3o_jax.kernels.platform import enable_compilation_cache
 
     enable_compilation_cache()
-    with tempfile.TemporaryDirectory() as folder:
-        report = rounds(args.rounds, args.processes, args.seed, pathlib.Path(folder), signals)
-    print(json.dumps(report))
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.chdir(temporary))
+        folder = pathlib.Path(temporary)
+        if args.bucket:
+            folder = new_bucket(stack.enter_context(servers()), args.bucket)
+        report = rounds(args.rounds, args.processes, args.seed, folder, signals)
+    print(json.dumps({"bucket": args.bucket} | report))
     return int(report["resumed_elsewhere_than_newest_whole"] or report["runs_with_other_bits"])
 
 
