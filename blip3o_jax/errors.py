@@ -42,8 +42,10 @@ def disk_reason(error: Exception) -> str | None:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what a library says, or its kind where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first line of what a library says, and the next where it ends in a colon; its kind where
+    it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(lines[: 1 + lines[0].endswith(":")])
 
 
 def require(holds: bool, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -78,7 +79,10 @@ def digest_of_file(file: str) -> str:
 
 def digest_of(path: paths.AnyPath) -> str:
     """The sha256 of a file, "" where there is none."""
-    if not path.is_file():
-        return ""
-    with paths.remote_errors(f"{path} cannot be read"), path.open("rb") as file:
+    with (
+        paths.remote_errors(f"{path} cannot be read"),
+        contextlib.suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError),
+        path.open("rb") as file,
+    ):
         return hashlib.file_digest(file, "sha256").hexdigest()
+    return ""

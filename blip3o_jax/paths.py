@@ -14,6 +14,7 @@ import shutil
 import urllib.parse
 import uuid
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeAlias
 
@@ -22,6 +23,7 @@ from blip3o_jax.errors import InputError, first_line, require
 
 NEW = ".new-"  # how the name of a file begins that is being written
 CLIENTS = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # scheme -> extra, module that it brings
+REMOVERS = 16  # objects that are removed at once
 UNFINISHED = "unfinished.txt"  # first and while a folder is copied into a bucket
 
 
@@ -37,6 +39,9 @@ def path(name: str | os.PathLike) -> "AnyPath":
     text = os.fspath(name)
     scheme, separator, rest = text.partition("://")
     if not separator:
+        scheme, separator, rest = text.partition(":")
+        slash = f"{text} is no path; write {scheme}://{rest.lstrip('/')}."
+        require(not separator or scheme not in CLIENTS, slash)
         return Path(text)
     if scheme == "file":
         require(rest.startswith("/"), f"{text} names another host; write file:///folder/file.")
@@ -194,8 +199,11 @@ def remove_folder(folder: AnyPath, marker: str = "") -> None:
         (folder / marker).unlink(missing_ok=True)
     if not is_bucket(folder):
         shutil.rmtree(folder, ignore_errors=True)
-    elif folder.is_dir():
-        folder.ask("rm", recursive=True)
+        return
+    # One by one, by name: clients take a folder for a pattern, and by run[1] would remove run1.
+    with ThreadPoolExecutor(REMOVERS) as pool:
+        for _ in pool.map(lambda file: file.unlink(missing_ok=True), files_below(folder)):
+            pass
 
 
 def clear_folder(folder: AnyPath) -> None:

@@ -8,6 +8,8 @@ import pytest
 from clouds import forget, run
 from tiny import practice
 
+from blip3o_jax.jobs import work
+
 SCHEMES = pytest.mark.parametrize("scheme", ["gs", "s3"])
 
 
@@ -31,6 +33,21 @@ def test_a_bucket_that_is_not_there_is_named(cloud, scheme, config, capfd):
     assert (code, last) == (2, sentence)
     code, last = run(capfd, "generate", "--status", "--out", workdir)
     assert (code, last) == (2, f"blip3o-jax: {workdir} holds no job (no job/job.json).")
+
+
+@SCHEMES
+def test_a_place_that_cannot_be_is_refused_before_the_model_is_loaded(cloud, scheme, capfd):
+    out = f"{scheme}://nowhere/pictures"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(work, "load_for", lambda args: pytest.fail("the model is loaded"))
+        code, last = run(capfd, "generate", "x", "--out", out)
+    assert (code, last) == (2, f"blip3o-jax: {out} cannot be written: there is no such bucket.")
+
+
+def test_a_name_that_no_bucket_has_is_said_in_the_clients_words(cloud, capfd):
+    code, last = run(capfd, "generate", "--status", "--out", "s3://A Bucket/out")
+    assert code == 2
+    assert 'Invalid bucket name "A Bucket"' in last
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):

@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 from clouds import contents, run
 from editing import FLAGS, checkpoint
+from etils import epath
+from orbax.checkpoint._src.path import gcs_utils
 from tiny import TEXT_ONLY, from_step, practice, rows_at
 
 from blip3o_jax import checkpoints, cli, paths, training_checkpoint
+from blip3o_jax.convert import orbax_io
 from blip3o_jax.data import cache
 from blip3o_jax.errors import InputError
 from blip3o_jax.train import loop, owner
@@ -83,6 +86,20 @@ def test_objects_are_read_and_written_as_files_are(bucket, tmp_path):
         paths.remove_folder(root, "n")
         assert not root.exists()
         assert paths.files_below(root) == []
+
+
+@pytest.mark.parametrize("name", ["run[1]", "r*n", "run?", "a run #1"])
+def test_a_folder_is_removed_by_its_name_alone(bucket, name):
+    """Which is none of a pattern, as fsspec takes it: run[1] stands for run1 there."""
+    for folder in ("run1", "ran", name):
+        for file in ("checkpoints/5/d/data", f"checkpoints/5/{orbax_io.MARKER}", "own"):
+            paths.write_text(bucket / folder / file, "x")
+    orbax_io.teach_buckets()
+    gcs_utils.rmtree(epath.Path(bucket / name / "checkpoints" / "5"))
+    assert set(contents(bucket / name)) == {"own"}
+    paths.remove_folder(bucket / name, "own")
+    assert {file.split("/")[0] for file in contents(bucket)} == {"run1", "ran"}
+    assert len(contents(bucket)) == 6
 
 
 def test_an_object_appears_whole_or_not_at_all(bucket):

@@ -27,6 +27,8 @@ def test_a_local_name_is_a_pathlib_path(tmp_path):
         ("file://host/run", "file://host/run names another host"),
         ("gs://", "gs:// names no bucket."),
         ("s3:///run", "s3:///run names no bucket."),
+        ("gs:/team/run", "gs:/team/run is no path; write gs://team/run."),
+        ("s3:run", "s3:run is no path; write s3://run."),
     ],
 )
 def test_a_name_that_cannot_work_is_refused(name, sentence):

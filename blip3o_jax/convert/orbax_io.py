@@ -171,11 +171,9 @@ def teach_buckets() -> None:
     from orbax.checkpoint._src.path import gcs_utils
     from orbax.checkpoint._src.serialization import tensorstore_utils
 
-    remove = gcs_utils.rmtree
-
     def remove_marked(folder: Any, *, missing_ok: bool = False) -> None:
-        (folder / MARKER).unlink(missing_ok=True)
-        remove(folder, missing_ok=missing_ok)
+        # Its own way takes the folder's name for a pattern.
+        paths.remove_folder(paths.path(os.fspath(folder)), MARKER)
 
     def normalized(name: str) -> str:
         return name.rstrip("/") if paths.is_bucket(name) else os.path.normpath(name)

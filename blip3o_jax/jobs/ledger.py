@@ -11,6 +11,7 @@ deleted is made again; a file of the job itself that cannot be one is an InputEr
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import hashlib
@@ -21,7 +22,9 @@ import json
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from blip3o_jax import paths
@@ -35,6 +38,7 @@ JOB, FACTS, DONE, MANIFEST = "job", "job/job.json", "job/done", "manifest.jsonl"
 # What a row names, and by what hash.
 FILES = (("file", "sha256"), ("mask", "mask_sha256"), ("shard", "shard_sha256"))
 BEGUN = "begun"  # the fact when a job first began, in seconds, which may differ
+READERS = 16  # files of a job that are read at once: each may wait for a bucket's answer
 Rows = dict[int, list[dict]]  # of a shard, by the request's number
 # What helps where a file of the job is damaged.
 OTHER_JOB = "name another folder, or add --overwrite to make all of it again"
@@ -48,9 +52,15 @@ def write_whole(folder: paths.AnyPath, name: str, data: Iterable[bytes]) -> None
 
 
 def place(folder: paths.AnyPath) -> contextlib.AbstractContextManager:
-    """A local job's folder in the block, so that one that cannot be is known before there is work;
-    it does not stay for a job that does not begin."""
-    return contextlib.nullcontext() if paths.is_bucket(folder) else made(folder / JOB)
+    """A job's folder in the block, so that one that cannot be is known before there is work; it
+    does not stay for a job that does not begin."""
+    if not paths.is_bucket(folder):
+        return made(folder / JOB)
+    trial = folder / JOB / f"{paths.NEW}{uuid.uuid4().hex}"
+    with paths.remote_errors(f"{folder} cannot be written"):
+        paths.write_bytes(trial, b"")
+        trial.unlink()
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -122,6 +132,18 @@ def read_facts(folder: paths.AnyPath) -> dict:
     return facts
 
 
+def ahead(function: Callable, items: Iterable, most: int = READERS) -> Iterator:
+    """What the function gives for each item, in order; so many threads are ahead of who asks."""
+    waiting: collections.deque[Future] = collections.deque()
+    with ThreadPoolExecutor(most) as executor:
+        for item in items:
+            waiting.append(executor.submit(function, item))
+            if len(waiting) == most:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
 def shard_name(shard: int) -> str:
     return f"{DONE}/{shard:06d}.jsonl"
 
@@ -169,13 +191,20 @@ def _array_record(files: dict[str, bytes]) -> bytes:
         return path.read_bytes()
 
 
+def begun_shards(folder: paths.AnyPath) -> set[int]:
+    """The shards of which something is recorded."""
+    with paths.remote_errors(f"{folder} cannot be read"):
+        files = list((folder / DONE).glob("*.jsonl"))
+    return {int(file.stem) for file in files if file.stem.isdecimal()}
+
+
 def recorded(folder: paths.AnyPath, shard: int, numbers: list[int] | None = None) -> Rows:
     """The rows of a shard, by number, none if it has none yet; InputError for a number that is none
     of the shard's, if these are given."""
-    path = folder / shard_name(shard)
+    path, lines = folder / shard_name(shard), []
     rows: Rows = {}
-    with paths.remote_errors(f"{path} cannot be read"):
-        lines = path.read_bytes().splitlines() if path.is_file() else []
+    with paths.remote_errors(f"{path} cannot be read"), contextlib.suppress(FileNotFoundError):
+        lines = path.read_bytes().splitlines()
     for place, line in enumerate(lines, 1):
         with mended_by(OTHER_ROWS):
             row = json_object(f"{path} line {place}", line)
@@ -212,20 +241,20 @@ def finish(
     groups: shards whose numbers ascend from one to the next, so that rows are merged as they are
     read, however many.
     """
-    if not all((folder / shard_name(shard)).is_file() for shard in range(len(shards))):
+    if not begun_shards(folder) >= set(range(len(shards))):
         return None
     # All is read before anything is written: a signal may have ended a shard's process halfway.
     results, failed = 0, {}
-    for shard, numbers in enumerate(shards):
-        rows = recorded(folder, shard, numbers)
+    read = ahead(lambda shard: recorded(folder, shard, shards[shard]), range(len(shards)))
+    for numbers, rows in zip(shards, read, strict=True):
         if len(rows) < len(numbers):
             return None
         failed |= {number: own[0]["id"] for number, own in rows.items() if "error" in own[0]}
         results += sum("error" not in row for row in itertools.chain(*rows.values()))
 
     def lines(group: list[int]) -> Iterator[tuple[int, int, str]]:
-        for shard in group:
-            for place, row in enumerate(itertools.chain(*recorded(folder, shard).values())):
+        for rows in ahead(lambda shard: recorded(folder, shard), group):
+            for place, row in enumerate(itertools.chain(*rows.values())):
                 yield row["number"], place, json.dumps(row)
 
     merged = heapq.merge(*map(lines, groups))

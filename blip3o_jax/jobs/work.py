@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHARD = 32  # requests that are recorded together, and at most made again after a crash
-WRITERS = 2  # threads that encode pictures while the devices go on
+WRITERS = 8  # threads that encode and write while the devices go on; most wait for a bucket
 SHARDED = ("tar", "array_record")  # formats of one file a shard
 FAILED = 1  # exit code of a job that is done but for requests that failed
 
@@ -172,12 +172,15 @@ def _run_job(
     failed: list[str] = []
     with lock.locked(folder, index, count) as life, stop.watch(together=False) as leaves:
         # What is there already, if it is what it was.
-        done = {shard: ledger.intact(folder, shard, shards[shard]) for shard in own}
-        for rows in done.values():
+        done, left = {}, {shard: shards[shard] for shard in own}
+        there = sorted(ledger.begun_shards(folder) & left.keys())
+        read = ledger.ahead(lambda shard: ledger.intact(folder, shard, shards[shard]), there)
+        for shard, rows in zip(there, read, strict=True):
             check_sources(folder, requests, rows)
-        if args.format in SHARDED:
-            done = {s: rows if len(rows) == len(shards[s]) else {} for s, rows in done.items()}
-        left = {s: [n for n in shards[s] if n not in done[s]] for s in own}
+            whole = len(rows) == len(shards[shard])
+            # Rows are needed once more where the shard is not whole.
+            done[shard] = rows if not whole and args.format not in SHARDED else {}
+            left[shard] = [] if whole else [n for n in shards[shard] if n not in done[shard]]
         # What cannot be served needs no model.
         for shard in [shard for shard in own if set(shards[shard]) <= refused.keys()]:
             del left[shard]
@@ -249,10 +252,15 @@ def _work(
     order = [(shard, number) for shard, numbers in left.items() for number in numbers]
     places = {id(requests[number]): (shard, number) for shard, number in order}
     missing = {shard: len(own) for shard, own in left.items()}
+    done = {shard: done.get(shard, {}) for shard in left}
     # Files of shards that become one.
     held: dict[int, dict[str, bytes]] = collections.defaultdict(dict)
     writing: collections.deque[tuple[int, int, bool, Future]] = collections.deque()
+    recording: collections.deque[Future] = collections.deque()
     failures: list[str] = []
+
+    def record(shard: int, rows: ledger.Rows, files: dict[str, bytes]) -> None:
+        ledger.record(folder, shard, ledger.write_shard(folder, shard, rows, files, args.format))
 
     def settle(most: int) -> None:
         """Waits until no more than `most` results are being written."""
@@ -265,8 +273,9 @@ def _work(
             life["made"] += is_last
             if is_last and not missing[shard]:
                 rows, files = done.pop(shard), held.pop(shard)
-                rows = ledger.write_shard(folder, shard, rows, files, args.format)
-                ledger.record(folder, shard, rows)
+                recording.append(executor.submit(record, shard, rows, files))
+        while len(recording) > min(most, WRITERS):
+            recording.popleft().result()
 
     def failed(request: Request, reason: str) -> None:
         shard, number = places[id(request)]
@@ -281,9 +290,9 @@ def _work(
             samples = best_of(pipeline, asked, args.best_of, args.reward, failed)
         else:
             samples = pipeline.run(asked, failed)
-        away = None
+        away, total = None, sum(len(requests[number].texts) for _, number in order)
         try:
-            for sample in tqdm(samples, total=len(order), unit="image"):
+            for sample in tqdm(samples, total=total, unit="image"):
                 shard, number = places[id(sample.request)]
                 is_last = sample.turn == len(sample.request.then)
                 facts = origin(sample) | {"checkpoint": pipeline.identity} | sample.facts

@@ -6,6 +6,7 @@ import os
 import pathlib
 import signal
 import tarfile
+import threading
 
 import grain
 import jax
