@@ -169,6 +169,25 @@ def policy_step(
     return (3 * updates + referred) * forward
 
 
+def edit(cfg: config.Blip3oConfig, batch: int, prompt: int, num_inference_steps: int) -> int:
+    """`batch` edits that nothing guides, as they are by default, with as many source images each as
+    the model has places for, which are among the `prompt` tokens."""
+    images, side = batch * cfg.max_sources, cfg.sana.sample_size
+    features = images if cfg.use_tar_siglip_features else 0
+    encoders = ta_tok_encode(cfg.ta_tok, images - features, features)
+    if cfg.reads_source_latents:
+        encoders += dc_ae_encode(cfg.dc_ae, images, side)
+    # SANA, whose condition or grid a source may widen.
+    condition = cfg.num_condition_tokens
+    once = connector(cfg, batch * condition) + source_connectors(cfg, images)
+    condition += cfg.max_sources * side**2 if cfg.reference_tokens else 0
+    once += sana_condition(cfg.sana, batch * condition)
+    grids = 2 if cfg.use_und_image_vae_as_noise else 1
+    step = sana(cfg.sana, batch, condition, grids=grids)
+    pixels = dc_ae_decode(cfg.dc_ae, batch, side)
+    return encoders + decode(cfg, batch, prompt) + once + num_inference_steps * step + pixels
+
+
 def image_encoders(cfg: config.Blip3oConfig, batch: int, sources: int = 0) -> int:
     """Images, and `sources` source images of each, to codes and to latents: what a cache saves of a
     training step."""

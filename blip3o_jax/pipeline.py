@@ -27,7 +27,7 @@ from blip3o_jax.parallel.parameters import shardings
 from blip3o_jax.pictures import Picture, array
 from blip3o_jax.request import Request, Sample, bucket, encode, repeated
 from blip3o_jax.sample import generate, int8, programs
-from blip3o_jax.sample.condition import guidance
+from blip3o_jax.sample.condition import edit_options
 from blip3o_jax.sample.settings import EditSettings, Settings
 from blip3o_jax.scenes import lexicon
 from blip3o_jax.text import Text, left_pad
@@ -289,7 +289,7 @@ class Pipeline:
         """All turns T of a batch of edits like `request`, from ids and valid [B,T,P] and keys
         [B,T,3] -> the results of `programs.edit`, [B,T,...]; also, if they are to be compared with
         it, `seen`, what the autoencoder makes of each turn's source."""
-        options = _edit_options(request.settings)
+        options = edit_options(request.settings)
         is_compared = request.keep_unchanged is not None
         results, latents, seen = [], None, None
         if is_compared:
@@ -327,14 +327,6 @@ def _edited(row: Row, results: dict[str, np.ndarray]) -> Iterator[Sample]:
             row.pictures[0] = image
         drawn = (results[name][turn] for name in ("tokens", "images", "latents"))
         yield Sample(request, turn, image, *drawn, mask)
-
-
-def _edit_options(settings: EditSettings) -> dict[str, Any]:
-    """The keywords of `programs.edit`."""
-    options = asdict(settings)
-    names = ("guidance_scale", "image_guidance_scale", "renorm_min", "reference_quirks")
-    scales = [options.pop(name) for name in names]
-    return options | {"guidance_scale": guidance(*scales)}
 
 
 def load(

@@ -14,7 +14,9 @@ from blip3o_jax.config import DcAeConfig, replace
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.models.dc_ae import DcAe
 from blip3o_jax.presets import preset
-from blip3o_jax.sample import generate
+from blip3o_jax.sample import generate, programs
+from blip3o_jax.sample.condition import edit_options
+from blip3o_jax.sample.settings import EditSettings
 from blip3o_jax.text import row_length
 from blip3o_jax.train import losses
 from blip3o_jax.train.sections import JointConfig
@@ -181,6 +183,30 @@ def test_sources_cost_what_xla_counts(way):
     # What is trained is passed three times in all.
     count = counted(loss, params, edits) - counted(loss, params, batch)
     close((step(edits) - step(batch)) / 3, count)
+
+
+@pytest.mark.parametrize("way", [TOKENS, BOTH])
+def test_an_edit_costs_what_xla_counts(way):
+    """All of it but the image tokens, which are written in a loop."""
+    cfg, rows = replace(small(), **way), 2
+    model, size = Blip3o(cfg), cfg.image_size
+    params, steps = model.abstract(), EditSettings(num_inference_steps=1)
+    images = shape(rows, cfg.max_sources, size, size, 3, dtype=jnp.uint8)
+    given = params, images, shape(rows, cfg.max_sources, dtype=bool)
+    hidden = shape(rows, cfg.num_condition_tokens, cfg.qwen3.hidden_size)
+    keys, options = shape(rows, 3, dtype=jnp.uint32), edit_options(steps)
+    drawing = {name: x for name, x in options.items() if name not in programs.DECODING}
+
+    def sample(params, images, exists, hidden, keys):
+        codes, sources = generate.encode_sources(model, params, images, exists)
+        latents = generate.draw_latents(model, params, hidden, keys, sources, **drawing)
+        return codes, generate.pictures(model, params, latents)
+
+    prompt = 64 + cfg.max_sources * cfg.ta_tok.num_tokens
+    formula = flops.edit(cfg, rows, prompt, 1) - flops.decode(cfg, rows, prompt)
+    close(formula, counted(sample, *given, hidden, keys))
+    again = flops.edit(cfg, rows, prompt, 3) - flops.edit(cfg, rows, prompt, 2)
+    assert again == flops.edit(cfg, rows, prompt, 2) - flops.edit(cfg, rows, prompt, 1) > 0
 
 
 def test_encoders_of_sources(model, params):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from blip3o_jax.errors import check_number, require
 from blip3o_jax.jobs.options import config_option, option
 from blip3o_jax.presets import PRESETS
-from blip3o_jax.sample.settings import Settings
+from blip3o_jax.sample.settings import EditSettings, Settings
 
 if TYPE_CHECKING:
     import jax
@@ -32,6 +32,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     million = "plan generation of a million images instead, N a device at once, or as many as fit"
     many = {"nargs": "?", "const": math.inf, "type": int, "metavar": "N"}
     parser.add_argument("--generate", help=million, **many)
+    edits = "with --generate: edits, of as many pictures each as the model takes"
+    parser.add_argument("--edit", action="store_true", help=edits)
     eight = "of generation: int8 are the kernels of the layers of Qwen3 and SANA"
     parser.add_argument("--weights", choices=WEIGHTS, default=WEIGHTS[0], help=eight)
     option(parser, "--num-inference-steps", Settings.num_inference_steps, "of generation")
@@ -63,7 +65,8 @@ def read_run(args: argparse.Namespace) -> TrainConfig:
     require(not (args.mesh and trains), f"--mesh is that of --generate; {elsewhere}")
     counts = (args.num_inference_steps, 1 if trains else args.generate)
     require(min(counts) >= 1, "--generate and --num-inference-steps are at least 1.")
-    require(args.weights == WEIGHTS[0] or not trains, "--weights is of generation; add --generate.")
+    for flag, is_given in (("--weights", args.weights != WEIGHTS[0]), ("--edit", args.edit)):
+        require(not (is_given and trains), f"{flag} is of generation; add --generate.")
     if args.config in PRESETS and not trains:
         require(not args.overrides, "A preset has no --config.KEY; name a config.")
         cfg = TrainConfig("joint", preset=args.config)
@@ -86,7 +89,13 @@ def _generation(
     from blip3o_jax.parallel.batches import batch_shards
     from blip3o_jax.plan import estimate, generation
 
-    how = cfg.blip3o(), mesh, Settings(num_inference_steps=args.num_inference_steps), args.weights
+    config = cfg.blip3o()
+    none = f"{args.config} has no editing weights (its max_sources is 0); edit_3b, for one, has."
+    require(config.max_sources > 0 or not args.edit, none)
+    settings = (EditSettings if args.edit else Settings)(
+        num_inference_steps=args.num_inference_steps
+    )
+    how = config, mesh, settings, args.weights
     images = generation.most(*how, chip) if args.generate == math.inf else args.generate
     # What was predicted to fit need not.
     while True:
@@ -96,11 +105,12 @@ def _generation(
             break
         images -= 1
     # Time and cost of all images, from the FLOPs that each of the programs knows.
-    program = lowered[generation.PROGRAMS[0]]
+    program = lowered["pictures"]
     runs = -(-MANY // program.images)
     result |= estimate.price(program, devices, chip, args.mfu, runs, args.price)
     ways = {"images_at_once": program.images, "images_a_device": images, "images_in_all": MANY}
     ways |= {"num_inference_steps": args.num_inference_steps, "weights": args.weights}
+    ways |= {"edit": args.edit}
     return ways, result
 
 

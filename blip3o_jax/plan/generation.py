@@ -1,8 +1,9 @@
-"""Generation on devices that are not here: the programs that `blip3o-jax generate` runs one after
-the other beside all weights, and how many images fit at once."""
+"""Generation and editing on devices that are not here: the programs that `blip3o-jax generate` and
+`edit` run one after the other beside all weights, and how many images fit at once."""
 
 import dataclasses
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,13 @@ from blip3o_jax.plan import estimate
 from blip3o_jax.plan.programs import Program, placed
 from blip3o_jax.sample import int8
 from blip3o_jax.sample import programs as sampling
-from blip3o_jax.sample.settings import Settings
+from blip3o_jax.sample.condition import edit_options
+from blip3o_jax.sample.settings import EditSettings, Settings
 
-# In the order in which they run; the last, whose images are in full size, needs most by far.
+# In the order in which they run; an edit begins with the encoders of its sources.
 PROGRAMS = ("write_tokens", "draw_latents", "pictures")
+SOURCES = "encode_sources"
+LARGEST = (SOURCES, "pictures")  # whose images are in full size: they need most by far
 FEW = 4  # images a device at once that the search begins with
 
 
@@ -32,44 +36,53 @@ def weights_of(model: Blip3o, mesh: Mesh, weights: str) -> Params:
     return placed(jax.eval_shape(int8.quantized, shapes) if weights == "int8" else shapes, mesh)
 
 
+def programs_of(settings: Settings) -> tuple[str, ...]:
+    """The names of the programs, in the order in which they run."""
+    return (SOURCES, *PROGRAMS) if isinstance(settings, EditSettings) else PROGRAMS
+
+
 def lower(
     config: Blip3oConfig,
     mesh: Mesh,
     settings: Settings,
     weights: str,
     rows: int,
-    names: tuple[str, ...] = PROGRAMS,
+    names: tuple[str, ...] | None = None,
 ) -> dict[str, Program]:
-    """The programs of these names for `rows` prompts of full length, each with the FLOPs of all."""
+    """The programs of these names, or all, for `rows` prompts of full length, each with the FLOPs
+    of all; those of edits with as many source images as the model has places for."""
     check_batch(rows, mesh)
     place = jax.NamedSharding(mesh, BATCH)
-    options = dataclasses.asdict(settings)
+    is_edit, sources = isinstance(settings, EditSettings), config.max_sources
+    options = edit_options(settings) if is_edit else dataclasses.asdict(settings)
     decoding = {name: options.pop(name) for name in sampling.DECODING}
 
-    def inputs(*columns: tuple) -> tuple:
-        return tuple(
-            jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=place) for shape, dtype in columns
-        )
+    def input_(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=place)
 
-    # What each is given: prompts, their states, latents.
-    length, side = config.max_prompt_tokens, config.sana.sample_size
-    key = (3,), jnp.uint32
-    states = (config.num_condition_tokens, config.qwen3.hidden_size), jnp.bfloat16
-    latents = (side, side, config.dc_ae.latent_channels), jnp.float32
-    prompt = ((length,), jnp.int32), ((length,), bool)
-    given = {
-        "write_tokens": (inputs(*prompt, key), decoding),
-        "draw_latents": (inputs(states, key), options),
-        "pictures": (inputs(latents), {}),
-    }
-    # Every program gets all parameters, as in `generate`, so that what it does not read counts.
-    count = flops.text_to_image(config, rows, length, settings.num_inference_steps)
-    lowered = {}
+    # What each is given: source images, prompts, their states, latents.
+    size, side = config.image_size, config.sana.sample_size
+    images = input_((sources, size, size, 3), jnp.uint8), input_((sources,), bool)
+    length = config.max_prompt_tokens + is_edit * sources * config.ta_tok.num_tokens
+    prompt, key = (input_((length,), jnp.int32), input_((length,), bool)), input_((3,), jnp.uint32)
+    states = input_((config.num_condition_tokens, config.qwen3.hidden_size), jnp.bfloat16)
+    latents = input_((side, side, config.dc_ae.latent_channels), jnp.float32)
+    count = flops.edit if is_edit else flops.text_to_image
+    count, lowered = count(config, rows, length, settings.num_inference_steps), {}
     with jax.set_mesh(mesh):
         model = Blip3o(config, jnp.bfloat16)
         params = weights_of(model, mesh, weights)
         run = sampling.programs(model, out_shardings=place)
-        for name in names:
+        encoded = jax.eval_shape(run.encode_sources, params, *images) if is_edit else ()
+        encoded = jax.tree.map(lambda x: input_(x.shape[1:], x.dtype), encoded)
+        given = {
+            SOURCES: (images, {}),
+            "write_tokens": ((*prompt, key, *encoded[:1]), decoding),
+            "draw_latents": ((states, key, *encoded[1:]), options),
+            "pictures": ((latents,), {}),
+        }
+        # Every program gets all parameters, as in `generate`, so that what it does not read counts.
+        for name in names or programs_of(settings):
             arrays, keywords = given[name]
             program = getattr(run, name).lower(params, *arrays, **keywords)
             kinds = {"parameters": params, "batch": arrays}
@@ -106,14 +119,18 @@ def measure(programs: dict[str, Program], chip: Chip) -> dict:
 
 def most(config: Blip3oConfig, mesh: Mesh, settings: Settings, weights: str, chip: Chip) -> int:
     """The most images a device at once, as two numbers of them predict; InputError for none."""
-    shards = batch_shards(mesh)
+    shards, names = batch_shards(mesh), [n for n in programs_of(settings) if n in LARGEST]
 
     def total(images: int) -> int:
-        program = lower(config, mesh, settings, weights, images * shards, PROGRAMS[-1:])
-        result = estimate.measure(program[PROGRAMS[-1]], chip)
-        needs = f"{images} images a device do not fit: {result.get('reason')}"
-        require("total" in result["bytes"], f"{needs}; take --mesh fsdp=N or --generate 1.")
-        return result["bytes"]["total"]
+        needs = f"{images} images a device do not fit"
+        fix = "take --mesh fsdp=N or --generate 1"
+        results = [
+            estimate.measure(program, chip)
+            for program in lower(config, mesh, settings, weights, images * shards, names).values()
+        ]
+        for result in results:
+            require("total" in result["bytes"], f"{needs}: {result.get('reason')}; {fix}.")
+        return max(result["bytes"]["total"] for result in results)
 
     # What an image adds is the same however many there are.
     few, twice = total(FEW), total(2 * FEW)

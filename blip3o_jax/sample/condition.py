@@ -4,7 +4,9 @@ images of an edit; built here for the loss and for sampling alike (docs/model.md
 B samples, N source images of a sample, S condition tokens; `params` are those of all parts.
 """
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from jax import Array
 from blip3o_jax.models.blip3o import Blip3o, Params
 from blip3o_jax.sample import flow
 from blip3o_jax.sample.flow import Scalar
+from blip3o_jax.sample.settings import EditSettings
 
 # What guidance compares the whole condition with: no condition at all, the source alone, or, as the
 # PyTorch code, nothing but the reference beside the noisy latents.
@@ -43,6 +46,14 @@ def guidance(
     if image == 1:
         return Guidance() if text == 1 else Guidance((text,), renorm, ("source",))
     return Guidance((image, text), renorm, ("nothing", "source"))
+
+
+def edit_options(settings: EditSettings) -> dict[str, Any]:
+    """The keywords of `programs.edit`."""
+    options = dataclasses.asdict(settings)
+    names = ("guidance_scale", "image_guidance_scale", "renorm_min", "reference_quirks")
+    scales = [options.pop(name) for name in names]
+    return options | {"guidance_scale": guidance(*scales)}
 
 
 @flax.struct.dataclass

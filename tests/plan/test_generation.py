@@ -5,17 +5,19 @@ import json
 
 import jax
 import pytest
+from editing import CHANNELS
 from tiny import SMALL
 
 from blip3o_jax import flops
 from blip3o_jax.chips import CHIPS, Chip
 from blip3o_jax.cli import main
+from blip3o_jax.config import replace
 from blip3o_jax.errors import InputError
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.parallel.mesh import make_mesh
 from blip3o_jax.plan import estimate, generation, programs
 from blip3o_jax.presets import preset
-from blip3o_jax.sample.settings import Settings
+from blip3o_jax.sample.settings import EditSettings, Settings
 from blip3o_jax.train.config import TrainConfig
 
 CHIP = Chip("", 1e12, 16 * 1024)
@@ -58,6 +60,24 @@ def test_what_a_program_is_given_is_what_the_one_before_it_makes(whole):
     assert shapes(latents) == shapes(whole["pictures"].arguments[1])
     size = config().image_size
     assert shapes(images) == [((8, size, size, 3), jax.numpy.uint8)]
+
+
+def test_editing_is_lowered_whole():
+    """Its programs fit each other, and know the sources' places among the prompt's tokens."""
+    cfg, mesh = replace(config(), **CHANNELS), make_mesh({"data": 8})
+    edits = generation.lower(cfg, mesh, EditSettings(num_inference_steps=2), "bfloat16", 8)
+    assert tuple(edits) == ("encode_sources", *generation.PROGRAMS)
+    (codes, sources), written = edits["encode_sources"].lowered.out_info, edits["write_tokens"]
+
+    def shapes(tree):
+        return [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+
+    assert shapes(written.arguments[-1]) == shapes(codes) == [((8, 4), jax.numpy.int32)]
+    assert shapes(edits["draw_latents"].arguments[3]) == shapes(sources)
+    length = cfg.max_prompt_tokens + cfg.max_sources * cfg.ta_tok.num_tokens
+    assert written.arguments[1].shape == (8, length)
+    for program in edits.values():
+        assert program.flops == flops.edit(cfg, 8, length, 2)
 
 
 def test_weights_of_eight_bits_are_planned_as_they_are_held():
@@ -141,9 +161,12 @@ def test_as_many_images_as_fit(monkeypatch, capsys):
     monkeypatch.setattr(
         generation,
         "lower",
-        lambda config, mesh, settings, weights, rows, names=generation.PROGRAMS: (
+        lambda config, mesh, settings, weights, rows, names=None: (
             lowered.append((rows // 8, weights))
-            or {name: programs.Program(None, (), {}, 10**13, rows) for name in names}
+            or {
+                name: programs.Program(None, (), {}, 10**13, rows)
+                for name in names or generation.programs_of(settings)
+            }
         ),
     )
     measured(monkeypatch, lambda program: 100 + 10 * program.images // 8)
@@ -161,6 +184,27 @@ def test_as_many_images_as_fit(monkeypatch, capsys):
     assert found["seconds"] == pytest.approx(10**13 / (0.4 * 8 * 1e12))
 
 
+def test_as_many_edits_as_fit(monkeypatch, capsys):
+    """By the larger of the two programs that see whole images, here the encoders."""
+    asked = []
+
+    def lower(config, mesh, settings, weights, rows, names=None):
+        names = names or generation.programs_of(settings)
+        asked.append((rows // 8, len(names)))
+        return {name: programs.Program(None, (), {name: None}, 1, rows) for name in names}
+
+    monkeypatch.setattr(generation, "lower", lower)
+    share = {"encode_sources": 10, "pictures": 5}
+    measured(monkeypatch, lambda one: 100 + one.images // 8 * share.get(min(one.kinds), 1))
+    chip = dataclasses.replace(CHIP, hbm=250 / 2**20)
+    argv = ["--config", "emoji_joint", "--generate", "--edit"]
+    found = planned(monkeypatch, capsys, *argv, chip=chip)
+    # 15 at the first look; the code of three more programs makes it 12.
+    assert asked == [(4, 2), (8, 2), (15, 4), (14, 4), (13, 4), (12, 4)]
+    assert (found["images_a_device"], found["edit"]) == (12, True)
+    assert list(found["programs"]) == ["encode_sources", *generation.PROGRAMS]
+
+
 def test_what_does_not_fit_names_the_way_out(monkeypatch, capsys):
     measured(monkeypatch, lambda program: 1 << 60)
     monkeypatch.setattr(programs, "open_topology", lambda name: (jax.devices(), CHIP))
@@ -175,6 +219,11 @@ def test_what_does_not_fit_names_the_way_out(monkeypatch, capsys):
         (["--config", "blip3o_next_3b", "--generate"], "names no topology"),
         (["--config", "blip3o_next_3b", "--topology", "v5e:2x2"], "blip3o_next_3b"),
         (["--config", "pretrain_3b", "--weights", "int8"], "--weights is of generation"),
+        (["--config", "edit_3b", "--edit"], "--edit is of generation; add --generate."),
+        (
+            ["--config", "mid_128", "--topology", "h100", "--generate", "--edit"],
+            "mid_128 has no editing weights (its max_sources is 0); edit_3b, for one, has.",
+        ),
         (["--config", "emoji_joint", "--topology", "h100"], "Training is planned for TPUs alone"),
         (
             ["--config", "emoji_joint", "--topology", "h900", "--generate"],
