@@ -14,10 +14,10 @@ from PIL import Image
 
 import blip3o_jax
 from blip3o_jax import geometry
-from blip3o_jax import pipeline as pipeline_module
 from blip3o_jax.cli import main
 from blip3o_jax.errors import InputError
 from blip3o_jax.pictures import array
+from blip3o_jax.sample.condition import edit_options
 from blip3o_jax.sample.settings import EditSettings, Settings
 
 pytestmark = pytest.mark.usefixtures("loaded")
@@ -231,7 +231,7 @@ def test_scales_become_no_more_guidance_than_they_need():
     }
     for changes, expected in nulls.items():
         settings = EditSettings(**dict(changes))
-        options = pipeline_module._edit_options(settings)
+        options = edit_options(settings)
         assert options["guidance_scale"].nulls == expected
         assert options.keys() == asdict(Settings()).keys()
 
