@@ -34,11 +34,13 @@ def own(workdir: AnyPath) -> Iterator[None]:
         while not paths.create(file, json.dumps(me).encode()):
             _wait_for_its_end(file)
     ended = threading.Event()
-    threading.Thread(target=_touch, args=[file, me, ended], daemon=True).start()
+    thread = threading.Thread(target=_touch, args=[file, me, ended], daemon=True)
+    thread.start()
     try:
         yield
     finally:
         ended.set()
+        thread.join()  # in a bucket, a touch that is under way writes the file again
         if _read(file) == me:
             file.unlink(missing_ok=True)
         if not paths.is_bucket(workdir):

@@ -81,3 +81,22 @@ def test_the_heart_beats(tmp_path, monkeypatch):
         while file.stat().st_mtime == 1e9 and time.monotonic() < deadline:
             time.sleep(0.05)
         assert file.stat().st_mtime > 1e9
+
+
+def test_a_touch_that_is_under_way_leaves_no_owner_behind(tmp_path, monkeypatch):
+    """In a bucket it reads the file and writes it again."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def touch(file):
+        text = file.read_bytes()
+        begun.set()
+        time.sleep(0.3)
+        file.write_bytes(text)
+        ended.set()
+
+    monkeypatch.setattr(owner, "HEARTBEAT", 0.01)
+    monkeypatch.setattr(owner.paths, "touch", touch)
+    with owner.own(tmp_path):
+        assert begun.wait(20)
+    assert ended.wait(20)
+    assert not (tmp_path / "owner.json").exists()
