@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from types import SimpleNamespace
+from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # for tiny.py
 
@@ -116,10 +117,11 @@ def reinforce(mesh_sizes: dict, accumulate: int, num_steps: int, devices=None):
         light = np.round(images.mean(axis=(1, 2, 3)) + 0.25)
         return lambda: (light[:, None], {})
 
-    run.make_mesh = lambda sizes: make_mesh(sizes, devices)
-    training = run.reinforced(
-        cfg, lambda step: prompts, prompts, text(), score, lambda _, part: weights[part]
-    )
+    # Only while the run is made: other tests of this process have all devices.
+    with mock.patch.object(run, "make_mesh", lambda sizes: make_mesh(sizes, devices)):
+        training = run.reinforced(
+            cfg, lambda step: prompts, prompts, text(), score, lambda _, part: weights[part]
+        )
     empty = SimpleNamespace(latest_step=lambda: None)
     with jax.set_mesh(training.mesh):
         state, frozen, shardings, _ = start.begin(
