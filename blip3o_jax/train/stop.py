@@ -7,6 +7,7 @@ Imports nothing heavy: the handlers are set before anything else of a command.
 """
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -52,12 +53,25 @@ def _note(number: int, frame: Any) -> None:
     """The handler of all `SIGNALS`."""
     _received.append(number)
     name = signal.Signals(number).name
+    if _leaves_at_once() and _is_collecting(frame):
+        # What is raised in a callback of the garbage collector, of which JAX has one, is lost.
+        _received.pop()
+        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+        return
     if _leaves_at_once():
         log.info("%s: the run ends without a save.", name)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(RESTART)
     log.info("%s: the run is saved after the steps that are under way, and ends.", name)
     if number != signal.SIGTERM and _is_one_of_several():
         os.kill(os.getpid(), signal.SIGTERM)  # JAX's own handler, which tells the other processes
+
+
+def _is_collecting(frame: Any) -> bool:
+    """Whether a frame is in a callback of the garbage collector."""
+    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+    while frame is not None and frame.f_code not in callbacks:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _is_one_of_several() -> bool:

@@ -28,6 +28,23 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_while_garbage_is_collected_is_not_lost(number, code):
+    """What a handler raises in a callback of the collector, Python prints and forgets."""
+    phase = f"""
+    import gc, os
+    collecting = lambda phase, info: phase == "stop" and os.kill(os.getpid(), {number:d})
+    with stop.handled():
+        gc.callbacks.append(collecting)
+        gc.collect()
+        gc.callbacks.remove(collecting)
+        time.sleep(10)
+"""
+    command = [sys.executable, "-c", SCRIPT.format(phase=phase)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stderr) == (code, "")
+
+
 @pytest.mark.parametrize(
     ("phase", "number", "code"),
     [
