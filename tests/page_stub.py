@@ -6,7 +6,6 @@ import email.policy
 import hashlib
 import io
 import json
-import re
 import select
 import socket
 import threading
@@ -14,25 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from PIL import Image, ImageDraw
 
-from blip3o_jax.resources import ASSETS
-
-PAGE = ASSETS / "page.html"
-
-
-def policy(page: str) -> str:
-    """The strictest Content-Security-Policy that the page works with: its own inline blocks by
-    their hashes, nothing from elsewhere."""
-
-    def hashes(tag: str) -> str:
-        blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digests = [hashlib.sha256(block.encode()).digest() for block in blocks]
-        return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
-
-    return (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; "
-        "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'"
-    )
+from blip3o_jax.serve.page import PAGE, policy
 
 
 def png(image: Image.Image) -> bytes:

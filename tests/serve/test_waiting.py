@@ -11,7 +11,6 @@ import sys
 
 import numpy as np
 import openai
-import page_stub
 import pytest
 from editing import CHANNELS, checkpoint
 
@@ -23,7 +22,7 @@ from blip3o_jax.cli import main
 from blip3o_jax.errors import InputError
 from blip3o_jax.jobs.serve import check_host
 from blip3o_jax.request import Request
-from blip3o_jax.resources import ASSETS
+from blip3o_jax.serve import page
 from blip3o_jax.serve.bodies import Asked
 from blip3o_jax.serve.queue import Call, Queue, QueueFull
 
@@ -176,10 +175,10 @@ def test_pages_of_other_sites_reach_nothing(served):
 
 def test_the_page_comes_with_the_policy_that_it_is_tested_with(served):
     answer = served.http.get("/")
-    assert answer.content == (ASSETS / "page.html").read_bytes()
+    assert answer.content == page.PAGE.read_bytes()
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
     # The policy under which the tests of the page use it: its own blocks, nothing from elsewhere.
-    assert answer.headers["content-security-policy"] == page_stub.policy(answer.text)
+    assert answer.headers["content-security-policy"] == page.policy(answer.text)
 
 
 def test_unknown_routes_and_methods_are_errors_of_the_same_form(served):
