@@ -77,6 +77,7 @@ def read_run(args: argparse.Namespace) -> TrainConfig:
         cfg = read_config(f"{args.config.partition(':')[0]}:{args.topology}", args.overrides)
     unnamed = f"The config {args.config} names no topology; give one with --topology, e.g. v5e:4x4."
     require(bool(args.topology or cfg.topology), unnamed)
+    require(not (args.search and cfg.grpo), "--search is over ways of supervised training.")
     is_gpu = args.topology in GPUS
     require(not (trains and is_gpu), "Training is planned for TPUs alone, whose compiler is here.")
     return cfg
@@ -134,7 +135,6 @@ def run(args: argparse.Namespace) -> int:
         ways, result = _generation(args, cfg, mesh, devices, chip)
     else:
         if cfg.grpo:
-            require(not args.search, "--search is over ways of supervised training; leave it out.")
             lowered = reinforcement.lower(cfg, mesh)
             result = generation.measure(lowered, chip)
             program = lowered["update"]

@@ -224,6 +224,7 @@ def test_what_does_not_fit_names_the_way_out(monkeypatch, capsys):
             ["--config", "mid_128", "--topology", "h100", "--generate", "--edit"],
             "mid_128 has no editing weights (its max_sources is 0); edit_3b, for one, has.",
         ),
+        (["--config", "grpo_3b", "--search"], "--search is over ways of supervised training"),
         (["--config", "emoji_joint", "--topology", "h100"], "Training is planned for TPUs alone"),
         (
             ["--config", "emoji_joint", "--topology", "h900", "--generate"],
