@@ -107,6 +107,7 @@ def data(args) -> str:
 
     cfg = config_of(args)
     names = [cfg.data.cache] if cfg.data.cache else [source.path for source in cfg.data.sources]
+    names += [cfg.data.prompts] if cfg.data.prompts else []
     names = [name for name in [*names, cfg.data.tokenizer] if name]
     inits = sorted(set(cfg.init.values()))
     folders = [glob.escape(str(checkpoints.find(name)[0])) for name in inits]

@@ -117,6 +117,18 @@ def test_data_must_be_there_and_devices_as_planned(tmp_path, config):
     assert "v5e:2x2 has 4 of TPU v5 lite" in lines[-1]
 
 
+def test_the_prompts_of_grpo_must_be_there(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    argv = ["--config", "grpo_3b", "--config.init=emoji_64", "--config.data.tokenizer="]
+    argv += [f"--config.data.prompts={prompts}"]
+    code, lines = outcome(start(tmp_path, *argv))
+    assert code == 1
+    assert f"{prompts} names no file" in lines[-1]
+    prompts.write_text('{"prompt": "a cat"}')
+    _, lines = outcome(start(tmp_path, *argv))
+    assert lines[2] == f"data: ok, {prompts}, emoji_64"
+
+
 def test_an_embedded_checkpoint_is_there_and_an_absent_one_is_named(tmp_path):
     config = ["--config", "emoji_finetune", "--timeout", "100"]
     code, lines = outcome(start(tmp_path, *config))
