@@ -67,6 +67,19 @@ def test_depthwise_as_a_sum_of_shifted_products(size):
     close(with_gradients(lambda x, kernel: conv2d(x, kernel, groups=8), x, kernel), expected)
 
 
+def test_depthwise_has_forward_derivatives():
+    """Along the input, the kernel or both, as XLA's own."""
+    x, kernel = normal(0, 2, 6, 5, 8), normal(1, 3, 3, 1, 8)
+    dx, dkernel = normal(2, *x.shape), normal(3, *kernel.shape)
+
+    def derivatives(conv):
+        both = jax.jvp(conv, (x, kernel), (dx, dkernel))
+        return both, jax.jvp(lambda x: conv(x, kernel), (x,), (dx,))
+
+    expected = derivatives(lambda x, kernel: plain_conv(x, kernel, 8))
+    close(derivatives(cpu.depthwise_conv), expected)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_convolution_of_single_pixels_is_a_product(groups):
     x, kernel = normal(0, 2, 3, 5, 8), normal(1, 1, 1, 8 // groups, 6)
