@@ -20,6 +20,7 @@ from blip3o_jax.moved import refuse
 
 __getattr__ = functools.partial(refuse, "config")
 MAX_LAYERS, MAX_STAGES = 1024, 16
+ZERO = ("layers_per_block", "_id", "max_sources", "vocab_padding", "few_steps")  # may be 0
 MAX_DC_AE_SIZE = 512  # of either half, layers and their taps, which are traced one by one
 
 
@@ -137,6 +138,9 @@ class SanaConfig:
     interpolation_scale: float | None = None
     # ours: the same positions on the condition, whose tokens after the first are a square grid
     condition_positions: bool = False
+    # ours, not 0: a model of mean velocities (train.distill), which is told the step that it takes
+    # and the guidance; sampled in this number of steps, unless another is asked for
+    few_steps: int = 0
 
     def __post_init__(self):
         unscaled = self.condition_positions and self.interpolation_scale is None
@@ -325,7 +329,7 @@ def typed(value: Any, kind: Any, name: str) -> Any:
         return float(value)
     # Numbers beyond these would only fail later, or fill the memory.
     if kind is int and type(value) is int:
-        may_be_none = name.endswith(("layers_per_block", "_id", "max_sources", "vocab_padding"))
+        may_be_none = name.endswith(ZERO)
         least = 0 if may_be_none else 1
         most = MAX_LAYERS if "layers" in name or "depth" in name else 2**31 - 1
         if least <= value <= most or name == "select_layer_id":

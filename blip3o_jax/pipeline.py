@@ -28,7 +28,7 @@ from blip3o_jax.pictures import Picture, array
 from blip3o_jax.request import Request, Sample, bucket, encode, repeated
 from blip3o_jax.sample import generate, int8, programs
 from blip3o_jax.sample.condition import edit_options
-from blip3o_jax.sample.settings import EditSettings, Settings
+from blip3o_jax.sample.settings import EditSettings, Settings, defaults
 from blip3o_jax.scenes import lexicon
 from blip3o_jax.text import Text, left_pad
 
@@ -142,6 +142,7 @@ class Pipeline:
         settings: Settings | None = None,
     ) -> Iterator[Sample]:
         """`run` for `num_images` of each prompt in order; InputError for a bad one at once."""
+        settings = settings or defaults(self.model.config)
         asked = [Request(prompt, seed=seed, settings=settings) for prompt in prompts]
         asked = repeated(asked, num_images)
         self.check(asked)
@@ -153,7 +154,7 @@ class Pipeline:
         """PIL images, `num_images` a prompt in order, with their origin in `info`. Keywords are
         those of `Settings`."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        samples = self.samples(prompts, seed, num_images, Settings(**settings))
+        samples = self.samples(prompts, seed, num_images, defaults(self.model.config, **settings))
         return [self._picture(sample, "prompt") for sample in samples]
 
     def edit(
@@ -174,7 +175,8 @@ class Pipeline:
         same = f"{len(images)} images need as many instructions, not {len(instructions)}."
         require(len(images) == len(instructions), same)
         rows = [tuple(row) if isinstance(row, list | tuple) else (row,) for row in images]
-        how = {"seed": seed, "settings": EditSettings(**settings), "keep_unchanged": keep_unchanged}
+        how = {"seed": seed, "keep_unchanged": keep_unchanged}
+        how["settings"] = defaults(self.model.config, EditSettings, **settings)
         asked = [
             Request(text, row, tuple(then), **how, id=f"Edit {number}")
             for number, (row, text) in enumerate(zip(rows, instructions, strict=True), 1)

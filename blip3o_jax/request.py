@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from blip3o_jax.errors import about, check_number, check_seed, require
-from blip3o_jax.sample.settings import LEVELS, EditSettings, Settings
+from blip3o_jax.sample.settings import LEVELS, EditSettings, Settings, check_few_steps
 
 if TYPE_CHECKING:
     from blip3o_jax.config import Blip3oConfig
@@ -105,8 +105,11 @@ class Sample:
 
 def encode(request: Request, config: Blip3oConfig, text: Text) -> list[list[int]]:
     """Token ids of each turn's prompt, those of source images open; InputError for a text that is
-    empty, too long or holds a control token, or for more source images than the model takes."""
+    empty, too long or holds a control token, for more source images than the model takes, or for
+    settings that it does not know."""
     with request.named():
+        if config.sana.few_steps:
+            check_few_steps(request.settings)
         if not request.images:
             return [text.encode_prompt(request.prompt)]
         config.check_sources(len(request.images))

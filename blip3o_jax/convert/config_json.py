@@ -43,6 +43,7 @@ RESAMPLING_WORDS |= {"upsample_block_type": ("pixel_shuffle", "interpolate")}
 OURS = ("name", "max_prompt_tokens", "connector_eps")
 # and those of them that are written only where they say something
 OURS_OF_EDITS = ("max_sources", "use_und_image_vae_as_channels")
+OURS_OF_SANA = {"condition_positions": False, "few_steps": 0}
 # What the editing checkpoints say at the top level, and others leave out.
 EDIT_FLAGS = ("use_und_image_vae", "use_und_image_vae_as_noise")
 EDIT_FLAGS += ("only_use_und_image_vae_as_noise", "use_tar_siglip_features")
@@ -58,8 +59,8 @@ def _ta_tok_json(cfg: TaTokConfig) -> dict[str, Any]:
 def sana_json(cfg: SanaConfig) -> dict[str, Any]:
     """In the field names of diffusers' SanaTransformer2DModel."""
     fields = dataclasses.asdict(cfg)
-    if not cfg.condition_positions:  # a key that diffusers does not know
-        del fields["condition_positions"]
+    # Keys that diffusers does not know are written only where they say something.
+    fields = {key: x for key, x in fields.items() if x or key not in OURS_OF_SANA}
     derived = {"cross_attention_dim": cfg.hidden_size, "qk_norm": QK_NORM if cfg.qk_norm else None}
     return {**fields, **derived, **SANA_FACTS}
 
@@ -156,7 +157,7 @@ def _read_ta_tok(fields: Any) -> TaTokConfig:
 
 def read_sana(fields: Any) -> SanaConfig:
     """From diffusers' field names, as in SanaTransformer2DModel's own config.json."""
-    ours = {"condition_positions": False}
+    ours = OURS_OF_SANA
     fields = ours | dict(_object(fields, "sana"))
     cfg = read_fields(SanaConfig, fields, "sana", qk_norm=fields.get("qk_norm") is not None)
     _agree(fields, ours | sana_json(cfg), "sana")

@@ -29,7 +29,10 @@ def sana_rules(cfg: SanaConfig) -> list[Rule]:
         *linear("ff.conv_point", pattern=POINT_WISE, bias=None),
     ]
     embedder = "time_embed.emb.timestep_embedder"
+    # Ours: without them diffusers' module gives the velocity at a noise level.
+    span = linear("span_embed.linear_1") + linear("span_embed.linear_2", bias=None)
     return [
+        *(span if cfg.few_steps else []),
         *linear("patch_embed.proj", "patch_embed", POINT_WISE),
         *linear(f"{embedder}.linear_1", "time_embed/linear_1"),
         *linear(f"{embedder}.linear_2", "time_embed/linear_2"),

@@ -192,6 +192,12 @@ def run_to_torch(args: argparse.Namespace) -> None:
             "dtypes": Counter(entry.dtype.name for entry in entries.values()),
             "ignored_on_the_way_in": origin.get("ignored", {}),
         }
+        if config.sana.few_steps:
+            report["not_in_diffusers"] = sorted(name for name in entries if ".span_embed." in name)
+            log.info(
+                "diffusers' SANA has no %s: it then takes many steps, as before stage 'distill'.",
+                ", ".join(report["not_in_diffusers"]),
+            )
         details |= {"carried": sorted({*beside, "config.json"}), "origin": origin}
 
 

@@ -6,16 +6,14 @@ import argparse
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from blip3o_jax.errors import InputError, check_seed, require
 from blip3o_jax.resources import shipped_configs
-from blip3o_jax.sample.settings import Settings
+from blip3o_jax.sample.settings import AnySettings, Settings, defaults
 
 if TYPE_CHECKING:
     from blip3o_jax.pipeline import Pipeline
-
-AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 def option(parser: argparse.ArgumentParser, flag: str, default: object, text: str) -> None:
@@ -73,6 +71,9 @@ def model_options(parser: argparse.ArgumentParser, kind: type[Settings] = Settin
         flag = f"--{field.name.replace('_', '-')}"
         if isinstance(field.default, bool):
             parser.add_argument(flag, action="store_true", help=field.metadata["help"])
+        elif field.name == "num_inference_steps":
+            text = f"{field.metadata['help']} (default: {field.default}, or the few of a checkpoint"
+            parser.add_argument(flag, type=int, help=f"{text} of few steps)")
         else:
             option(parser, flag, field.default, field.metadata["help"])
 
@@ -117,9 +118,15 @@ def load_for(args: argparse.Namespace) -> Pipeline:
 
 
 def settings_of(args: argparse.Namespace, kind: type[AnySettings] = Settings) -> AnySettings:
-    """The sampling options of the command line; InputError also for its seed."""
+    """The sampling options of the command line, of its checkpoint; InputError also for its seed."""
+    from blip3o_jax import checkpoints
+
     check_seed(args.seed, "--seed")
-    return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(kind)}
+    if values["num_inference_steps"] is not None:
+        return kind(**values)
+    del values["num_inference_steps"]
+    return defaults(checkpoints.config_of(args.checkpoint), kind, **values)
 
 
 @contextlib.contextmanager

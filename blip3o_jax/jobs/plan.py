@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from blip3o_jax.errors import check_number, require
 from blip3o_jax.jobs.options import config_option, option
 from blip3o_jax.presets import PRESETS
-from blip3o_jax.sample.settings import EditSettings, Settings
+from blip3o_jax.sample.settings import EditSettings, Settings, defaults
 
 if TYPE_CHECKING:
     import jax
@@ -36,7 +36,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--edit", action="store_true", help=edits)
     eight = "of generation: int8 are the kernels of the layers of Qwen3 and SANA"
     parser.add_argument("--weights", choices=WEIGHTS, default=WEIGHTS[0], help=eight)
-    option(parser, "--num-inference-steps", Settings.num_inference_steps, "of generation")
+    steps = f"of generation (default: {Settings.num_inference_steps}, or a model's few)"
+    parser.add_argument("--num-inference-steps", type=int, help=steps)
     unsharded = "of generation, as `generate --mesh` (default: unsharded weights on every device)"
     parser.add_argument("--mesh", default="", help=unsharded)
     best = "over rows a device and remat; the best that fits"
@@ -63,8 +64,9 @@ def read_run(args: argparse.Namespace) -> TrainConfig:
     require(trains or not args.search, "--search is over ways to train; leave --generate out.")
     elsewhere = "a run's is its config's, e.g. --config.mesh.fsdp=8."
     require(not (args.mesh and trains), f"--mesh is that of --generate; {elsewhere}")
-    counts = (args.num_inference_steps, 1 if trains else args.generate)
-    require(min(counts) >= 1, "--generate and --num-inference-steps are at least 1.")
+    counts = (args.num_inference_steps, None if trains else args.generate)
+    at_least = "--generate and --num-inference-steps are at least 1."
+    require(all(count is None or count >= 1 for count in counts), at_least)
     for flag, is_given in (("--weights", args.weights != WEIGHTS[0]), ("--edit", args.edit)):
         require(not (is_given and trains), f"{flag} is of generation; add --generate.")
     if args.config in PRESETS and not trains:
@@ -93,9 +95,9 @@ def _generation(
     config = cfg.blip3o()
     none = f"{args.config} has no editing weights (its max_sources is 0); edit_3b, for one, has."
     require(config.max_sources > 0 or not args.edit, none)
-    settings = (EditSettings if args.edit else Settings)(
-        num_inference_steps=args.num_inference_steps
-    )
+    steps = args.num_inference_steps
+    given = {} if steps is None else {"num_inference_steps": steps}
+    settings = defaults(config, EditSettings if args.edit else Settings, **given)
     how = config, mesh, settings, args.weights
     images = generation.most(*how, chip) if args.generate == math.inf else args.generate
     # What was predicted to fit need not.
@@ -110,7 +112,7 @@ def _generation(
     runs = -(-MANY // program.images)
     result |= estimate.price(program, devices, chip, args.mfu, runs, args.price)
     ways = {"images_at_once": program.images, "images_a_device": images, "images_in_all": MANY}
-    ways |= {"num_inference_steps": args.num_inference_steps, "weights": args.weights}
+    ways |= {"num_inference_steps": settings.num_inference_steps, "weights": args.weights}
     ways |= {"edit": args.edit}
     return ways, result
 

@@ -20,6 +20,7 @@ from blip3o_jax.config import SanaConfig
 from blip3o_jax.kernels.attention import attention, linear_attention
 from blip3o_jax.kernels.products import unstack
 from blip3o_jax.models.layers import Conv2d, Dtype, Linear, RMSNorm, layer_norm, scan_layers
+from blip3o_jax.models.sana_time import HERE, SpanEmbed, TimeEmbed
 from blip3o_jax.parallel.activations import pin_rows
 
 QK_NORM_EPS = 1e-5
@@ -67,32 +68,6 @@ def cross_attention(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     """To the condition tokens that exist, mask [B,S] bool."""
     mask = None if mask is None else mask[:, None, None, :]
     return attention(q, k, v, mask, q.shape[-1] ** -0.5)
-
-
-def timestep_embedding(t: Array, dim: int = 256) -> Array:
-    """t [B] in (0, 1000] -> [B,dim] f32: cosines first, then sines (diffusers Timesteps,
-    flip_sin_to_cos, shift 0)."""
-    half = dim // 2
-    frequencies = 10000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = t.astype(jnp.float32)[:, None] * frequencies
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-class TimeEmbed(nn.Module):
-    """t [B] -> (e [B,D] for the output, m [B,6,D] for all blocks), f32; AdaLayerNormSingle."""
-
-    width: int
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, t: Array) -> tuple[Array, Array]:
-        linear = functools.partial(Linear, use_bias=True, dtype=self.dtype)
-        square = (self.width, self.width)
-        e = timestep_embedding(t)
-        e = linear("bd,de->be", (e.shape[-1], self.width), name="linear_1")(e)
-        e = linear("bd,de->be", square, name="linear_2")(nn.silu(e))
-        m = linear("bd,dme->bme", (self.width, 6, self.width), name="linear")(nn.silu(e))
-        return e.astype(jnp.float32), m.astype(jnp.float32)
 
 
 class Attention(nn.Module):
@@ -242,6 +217,10 @@ class Sana(nn.Module):
 
     `dtype` is that of the matrix products and the residual stream; `remat` is a key of
     layers.REMAT.
+
+    One of few steps gives mean velocities: over a `span` [B,4], which is the noise level less that
+    at the step's end, 1 - 1/scale of the guidance, and the levels between which it guides. Without
+    a span it is the velocity at the noise level, not guided.
     """
 
     cfg: SanaConfig
@@ -253,6 +232,8 @@ class Sana(nn.Module):
         linear = functools.partial(Linear, use_bias=True, dtype=dtype)
         self.patch_embed = linear("byxc,cd->byxd", (cfg.in_channels, width))
         self.time_embed = TimeEmbed(width, dtype)
+        if cfg.few_steps:
+            self.span_embed = SpanEmbed(width, dtype)
         self.caption_projection = CaptionProjection(width, dtype)
         self.caption_norm = RMSNorm(CAPTION_NORM_EPS)
         others = {
@@ -317,6 +298,7 @@ class Sana(nn.Module):
         reference: Array | None = None,
         has_reference: Array | None = None,
         num_reference: int = 0,
+        span: Array | None = None,
     ) -> Array:
         """latents [B,Y,X,C], t [B] in (0, 1000], condition [B,S,caption] -> velocity [B,Y,X,C'].
 
@@ -327,7 +309,7 @@ class Sana(nn.Module):
         """
         condition = self.encode_condition(condition, num_reference)
         beside = (condition_mask, reference, has_reference)
-        return self._velocity(latents, t, self.transformer_blocks, (condition,), beside)
+        return self._velocity(latents, t, span, self.transformer_blocks, (condition,), beside)
 
     def step(
         self,
@@ -338,6 +320,7 @@ class Sana(nn.Module):
         condition_mask: Array | None = None,
         reference: Array | None = None,
         has_reference: Array | None = None,
+        span: Array | None = None,
     ) -> Array:
         """`__call__` with the result of `keys_values` in place of the condition.
 
@@ -346,9 +329,11 @@ class Sana(nn.Module):
         """
         blocks = self.transformer_blocks.step
         beside = (condition_mask, reference, has_reference)
-        return self._velocity(latents, t, blocks, (keys_values, without_condition), beside)
+        return self._velocity(latents, t, span, blocks, (keys_values, without_condition), beside)
 
-    def _velocity(self, latents: Array, t: Array, blocks: Callable, condition, beside) -> Array:
+    def _velocity(
+        self, latents: Array, t: Array, span: Array | None, blocks: Callable, condition, beside
+    ) -> Array:
         condition_mask, reference, has_reference = beside
         x, mask, columns = self._embed(latents), None, latents.shape[2]
         if reference is not None:
@@ -358,12 +343,22 @@ class Sana(nn.Module):
             mask = jnp.repeat(jnp.concatenate(exists, axis=1), columns, axis=1)[:, None]
             mask = jnp.broadcast_to(mask, x.shape[:3])
         # The time modulates every block, and the output once more.
-        e, modulation = self.time_embed(t)
+        e, modulation = self.time_embed(t, self._span(t, span))
         x, _ = blocks(x, *condition, modulation, (condition_mask, mask))
         shift, scale = jnp.moveaxis(self.scale_shift_table.astype(jnp.float32) + e[:, None], 1, 0)
         with jax.named_scope("output"):
             x = x[:, :, :columns]  # what the reference became is nobody's result
             return pin_rows(self.proj_out(modulate(x, shift, scale, OUT_NORM_EPS)))
+
+    def _span(self, t: Array, span: Array | None) -> Array | float:
+        """What the span adds to the embedding of the time t [B]."""
+        if not self.cfg.few_steps:
+            if span is not None:
+                raise ValueError("this SANA has no few_steps, so it takes no span")
+            return 0.0
+        if span is not None or self.is_initializing():
+            return self.span_embed(jnp.array([HERE]) if span is None else span)
+        return 0.0
 
     def _embed(self, latents: Array) -> Array:
         """latents [B,Y,X,C] -> [B,Y,X,D] with their positions, if the config has any."""

@@ -27,7 +27,7 @@ TABLE = (
     (r"sana/.*/ff/conv_inverted/kernel", P(None, "fsdp", None)),
     (r"sana/.*/ff/conv_point/kernel", P(None, None, "fsdp")),
     (r"sana/time_embed/linear/kernel", P("fsdp", None, None)),
-    (r"sana/(time_embed|caption_projection)/linear_[12]/kernel", P("fsdp", None)),
+    (r"sana/(time_embed|span_embed|caption_projection)/linear_[12]/kernel", P("fsdp", None)),
     (r"ta_tok/.*/regularizer/embedding", P("fsdp", None)),
     (r"ta_tok/(encoder|decoder)/.*/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor", None)),
     (r"ta_tok/(encoder|decoder)/.*/out_proj/kernel", P(None, "tensor", None, "fsdp")),

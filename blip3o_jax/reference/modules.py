@@ -13,10 +13,11 @@ from diffusers.models.normalization import RMSNorm
 from torch import nn
 
 from blip3o_jax.config import Blip3oConfig, TaTokConfig
-from blip3o_jax.convert.config_json import dc_ae_json, sana_json
+from blip3o_jax.convert.config_json import OURS_OF_SANA, dc_ae_json, sana_json
 from blip3o_jax.convert.published import TA_TOK, open_published, published_name
 from blip3o_jax.errors import require
 from blip3o_jax.models.sana import grid_positions
+from blip3o_jax.models.sana_time import HERE, SPAN_SCALE
 
 # Fields of our configs that transformers' classes have under the same name.
 TRANSFORMER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -158,10 +159,14 @@ def build(cfg: Blip3oConfig) -> Reference:
         bos_token_id=None,
         eos_token_id=None,
     )
-    # SANA, with our positions on the condition where the preset has them.
+    # SANA, with our positions on the condition and our spans where the preset has them.
     fields = sana_json(cfg.sana)
-    fields.pop("condition_positions", None)
+    for name in OURS_OF_SANA:
+        fields.pop(name, None)
     sana = SanaTransformer2DModel.from_config(fields)
+    if cfg.sana.few_steps:
+        sana.span_embed = SpanEmbed(width)
+        sana.time_embed.emb.register_forward_hook(lambda _, __, e: e + sana.span_embed().to(e))
     if cfg.sana.condition_positions:
         sana.caption_norm.register_forward_hook(_add_positions(cfg))
     connector = _connector(cfg, q.hidden_size, width)
@@ -181,6 +186,26 @@ def _connector(cfg: Blip3oConfig, inputs: int, outputs: int) -> nn.Sequential:
     into, out = nn.Linear(inputs, outputs), nn.Linear(outputs, outputs)
     norm = RMSNorm(outputs, eps=cfg.connector_eps)
     return nn.Sequential(into, nn.GELU(approximate="tanh"), out, norm)
+
+
+class SpanEmbed(nn.Module):
+    """models.sana.SpanEmbed; who calls SANA sets `span` [B,4] before, or leaves the one that adds
+    nothing."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear_1, self.linear_2 = (
+            nn.Linear(4 * 256, width),
+            nn.Linear(width, width, bias=False),
+        )
+        self.span = torch.tensor([HERE])
+
+    def forward(self) -> torch.Tensor:
+        spans = torch.cat([self.span, torch.tensor([HERE])])
+        angles = SPAN_SCALE * spans[..., None] * 10000.0 ** (-torch.arange(128) / 128)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).flatten(1)
+        hidden = F.silu(self.linear_1(waves))
+        return self.linear_2(hidden[:-1] - hidden[-1:])
 
 
 def _add_positions(cfg: Blip3oConfig):

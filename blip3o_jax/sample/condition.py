@@ -155,11 +155,18 @@ def sana_inputs(model: Blip3o, x: Array, condition: Condition) -> tuple[Array, d
     return jnp.concatenate([x, reference.astype(x.dtype)], axis=-1), keywords
 
 
-def velocity(model: Blip3o, params: Params, x: Array, t: Array, condition: Condition) -> Array:
+def velocity(
+    model: Blip3o,
+    params: Params,
+    x: Array,
+    t: Array,
+    condition: Condition,
+    span: Array | None = None,
+) -> Array:
     """SANA's velocity [B,Y,X,C] at latents x [B,Y,X,C] and timesteps t [B] in (0, 1000]; without
-    guidance."""
+    guidance. Of a model of few steps the mean one over a `span`, see `Sana`."""
     x, keywords = sana_inputs(model, x, condition)
-    keywords["num_reference"] = condition.num_reference
+    keywords |= {"num_reference": condition.num_reference, "span": span}
     return model.apply(params, "sana", x, t, condition.tokens, **keywords)
 
 
@@ -169,9 +176,10 @@ def velocity_function(
     hidden: Array,
     nulls: tuple[str, ...] = (),
     sources: Sources | None = None,
-) -> Callable[[Array, Array], Array]:
+) -> Callable[..., Array]:
     """(x, t) -> velocity, as `flow.guided_velocity` takes it: of each sample a row for every one of
-    `nulls` (of NULLS), then the one with its whole condition.
+    `nulls` (of NULLS), then the one with its whole condition. A model of few steps may be given a
+    span as well, as by `flow.mean_velocity`.
 
     Connectors, caption projection and the keys and values of the cross-attentions are computed
     here, once. The nulls' hidden states are zeros, before the connector: equal tokens, from which a
@@ -202,8 +210,9 @@ def velocity_function(
         params, "sana", condition.tokens, condition.num_reference, method="keys_values"
     )
 
-    def function(x: Array, t: Array) -> Array:
+    def function(x: Array, t: Array, span: Array | None = None) -> Array:
         x, keywords = sana_inputs(model, x, condition)
+        keywords["span"] = span
         return model.apply(params, "sana", x, t, keys_values, without, method="step", **keywords)
 
     return function

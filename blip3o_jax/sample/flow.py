@@ -17,7 +17,8 @@ from jax import Array
 NUM_TRAIN_TIMESTEPS = 1000
 
 Scalar = float | Array
-Velocity = Callable[[Array, Array], Array]  # (x [B,Y,X,C], sigma) -> the velocity there
+# (x [B,Y,X,C], sigma, next sigma) -> the velocity at x, or the mean one to the next level
+Velocity = Callable[[Array, Array, Array], Array]
 # (x, velocity, sigma, next sigma, index of the step) -> (x at the next sigma, what is kept)
 Step = Callable[[Array, Array, Array, Array, Array], tuple[Array, Any]]
 
@@ -122,11 +123,35 @@ def guided_velocity(
     alone."""
     rows = len(scales) + 1
 
-    def velocity(x: Array, sigma: Array) -> Array:
+    def velocity(x: Array, sigma: Array, next_sigma: Array) -> Array:
         repeated = alternating(*[x] * rows)
         t = jnp.full(repeated.shape[:1], NUM_TRAIN_TIMESTEPS * sigma)
         every = velocity_fn(repeated, t).astype(jnp.float32)
         return guided(every.reshape(-1, rows, *x.shape[1:]), scales, renorm_min)
+
+    return velocity
+
+
+def span(
+    sigma: Scalar, next_sigma: Scalar, scale: Scalar = 1.0, begin: Scalar = 0.0, end: Scalar = 1.0
+) -> Array:
+    """What a model of few steps is told of a step, numbers or [B] each -> [B or 1,4]: its length,
+    the guidance as a number in [0, 1), and the noise levels between which it guides; see `Sana`."""
+    numbers = sigma - next_sigma, 1 - 1 / jnp.asarray(scale, jnp.float32), begin, end
+    rows = jnp.broadcast_arrays(*(jnp.ravel(jnp.asarray(x, jnp.float32)) for x in numbers))
+    return jnp.stack(rows, axis=-1)
+
+
+def mean_velocity(
+    velocity_fn: Callable[[Array, Array, Array], Array], scale: Scalar = 1.0
+) -> Velocity:
+    """The velocity that sampling follows of a model of few steps, `velocity_fn(x, t, span)`, one
+    forward each; it guides by itself."""
+
+    def velocity(x: Array, sigma: Array, next_sigma: Array) -> Array:
+        t = jnp.full(x.shape[:1], NUM_TRAIN_TIMESTEPS * sigma)
+        step = jnp.broadcast_to(span(sigma, next_sigma, scale), (len(x), 4))
+        return velocity_fn(x, t, step).astype(jnp.float32)
 
     return velocity
 
@@ -146,7 +171,7 @@ def integrate(
 
     def body(x: Array, levels: tuple) -> tuple[Array, Any]:
         sigma, next_sigma, index = levels
-        return step(x, velocity(x, sigma), sigma, next_sigma, index)
+        return step(x, velocity(x, sigma, next_sigma), sigma, next_sigma, index)
 
     schedule = jnp.asarray(schedule, jnp.float32)
     levels = schedule[:-1], schedule[1:], jnp.arange(len(schedule) - 1)

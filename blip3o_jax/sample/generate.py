@@ -176,7 +176,7 @@ def denoise_between(
     velocity = _velocity(model, params, hidden, guidance_scale, sources)
 
     def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        direction = velocity(carry[0], schedule[i])
+        direction = velocity(carry[0], schedule[i], schedule[i + 1])
         return flow.euler(carry[0], direction, schedule[i], schedule[i + 1], i)[0], direction
 
     # Traced bounds are a loop of any length.
@@ -228,9 +228,10 @@ def path(
     "logprobs" [steps,B]}, f32."""
     keys = jax.vmap(jax.random.fold_in, (0, None))(fold_keys(key_numbers), 2)
     step = stochastic.step(sampler, noise_level, keys)
-    velocity = _velocity(model, params, hidden, None, sources)
+    mean = _velocity(model, params, hidden, None, sources)
     noise, schedule = first_noise(model, key_numbers), flow.sigmas(num_inference_steps)
-    last, kept = flow.integrate(velocity, noise, schedule, step)
+    # A stochastic step is of the velocity where it begins.
+    last, kept = flow.integrate(lambda x, sigma, _: mean(x, sigma, sigma), noise, schedule, step)
     return kept | {"latents": jnp.concatenate([kept["latents"], last[None]])}
 
 
@@ -241,9 +242,15 @@ def _velocity(
     guidance: Guidance | Scalar | None,
     sources: Sources | None,
 ) -> flow.Velocity:
-    """The model's velocity, guided."""
+    """The model's velocity, guided; ValueError for a guidance that a model of few steps does not
+    know."""
     if not isinstance(guidance, Guidance):
         guidance = condition.guidance(guidance)
+    if model.config.sana.few_steps:
+        if guidance.nulls not in ((), ("nothing",)) or guidance.renorm_min is not None:
+            raise ValueError(f"a model of few steps guides by one scale, not by {guidance}")
+        function = condition.velocity_function(model, params, hidden, (), sources)
+        return flow.mean_velocity(function, *guidance.scales)
     function = condition.velocity_function(model, params, hidden, guidance.nulls, sources)
     return flow.guided_velocity(function, guidance.scales, guidance.renorm_min)
 

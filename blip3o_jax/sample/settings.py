@@ -1,9 +1,17 @@
 """How images are sampled. Imports nothing heavy, so that the command line reads its defaults."""
 
+from __future__ import annotations
+
 import numbers
 from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, TypeVar
 
 from blip3o_jax.errors import check_number, require
+
+if TYPE_CHECKING:
+    from blip3o_jax.config import Blip3oConfig
+
+AnySettings = TypeVar("AnySettings", bound="Settings")
 
 # What divides or multiplies lies between these, and so do steps, where images can come from them.
 LEAST, MOST = 0.001, 1000
@@ -55,3 +63,25 @@ class EditSettings(Settings):
     image_guidance_scale: float = _option(1.0, "guidance by the source image; 1 is none")
     renorm_min: float = _option(1.0, "guidance may shorten the velocity to this; 1 is none", most=1)
     reference_quirks: bool = _option(False, "compare with what the PyTorch code calls no condition")
+
+
+def defaults(config: Blip3oConfig, kind: type[AnySettings] = Settings, **changes) -> AnySettings:
+    """Settings of this kind as a model is sampled by default, one of few steps in those, with
+    `changes`."""
+    few = config.sana.few_steps
+    return kind(**({"num_inference_steps": few} if few else {}) | changes)
+
+
+def check_few_steps(settings: Settings) -> None:
+    """InputError for settings that a model of few steps does not know: it guides by itself, by one
+    scale from 1 on, which for an edit is that of text and source together."""
+    scale = settings.guidance_scale
+    require(scale >= 1, f"A checkpoint of few steps has a guidance_scale from 1 on, not {scale}.")
+    if isinstance(settings, EditSettings):
+        image = settings.image_guidance_scale
+        sentence = "A checkpoint of few steps guides by text and source together: guidance_scale"
+        same = f"{sentence} {scale} and image_guidance_scale {image} must be equal."
+        require(scale == image, same)
+        plain = settings.renorm_min == 1 and not settings.reference_quirks
+        sentence = "renorm_min and reference_quirks have no effect on a checkpoint of few steps"
+        require(plain, f"{sentence}, which guides by itself; leave them out.")

@@ -22,6 +22,7 @@ from blip3o_jax.errors import InputError
 from blip3o_jax.pictures import Limits
 from blip3o_jax.pipeline import Pipeline, shape
 from blip3o_jax.request import encode
+from blip3o_jax.sample.settings import EditSettings, defaults
 from blip3o_jax.serve import answers, forms, metrics, openapi, page
 from blip3o_jax.serve.answers import Refusal
 from blip3o_jax.serve.batches import AHEAD, Batches
@@ -56,7 +57,8 @@ def offer_of(pipeline: Pipeline, store: Store) -> Offer:
 
     models = pipeline.identity, pipeline.identity.partition("@")[0]
     config, formats = pipeline.model.config, ("png", "jpeg", "webp")
-    more = {"fixed": COMPILED, "is_server": True, "limits": PIXELS, "file": file}
+    settings = {"settings": defaults(config), "edit_settings": defaults(config, EditSettings)}
+    more = {**settings, "fixed": COMPILED, "is_server": True, "limits": PIXELS, "file": file}
     return Offer(models, config, formats, **more)
 
 

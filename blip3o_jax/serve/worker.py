@@ -132,8 +132,8 @@ def warm_up_requests(own: Pipeline) -> Iterator[Request]:
             if length not in lengths:
                 lengths.add(length)
                 yield request
-    # Any prompt does here: denoising does not see its length.
-    if config.max_sources:
+    # Any prompt does here: denoising does not see its length. One of few steps guides by itself.
+    if config.max_sources and not config.sana.few_steps:
         for text, image in SCALES[1:]:
             scales = {"guidance_scale": text, "image_guidance_scale": image}
             yield Request("a", sources, settings=EditSettings(num_inference_steps=1, **scales))

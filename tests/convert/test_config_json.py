@@ -85,6 +85,7 @@ def test_every_field_survives(cfg, as_channels):
             "qk_norm": False,
             "interpolation_scale": 2.0,
             "condition_positions": True,
+            "few_steps": 4,
             "norm_eps": 1e-5,
             "mlp_ratio": 3.0,
             "attention_head_dim": 4,

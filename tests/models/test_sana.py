@@ -11,7 +11,8 @@ import pytest
 from blip3o_jax.config import SanaConfig, replace
 from blip3o_jax.convert.rules import to_jax, to_torch, torch_shapes
 from blip3o_jax.convert.sana import sana_rules
-from blip3o_jax.models.sana import Sana, grid_positions, timestep_embedding
+from blip3o_jax.models.sana import Sana, grid_positions
+from blip3o_jax.models.sana_time import timestep_embedding
 from blip3o_jax.presets import SANA_PRESETS
 
 NORMED = SanaConfig(
@@ -155,6 +156,63 @@ def test_positions_by_hand():
     i = np.arange(8)
     expected = [f(place / 10000 ** (i / 8)) for place in (column, row) for f in (np.sin, np.cos)]
     np.testing.assert_allclose(positions[2, 3], np.concatenate(expected), atol=1e-6)
+
+
+def few_steps(cfg, seed=0):
+    """(a SANA of few steps, parameters: `params` of the one it came from and random spans')."""
+    cfg = replace(cfg, few_steps=4)
+    span = abstract_params(cfg)["span_embed"]
+    rng = np.random.default_rng(seed)
+    span = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32) * 0.1, span)
+    return cfg, {"span_embed": span}
+
+
+def test_a_model_of_few_steps_begins_as_the_one_it_came_from():
+    """Whatever the span; and a fresh one adds exactly nothing."""
+    cfg, _, params, arrays = load("normed")
+    inputs = arrays["latents"], arrays["t"], arrays["condition"]
+    few = Sana(replace(cfg, few_steps=4))
+    fresh = jax.jit(few.init)(jax.random.key(0), *inputs)["params"]["span_embed"]
+    span = np.random.default_rng(0).uniform(size=(len(arrays["t"]), 4)).astype(np.float32)
+    apply = jax.jit(few.apply)
+    found = apply({"params": params | {"span_embed": fresh}}, *inputs, span=span)
+    plain = jax.jit(Sana(cfg).apply)({"params": params}, *inputs)
+    np.testing.assert_array_equal(found, plain)
+
+
+def test_no_step_without_guidance_is_the_velocity_of_a_plain_model():
+    """Also of a trained one: what diffusers makes of the tensors that it knows."""
+    cfg, _, params, arrays = load("normed")
+    inputs = arrays["latents"], arrays["t"], arrays["condition"]
+    few, spans = few_steps(cfg)
+    apply = jax.jit(Sana(few).apply)
+    here = np.tile(np.float32([[0, 0, 0, 1]]), (len(arrays["t"]), 1))
+    plain = jax.jit(Sana(cfg).apply)({"params": params}, *inputs)
+    for span in (None, here):
+        found = apply({"params": params | spans}, *inputs, span=span)
+        np.testing.assert_allclose(found, plain, atol=1e-6)
+    # Each of the four numbers is read.
+    for i in range(4):
+        moved = here.copy()
+        moved[:, i] = 0.5
+        found = apply({"params": params | spans}, *inputs, span=moved)
+        assert relative_error(found, plain) > 1e-3, i
+
+
+def test_only_a_model_of_few_steps_takes_a_span():
+    cfg, _, params, arrays = load("normed")
+    inputs = arrays["latents"], arrays["t"], arrays["condition"]
+    with pytest.raises(ValueError, match="this SANA has no few_steps, so it takes no span"):
+        Sana(cfg).apply({"params": params}, *inputs, span=jnp.zeros((len(arrays["t"]), 4)))
+
+
+def test_the_derivative_of_a_timestep_is_of_what_is_longer_than_a_few():
+    """The quotient over 2 x 30 of each wave: nearly the slope of a slow one, nothing of a fast."""
+    t, frequencies = 400.0, 10000.0 ** (-np.arange(128) / 128)
+    found = jax.jvp(timestep_embedding, (jnp.array([t]),), (jnp.array([2.0]),))[1][0]
+    damped = 2 * frequencies * np.sinc(frequencies * 30 / np.pi)
+    expected = [-damped * np.sin(t * frequencies), damped * np.cos(t * frequencies)]
+    np.testing.assert_allclose(found, np.concatenate(expected), atol=2e-5)
 
 
 def test_timesteps_are_cosines_then_sines():

@@ -103,7 +103,7 @@ def test_cps_keeps_as_much_noise_as_the_level_says():
     x = jax.random.normal(jax.random.key(0), (1, 64, 64, 16))
     for kind, agrees in {"cps": True, "dance": False}.items():
         step = stochastic.step(kind, 0.8, jax.random.split(jax.random.key(1), 1))
-        _, kept = flow.integrate(lambda x, sigma: x / sigma, x, flow.sigmas(STEPS), step)
+        _, kept = flow.integrate(lambda x, sigma, _: x / sigma, x, flow.sigmas(STEPS), step)
         spreads = np.std(kept["latents"], axis=(1, 2, 3, 4))
         close = np.allclose(spreads, flow.sigmas(STEPS)[:-1], rtol=0.02)
         assert close == agrees
