@@ -67,17 +67,20 @@ def sana(
     mlp = 3 * width * cfg.mlp_hidden + 9 * 2 * cfg.mlp_hidden
     layer = grids * pixels * (rows * (own + mlp) + (rows - without) * cross)
     time = 256 * width + width * width + 6 * width * width
+    if cfg.few_steps:
+        time += 4 * 256 * width + width * width
     ends = pixels * width * (grids * cfg.in_channels + cfg.out_channels)
     return 2 * (cfg.num_layers * layer + rows * (time + ends))
 
 
 def denoise(cfg: config.Blip3oConfig, batch: int, guided: bool = True) -> tuple[int, int]:
-    """Of `batch` images, with guidance two rows each: (what is needed once, a step).
+    """Of `batch` images, with guidance two rows each unless the model guides by itself: (what is
+    needed once, a step).
 
     Without positions the unconditional half's tokens are all equal, so that one stands for them.
     """
     condition, positions = cfg.num_condition_tokens, cfg.sana.condition_positions
-    if not guided:
+    if not guided or cfg.sana.few_steps:
         once = connector(cfg, batch * condition) + sana_condition(cfg.sana, batch * condition)
         return once, sana(cfg.sana, batch, condition)
     tokens = 2 * batch * condition if positions else batch * condition + 1
@@ -198,6 +201,28 @@ def image_encoders(cfg: config.Blip3oConfig, batch: int, sources: int = 0) -> in
     return codes + dc_ae_encode(cfg.dc_ae, batch + images, cfg.sana.sample_size)
 
 
+def _conditioned(cfg: config.Blip3oConfig, batch: int, sources: int) -> tuple[int, int]:
+    """A forward of SANA's condition, which `sources` of each row may widen, and of all the rest,
+    whose grid they may widen."""
+    references = sources * cfg.sana.sample_size**2 if cfg.reference_tokens else 0
+    condition = cfg.num_condition_tokens + references
+    grids = 2 if sources and cfg.use_und_image_vae_as_noise else 1
+    once = sana_condition(cfg.sana, batch * condition)
+    return once, sana(cfg.sana, batch, condition, grids=grids)
+
+
+def distill_step(cfg: config.Blip3oConfig, batch: int, length: int, sources: int = 0) -> int:
+    """As `joint_step`, of `train.distill`: a forward of the transformer; of SANA three forwards'
+    worth for what is trained, two for the velocities that its target is made of, and two for the
+    derivative, with respect to which the condition is fixed."""
+    rows = qwen3(cfg.qwen3, batch * length, (length + 1) / 2)
+    trained = connector(cfg, batch * cfg.num_condition_tokens)
+    trained += source_connectors(cfg, batch * sources)
+    condition, rest = _conditioned(cfg, batch, sources)
+    encoders = image_encoders(cfg, batch, sources)
+    return rows + 5 * trained + 6 * condition + 7 * rest + encoders
+
+
 def joint_step(
     cfg: config.Blip3oConfig, batch: int, length: int, whole_sana: bool = True, sources: int = 0
 ) -> int:
@@ -209,11 +234,6 @@ def joint_step(
     trained = qwen3(cfg.qwen3, batch * length, (length + 1) / 2, cfg.qwen3.vocab_size)
     trained += connector(cfg, batch * cfg.num_condition_tokens)
     trained += source_connectors(cfg, batch * sources)
-    # SANA, whose condition or grid a source may widen.
-    references = sources * cfg.sana.sample_size**2 if cfg.reference_tokens else 0
-    condition = cfg.num_condition_tokens + references
-    grids = 2 if sources and cfg.use_und_image_vae_as_noise else 1
-    diffusion = sana_condition(cfg.sana, batch * condition)
-    diffusion += sana(cfg.sana, batch, condition, grids=grids)
+    diffusion = sum(_conditioned(cfg, batch, sources))
     passes = 3 if whole_sana else 2
     return 3 * trained + passes * diffusion + image_encoders(cfg, batch, sources)

@@ -6,7 +6,8 @@ NAME.jpg. Copy this file and change it; docs/data.md has sources of other kinds.
     blip3o-jax train --config my_pictures:autoencoder --workdir runs/my_autoencoder
     blip3o-jax train --config my_pictures:tokenizer --workdir runs/my_tokenizer
     blip3o-jax train --config my_pictures --workdir runs/my_pictures
-    blip3o-jax generate "a red kite" --checkpoint runs/my_pictures --out out/my_pictures
+    blip3o-jax train --config my_pictures:distill --workdir runs/my_few_steps
+    blip3o-jax generate "a red kite" --checkpoint runs/my_few_steps --out out/my_pictures
 
 Cost, measured on 2026-11-29 with 60 pictures on two CPU cores beside other runs (the commands above
 with `--config.num_steps=120`, 150 and 60; emoji_autoencoder took 0.5 s a step on less busy cores):
@@ -65,11 +66,13 @@ STAGES = {
         "num_steps": 3000,
         "joint": {"trainable_sana": "all"},  # all of a small one, not its captions' way in alone
     },
+    # Latents in four steps of one forward each; not needed, but faster.
+    "distill": {"init": "runs/my_pictures", "model": {"sana": {"few_steps": 4}}, "num_steps": 1000},
 }
 
 
 def get_config(stage: str = "joint") -> ConfigDict:
-    """The run of a stage: `my_pictures:autoencoder`, `my_pictures:tokenizer` or `my_pictures`."""
+    """The run of a stage: `my_pictures:autoencoder`, `:tokenizer`, `my_pictures`, `:distill`."""
     if stage not in STAGES:
         raise ValueError(f"no stage {stage!r}, but {', '.join(STAGES)}")
     return ConfigDict({"stage": stage, **SHARED, **STAGES[stage]})

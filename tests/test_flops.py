@@ -19,7 +19,8 @@ from blip3o_jax.sample.condition import edit_options
 from blip3o_jax.sample.settings import EditSettings
 from blip3o_jax.text import row_length
 from blip3o_jax.train import losses
-from blip3o_jax.train.sections import JointConfig
+from blip3o_jax.train.distill import distill_loss
+from blip3o_jax.train.sections import DistillConfig, JointConfig
 from blip3o_jax.train.stages import STAGES
 
 TOLERANCE = 0.05
@@ -183,6 +184,25 @@ def test_sources_cost_what_xla_counts(way):
     # What is trained is passed three times in all.
     count = counted(loss, params, edits) - counted(loss, params, batch)
     close((step(edits) - step(batch)) / 3, count)
+
+
+def test_a_distillation_step_costs_what_xla_counts():
+    cfg = replace(small(), **{"sana.few_steps": 4})
+    model, rows, length, side = Blip3o(cfg), 2, row_length(cfg), cfg.sana.sample_size
+    params, n = model.abstract(), cfg.ta_tok.num_tokens
+    batch = {"tokens": shape(rows, length, dtype=jnp.int32), "start": shape(rows, dtype=jnp.int32)}
+    batch["codes"] = shape(rows, n, dtype=jnp.int32)
+    batch["latents"] = shape(rows, side, side, cfg.dc_ae.latent_channels)
+
+    def step(own, params, batch):
+        def loss(own):
+            key = jax.random.key(0)
+            return distill_loss(model, DistillConfig(), params | own, batch, key)[0]
+
+        return jax.grad(loss)(own)
+
+    own = {part: params[part] for part in ("sana", "diffusion_connector")}
+    close(STAGES["distill"].flops(cfg, DistillConfig(), batch), counted(step, own, params, batch))
 
 
 @pytest.mark.parametrize("way", [TOKENS, BOTH])

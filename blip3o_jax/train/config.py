@@ -14,6 +14,7 @@ from blip3o_jax.train.sections import (
     HALVES,
     TEACHERS,
     AutoencoderConfig,
+    DistillConfig,
     GrpoConfig,
     GuardConfig,
     JointConfig,
@@ -71,6 +72,7 @@ class TrainConfig:
     tokenizer: TokenizerConfig | None = None
     pretrain_ar: PretrainArConfig | None = None
     joint: JointConfig | None = None
+    distill: DistillConfig | None = None
     grpo: GrpoConfig | None = None
 
     def __post_init__(self):
@@ -126,7 +128,7 @@ class TrainConfig:
         sentence = f"Stage {self.stage!r} trains on data.exercises; name at least one."
         require("exercises" not in read or bool(self.data.exercises), sentence)
         sentence = "data.cache holds each image's likeliest codes"
-        contradicts = self.data.cache and self.joint.stochastic_codes
+        contradicts = self.data.cache and self.joint and self.joint.stochastic_codes
         require(not contradicts, f"{sentence}, so joint.stochastic_codes must be false.")
         contradicts = self.data.cache and self.blip3o().use_tar_siglip_features
         require(not contradicts, CACHE_WITHOUT_FEATURES)
@@ -156,8 +158,18 @@ class TrainConfig:
             is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
             sentence = f"optimizer.part_learning_rates are factors above 0, not {factor!r} ({part})"
             require(is_number and 0 < factor < math.inf, f"{sentence}; frozen_parts freezes.")
+        self._check_few_steps()
         has_effect = self.remat == "none" or "qwen3" in parts
         require(has_effect, f"remat has no effect in stage {stage!r}; leave it out.")
+
+    def _check_few_steps(self) -> None:
+        """A model of few steps is trained by its own stage, which trains no other."""
+        few, stage = bool(self.blip3o().sana.few_steps), self.stage
+        sentence = "Stage 'distill' trains a model of few steps; say how many by"
+        require(few or stage != "distill", f"{sentence} model {{'sana.few_steps': 4}}.")
+        others = few and stage != "distill" and "sana" in self.trained_parts
+        sentence = f"Stage {stage!r} would train velocities of a model of few steps, and not its"
+        require(not others, f"{sentence} mean ones; train before stage 'distill', or freeze sana.")
 
     def _check_batch(self) -> None:
         """Refuses a batch that does not divide."""
@@ -213,7 +225,7 @@ class TrainConfig:
     def trained_parts(self) -> tuple[str, ...]:
         """The parts of which something is trained."""
         trained = self.record.trained(self.section) + (
-            self._editing_parts if self.stage == "joint" else ()
+            self._editing_parts if self.stage in ("joint", "distill") else ()
         )
         return tuple(part for part in trained if part not in self.frozen_parts)
 

@@ -21,6 +21,7 @@ from blip3o_jax.sample import programs
 from blip3o_jax.sample.settings import Settings
 from blip3o_jax.text import left_pad
 from blip3o_jax.train import losses, sections
+from blip3o_jax.train.distill import distill_loss
 
 SHEET_ROWS, SHEET_COLUMNS = 4, 8
 
@@ -68,10 +69,20 @@ def pretrain_ar(model: Blip3o, cfg: sections.PretrainArConfig, mesh: Mesh) -> Ev
 def joint(model: Blip3o, cfg: sections.JointConfig, mesh: Mesh) -> Evaluate:
     """The loss's numbers; images generated from the held-out prompts, and edits of their
     sources."""
-    measure = _measured(losses.joint_loss, model, cfg, mesh)
+    return _generated(losses.joint_loss, model, cfg, mesh, steps=20)
+
+
+def distill(model: Blip3o, cfg: sections.DistillConfig, mesh: Mesh) -> Evaluate:
+    """As `joint`, in few steps."""
+    return _generated(distill_loss, model, cfg, mesh, model.config.sana.few_steps)
+
+
+def _generated(loss: Callable, model: Blip3o, cfg: object, mesh: Mesh, steps: int) -> Evaluate:
+    """The loss's numbers, and images made in so many steps."""
+    measure = _measured(loss, model, cfg, mesh)
     encode = _everywhere(functools.partial(losses.encode_sources, model), mesh)
     compiled = programs.programs(model, NamedSharding(mesh, PartitionSpec()))
-    settings = asdict(Settings(num_inference_steps=20))
+    settings = asdict(Settings(num_inference_steps=steps))
     decoding = {name: settings.pop(name) for name in programs.DECODING}
     config, pad = model.config, model.config.vocab.pad_token_id
     length = config.max_prompt_tokens + config.max_sources * config.ta_tok.num_tokens

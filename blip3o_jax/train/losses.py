@@ -40,7 +40,7 @@ def autoencoder_draws(
     model: Blip3o, cfg: sections.AutoencoderConfig, batch: Batch, key: jax.Array
 ) -> Batch:
     """`noise` on the latents."""
-    return {"noise": jax.random.normal(key, _latents_shape(model, batch))}
+    return {"noise": jax.random.normal(key, latents_shape(model, batch))}
 
 
 def autoencoder_loss(
@@ -198,7 +198,7 @@ def joint_draws(model: Blip3o, cfg: sections.JointConfig, batch: Batch, key: jax
     draws = {
         "dropped": jax.random.bernoulli(drop_key, cfg.condition_dropout, (rows,)),
         "sigma": flow.sample_timesteps(time_key, rows)[1],
-        "noise": jax.random.normal(noise_key, _latents_shape(model, batch)),
+        "noise": jax.random.normal(noise_key, latents_shape(model, batch)),
         "targets": jnp.broadcast_to(counts, (rows, 2)),
     }
     if cfg.last_slice:
@@ -218,15 +218,44 @@ def joint_loss(
     """Cross-entropy over all text and image tokens + velocity error of the diffusion part, 1:1
     (docs/model.md §1.3, §5, §6)."""
     batch = joint_draws(model, cfg, batch, key) | batch
-    config, vocab = model.config, model.config.vocab
-    frozen = jax.lax.stop_gradient(params)
+    codes_key = jax.random.split(key, 4)[0] if cfg.stochastic_codes else None
+    tokens, hidden, sources = read_rows(model, params, batch, codes_key, cfg.last_slice)
+    losses, hits = cross_entropy(model, params, hidden[:, :-1], tokens[:, 1:], cfg.ce_chunk)
+    weights = _targets(model, batch)
+    counts = jnp.sum(batch["targets"], axis=0)
+    ce = jnp.sum(losses * weights) / jnp.sum(counts)
+    text, image = jnp.sum(hits * weights, axis=(1, 2)) / counts
 
+    # Its hidden states condition the diffusion part, which predicts the velocity.
+    count = model.config.num_condition_tokens
+    start = batch["longest"] - count if cfg.last_slice else batch["start"]
+    states = condition_slice(hidden, start, count)
+    states = flow.drop_condition(states, batch["dropped"])
+    given = condition.build(model, params, states, sources, batch.get("source_dropped"))
+    x0 = latents_of(model, jax.lax.stop_gradient(params), batch)
+    sigma, noise = batch["sigma"], batch["noise"]
+    noisy, t = flow.add_noise(x0, noise, sigma), flow.NUM_TRAIN_TIMESTEPS * sigma
+    velocity = condition.velocity(model, params, noisy, t, given)
+    mse = jnp.mean(flow.flow_loss(velocity, x0, noise))
+
+    loss = ce + cfg.flow_weight * mse
+    accuracies = {"accuracy_text": text, "accuracy_image": image}
+    return loss, {"loss": loss, "ce": ce, **accuracies, "flow": mse, "latent_std": jnp.std(x0)}
+
+
+def read_rows(
+    model: Blip3o,
+    params: dict,
+    batch: Batch,
+    codes_key: jax.Array | None = None,
+    zero_padding: bool = False,
+) -> tuple[jax.Array, jax.Array, condition.Sources | None]:
+    """The transformer over the rows of a batch of captions: (tokens [B,T] with all codes, hidden
+    states [B,T,D], the source images); `codes_key` samples the codes, `zero_padding` is
+    `zeros_at_padding`."""
+    vocab, frozen = model.config.vocab, jax.lax.stop_gradient(params)
     # The codes of the image are written into the rows behind <S0>.
-    if "codes" in batch:
-        codes = batch["codes"]
-    else:
-        codes_key = jax.random.split(key, 4)[0] if cfg.stochastic_codes else None
-        codes = encode_codes(model, frozen, batch, codes_key)
+    codes = batch["codes"] if "codes" in batch else encode_codes(model, frozen, batch, codes_key)
     tokens = write_codes(batch["tokens"], batch["start"], codes, vocab.image_start_token_id)
 
     # So are those of its source images, before it.
@@ -236,36 +265,20 @@ def joint_loss(
         tokens, embeddings = generate.write_sources(
             model, params, tokens, batch["start"], source_codes
         )
-
-    # The transformer predicts text and image tokens.
-    qwen3, valid = {"params": params["qwen3"]}, tokens != vocab.pad_token_id
-    if cfg.last_slice:
+    valid = tokens != vocab.pad_token_id
+    if zero_padding:
         embeddings = zeros_at_padding(valid, embeddings)
     inputs = tokens, causal_positions(tokens), valid
-    hidden, _ = model.qwen3.apply(qwen3, *inputs, given=embeddings)
-    losses, hits = cross_entropy(model, params, hidden[:, :-1], tokens[:, 1:], cfg.ce_chunk)
-    weights = _targets(model, batch)
-    counts = jnp.sum(batch["targets"], axis=0)
-    ce = jnp.sum(losses * weights) / jnp.sum(counts)
-    text, image = jnp.sum(hits * weights, axis=(1, 2)) / counts
+    hidden, _ = model.qwen3.apply({"params": params["qwen3"]}, *inputs, given=embeddings)
+    return tokens, hidden, sources
 
-    # Its hidden states condition the diffusion part, which predicts the velocity.
-    count = config.num_condition_tokens
-    start = batch["longest"] - count if cfg.last_slice else batch["start"]
-    states = condition_slice(hidden, start, count)
-    states = flow.drop_condition(states, batch["dropped"])
-    given = condition.build(model, params, states, sources, batch.get("source_dropped"))
+
+def latents_of(model: Blip3o, params: dict, batch: Batch) -> jax.Array:
+    """The latents f32 [B,Y,X,C] of a batch's images, or those that a cache holds, perhaps in
+    bfloat16."""
     cached = batch.get("latents")
-    latents = generate.encode_latents(model, frozen, batch["images"]) if cached is None else cached
-    x0 = latents.astype(jnp.float32)  # a cache may hold bfloat16
-    sigma, noise = batch["sigma"], batch["noise"]
-    noisy, t = flow.add_noise(x0, noise, sigma), flow.NUM_TRAIN_TIMESTEPS * sigma
-    velocity = condition.velocity(model, params, noisy, t, given)
-    mse = jnp.mean(flow.flow_loss(velocity, x0, noise))
-
-    loss = ce + cfg.flow_weight * mse
-    accuracies = {"accuracy_text": text, "accuracy_image": image}
-    return loss, {"loss": loss, "ce": ce, **accuracies, "flow": mse, "latent_std": jnp.std(x0)}
+    latents = generate.encode_latents(model, params, batch["images"]) if cached is None else cached
+    return latents.astype(jnp.float32)
 
 
 def zeros_at_padding(
@@ -343,7 +356,8 @@ def encode_sources(
     return codes, condition.Sources(latents, exists) if model.config.reads_source_latents else None
 
 
-def _latents_shape(model: Blip3o, batch: Batch) -> tuple[int, ...]:
+def latents_shape(model: Blip3o, batch: Batch) -> tuple[int, ...]:
+    """Of the latents of a batch's images."""
     if "latents" in batch:
         return batch["latents"].shape
     rows, height = batch["images"].shape[:2]

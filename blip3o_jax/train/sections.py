@@ -138,6 +138,32 @@ class JointConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """A diffusion part of few steps (train.distill)."""
+
+    condition_dropout: float = 0.1  # whole samples without text and source
+    instant_share: float = 0.5  # rows whose step has no length, which learn the velocity itself
+    # of the normal numbers whose sigmoids are the step's levels
+    level_mean: float = 0.0
+    level_std: float = 1.5
+    max_scale: float = 4.0  # of the guidance that it learns, from 1
+    softness: float = 0.001  # the error [B] is divided by itself and this
+
+    def __post_init__(self):
+        _check_ranges(
+            "distill",
+            self,
+            {
+                "condition_dropout": ("in [0, 1)", 0 <= self.condition_dropout < 1),
+                "instant_share": ("in [0, 1)", 0 <= self.instant_share < 1),
+                "level_std": ("above 0", self.level_std > 0),
+                "max_scale": ("above 1", self.max_scale > 1),
+                "softness": ("above 0", self.softness > 0),
+            },
+        )
+
+
+@dataclass(frozen=True)
 class DiffusionRlConfig:
     """Reinforcement of the diffusion part (rl.diffusion, docs/model.md §7.5)."""
 

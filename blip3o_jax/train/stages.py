@@ -11,7 +11,7 @@ from blip3o_jax import flops
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data.config import DataConfig
 from blip3o_jax.text import row_length
-from blip3o_jax.train import evaluation, losses, sections
+from blip3o_jax.train import distill, evaluation, losses, sections
 
 WHOLE = ("qwen3", "diffusion_connector", "sana", "ta_tok", "dc_ae")
 
@@ -109,6 +109,14 @@ def _joint_flops(model: Blip3oConfig, cfg: sections.JointConfig, batch: dict) ->
     return flops.joint_step(model, rows, length, cfg.trainable_sana == "all", sources) - encoders
 
 
+def _distill_flops(model: Blip3oConfig, cfg: sections.DistillConfig, batch: dict) -> int:
+    """As `_joint_flops`."""
+    rows, length = batch["tokens"].shape
+    sources = model.max_sources if "num_sources" in batch else 0
+    encoders = flops.image_encoders(model, rows, sources) if "latents" in batch else 0
+    return flops.distill_step(model, rows, length, sources) - encoders
+
+
 def _tokenizer_teachers(cfg: sections.TokenizerConfig) -> tuple[str, ...]:
     return ("dc_ae",) if cfg.teacher == "latents" else ()
 
@@ -174,6 +182,18 @@ STAGES = {
         batch=_captions,
         flops=_joint_flops,
         trainable=_joint_trainable,
+    ),
+    "distill": Stage(
+        parts=WHOLE,
+        trained=lambda cfg: ("diffusion_connector", "sana"),
+        section=sections.DistillConfig,
+        data=("reader_threads", *TEXT, *WORLD, *EDITS, *MIXTURE),
+        rows="captions",
+        loss=distill.distill_loss,
+        draws=distill.distill_draws,
+        evaluate=evaluation.distill,
+        batch=_captions,
+        flops=_distill_flops,
     ),
     "grpo": Stage(
         parts=WHOLE,

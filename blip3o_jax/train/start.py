@@ -97,6 +97,8 @@ def initial_params(
         leaves = {path: fit_vocabulary(f"{part}/{path}", x, rows) for path, x in leaves.items()}
         if model.config.use_und_image_vae_as_channels:
             leaves = {p: fit_channels(f"{part}/{p}", x, channels) for p, x in leaves.items()}
+        if part == "sana" and model.config.sana.few_steps:
+            leaves = fresh_span(model, key) | leaves
         shapes = {path: x.shape for path, x in flatten_dict(expected[part], sep="/").items()}
         require(
             shapes == {path: x.shape for path, x in leaves.items()},
@@ -109,6 +111,12 @@ def initial_params(
             shardings({part: tree}, mesh)[part],
         )
     return params
+
+
+def fresh_span(model: Blip3o, key: jax.Array) -> dict[str, jax.Array]:
+    """Leaves of what a model of few steps has beyond others, which adds nothing at first."""
+    make = jax.jit(lambda key: model.init(key, ("sana",))["sana"]["span_embed"])
+    return flatten_dict({"span_embed": make(key)}, sep="/")
 
 
 def begin(

@@ -24,7 +24,7 @@ from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.read_config import read_config
 
 CHIP = Chip("", 1e12, 16 * 1024)
-POD_CONFIGS = ("pretrain_3b", "sft_3b", "edit_3b", "pretrain_0_6b")
+POD_CONFIGS = ("pretrain_3b", "sft_3b", "edit_3b", "few_steps_3b", "pretrain_0_6b")
 PODS = (*("v5e:16x16", "v5p:4x4x8", "v6e:16x16", "v5e:4x4", "v5p:2x2x4", "v6e:4x4"), "tpu7x:2x2x1")
 
 
