@@ -58,6 +58,8 @@ def attention(
         return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
     if q.shape[1] == 1 and on_cpu():
         return cpu.one_query_attention(q, k, v, mask, scale)
+    if q.shape[1] <= cpu.FEW and on_cpu():
+        return cpu.few_query_attention(q, k, v, mask, scale)
     return softmax_attention(q, k, v, mask, scale)
 
 

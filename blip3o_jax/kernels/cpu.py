@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 from blip3o_jax.kernels.masks import masked
 
-FEW = 8  # rows on a device, up to which sums are faster than a product, see `_rows_product`
-# Rows, and numbers in a matrix, up to which one row at a time is faster still.
-FEWER = 4
+# Rows on a device up to which, and numbers in a matrix from which on, sums are faster than a
+# product, see `_rows_product`.
+FEW = 8
 SMALL = 1 << 17
 
 
@@ -37,21 +37,18 @@ def product(equation: str, x: Array, kernel: Array, loop_invariant: bool) -> Arr
 def _rows_product(x: Array, matrix: Array, loop_invariant: bool) -> Array:
     """x [R,K] @ matrix [K,N].
 
-    For more than one row XLA's and YNNPACK's products first re-lay the matrix out, which takes
-    longer than to multiply a few rows by it. So a few rows on a device go through a small matrix,
-    which a cache holds, one after the other, and through a large one as sums.
+    For a few rows XLA's products first re-lay the matrix out, which takes longer than to multiply
+    them by it, unless a cache holds the matrix. So a few rows on a device go through a large one as
+    sums.
     """
-    # Only rows on devices that each hold the whole matrix can be treated one by one.
-    sizes = jax.sharding.get_abstract_mesh().shape
+    # Only rows on devices that each hold the whole matrix can be treated by themselves.
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = {} if mesh.are_all_axes_manual else mesh.shape
     shards = sizes.get("data", 1)
     rows = len(x) // shards
-    if len(x) % shards or rows < 2 or any(sizes[axis] > 1 for axis in sizes if axis != "data"):
+    if len(x) % shards or not loop_invariant or matrix.size <= SMALL or not 2 <= rows <= FEW:
         return x @ matrix
-    if rows <= FEWER and matrix.size <= SMALL:
-        x = x.reshape(shards, rows, -1)
-        y = jnp.stack([x[:, i] @ matrix for i in range(rows)], axis=1)
-        return y.reshape(-1, matrix.shape[1])
-    if rows > FEW or not loop_invariant:
+    if any(sizes[axis] > 1 for axis in sizes if axis != "data"):
         return x @ matrix
     if shards == 1:
         return _sums_of_products(x, matrix)
@@ -109,6 +106,26 @@ def one_query_attention(q: Array, k: Array, v: Array, mask: Array | None, scale:
     weights = optimization_barrier(jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)))
     out = jnp.sum(weights * v[:, :, None], axis=-1) / jnp.sum(weights, axis=-1)
     return out.reshape(batch, 1, heads, head_dim).astype(dtype)
+
+
+def few_query_attention(q: Array, k: Array, v: Array, mask: Array | None, scale: float) -> Array:
+    """`attention.softmax_attention` of few queries q [B,T,N,H], which are on the right of both
+    products: these read keys [B,K,S,H] and values [B,K,H,S] as a cache stores them. On the right
+    keys and values would be transposed for every call."""
+    dtype = q.dtype
+    batch, length, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    grid = heads // kv_heads, length
+    q, k, v = (x.astype(jnp.float32) for x in (q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 3, 1)))
+    q = (scale * q).reshape(batch, length, kv_heads, grid[0], head_dim).transpose(0, 2, 4, 3, 1)
+    logits = jnp.einsum("bksh,bkhr->bksr", k, q.reshape(batch, kv_heads, head_dim, -1))
+    logits = jnp.moveaxis(logits.reshape(batch, kv_heads, -1, *grid), 2, -1)  # [B,K,G,T,S]
+    logits = masked(logits, mask)
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    columns = jnp.moveaxis(weights, -1, 2).reshape(batch, kv_heads, k.shape[2], -1)
+    out = jnp.einsum("bkhs,bksr->bkhr", v, columns).reshape(batch, kv_heads, head_dim, *grid)
+    out = out / jnp.sum(weights, axis=-1)[:, :, None]
+    return out.transpose(0, 4, 1, 3, 2).reshape(batch, length, heads, head_dim).astype(dtype)
 
 
 def _shifted(x: Array, size: int) -> list[Array]:

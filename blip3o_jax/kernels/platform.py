@@ -63,14 +63,33 @@ def is_narrow(config: Blip3oConfig) -> bool:
     return max(config.qwen3.hidden_size, config.sana.hidden_size) <= NARROW
 
 
-def jit(function: Callable, generates: Blip3oConfig | None = None, **options):
+def tokens_of_a_round(width: int, rows: int) -> int:
+    """How many tokens of each of a device's rows a transformer of this width should take at once,
+    the first known and the others guessed (`sample.decode`); the further on, the fewer guesses are
+    right."""
+    # A TPU or GPU computes 200 to 300 products in bfloat16 while it reads a number: more tokens
+    # cost nothing until then. To a CPU each row is work, from the second on; what a round of a
+    # narrow model costs besides is worth as much. Measured, see docs/speed.md.
+    if on_cpu():
+        return min(4, 12 // rows) if width <= NARROW and rows <= 4 else 1
+    return max(1, min(8, 256 // rows))
+
+
+def jit(
+    function: Callable,
+    generates: Blip3oConfig | None = None,
+    writes_tokens: bool = False,
+    **options,
+):
     """`jax.jit` with the compiler options that suit the platform; for every program of more than a
     moment.
 
-    `generates` is the model whose images, or a part of them, the program makes.
+    `generates` is the model whose images, or a part of them, the program makes; `writes_tokens`
+    says that it is the loop over their tokens, whose products are of a few rows.
     """
     if on_cpu():
-        library = FOR_NARROW if generates and is_narrow(generates) else ""
+        is_ynnpacks = generates and is_narrow(generates) and not writes_tokens
+        library = FOR_NARROW if is_ynnpacks else ""
         options["compiler_options"] = {YNNPACK: library} | (ONE_PASS if generates else {})
     return jax.jit(function, **options)
 

@@ -24,7 +24,7 @@ from blip3o_jax.kernels.masks import Causal
 from blip3o_jax.kernels.platform import is_unrolled
 from blip3o_jax.kernels.products import logits_product
 from blip3o_jax.models.layers import Dtype, Initializer, Linear, RMSNorm, scan_layers
-from blip3o_jax.parallel.activations import STEP, WHOLE, Layout, lookup, pin, pin_rows
+from blip3o_jax.parallel.activations import STEP, WHOLE, Layout, lookup, pin, pin_rows, update_rows
 
 # Of fresh weights, as transformers': what a layer adds is small beside a token's own vector, so
 # that words stay distinct.
@@ -36,30 +36,28 @@ Angles = tuple[Array, Array]
 
 def init_cache(cfg: Qwen3Config, batch: int, length: int, dtype: Dtype) -> Cache:
     """An empty key-value cache for `length` tokens: k [L,B,K,S,H], v [L,B,K,H,S], valid [B,S], and
-    index, where all rows write next.
+    index [B], where each row writes next.
 
     Keys and values are stored as the two products of attention read them: no step transposes what
-    is written. One index serves all rows because prompts are padded on the left. Nothing checks
-    that a step still fits: `length` must.
+    is written. Nothing checks that a step still fits: `length` must. A caller that moves an index
+    back takes tokens back: what is stored behind it is not seen, and is written over.
     """
     heads = (cfg.num_hidden_layers, batch, cfg.num_key_value_heads)
     return {
         "k": jnp.zeros((*heads, length, cfg.head_dim), dtype),
         "v": jnp.zeros((*heads, cfg.head_dim, length), dtype),
         "valid": jnp.zeros((batch, length), bool),
-        "index": jnp.zeros((), jnp.int32),
+        "index": jnp.zeros(batch, jnp.int32),
     }
 
 
 def write_cache(cache: Cache, layer: Array, k: Array, v: Array) -> tuple[Cache, Array, Array]:
-    """Writes keys and values [B,T,K,H] of a layer at the index -> (cache, and all keys and values
-    [B,S,K,H] of that layer)."""
-    index = cache["index"]
+    """Writes keys and values [B,T,K,H] of a layer at each row's index -> (cache, and all keys and
+    values [B,S,K,H] of that layer)."""
     # In the order in which the cache stores them.
-    k = k.transpose(0, 2, 1, 3)[None]
-    keys = lax.dynamic_update_slice(cache["k"], k, (layer, 0, 0, index, 0))
-    v = v.transpose(0, 2, 3, 1)[None]
-    values = lax.dynamic_update_slice(cache["v"], v, (layer, 0, 0, 0, index))
+    start = [layer, 0, 0, 0, 0]
+    keys = update_rows(cache["k"], k.transpose(0, 2, 1, 3), start, 3, cache["index"])
+    values = update_rows(cache["v"], v.transpose(0, 2, 3, 1), start, 4, cache["index"])
     # What the layer attends to.
     k = lax.dynamic_index_in_dim(keys, layer, keepdims=False).transpose(0, 2, 1, 3)
     v = lax.dynamic_index_in_dim(values, layer, keepdims=False).transpose(0, 3, 1, 2)
@@ -134,7 +132,7 @@ class SelfAttention(nn.Module):
         if cache is not None:
             with jax.named_scope("cache"):
                 cache, k, v = write_cache(cache, layer, k, v)  # [B,S,K,H]
-            # One query a row: reading the cache is the cost, and fused kernels want square shapes.
+            # Few queries: reading the cache is the cost, and fused kernels want square shapes.
             implementation = "xla"
         y = attention(q, k, v, mask, cfg.head_dim**-0.5, implementation)  # [B,T,N,H]
         with jax.named_scope("projection"):
@@ -163,7 +161,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Qwen3DecoderLayer as a scan step: (x, cache) -> (x, cache).
 
-    The cache of all layers is carried, not scanned over, so that a step writes one token of it in
+    The cache of all layers is carried, not scanned over, so that a step writes its tokens in
     place and copies nothing else.
     """
 
@@ -247,6 +245,7 @@ class Qwen3(nn.Module):
         valid: Array,
         cache: Cache | None = None,
         given: tuple[Array, Array] | None = None,
+        layout: Layout = WHOLE,
     ) -> tuple[Array, Cache | None]:
         """tokens, positions [B,T] int32, valid [B,T] bool (False: padding, on either side) ->
         (hidden [B,T,D] after the final norm, cache).
@@ -254,17 +253,20 @@ class Qwen3(nn.Module):
         Without a cache a token sees the valid tokens up to itself in its row. With one it sees the
         cache's as well, and the cache comes back with these T tokens written behind them. Hidden
         states at padding are finite and meaningless. `given` replaces embeddings: values [B,T,D],
-        and where [B,T] bool.
+        and where [B,T] bool. `layout` is STEP in a loop over few tokens at a time.
         """
         length, cfg = tokens.shape[1], self.cfg
-        mask, layout = Causal(valid), WHOLE
+        mask = Causal(valid)
         if cache is not None:
-            # A token sees what is written so far: [T,S] by place, [B,1,1,S] by validity.
+            # A token sees what its row has written so far: [B,1,T,S] by place, [B,1,1,S] by
+            # validity.
             index = cache["index"]
-            cache = cache | {"valid": lax.dynamic_update_slice(cache["valid"], valid, (0, index))}
-            written = jnp.arange(cache["valid"].shape[1]) <= index + jnp.arange(length)[:, None]
+            write = jax.vmap(lambda row, new, start: lax.dynamic_update_slice(row, new, (start,)))
+            cache = cache | {"valid": write(cache["valid"], valid, index)}
+            places = jnp.arange(cache["valid"].shape[1])
+            written = places <= index[:, None, None, None] + jnp.arange(length)[:, None]
             mask = written & cache["valid"][:, None, None, :]
-        if cache is not None and length == 1:
+        if layout == STEP:
             # The loop over tokens meets the same kernels, unless a loop over layers slices them.
             unrolled = is_unrolled(cfg.num_hidden_layers)
             layout = dataclasses.replace(STEP, loop_invariant=unrolled)

@@ -3,9 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
+from jax.lax import dynamic_slice_in_dim
 from jax.sharding import PartitionSpec as P
 
 from blip3o_jax.parallel.mesh import ROWS
@@ -41,8 +44,8 @@ def pin(x: Array, axes: Axes | None) -> Array:
     x itself for None, and without a mesh of `jax.set_mesh` that has the batch's axes. An axis whose
     size the mesh does not divide is left to the compiler.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if axes is None or not set(ROWS) <= set(mesh.axis_names):
+    mesh = _mesh()
+    if axes is None or mesh is None:
         return x
 
     def place(size, names):
@@ -74,15 +77,75 @@ def lookup(table: Array, ids: Array, dtype: jax.typing.DTypeLike, out: Axes) -> 
     return x if out == STEP.stream else pin(x, out)
 
 
-def per_shard(function: Callable[[Array], Array], x: Array):
-    """function(x) for x [B,...], a function whose results have a row for each of x and mix none.
+def rows_of_a_step(batch: int) -> int:
+    """How many rows of a batch meet a device's part of the weights in the layout STEP."""
+    mesh = _mesh()
+    return -(-batch // (1 if mesh is None else mesh.shape["data"]))
+
+
+def read_rows(x: Array, start: Array, size: int) -> Array:
+    """x [B,N,...] -> [B,size,...] from each row's own `start` [B] on."""
+
+    def read(x: Array, start: Array) -> Array:
+        slices = [dynamic_slice_in_dim(row, at, size) for row, at in zip(x, start, strict=True)]
+        return jnp.stack(slices)
+
+    return per_shard(read, x, start, batch_axes=(0, 0))
+
+
+def update_rows(x: Array, new: Array, start: list[Array | int], axis: int, index: Array) -> Array:
+    """x [L,B,...] with new [B,...] written at `start`, in each row at its own index [B] of an axis.
+
+    Every device writes its own rows, one after the other and in place: one scatter of all rows
+    would gather what is sharded along another axis.
+    """
+
+    def write(x: Array, new: Array, index: Array) -> Array:
+        for row in range(len(new)):
+            places = list(start)
+            places[1], places[axis] = row, index[row]
+            x = jax.lax.dynamic_update_slice(x, new[None, row : row + 1], places)
+        return x
+
+    return per_shard(write, x, new, index, batch_axes=(1, 0, 0))
+
+
+def per_shard(function: Callable, *arrays: Array, batch_axes: tuple[int, ...] = (0,)):
+    """function(*arrays), which treats every row of the batch by itself; `batch_axes` say which axis
+    of each array is the batch, and results have that of the first.
 
     Every device computes its own rows, also where XLA cannot shard an operation (`top_k`, except on
     a TPU) and would gather all rows everywhere.
     """
+    mesh = _mesh()
+    if mesh is None:
+        return function(*arrays)
+    if arrays[0].shape[batch_axes[0]] % math.prod(mesh.shape[axis] for axis in ROWS):
+        return function(*arrays)
+    specs = tuple(P(*(None,) * axis, ROWS) for axis in batch_axes)
+    mapped = jax.shard_map(function, in_specs=specs, out_specs=specs[0], axis_names=set(ROWS))
+    return mapped(*arrays)
+
+
+def per_device(function: Callable, weights: Any, *inputs: Any) -> Any:
+    """function(weights, *inputs), which treats every row of the batch by itself: inputs, trees of
+    arrays [B,...], go with their rows.
+
+    Where every device has the whole weights, each runs the function on its own rows, and no device
+    waits for another: a loop ends on each when its own rows are done.
+    """
+    mesh = _mesh()
+    if mesh is None or mesh.size != mesh.shape["data"]:
+        return function(weights, *inputs)
+    if any(x.shape[0] % mesh.size for x in jax.tree.leaves(inputs)):
+        return function(weights, *inputs)
+    specs = P(), *(P(ROWS) for _ in inputs)
+    mapped = jax.shard_map(function, in_specs=specs, out_specs=P(ROWS), check_vma=False)
+    return mapped(weights, *inputs)
+
+
+def _mesh() -> jax.sharding.AbstractMesh | None:
+    """The mesh along which arrays can be placed: that of `jax.set_mesh` if it has the batch's axes,
+    but not inside of `per_device`."""
     mesh = jax.sharding.get_abstract_mesh()
-    if not set(ROWS) <= set(mesh.axis_names):
-        return function(x)
-    if x.shape[0] % math.prod(mesh.shape[axis] for axis in ROWS):
-        return function(x)
-    return jax.shard_map(function, in_specs=P(ROWS), out_specs=P(ROWS), axis_names=set(ROWS))(x)
+    return mesh if set(ROWS) <= set(mesh.axis_names) and not mesh.are_all_axes_manual else None

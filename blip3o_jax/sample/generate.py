@@ -48,16 +48,19 @@ def write_tokens(
     temperature: Scalar,
 ) -> dict[str, Array]:
     """prompt int32 [B,P] left-padded, valid bool [B,P], key_numbers uint32 [B,3] -> {"hidden"
-    [B,n+1,D], "tokens" int32 [B,n], "logprobs" f32 [B,n]}, see `decode.generate_tokens`, each image
-    drawn with its own key. An edit's prompt is given the `source_codes` of its images, or their
-    features, as `encode_sources` makes them."""
+    [B,n+1,D], "tokens" int32 [B,n], "logprobs" f32 [B,n], "rounds" int32 [B]}, see
+    `decode.generate_tokens`, each image drawn with its own key. An edit's prompt is given the
+    `source_codes` of its images, or their features, as `encode_sources` makes them; the codes of
+    the first are what the edit's tokens are first guessed to be."""
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(fold_keys(key_numbers), 0)
     vocab, n = model.config.vocab, model.config.ta_tok.num_tokens
-    given = None
+    given = drafts = None
     if source_codes is not None:
+        if not model.config.use_tar_siglip_features:
+            drafts = source_codes[:, :n]
         start = jnp.full(len(prompt), prompt.shape[1] - 1)
         prompt, given = write_sources(model, params, prompt, start, source_codes)
-    decoding = top_k, top_p, temperature, given
+    decoding = top_k, top_p, temperature, given, drafts
     return decode.generate_tokens(
         model.qwen3, params["qwen3"], vocab, n, prompt, valid, keys, *decoding
     )

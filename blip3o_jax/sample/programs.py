@@ -101,7 +101,7 @@ def programs(model: Blip3o, out_shardings: jax.sharding.Sharding | None = None) 
         return jit(functools.partial(function, model), model.config, **options)
 
     return Programs(
-        write_tokens=program(generate.write_tokens, static_argnames="top_k"),
+        write_tokens=program(generate.write_tokens, writes_tokens=True, static_argnames="top_k"),
         encode_latents=program(generate.encode_latents),
         encode_sources=program(generate.encode_sources),
         draw_latents=program(generate.draw_latents, static_argnames="num_inference_steps"),

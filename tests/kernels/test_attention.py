@@ -14,7 +14,7 @@ from blip3o_jax.kernels.attention import (
     linear_attention,
     softmax_attention,
 )
-from blip3o_jax.kernels.cpu import one_query_attention
+from blip3o_jax.kernels.cpu import few_query_attention, one_query_attention
 from blip3o_jax.kernels.masks import Causal
 from blip3o_jax.kernels.platform import on_cpu, platform
 
@@ -45,19 +45,21 @@ def test_grouped_heads_and_masks(mask_heads, queries):
     )
 
 
+@pytest.mark.parametrize("form", [one_query_attention, few_query_attention])
 @pytest.mark.parametrize("mask_heads", [None, 1, 6])
-def test_one_query_on_a_cpu_is_the_plain_formula(mask_heads):
-    q, k, v = normal(0, 2, 1, 6, 4), normal(1, 2, 7, 3, 4), normal(2, 2, 7, 3, 4)
-    mask = None if mask_heads is None else normal(3, 2, mask_heads, 1, 7) > -0.5
+def test_few_queries_on_a_cpu_are_the_plain_formula(mask_heads, form):
+    length = 1 if form == one_query_attention else 5
+    q, k, v = normal(0, 2, length, 6, 4), normal(1, 2, 7, 3, 4), normal(2, 2, 7, 3, 4)
+    mask = None if mask_heads is None else normal(3, 2, mask_heads, length, 7) > -0.5
     probe = normal(4, *q.shape)
 
     def with_gradients(function):
         result, backward = jax.vjp(lambda *inputs: function(*inputs, mask, 0.3), q, k, v)
         return result, *backward(probe)
 
-    pairs = zip(with_gradients(one_query_attention), with_gradients(softmax_attention), strict=True)
-    for sums, products in pairs:
-        np.testing.assert_allclose(sums, products, atol=2e-6)
+    pairs = zip(with_gradients(form), with_gradients(softmax_attention), strict=True)
+    for ours, plain in pairs:
+        np.testing.assert_allclose(ours, plain, atol=2e-6)
 
 
 def test_causal_sees_valid_tokens_up_to_itself():

@@ -12,8 +12,10 @@ from tiny import TRANSFORMER
 
 from blip3o_jax.convert.qwen3 import qwen3_rules
 from blip3o_jax.convert.rules import to_jax, to_torch
+from blip3o_jax.kernels import cpu
 from blip3o_jax.models.layers import RMSNorm
 from blip3o_jax.models.qwen3 import Qwen3, head_logits, init_cache, positions_of
+from blip3o_jax.parallel.activations import STEP
 from blip3o_jax.presets import preset
 
 TIED = TRANSFORMER
@@ -102,7 +104,8 @@ def test_logits_of_a_range(params, cfg):
 
 
 def test_cached_calls_equal_the_whole(params):
-    """Two pieces of three tokens, then one token at a time."""
+    """Two pieces of three tokens, then one token at a time; at last two tokens of each row, another
+    number of them back, once more."""
     tokens, valid = ARRAYS["left/tokens"], jnp.asarray(ARRAYS["left/valid"])
     apply = jax.jit(Qwen3(TIED).apply)
     # three places stay empty
@@ -116,10 +119,24 @@ def test_cached_calls_equal_the_whole(params):
             cache,
         )
         pieces.append(piece)
-    assert int(cache["index"]) == 10
+    assert cache["index"].tolist() == [10] * 3
     np.testing.assert_array_equal(cache["valid"], np.pad(valid, ((0, 0), (0, 3))))
     expected = hidden_states(params[TIED], tokens, valid)
     assert relative_error(np.concatenate(pieces, 1)[valid], expected[valid]) < 1e-5
+    back = np.array([[4], [2], [3]])
+    places = 10 - back + np.arange(2)
+    again, moved = apply(
+        {"params": params[TIED]},
+        np.take_along_axis(tokens, places, 1),
+        np.take_along_axis(np.asarray(positions_of(valid)), places, 1),
+        np.ones_like(places, bool),
+        cache | {"index": jnp.asarray(10 - back[:, 0])},
+    )
+    assert moved["index"].tolist() == [8, 10, 9]
+    rows = np.arange(3)[:, None]
+    assert relative_error(np.asarray(again), np.asarray(expected)[rows, places]) < 1e-5
+    np.testing.assert_allclose(moved["k"], cache["k"], atol=1e-5)
+    np.testing.assert_allclose(moved["v"], cache["v"], atol=1e-5)
 
 
 def test_hidden_states_of_every_layer(params):
@@ -220,12 +237,14 @@ def test_published_size(name, vocab_size, count):
 
 
 @pytest.mark.parametrize(("layers", "products"), [(16, 15), (17, 8)])
-def test_weights_of_a_loop_over_layers_are_not_laid_out_for_tokens(layers, products):
-    """A product's kernel as sums needs two products with ones; attention has one for its query."""
+def test_weights_of_a_loop_over_layers_are_not_laid_out_for_tokens(monkeypatch, layers, products):
+    """A large kernel's product as sums needs two products with ones; attention has one for its
+    query."""
+    monkeypatch.setattr(cpu, "SMALL", 0)
     cfg = dataclasses.replace(TIED, num_hidden_layers=layers)
     one = jax.ShapeDtypeStruct((5, 1), jnp.int32)
     cache = jax.eval_shape(partial(init_cache, cfg, 5, 9, jnp.float32))
-    step = jax.make_jaxpr(Qwen3(cfg).apply)(
+    step = jax.make_jaxpr(partial(Qwen3(cfg).apply, layout=STEP))(
         {"params": abstract_params(cfg)}, one, one, jax.ShapeDtypeStruct((5, 1), bool), cache
     )
     assert str(step).count("dot_general[") == products
