@@ -100,7 +100,7 @@ def ours(work: Workload, params, mesh) -> dict[str, Callable[[], dict]]:
     # The three programs of `generate`, compiled once for all stages that need them.
     compiled = functools.partial(jit, generates=cfg, out_shardings=place)
 
-    @compiled
+    @functools.partial(compiled, writes_tokens=True)
     def write(params, prompt, valid):
         keys = jax.random.split(jax.random.key(0), len(prompt))
         one, greedy = jnp.float32(1), jnp.float32(0)
@@ -119,7 +119,7 @@ def ours(work: Workload, params, mesh) -> dict[str, Callable[[], dict]]:
     def whole(params, prompt, valid, noise):
         written = write(params, prompt, valid)
         images = pixels(params, denoise(params, written["hidden"], noise))
-        return {"tokens": written["tokens"], "pixels": images}
+        return {"tokens": written["tokens"], "rounds": written["rounds"], "pixels": images}
 
     # An edit as `blip3o-jax edit` makes it: the pipeline's own programs.
     run_edit, guidance = programs.programs(model, place), condition.guidance(GUIDANCE, 1.0)
@@ -129,7 +129,7 @@ def ours(work: Workload, params, mesh) -> dict[str, Callable[[], dict]]:
     def edit(params, prompt, images, exists, keys):
         valid = prompt != cfg.vocab.pad_token_id
         edited = programs.edit(run_edit, params, prompt, valid, keys, images, exists, **settings)
-        return {name: edited[name] for name in ("tokens", "images")}
+        return {name: edited[name] for name in ("tokens", "rounds", "images")}
 
     # What runs a program on given arrays; `name` is that of a result which is one array.
     def stage(function, name="", **inputs):
@@ -203,26 +203,29 @@ def amount(work: Workload, stage: str) -> tuple[float, str]:
 class Phase:
     """`passes` times `flops`, each over `bytes` that are read (and, in training, written)."""
 
-    passes: int
+    passes: float
     flops: float
     bytes: float
 
 
-def phases(work: Workload, stage: str, sizes: dict[str, int]) -> list[Phase]:
+def phases(
+    work: Workload, stage: str, sizes: dict[str, int], rounds: float | None = None
+) -> list[Phase]:
     """What a stage must at least do, in f32.
 
-    `sizes` are parameters by name, see `parameter_counts`. Activations are not counted.
+    `sizes` are parameters by name, see `parameter_counts`; `rounds` is how often decoding reads the
+    weights, by default once a token. Activations are not counted.
     """
     cfg, batch, qwen3 = work.config, work.batch_size, work.config.qwen3
     n, prompt = cfg.ta_tok.num_tokens, work.prompt.shape[1]
     if stage == "text_to_image":
         parts = ("decode", "denoise", "autoencoder")
-        return [phase for part in parts for phase in phases(work, part, sizes)]
+        return [phase for part in parts for phase in phases(work, part, sizes, rounds)]
     if stage == "edit":
         encoders = flops.image_encoders(cfg, batch)
         read = 4 * (sizes["ta_tok_encoder"] + sizes["encoder"])
         work = replace(work, prompt=work.edit_prompt)
-        return [Phase(1, encoders, read), *phases(work, "text_to_image", sizes)]
+        return [Phase(1, encoders, read), *phases(work, "text_to_image", sizes, rounds)]
     if stage == "decode":
         # A token sees half of the image on average, and reads keys and values of every layer.
         context = prompt + (n + 1) / 2
@@ -231,7 +234,8 @@ def phases(work: Workload, stage: str, sizes: dict[str, int]) -> list[Phase]:
         read = sizes["layers"] + logits + 2 * batch * context * keys
         prefill = flops.qwen3(qwen3, batch * prompt, (prompt + 1) / 2)
         token = flops.qwen3(qwen3, batch, context, cfg.vocab.num_image_tokens)
-        return [Phase(1, prefill, 4 * sizes["layers"]), Phase(n, token, 4 * read)]
+        rounds = rounds or n
+        return [Phase(1, prefill, 4 * sizes["layers"]), Phase(rounds, token * n / rounds, 4 * read)]
     if stage == "denoise":
         once, step = flops.denoise(cfg, batch)
         return [Phase(1, once, 0), Phase(work.num_inference_steps, step, 4 * sizes["sana"])]

@@ -130,12 +130,16 @@ def measure(
         times, resting = timing.alternating(calls, args.repeats)
         idle = {name: max(idle.get(name, 0.0), share) for name, share in resting.items()}
         # What the machine could reach at most.
-        phases = stages.phases(work, stage, sizes)
+        rounds = {"rounds": float(ours["rounds"].mean())} if "rounds" in ours else {}
+        phases = stages.phases(work, stage, sizes, **rounds)
         for size in {int(phase.bytes) for phase in phases} - {0, *speeds}:
             speeds[size] = timing.read_bytes_per_second(size, threads)
         limit = timing.limit_seconds(phases, max(gemm.values()), speeds.__getitem__)
         numbers = timing.row(times, limit, *stages.amount(work, stage))
-        rows[stage] = {"devices": mesh.size} | numbers
+        rows[stage] = {"devices": mesh.size} | rounds | numbers
+        if rounds:
+            sentence = "%d tokens in %.1f rounds of the transformer."
+            log.info(sentence, cfg.ta_tok.num_tokens, rounds["rounds"])
         # a run that is stopped later has said this much
         log.info("%s", timing.table({stage: rows[stage]}).splitlines()[-1])
     options = ("batch_size", "num_inference_steps", "repeats")

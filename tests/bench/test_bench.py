@@ -52,6 +52,9 @@ def test_the_limit_of_decoding_grows_with_the_weights_read_for_every_token():
     more = stages.phases(work, "decode", sizes | {"layers": 2000})[1]
     assert more.bytes - tokens.bytes == 4 * 1000
     assert prefill.flops > tokens.flops  # 64 prompt tokens at once against one
+    rounds = stages.phases(work, "decode", sizes, rounds=16.0)[1]
+    assert rounds.bytes == tokens.bytes
+    assert (rounds.passes, rounds.flops * 16) == (16, tokens.flops * 64)
 
 
 @pytest.fixture
@@ -85,6 +88,7 @@ def test_our_side_alone(capsys, two_devices, tiny_preset):
     tokens = 2 * tiny_preset.ta_tok.num_tokens
     assert decode["value"]["ours"] == pytest.approx(tokens / decode["seconds"]["ours"])
     assert decode["share_of_limit"] > 0
+    assert 1 <= decode["rounds"] <= tiny_preset.ta_tok.num_tokens
     assert report["agreement"] == {}
     assert report["agree"] is None  # with nothing
     assert decode["devices"] == 2
