@@ -165,7 +165,7 @@ def build(cfg: Blip3oConfig) -> Reference:
         fields.pop(name, None)
     sana = SanaTransformer2DModel.from_config(fields)
     if cfg.sana.few_steps:
-        sana.span_embed = SpanEmbed(width)
+        sana.span_embed = SpanEmbed(cfg.sana.hidden_size)
         sana.time_embed.emb.register_forward_hook(lambda _, __, e: e + sana.span_embed().to(e))
     if cfg.sana.condition_positions:
         sana.caption_norm.register_forward_hook(_add_positions(cfg))
