@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -5,7 +7,9 @@ from blip3o_jax.cli import build_parser, main
 from blip3o_jax.data import mixture
 from blip3o_jax.errors import MAX_SEED, InputError, check_seed
 from blip3o_jax.jobs.options import settings_of
+from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.pipeline import Pipeline
+from blip3o_jax.presets import preset
 from blip3o_jax.sample.generate import sample_key
 from blip3o_jax.sample.settings import EditSettings
 
@@ -29,9 +33,10 @@ def test_a_seed_of_32_bits_is_the_whole_key(seed):
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**32 + 7, 2**63, 1.0, True, "7", None])
 def test_any_other_seed_is_refused(seed):
     sentence = "The seed is a whole number from 0 to 4294967295, not "
+    pipeline = SimpleNamespace(model=Blip3o(preset("emoji_64")))
     for call, given in ((Pipeline.samples, (["a cat"],)), (Pipeline.edit, ("a.png", "x"))):
         with pytest.raises(InputError) as error:
-            call(None, *given, seed=seed)
+            call(pipeline, *given, seed=seed)
         assert str(error.value) == f"{sentence}{seed!r}."
 
 
