@@ -188,7 +188,8 @@ def test_a_run_killed_in_a_bucket_resumes_as_if_it_had_not_been(bucket, uninterr
     assert len(list(folder.iterdir())) == 2
     # A byte that changed since is noticed, and the checkpoint set aside.
     damaged = max(paths.files_below(folder / "30" / "model"), key=paths.state)
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert training_checkpoint.open_manager(workdir).latest_step() == 25
     assert sorted(x.name for x in folder.iterdir()) == ["25", "30.broken-0"]
 
