@@ -24,7 +24,16 @@ from blip3o_jax.kernels.masks import Causal
 from blip3o_jax.kernels.platform import is_unrolled
 from blip3o_jax.kernels.products import logits_product
 from blip3o_jax.models.layers import Dtype, Initializer, Linear, RMSNorm, scan_layers
-from blip3o_jax.parallel.activations import STEP, WHOLE, Layout, lookup, pin, pin_rows, update_rows
+from blip3o_jax.parallel.activations import (
+    STEP,
+    WHOLE,
+    Layout,
+    lookup,
+    pin,
+    pin_rows,
+    update_rows,
+    write_rows,
+)
 
 # Of fresh weights, as transformers': what a layer adds is small beside a token's own vector, so
 # that words stay distinct.
@@ -261,8 +270,7 @@ class Qwen3(nn.Module):
             # A token sees what its row has written so far: [B,1,T,S] by place, [B,1,1,S] by
             # validity.
             index = cache["index"]
-            write = jax.vmap(lambda row, new, start: lax.dynamic_update_slice(row, new, (start,)))
-            cache = cache | {"valid": write(cache["valid"], valid, index)}
+            cache = cache | {"valid": write_rows(cache["valid"], valid, index)}
             places = jnp.arange(cache["valid"].shape[1])
             written = places <= index[:, None, None, None] + jnp.arange(length)[:, None]
             mask = written & cache["valid"][:, None, None, :]

@@ -93,6 +93,12 @@ def read_rows(x: Array, start: Array, size: int) -> Array:
     return per_shard(read, x, start, batch_axes=(0, 0))
 
 
+@jax.vmap
+def write_rows(row: Array, new: Array, start: Array) -> Array:
+    """x [B,N,...] with new [B,size,...] from each row's own `start` [B] on."""
+    return jax.lax.dynamic_update_slice_in_dim(row, new, start, axis=0)
+
+
 def update_rows(x: Array, new: Array, start: list[Array | int], axis: int, index: Array) -> Array:
     """x [L,B,...] with new [B,...] written at `start`, in each row at its own index [B] of an axis.
 

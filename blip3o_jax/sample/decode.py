@@ -22,6 +22,7 @@ from blip3o_jax.parallel.activations import (
     pin_rows,
     read_rows,
     rows_of_a_step,
+    write_rows,
 )
 from blip3o_jax.sample.flow import Scalar
 
@@ -211,7 +212,7 @@ def _write(
         for name, new in values.items():
             old = read_rows(rows[name], begin + 1, window)
             keep = is_done.reshape(-1, *(1,) * (new.ndim - 1))
-            values[name] = _written(rows[name], jnp.where(keep, old, new), begin + 1)
+            values[name] = write_rows(rows[name], jnp.where(keep, old, new), begin + 1)
         if drafts is None:
             above = jnp.roll(values["tokens"], side, axis=1)
             is_far = (ends > begin[:, None] + window) & (ends >= side)
@@ -225,9 +226,3 @@ def _write(
     tokens, logprobs = (rows[name][:, :-1] for name in ("tokens", "logprobs"))
     hidden, rounds = rows["hidden"], rows["rounds"]
     return {"tokens": tokens, "hidden": hidden, "logprobs": logprobs, "rounds": rounds}
-
-
-@jax.vmap
-def _written(row: Array, values: Array, start: Array) -> Array:
-    """row [n,...] with values [W,...] from `start` on, for each row."""
-    return jax.lax.dynamic_update_slice_in_dim(row, values, start, axis=0)
