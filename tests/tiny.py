@@ -34,6 +34,16 @@ TRANSFORMER = Qwen3Config(
     rms_norm_eps=0.01,
 )
 
+TRANSFORMER_VOCAB = VocabConfig(
+    image_start_tag_id=30,
+    image_end_tag_id=31,
+    scale_start_token_id=32,
+    image_start_token_id=35,
+    num_image_tokens=32,  # five ids follow
+    pad_token_id=0,
+    eos_token_id=1,
+)
+
 VOCAB = VocabConfig(
     image_start_tag_id=20,
     image_end_tag_id=21,

@@ -1,5 +1,6 @@
 """The stages of training, a record of each: all that depends on the stage of a run."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ WORLD = ("data_dir", "num_train", "seed", "text_fraction", *PROMPTS)
 PICTURES = ("sources", "heldout", "max_bad_fraction", "max_pixels", "max_aspect", "row_group_mb")
 MIXTURE = (*PICTURES, "crop", "long_captions", "cache")
 TEXT = ("row_length", "tokenizer")
+CAPTIONS = ("reader_threads", *TEXT, *WORLD, *EDITS, *MIXTURE)
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
@@ -101,20 +103,22 @@ def _captions(model: Blip3oConfig, data: DataConfig, rows: int) -> Shapes:
     return arrays | {"tokens": _rows(rows, length), "start": _rows(rows)}
 
 
-def _joint_flops(model: Blip3oConfig, cfg: sections.JointConfig, batch: dict) -> int:
-    """Counts the encoders, unless the batch comes from a cache."""
+def _caption_flops(model: Blip3oConfig, batch: dict, step: Callable[..., int]) -> int:
+    """FLOPs of a `step` (of `flops`) on rows of captions. Counts the encoders, unless the batch
+    comes from a cache."""
     rows, length = batch["tokens"].shape
     sources = model.max_sources if "num_sources" in batch else 0
     encoders = flops.image_encoders(model, rows, sources) if "latents" in batch else 0
-    return flops.joint_step(model, rows, length, cfg.trainable_sana == "all", sources) - encoders
+    return step(model, rows, length, sources=sources) - encoders
+
+
+def _joint_flops(model: Blip3oConfig, cfg: sections.JointConfig, batch: dict) -> int:
+    whole = cfg.trainable_sana == "all"
+    return _caption_flops(model, batch, functools.partial(flops.joint_step, whole_sana=whole))
 
 
 def _distill_flops(model: Blip3oConfig, cfg: sections.DistillConfig, batch: dict) -> int:
-    """As `_joint_flops`."""
-    rows, length = batch["tokens"].shape
-    sources = model.max_sources if "num_sources" in batch else 0
-    encoders = flops.image_encoders(model, rows, sources) if "latents" in batch else 0
-    return flops.distill_step(model, rows, length, sources) - encoders
+    return _caption_flops(model, batch, flops.distill_step)
 
 
 def _tokenizer_teachers(cfg: sections.TokenizerConfig) -> tuple[str, ...]:
@@ -174,7 +178,7 @@ STAGES = {
         parts=WHOLE,
         trained=lambda cfg: ("qwen3", "diffusion_connector", "sana"),
         section=sections.JointConfig,
-        data=("reader_threads", *TEXT, *WORLD, *EDITS, *MIXTURE),
+        data=CAPTIONS,
         rows="captions",
         loss=losses.joint_loss,
         draws=losses.joint_draws,
@@ -187,7 +191,7 @@ STAGES = {
         parts=WHOLE,
         trained=lambda cfg: ("diffusion_connector", "sana"),
         section=sections.DistillConfig,
-        data=("reader_threads", *TEXT, *WORLD, *EDITS, *MIXTURE),
+        data=CAPTIONS,
         rows="captions",
         loss=distill.distill_loss,
         draws=distill.distill_draws,

@@ -66,45 +66,42 @@ def sampling(checkpoint: str, repeats: int) -> dict:
     return {"denoise": ratio(turns(denoise, repeats)), "whole": ratio(turns(whole, repeats))}
 
 
-def training(preset_name: str, repeats: int) -> dict:
+STAGES = {
+    "distill": {"model": {"sana": {"few_steps": 4}}},
+    "joint": {"joint": {"trainable_sana": "all"}, "frozen_parts": ["qwen3"]},
+}
+
+
+def training(preset: str, repeats: int) -> dict:
     import jax
     import jax.numpy as jnp
 
     from blip3o_jax.bench import stages
-    from blip3o_jax.config import replace
     from blip3o_jax.convert.random_weights import random_params
     from blip3o_jax.models.blip3o import Blip3o
-    from blip3o_jax.presets import preset
     from blip3o_jax.train import steps
     from blip3o_jax.train.config import TrainConfig
+    from blip3o_jax.train.read_config import from_dict
 
-    config, sides, memory = preset(preset_name), {}, {}
-    work = stages.make(config, 4, 1)
-    batch = {"tokens": work.tokens, "start": work.start, "latents": work.noise}
-    batch["codes"] = jnp.zeros((4, config.ta_tok.num_tokens), jnp.int32)
-    for stage in ("distill", "joint"):
-        changes = {"sana": {"few_steps": 4}} if stage == "distill" else {}
-        more = {} if stage == "distill" else {"joint": {"trainable_sana": "all"}}
-        from blip3o_jax.train.read_config import from_dict
-
-        values = {"stage": stage, "preset": preset_name, "model": changes, "batch_size": 4, **more}
-        cfg = from_dict(TrainConfig, values | {"frozen_parts": ["qwen3"]} if more else values)
-        model = Blip3o(replace(config, **changes))
+    sides, memory = {}, {}
+    for stage, own in STAGES.items():
+        cfg = from_dict(TrainConfig, {"stage": stage, "preset": preset, "batch_size": 4, **own})
+        model = Blip3o(cfg.blip3o())
+        work = stages.make(model.config, 4, 1)
+        batch = {"tokens": work.tokens, "start": work.start, "latents": work.noise}
+        batch["codes"] = jnp.zeros((4, model.config.ta_tok.num_tokens), jnp.int32)
         params = jax.tree.map(jnp.asarray, random_params(model.config))
         state, frozen = steps.init_state(cfg, params)
-        step = steps.compile_step(model, cfg, None)
-        compiled = step.lower(state, frozen, batch).compile()
-        memory[stage] = compiled.memory_analysis().temp_size_in_bytes
+        step = steps.compile_step(model, cfg, None).lower(state, frozen, batch).compile()
+        memory[stage] = step.memory_analysis().temp_size_in_bytes
         held = {"state": state}
 
-        def run(held=held, frozen=frozen, compiled=compiled):
-            held["state"], _ = compiled(held["state"], frozen, batch)
+        def run(held=held, frozen=frozen, batch=batch, step=step):
+            held["state"], _ = step(held["state"], frozen, batch)
             jax.block_until_ready(held["state"])
 
         sides[stage] = run
-    seconds = ratio(turns(sides, repeats))
-    more = memory["distill"] / memory["joint"]
-    return {"seconds": seconds, "temporary_bytes": memory | {"ratio": round(more, 2)}}
+    return {"seconds": ratio(turns(sides, repeats)), "temporary_bytes": ratio(memory)}
 
 
 def main() -> int:

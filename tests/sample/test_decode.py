@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import TRANSFORMER
+from tiny import TRANSFORMER_VOCAB as VOCAB
 
-from blip3o_jax.config import VocabConfig, replace
+from blip3o_jax.config import replace
 from blip3o_jax.convert.qwen3 import qwen3_rules
 from blip3o_jax.convert.rules import to_jax
 from blip3o_jax.models.blip3o import Blip3o
@@ -22,15 +23,6 @@ from blip3o_jax.sample.decode import generate_tokens, sample, token_logprobs
 
 CFG = TRANSFORMER
 MODEL = Qwen3(CFG)
-VOCAB = VocabConfig(
-    image_start_tag_id=30,
-    image_end_tag_id=31,
-    scale_start_token_id=32,
-    image_start_token_id=35,
-    num_image_tokens=32,  # five ids follow
-    pad_token_id=0,
-    eos_token_id=1,
-)
 N = 6
 
 traced = []

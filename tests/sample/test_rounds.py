@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from sample.one_by_one import one_by_one, windows_of
 from tiny import TRANSFORMER
+from tiny import TRANSFORMER_VOCAB as VOCAB
 
-from blip3o_jax.config import VocabConfig
 from blip3o_jax.models.qwen3 import Qwen3
 from blip3o_jax.parallel.mesh import BATCH, make_mesh
 from blip3o_jax.parallel.parameters import shardings
@@ -17,15 +17,6 @@ from blip3o_jax.plan import collectives
 from blip3o_jax.sample.decode import generate_tokens
 
 MODEL, N, ROWS = Qwen3(TRANSFORMER), 25, 8
-VOCAB = VocabConfig(
-    image_start_tag_id=30,
-    image_end_tag_id=31,
-    scale_start_token_id=32,
-    image_start_token_id=35,
-    num_image_tokens=32,
-    pad_token_id=0,
-    eos_token_id=1,
-)
 SETTINGS = {"default": (1200, 0.95, 1.0), "cold": (0, 1.0, 0.3), "greedy": (1200, 0.95, 0.0)}
 
 
