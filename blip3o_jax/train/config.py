@@ -166,7 +166,7 @@ class TrainConfig:
         """A model of few steps is trained by its own stage, which trains no other."""
         few, stage = bool(self.blip3o().sana.few_steps), self.stage
         sentence = "Stage 'distill' trains a model of few steps; say how many by"
-        require(few or stage != "distill", f"{sentence} model {{'sana.few_steps': 4}}.")
+        require(few or stage != "distill", f"{sentence} --config.model.sana.few_steps=4.")
         others = few and stage != "distill" and "sana" in self.trained_parts
         sentence = f"Stage {stage!r} would train velocities of a model of few steps, and not its"
         require(not others, f"{sentence} mean ones; train before stage 'distill', or freeze sana.")

@@ -59,7 +59,7 @@ def distill_loss(
     batch = distill_draws(model, cfg, batch, key) | batch
     own = fixed(params)
     # What the transformer's states say, and the latents to be reached.
-    _, hidden, sources = losses.read_rows(model, own, batch)
+    _, hidden, sources = losses.read_captions(model, own, batch)
     states = condition_slice(hidden, batch["start"], model.config.num_condition_tokens)
     states = flow.drop_condition(states, batch["dropped"])
     x0 = losses.latents_of(model, own, batch)

@@ -219,7 +219,7 @@ def joint_loss(
     (docs/model.md §1.3, §5, §6)."""
     batch = joint_draws(model, cfg, batch, key) | batch
     codes_key = jax.random.split(key, 4)[0] if cfg.stochastic_codes else None
-    tokens, hidden, sources = read_rows(model, params, batch, codes_key, cfg.last_slice)
+    tokens, hidden, sources = read_captions(model, params, batch, codes_key, cfg.last_slice)
     losses, hits = cross_entropy(model, params, hidden[:, :-1], tokens[:, 1:], cfg.ce_chunk)
     weights = _targets(model, batch)
     counts = jnp.sum(batch["targets"], axis=0)
@@ -243,7 +243,7 @@ def joint_loss(
     return loss, {"loss": loss, "ce": ce, **accuracies, "flow": mse, "latent_std": jnp.std(x0)}
 
 
-def read_rows(
+def read_captions(
     model: Blip3o,
     params: dict,
     batch: Batch,

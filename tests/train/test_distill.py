@@ -62,7 +62,7 @@ def case(request):
 
 def mean_velocity(model, params, batch, x, sigma, dropped, scaled=True):
     """u [B,Y,X,C] at levels `sigma` [B] with the batch's next levels; plain calls."""
-    hidden, sources = losses.read_rows(model, params, batch)[1:]
+    hidden, sources = losses.read_captions(model, params, batch)[1:]
     states = condition_slice(hidden, batch["start"], model.config.num_condition_tokens)
     given = condition.build(model, params, flow.drop_condition(states, dropped), sources, dropped)
     how = (1 - 1 / batch["scale"], batch["begin"], batch["end"]) if scaled else (0.0, 0.0, 1.0)
