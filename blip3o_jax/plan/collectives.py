@@ -42,8 +42,11 @@ def _visits(bodies: dict[str, list[str]], name: str, times: int) -> Iterator[tup
         inner = times
         if loop := re.search(r" while\(.*condition=%([\w.\-]+)", line):
             # A loop of scan or of the compiler's counts up to the constant in its condition.
-            tested = "\n".join(text for _, _, text in _visits(bodies, loop[1], 1))
+            condition = list(_visits(bodies, loop[1], 1))
+            tested = "\n".join(text for _, _, text in condition)
             inner *= max(map(int, CONSTANT.findall(tested)), default=1)
+            # Which may have to ask all devices whether the loop goes on.
+            yield from ((own, inner * count, text) for own, count, text in condition)
         for callee in re.findall(r"%([\w.\-]+)", called[1]):
             yield from _visits(bodies, callee, inner)
 
