@@ -206,18 +206,14 @@ def _write(
         # Known tokens stay. What is drawn now are the next guesses; further on, the row of the
         # image above.
         drawn = jnp.where(places < fed[:, None], jnp.roll(tokens, -1, axis=1), drawn)
-        # A row that is done stays as it is.
-        is_done = fed == num_tokens
+        # A row that is done feeds its last window again, and writes what is there.
         values = {"tokens": drawn, "logprobs": logprobs, "hidden": states}
-        for name, new in values.items():
-            old = read_rows(rows[name], begin + 1, window)
-            keep = is_done.reshape(-1, *(1,) * (new.ndim - 1))
-            values[name] = write_rows(rows[name], jnp.where(keep, old, new), begin + 1)
+        values = {name: write_rows(rows[name], new, begin + 1) for name, new in values.items()}
         if drafts is None:
             above = jnp.roll(values["tokens"], side, axis=1)
             is_far = (ends > begin[:, None] + window) & (ends >= side)
             values["tokens"] = jnp.where(is_far, above, values["tokens"])
-        return {"fed": known, "rounds": rows["rounds"] + ~is_done, **values}, cache
+        return {"fed": known, "rounds": rows["rounds"] + (fed < num_tokens), **values}, cache
 
     with jax.named_scope("decode"):
         rows, _ = jax.lax.while_loop(
