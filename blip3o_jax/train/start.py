@@ -97,8 +97,8 @@ def initial_params(
         leaves = {path: fit_vocabulary(f"{part}/{path}", x, rows) for path, x in leaves.items()}
         if model.config.use_und_image_vae_as_channels:
             leaves = {p: fit_channels(f"{part}/{p}", x, channels) for p, x in leaves.items()}
-        if part == "sana" and model.config.sana.few_steps:
-            leaves = fresh_span(model, key) | leaves
+        if part == "sana":
+            leaves = fit_spans(model, key, leaves, directory)
         shapes = {path: x.shape for path, x in flatten_dict(expected[part], sep="/").items()}
         require(
             shapes == {path: x.shape for path, x in leaves.items()},
@@ -113,10 +113,18 @@ def initial_params(
     return params
 
 
-def fresh_span(model: Blip3o, key: jax.Array) -> dict[str, jax.Array]:
-    """Leaves of what a model of few steps has beyond others, which adds nothing at first."""
-    make = jax.jit(lambda key: model.init(key, ("sana",))["sana"]["span_embed"])
-    return flatten_dict({"span_embed": make(key)}, sep="/")
+def fit_spans(
+    model: Blip3o, key: jax.Array, leaves: dict[str, jax.Array], directory: str
+) -> dict[str, jax.Array]:
+    """SANA's leaves for a model with or without spans: fresh ones add nothing at first, and without
+    them SANA gives the velocity at a noise level."""
+    if model.config.sana.few_steps:
+        make = jax.jit(lambda key: model.init(key, ("sana",))["sana"]["span_embed"])
+        return flatten_dict({"span_embed": make(key)}, sep="/") | leaves
+    plain = {path: x for path, x in leaves.items() if not path.startswith("span_embed/")}
+    if len(plain) < len(leaves):
+        log.info("init.sana: %s is of few steps, which this run's model is not.", directory)
+    return plain
 
 
 def begin(

@@ -186,6 +186,18 @@ def test_a_run_begins_with_the_pictures_of_its_teacher():
     np.testing.assert_array_equal(pictures(few, begun, 2.0), expected)  # not learned yet
 
 
+def test_a_plain_run_may_begin_with_a_model_of_few_steps():
+    """Whose velocities without steps and guidance it takes over."""
+    config = replace(preset("emoji_64"), **SMALL | FEW)
+    params = random_params(config)
+    cfg = TrainConfig("joint", model=SMALL, init={"sana": "there"})
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    model = Blip3o(cfg.blip3o())
+    plain = start.initial_params(cfg, model, lambda _, part: params[part], mesh, ("sana",))["sana"]
+    expected = {name: x for name, x in params["sana"].items() if name != "span_embed"}
+    jax.tree.map(np.testing.assert_array_equal, plain, expected)
+
+
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
