@@ -23,6 +23,7 @@ EXAMPLES = {
     "generate": 'blip3o-jax generate "two red hearts" --out hearts.png --seed 7',
     "edit": 'blip3o-jax edit hearts.png "make the left heart blue" --out blue.png',
     "serve": "blip3o-jax serve --checkpoint emoji_64 --port 8000",
+    "compile": "blip3o-jax compile --checkpoint emoji_64 --num-inference-steps 30",
     "train": "blip3o-jax train --config emoji_finetune --workdir runs/mine --config.num_steps=500",
     "grpo": "blip3o-jax grpo --config emoji_grpo --workdir runs/grpo",
     "evaluate": "blip3o-jax evaluate scenes --checkpoint runs/mine --out out/scores",

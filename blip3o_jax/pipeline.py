@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from blip3o_jax import checkpoints, geometry
+from blip3o_jax import checkpoints, executables, geometry
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.convert import published
 from blip3o_jax.errors import InputError, require
@@ -76,7 +76,8 @@ class Pipeline:
         divides = batch_size % batch_shards(mesh) == 0
         require(divides, f"batch_size {batch_size} does not divide by {shards}.")
         self._place = jax.NamedSharding(mesh, BATCH)
-        self._compile(programs.programs(model, out_shardings=self._place))
+        self._keep = executables.keeper(model, params, mesh)
+        self._compile(programs.programs(model, self._place, self._keep))
 
     def _compile(self, compiled: programs.Programs) -> None:
         self._programs = compiled
@@ -118,7 +119,8 @@ class Pipeline:
     ) -> None:
         """Lets the denoising of all that `run` makes be `seen`, see `programs.Stepwise`; images are
         those of a batch in its order."""
-        self._compile(programs.stepwise(self.model, self._programs, stops, seen))
+        watched = programs.stepwise(self.model, self._programs, stops, seen, self._keep)
+        self._compile(watched)
 
     def check(self, requests: list[Request]) -> None:
         """InputError for the first request that cannot be served, its pictures unread; a warning

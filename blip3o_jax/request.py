@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from blip3o_jax.errors import about, check_number, check_seed, require
-from blip3o_jax.sample.settings import LEVELS, EditSettings, Settings, check_few_steps
+from blip3o_jax.errors import InputError, about, check_number, check_seed, require
+from blip3o_jax.sample.settings import LEVELS, EditSettings, Settings, check_few_steps, defaults
 
 if TYPE_CHECKING:
     from blip3o_jax.config import Blip3oConfig
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 SHORTEST = 16  # tokens of the smallest bucket of prompts
 BUCKETS = 4  # at most
+# Scales of text and source for each set of forwards that guidance has (`condition.guidance`), those
+# of the defaults first.
+SCALES = ((1.0, 1.0), (2.0, 1.0), (2.0, 2.0), (2.0, 3.0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,3 +139,31 @@ def repeated(requests: list[Request], num_images: int) -> list[Request]:
     require(num_images >= 1, f"num_images is at least 1, not {num_images}.")
     require(len(requests) > 0, "There are no prompts.")
     return [replace(request, index=i) for request in requests for i in range(num_images)]
+
+
+def of_each_shape(
+    config: Blip3oConfig, text: Text, guided: bool = False, **settings
+) -> Iterator[Request]:
+    """A request for each length that prompts are padded to, and of edits also, if `guided`, for
+    each set of forwards that guidance has: together they need every program of these settings."""
+    sources = (np.zeros((config.image_size, config.image_size, 3), np.uint8),)
+    kinds = [((), defaults(config, Settings, **settings))]
+    if config.max_sources:
+        kinds.append((sources, defaults(config, EditSettings, **settings)))
+    for images, own in kinds:
+        # Longer and longer, until a length comes that was not there yet.
+        lengths = set()
+        for words in range(1, config.max_prompt_tokens):
+            request = Request(" ".join(["a"] * words), images, settings=own)
+            try:
+                length = bucket(request, encode(request, config, text), config)
+            except InputError:  # longer than a prompt can be
+                break
+            if length not in lengths:
+                lengths.add(length)
+                yield request
+    # Any prompt does here: denoising does not see its length. One of few steps guides by itself.
+    if guided and config.max_sources and not config.sana.few_steps:
+        for by_text, by_image in SCALES[1:]:
+            scales = {"guidance_scale": by_text, "image_guidance_scale": by_image}
+            yield Request("a", sources, settings=replace(own, **scales))

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from clouds import contents, run
@@ -19,7 +20,8 @@ from etils import epath
 from orbax.checkpoint._src.path import gcs_utils
 from tiny import TEXT_ONLY, from_step, practice, rows_at
 
-from blip3o_jax import checkpoints, cli, paths, training_checkpoint
+import blip3o_jax
+from blip3o_jax import checkpoints, cli, executables, paths, training_checkpoint
 from blip3o_jax.convert import orbax_io
 from blip3o_jax.data import cache
 from blip3o_jax.errors import InputError
@@ -260,6 +262,26 @@ def test_a_checkpoint_is_converted_from_bucket_to_bucket(bucket, local, tmp_path
     assert partial in run(capfd, "convert", "verify", bucket / "jax")[1]
     assert run(capfd, "convert", "to-jax", bucket / "tiny", bucket / "jax")[0] == 0
     assert run(capfd, "convert", "verify", bucket / "jax")[0] == 0
+
+
+def test_compiled_programs_are_taken_from_a_bucket(bucket, local, monkeypatch):
+    folder, read, pictures = bucket / "cache", [], []
+    monkeypatch.setattr("jax._src.compilation_cache._cache_checked", True)  # it is not in use
+    monkeypatch.setattr("jax._src.compilation_cache._cache_used", False)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    pickled = executables.pickle.loads
+    monkeypatch.setattr(executables.pickle, "loads", lambda x: read.append(x) or pickled(x))
+    try:
+        for count in (0, 3):
+            model = blip3o_jax.load(local, devices=jax.devices()[:1], batch_size=1)
+            picture = np.asarray(*model.generate("a b", num_inference_steps=2))
+            assert len(read) == count
+            assert len(paths.files_below(folder / executables.FOLDER)) == 3
+            pictures.append(picture)
+        np.testing.assert_array_equal(*pictures)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 COLORS = ("red", "blue", "green", "pink")

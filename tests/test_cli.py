@@ -30,6 +30,7 @@ LEAVES = [
         ["generate"],
         ["edit"],
         ["serve"],
+        ["compile"],
         ["train"],
         ["grpo"],
         ["evaluate", "scenes"],

@@ -19,6 +19,8 @@ from blip3o_jax.sample import flow, generate
 from blip3o_jax.sample.condition import Sources, guidance
 from blip3o_jax.sample.settings import MOST
 
+# What puts a program on disk: (function, name, names of static arguments) -> function of the same.
+Keep = Callable[[Callable, str, tuple[str, ...]], Callable]
 DECODING = ("top_k", "top_p", "temperature")  # settings of `write_tokens`; the others are of `draw`
 
 
@@ -83,29 +85,45 @@ class Stepwise(Programs):
         return self.pictures(params, latents), latents
 
 
-def stepwise(model: Blip3o, run: Programs, stops: Callable, seen: Callable) -> Stepwise:
+def _program(
+    function: Callable, model: Blip3o, keep: Keep | None, static: tuple[str, ...] = (), **options
+) -> Callable:
+    compiled = functools.partial(function, model)
+    compiled = jit(compiled, model.config, static_argnames=static, **options)
+    return keep(compiled, function.__name__, static) if keep else compiled
+
+
+def stepwise(
+    model: Blip3o, run: Programs, stops: Callable, seen: Callable, keep: Keep | None = None
+) -> Stepwise:
     """A model's programs `run`, seen as they denoise."""
     if isinstance(run, Stepwise):
         return replace(run, stops=stops, seen=seen)
-    more = {
-        name: jit(functools.partial(getattr(generate, name), model), model.config)
-        for name in ("first_noise", "denoise_between")
-    }
-    return Stepwise(**vars(run), **more, stops=stops, seen=seen)
+    first_noise = _program(generate.first_noise, model, keep)
+    denoise_between = _program(generate.denoise_between, model, keep)
+    return Stepwise(
+        **vars(run),
+        first_noise=first_noise,
+        denoise_between=denoise_between,
+        stops=stops,
+        seen=seen,
+    )
 
 
-def programs(model: Blip3o, out_shardings: jax.sharding.Sharding | None = None) -> Programs:
-    """The programs of a model, whose images are placed by `out_shardings`."""
-
-    def program(function: Callable, **options: Any) -> Callable:
-        return jit(functools.partial(function, model), model.config, **options)
-
+def programs(
+    model: Blip3o, out_shardings: jax.sharding.Sharding | None = None, keep: Keep | None = None
+) -> Programs:
+    """The programs of a model, whose images are placed by `out_shardings`; `keep`, if given, puts
+    those that make images on disk (`executables.keeper`)."""
+    program = functools.partial(_program, model=model, keep=keep)
+    steps = "num_inference_steps"
     return Programs(
-        write_tokens=program(generate.write_tokens, writes_tokens=True, static_argnames="top_k"),
+        write_tokens=program(generate.write_tokens, static=("top_k",), writes_tokens=True),
         encode_latents=program(generate.encode_latents),
         encode_sources=program(generate.encode_sources),
-        draw_latents=program(generate.draw_latents, static_argnames="num_inference_steps"),
-        path=program(generate.path, static_argnames=("num_inference_steps", "sampler")),
+        draw_latents=program(generate.draw_latents, static=(steps,)),
+        # Of training, whose parameters are others in every step.
+        path=_program(generate.path, model, None, static=(steps, "sampler")),
         pictures=program(generate.pictures, out_shardings=out_shardings),
     )
 

@@ -10,10 +10,8 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from blip3o_jax.errors import InputError
 from blip3o_jax.pipeline import Pipeline
-from blip3o_jax.request import Request, bucket, encode
-from blip3o_jax.sample.settings import EditSettings, Settings
+from blip3o_jax.request import Request, of_each_shape
 from blip3o_jax.serve.metrics import Metrics
 from blip3o_jax.serve.queue import Done, Item, Queue, Step
 
@@ -21,8 +19,6 @@ log = logging.getLogger(__name__)
 
 # Settings that are compiled into the programs: a request has the server's values.
 COMPILED = ("top_k", "renorm_min", "reference_quirks")
-# Scales of text and source for each set of forwards that guidance has (`condition.guidance`).
-SCALES = ((1.0, 1.0), (2.0, 1.0), (2.0, 2.0), (2.0, 3.0))
 
 
 class Worker(threading.Thread):
@@ -50,8 +46,9 @@ class Worker(threading.Thread):
 
     def _warm_up(self) -> None:
         """Runs every program that a request can ask for."""
-        begun = time.monotonic()
-        requests = list(warm_up_requests(self.pipeline))
+        begun, own = time.monotonic(), self.pipeline
+        # The programs of a server do for any number of steps.
+        requests = list(of_each_shape(own.model.config, own.text, True, num_inference_steps=1))
         for number, request in enumerate(requests, 1):
             # A server that is told to stop by now need not compile the rest.
             if self.queue.is_closed:
@@ -110,30 +107,3 @@ def _tell(item: Item, sample: object, error: str = "") -> None:
 def partial_steps(steps: int, count: int) -> list[int]:
     """After which steps `count` partial images are shown; fewer where there are few steps."""
     return sorted({steps * (i + 1) // (count + 1) for i in range(count)} - {0, steps})
-
-
-def warm_up_requests(own: Pipeline) -> Iterator[Request]:
-    """A request for each shape of programs: for each length that prompts are padded to, and for
-    each kind of guidance."""
-    config = own.model.config
-    sources = (np.zeros((config.image_size, config.image_size, 3), np.uint8),)
-    kinds = [((), Settings(num_inference_steps=1))]
-    if config.max_sources:
-        kinds.append((sources, EditSettings(num_inference_steps=1)))
-    for images, settings in kinds:
-        # Longer and longer, until a length comes that was not there yet.
-        lengths = set()
-        for words in range(1, config.max_prompt_tokens):
-            request = Request(" ".join(["a"] * words), images, settings=settings)
-            try:
-                length = bucket(request, encode(request, config, own.text), config)
-            except InputError:  # longer than a prompt can be
-                break
-            if length not in lengths:
-                lengths.add(length)
-                yield request
-    # Any prompt does here: denoising does not see its length. One of few steps guides by itself.
-    if config.max_sources and not config.sana.few_steps:
-        for text, image in SCALES[1:]:
-            scales = {"guidance_scale": text, "image_guidance_scale": image}
-            yield Request("a", sources, settings=EditSettings(num_inference_steps=1, **scales))
