@@ -17,7 +17,6 @@ import os
 import pathlib
 import pickle
 import platform
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -29,9 +28,10 @@ from jax.sharding import Mesh
 
 from blip3o_jax import paths
 from blip3o_jax.errors import first_line
+from blip3o_jax.kernels.platform import without_cache
+from blip3o_jax.kernels.waiting import told
 
 FOLDER = "programs"  # in the folder of JAX's cache
-HIT = "/jax/compilation_cache/cache_hits"
 # What programs are traced from: these rooms and those that they import (setup.cfg).
 ROOMS = (
     "config",
@@ -61,7 +61,6 @@ PARAMS = "params"  # stands for the parameters among the arguments
 
 Keep = Callable[..., Callable]
 log = logging.getLogger(__name__)
-_here = threading.local()  # how many programs JAX's cache gave to this thread
 
 
 def keeper(model: Any, params: Any, mesh: Mesh) -> Keep:
@@ -74,7 +73,6 @@ def keeper(model: Any, params: Any, mesh: Mesh) -> Keep:
     """
     if (place := folder()) is None:
         return lambda function, name, static=(): function
-    _count_hits()
     devices = mesh.devices.flatten().tolist()
     kinds = jax.tree.map(lambda x: repr(_kind(x)), params)
     made_for = [repr(model), repr(kinds), _machine(devices)]
@@ -98,12 +96,11 @@ def _on_disk(
         file = place / f"{name}-{hashlib.sha256(contents.encode()).hexdigest()[:24]}"
         if (program := _read(file, facts, devices)) is not None:
             return program
-        hits = _hits()
-        program = function.lower(*args, **kwargs, **fixed).compile()
-        # One that was read from JAX's cache cannot be written again (jaxlib 0.10.2: it would not
-        # find its own functions).
-        if _hits() == hits:
-            _write(file, facts, program)
+        lowered = function.lower(*args, **kwargs, **fixed)
+        # One that JAX's cache gives cannot be written again (jaxlib 0.10.2: it would run nowhere).
+        with without_cache(), told():
+            program = lowered.compile()
+        _write(file, facts, program)
         return program
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -115,6 +112,7 @@ def _on_disk(
             programs[key] = find(key, args, kwargs, fixed)
         return programs[key](*args, **kwargs)
 
+    call.programs = programs
     return call
 
 
@@ -213,15 +211,3 @@ def _write(file: paths.AnyPath, facts: dict[str, str], program: Any) -> None:
         paths.write_bytes(file, head.encode() + b"\n" + data)
     except Exception as error:  # of a platform that cannot, of a full disk
         log.warning("The program %s is not kept: %s.", file, first_line(error))
-
-
-@functools.cache
-def _count_hits() -> None:
-    def on_event(event: str, **_: Any) -> None:
-        _here.hits = _hits() + (event == HIT)
-
-    jax.monitoring.register_event_listener(on_event)
-
-
-def _hits() -> int:
-    return getattr(_here, "hits", 0)

@@ -6,6 +6,7 @@ import gc
 import os
 import resource
 import signal
+import sys
 import tempfile
 
 import pytest
@@ -83,6 +84,12 @@ def pytest_configure(config):
         config.add_cleanup(folder.cleanup)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+        # A conftest.py of the folder that was asked for has imported JAX already.
+        if "jax" in sys.modules:
+            import jax
+
+            jax.config.update("jax_compilation_cache_dir", folder.name)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def name_of(path) -> str:

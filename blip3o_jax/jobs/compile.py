@@ -41,9 +41,6 @@ def run(args: argparse.Namespace) -> int:
     both = args.server and (steps or args.top_k != Settings.top_k)
     require(not both, "--server compiles for any number of steps and its own --top-k alone.")
     check_devices(args)
-    import jax
-    from jax.experimental.compilation_cache import compilation_cache
-
     from blip3o_jax import executables, paths
     from blip3o_jax.parallel.processes import share
     from blip3o_jax.request import of_each_shape
@@ -57,9 +54,6 @@ def run(args: argparse.Namespace) -> int:
         paths.write_bytes(folder / "test", b"")
         (folder / "test").unlink()
     before = executables.kept(folder)
-    # What JAX's own cache gives cannot be put on disk.
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
     if args.server:
         steps = {"num_inference_steps": 1}
         pipeline.watch(lambda steps: (), lambda step, steps, show: show())

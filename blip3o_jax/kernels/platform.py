@@ -5,9 +5,10 @@ import functools
 import logging
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.errors import first_line
@@ -103,6 +104,19 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(root / "blip3o_jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     _rewrite_damaged_programs()
+
+
+@contextlib.contextmanager
+def without_cache() -> Iterator[None]:
+    """Programs are neither taken from JAX's cache on disk nor written there."""
+    before = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # which remembers whether it is in use
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def _rewrite_damaged_programs() -> None:

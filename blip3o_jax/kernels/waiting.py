@@ -1,7 +1,9 @@
 """What is said while XLA compiles: nothing of a moment's work, one line of a long one."""
 
+import contextlib
 import logging
 import threading
+from collections.abc import Iterator
 
 import jax
 
@@ -22,16 +24,30 @@ def tell_of_compilation() -> None:
 def started(event: str, **_) -> None:
     """Takes JAX's events: a program is looked up in the cache, and compiled if it is not there."""
     if event == STARTED:
-        timer = threading.Timer(PATIENCE, _tell)
-        timer.daemon = True
-        _timers.append(timer)
-        timer.start()
+        _timers.append(_timer())
 
 
 def ended(event: str, _seconds: float, **_) -> None:
     """Takes JAX's measurements: a program is there."""
     if event == ENDED and _timers:
         _timers.pop().cancel()
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Says so when what is compiled here, without JAX's cache, takes long."""
+    timer = _timer()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _timer() -> threading.Timer:
+    timer = threading.Timer(PATIENCE, _tell)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def _tell() -> None:

@@ -150,7 +150,7 @@ def test_one_pipeline_that_generates_and_edits_compiles_its_decoder_once(pipelin
     pipeline.edit("a.png", "make it blue", keep_unchanged=9.0, **QUICK)
     functions = (pipeline._run, pipeline._edit, pipeline._round_trip)
     pictures = {function.args[0].pictures for function in functions}
-    assert [program._cache_size() for program in pictures] == [1]
+    assert [len(program.programs) for program in pictures] == [1]
 
 
 def test_the_command_edits_a_photograph_as_it_is_shown(channels, tmp_path):
