@@ -56,6 +56,7 @@ class Stub(ThreadingHTTPServer):
     def reset(self):
         self.requests.clear()
         self.model = "emoji_64"
+        self.facts: dict = {}  # more that /v1/models says of it
         self.ready = True
         self.key = ""
         self.refused: set[str] = set()  # fields
@@ -98,7 +99,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/ready":
             self.answer(200 if self.server.ready else 503, b"{}")
         elif self.path == "/v1/models" and self.is_allowed():
-            self.answer(200, json.dumps({"data": [{"id": self.server.model}]}).encode())
+            model = {"id": self.server.model, **self.server.facts}
+            self.answer(200, json.dumps({"data": [model]}).encode())
         else:
             self.fail(401 if self.path == "/v1/models" else 404, "Give the API key of this server.")
 

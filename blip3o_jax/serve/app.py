@@ -10,6 +10,7 @@ import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -191,6 +192,10 @@ class Server:
 
     def _model(self, name: str) -> dict:
         model = {"id": name, "object": "model", "created": self.created, "owned_by": "blip3o-jax"}
+        # For a form: what a body may leave out.
+        defaults = {"generate": self.offer.settings, "edit": self.offer.edit_settings}
+        model |= {"defaults": {name: asdict(settings) for name, settings in defaults.items()}}
+        model |= {"few_steps": self.config.sana.few_steps}
         return model | {"checkpoint": self.pipeline.identity}
 
     async def images(self, request: Request) -> Response:

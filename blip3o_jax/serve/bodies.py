@@ -16,7 +16,7 @@ from blip3o_jax import geometry
 from blip3o_jax.errors import MAX_SEED, InputError
 from blip3o_jax.pictures import LIMITS, Limits, PictureError, alpha, decode
 from blip3o_jax.request import Request
-from blip3o_jax.sample.settings import EditSettings, Settings
+from blip3o_jax.sample.settings import EditSettings, Settings, check_few_steps
 
 if TYPE_CHECKING:
     from blip3o_jax.config import Blip3oConfig
@@ -160,6 +160,11 @@ def _settings(url: str, body: dict, offer: Offer) -> Settings:
             sentence = f"{only}, which this server compiled, not {_shown(body[name])}."
             check_field(changed == settings, name, sentence)
         settings = changed
+    if offer.config.sana.few_steps:
+        try:
+            check_few_steps(settings)
+        except InputError as error:
+            raise FieldError("guidance_scale", str(error)) from error
     return settings
 
 

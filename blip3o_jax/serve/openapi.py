@@ -19,6 +19,7 @@ from blip3o_jax.serve.bodies import (
 )
 from blip3o_jax.serve.store import MOST_METADATA, PURPOSES
 
+SCALES = ("guidance_scale", "image_guidance_scale")  # a model of few steps has them from 1 on
 ERRORS = {
     **{"400": "A field is missing, wrong, or asks for what is not done here."},
     **{"401": "The API key is missing or wrong.", "403": "A page of another site called."},
@@ -116,6 +117,8 @@ def _body(url: str, offer: Offer) -> dict[str, Any]:
             fields[option.name] = {"enum": [getattr(settings, option.name), None]}
         else:
             least, most = option.metadata["limits"]
+            if offer.config.sana.few_steps and option.name in SCALES:
+                least = 1
             fields[option.name] = (
                 _whole(least, most)
                 if type(option.default) is int
@@ -168,7 +171,10 @@ def _object(**fields: dict) -> dict[str, Any]:
 
 _TEXT, _MAYBE, _COUNT = {"type": "string"}, {"type": ["string", "null"]}, {"type": "integer"}
 _ERROR = _object(error=_object(message=_TEXT, type=_TEXT, param=_MAYBE, code=_MAYBE))
-_MODEL = _object(id=_TEXT, object={"const": "model"}, created=_COUNT, owned_by=_TEXT)
+_MODEL = _object(
+    **{"id": _TEXT, "object": {"const": "model"}, "created": _COUNT, "owned_by": _TEXT},
+    **{"checkpoint": _TEXT, "defaults": {"type": "object"}, "few_steps": _COUNT},
+)
 _STATUS = _object(status=_TEXT)
 _USAGE = _object(input_tokens=_COUNT, output_tokens=_COUNT, total_tokens=_COUNT)
 _IMAGES = _object(created=_COUNT, data=_list(_object(b64_json=_TEXT)), usage=_USAGE, size=_TEXT)

@@ -314,6 +314,43 @@ def test_fields_have_the_command_lines_defaults_and_limits(page):
         assert (field.get_attribute("min"), field.get_attribute("max")) == (str(least), str(most))
 
 
+FEW = {"num_inference_steps": 4, "guidance_scale": 2.0}
+FACTS = {"few_steps": 4, "defaults": {"generate": FEW, "edit": FEW | {"guidance_scale": 1.0}}}
+
+
+def test_fields_take_over_the_models_own_defaults(visit, stub):
+    stub.facts = FACTS
+    page = visit()
+    for mode, scale in (("Edit", "1"), ("Generate", "2")):
+        page.get_by_role("radio", name=mode, exact=True).check(force=True)
+        page.wait_for_function("document.getElementById('steps').value === '4'")
+        assert page.input_value("#scale") == scale
+    assert page.locator("#scale").get_attribute("min") == "1"
+    start(page, "a tree", seed=1)
+    results(page, 1)
+    assert stub.requests[0] == stub.requests[0] | FEW
+    assert "image_guidance_scale" not in stub.requests[0]
+    # What somebody wrote stays when a model is read again, and so does what he was at.
+    page.fill("#steps", "7")
+    page.fill("#prompt", "two")
+    page.evaluate("(defaults) => setDefaults(defaults)", {"generate": {**FEW, "guidance_scale": 5}})
+    fields = [page.input_value(f"#{name}") for name in ("prompt", "steps", "scale")]
+    assert fields == ["two", "7", "5"]
+
+
+def test_a_model_of_few_steps_is_guided_by_one_scale(visit, stub, picture):
+    stub.facts = FACTS
+    page = visit()
+    page.wait_for_function("document.getElementById('steps').value === '4'")
+    choose(page, picture)
+    start(page, "turn it", scale=3)
+    results(page, 1)
+    (request,) = stub.requests
+    assert request["guidance_scale"] == request["image_guidance_scale"] == 3
+    command = page.locator("article pre").text_content()
+    assert "--guidance-scale 3 \\\n  --image-guidance-scale 3 \\\n" in command
+
+
 def test_the_file_needs_no_other_and_no_markup_from_a_server():
     text = page_stub.PAGE.read_text()
     addresses = set(re.findall(r"\w+://[^\s\"']+", text))
