@@ -25,7 +25,7 @@ from blip3o_jax.parallel.batches import batch_shards
 from blip3o_jax.parallel.mesh import BATCH, make_mesh
 from blip3o_jax.parallel.parameters import shardings
 from blip3o_jax.pictures import Picture, array
-from blip3o_jax.request import Request, Sample, bucket, encode, repeated
+from blip3o_jax.request import Request, Sample, bucket, encode, repeated, settled
 from blip3o_jax.sample import generate, int8, programs
 from blip3o_jax.sample.condition import edit_options
 from blip3o_jax.sample.settings import EditSettings, Settings, defaults
@@ -97,6 +97,7 @@ class Pipeline:
         """
         requests = iter(requests)
         while window := list(itertools.islice(requests, WINDOW * self.batch_size)):
+            window = [settled(request, self.model.config) for request in window]
             rows = [Row(place, request) for place, request in enumerate(window)]
             done, due = set(), 0
             for batch in self._batches(rows):

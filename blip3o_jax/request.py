@@ -40,7 +40,7 @@ class Request:
     then: tuple[str, ...] = ()
     seed: int = 0
     index: int = 0  # of several images of the same prompt and seed
-    settings: Settings | None = None  # by default those of the kind, `Settings` or `EditSettings`
+    settings: Settings | None = None  # by default the model's, see `settled`
     keep_unchanged: float | None = None
     id: str = ""
     where: str = ""  # in a file it stands, for errors
@@ -49,9 +49,7 @@ class Request:
     def __post_init__(self):
         check_seed(self.seed)
         kind = EditSettings if self.images else Settings
-        if self.settings is None:
-            object.__setattr__(self, "settings", kind())
-        if type(self.settings) is not kind:
+        if self.settings is not None and type(self.settings) is not kind:
             raise ValueError(f"{kind.__name__} belong to this request, not {self.settings}.")
         is_edit = not (self.then or self.keep_unchanged is not None) or bool(self.images)
         require(is_edit, "`then` and `keep_unchanged` belong to an edit, which has source images.")
@@ -107,12 +105,20 @@ class Sample:
         return self.request.index
 
 
+def settled(request: Request, config: Blip3oConfig) -> Request:
+    """The request with settings: where it has none, those that the model is sampled by."""
+    if request.settings is not None:
+        return request
+    kind = EditSettings if request.images else Settings
+    return replace(request, settings=defaults(config, kind))
+
+
 def encode(request: Request, config: Blip3oConfig, text: Text) -> list[list[int]]:
     """Token ids of each turn's prompt, those of source images open; InputError for a text that is
     empty, too long or holds a control token, for more source images than the model takes, or for
     settings that it does not know."""
     with request.named():
-        if config.sana.few_steps:
+        if config.sana.few_steps and request.settings is not None:
             check_few_steps(request.settings)
         if not request.images:
             return [text.encode_prompt(request.prompt)]

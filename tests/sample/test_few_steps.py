@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import SMALL
+from tiny import SMALL, text
 
 from blip3o_jax.config import replace
 from blip3o_jax.convert.random_weights import random_params
 from blip3o_jax.errors import InputError
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.presets import preset
-from blip3o_jax.request import Request, encode
+from blip3o_jax.request import Request, encode, settled
 from blip3o_jax.sample import condition, flow, generate
 from blip3o_jax.sample.settings import EditSettings, Settings, check_few_steps, defaults
 
@@ -132,5 +132,15 @@ def test_it_has_its_own_number_of_steps(case):
         assert defaults(config, kind).num_inference_steps == STEPS
         assert defaults(config, kind, num_inference_steps=7).num_inference_steps == 7
         assert defaults(preset("mid_128"), kind) == kind()
+    # A request without settings has those of the model.
+    image = np.zeros((4, 4, 3), np.uint8)
+    for images, kind in (((), Settings), ((image,), EditSettings)):
+        request = Request("a red heart", images)
+        assert settled(request, config).settings == defaults(config, kind)
+        assert settled(request, preset("mid_128")).settings == kind()
+        own = Request("a red heart", images, settings=kind(num_inference_steps=7))
+        assert settled(own, config) is own
+    (tokens,) = encode(Request("a red heart"), config, text())
+    assert tokens == text().encode_prompt("a red heart")
     check_few_steps(defaults(config))
     check_few_steps(EditSettings(guidance_scale=2.0, image_guidance_scale=2.0))
