@@ -44,7 +44,7 @@ def lower(cfg: TrainConfig, mesh: Mesh) -> dict[str, Program]:
         "pictures": (rows(jnp.float32, side, side, channels),),
     }
     options = {"write_tokens": rollout.decoding(section), "pictures": {}}
-    options["draw_latents"] = rollout.rendering(section, editing=False)
+    options["draw_latents"] = rollout.rendering(config, section, editing=False)
     drawn = {"tokens": rows(jnp.int32, length), "start": rows(jnp.int32)}
     drawn |= {"logprobs": rows(jnp.float32, config.ta_tok.num_tokens)}
     batch = {"transformer": drawn | {"advantages": numbers, "mask": numbers}}

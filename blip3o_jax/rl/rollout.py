@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
+from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.errors import RewardError
 from blip3o_jax.models.blip3o import Blip3o, Params
 from blip3o_jax.parallel.batches import (
@@ -78,9 +79,9 @@ def decoding(section: GrpoConfig) -> dict[str, Any]:
     return {"top_k": 0, "top_p": 1.0, "temperature": section.temperature}
 
 
-def rendering(section: GrpoConfig, editing: bool) -> dict[str, Any]:
+def rendering(config: Blip3oConfig, section: GrpoConfig, editing: bool) -> dict[str, Any]:
     """Settings of `draw_latents`."""
-    settings = programs.by_text(section.guidance_scale, editing) | {"shift": 1.0}
+    settings = programs.by_text(config, section.guidance_scale, editing) | {"shift": 1.0}
     return settings | {"num_inference_steps": section.num_inference_steps}
 
 
@@ -160,7 +161,7 @@ def rollouts(
     def render(params: Params, hidden: Array, keys: Array, sources: Any, path: bool) -> tuple:
         """(images, what the diffusion part's method trains on)."""
         if not path:
-            settings = rendering(section, editing)
+            settings = rendering(model.config, section, editing)
             images, latents = run.draw(params, hidden, keys, sources, **settings)
             return images, {"x0": latents}
         steps = section.num_inference_steps

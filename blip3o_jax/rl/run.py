@@ -46,8 +46,8 @@ def reinforced(
     draw = programs.edit if editing else programs.text_to_image
     place = jax.NamedSharding(mesh, BATCH)
     draw = functools.partial(draw, programs.programs(model, out_shardings=place))
-    show = asdict(Settings(num_inference_steps=20))
-    show |= programs.by_text(show["guidance_scale"], editing)
+    show = asdict(Settings(num_inference_steps=model.config.sana.few_steps or 20))
+    show |= programs.by_text(model.config, show["guidance_scale"], editing)
     rollouts = rollout.rollouts(cfg, model, mesh, text, prompts, score)
 
     def compiled(state: dict, frozen: dict, batch: dict, shardings: dict) -> Callable:

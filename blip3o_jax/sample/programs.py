@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax import Array
 
+from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.kernels.platform import jit
 from blip3o_jax.models.blip3o import Blip3o, Params
 from blip3o_jax.sample import flow, generate
@@ -164,10 +165,12 @@ def edit(
     return {"images": images, "latents": latents, "source_codes": codes, **written}
 
 
-def by_text(scale: float | None, editing: bool) -> dict[str, Any]:
-    """The setting of guidance by the text alone, of an edit the instruction; None is none."""
+def by_text(config: Blip3oConfig, scale: float | None, editing: bool) -> dict[str, Any]:
+    """The setting of guidance by the text alone, of an edit the instruction; None is none. A model
+    of few steps guides by instruction and source together."""
     if editing:
-        return {"guidance_scale": guidance(1.0 if scale is None else scale, 1.0)}
+        scale = 1.0 if scale is None else scale
+        return {"guidance_scale": guidance(scale, scale if config.sana.few_steps else 1.0)}
     return {"guidance_scale": scale}
 
 

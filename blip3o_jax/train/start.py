@@ -98,7 +98,7 @@ def initial_params(
         if model.config.use_und_image_vae_as_channels:
             leaves = {p: fit_channels(f"{part}/{p}", x, channels) for p, x in leaves.items()}
         if part == "sana":
-            leaves = fit_spans(model, key, leaves, directory)
+            leaves = fit_spans(cfg, model, key, leaves)
         shapes = {path: x.shape for path, x in flatten_dict(expected[part], sep="/").items()}
         require(
             shapes == {path: x.shape for path, x in leaves.items()},
@@ -114,7 +114,7 @@ def initial_params(
 
 
 def fit_spans(
-    model: Blip3o, key: jax.Array, leaves: dict[str, jax.Array], directory: str
+    cfg: TrainConfig, model: Blip3o, key: jax.Array, leaves: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """SANA's leaves for a model with or without spans: fresh ones add nothing at first, and without
     them SANA gives the velocity at a noise level."""
@@ -123,7 +123,12 @@ def fit_spans(
         return flatten_dict({"span_embed": make(key)}, sep="/") | leaves
     plain = {path: x for path, x in leaves.items() if not path.startswith("span_embed/")}
     if len(plain) < len(leaves):
-        log.info("init.sana: %s is of few steps, which this run's model is not.", directory)
+        # One that is frozen needs not lose what it has learned.
+        keep = (
+            "" if "sana" in cfg.trained_parts else "; --config.model.sana.few_steps=4 keeps it so"
+        )
+        sentence = "init.sana: %s is of few steps, which this run's checkpoints are not%s."
+        log.warning(sentence, cfg.init["sana"], keep)
     return plain
 
 

@@ -15,13 +15,14 @@ from blip3o_jax.errors import InputError
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.parallel.mesh import make_mesh
 from blip3o_jax.presets import preset
-from blip3o_jax.rl import grpo
+from blip3o_jax.rl import grpo, rollout
 from blip3o_jax.rl.logprobs import image_logprobs
 from blip3o_jax.rl.rewards.protocol import named
 from blip3o_jax.rl.rewards.scoring import scorer
 from blip3o_jax.rl.rollout import numbers_of
 from blip3o_jax.rl.run import reinforced
-from blip3o_jax.sample import generate
+from blip3o_jax.sample import generate, programs
+from blip3o_jax.sample.condition import guidance
 from blip3o_jax.scenes import edits, prompts
 from blip3o_jax.scenes.config import WorldConfig
 from blip3o_jax.scenes.scene import compose
@@ -81,6 +82,43 @@ def test_a_model_that_edits_draws_prompts_without_sources(scale):
     batch = batch["transformer"]
     found, _ = image_logprobs(run.model, params["qwen3"], batch["tokens"], batch["start"], 1.0)
     np.testing.assert_allclose(found, batch["logprobs"], atol=2e-5)
+
+
+def test_a_model_of_few_steps_renders_prompts_and_edits_in_its_own_way():
+    """With one forward a step, guided by instruction and source together; and is evaluated so."""
+    few = {**EDITING, "sana.few_steps": 2}
+    section = GrpoConfig(num_generations=4, num_inference_steps=2, guidance_scale=2.0)
+    data = DataConfig(edits=0.5, row_length=0)
+    cfg = tiny.config(stage="grpo", joint=None, grpo=section, model=few, data=data)
+    config = cfg.blip3o()
+    source = np.random.default_rng(0).integers(0, 256, (config.image_size,) * 2 + (3,), np.uint8)
+    asked = [{"prompt": "two red hearts"}, {"prompt": "make it blue", "source": source}]
+    seen = []
+
+    def score(images, metadata):
+        seen.append(images)
+        return lambda: (np.arange(float(len(images)))[:, None], {"scenes": np.ones(len(images))})
+
+    run = reinforced(cfg, lambda step: asked, asked, tiny.text(), score, None)
+    params = jax.device_put(random_params(config))
+    with jax.set_mesh(make_mesh(cfg.mesh)):
+        run.batches(0)(1, {"params": params}, {})
+        numbers, _ = run.evaluate(params)
+    assert numbers == {"heldout/scenes": 1.0}
+    # The same tokens and noise, rendered by hand.
+    drawn, rows = seen[0], [m for m in asked for _ in range(4)]
+    inputs = rollout.prompt_arrays(tiny.text(), run.model, rows, True)
+    keys = rollout.key_numbers(rows, cfg.seed + rollout.SEEDS)
+    how = {"num_inference_steps": 2, "guidance_scale": guidance(2.0, 2.0), "shift": 1.0}
+    how |= {"top_k": 0, "top_p": 1.0, "temperature": 1.0}
+    prompt, valid, images, exists = inputs
+    own = programs.programs(run.model)
+    expected = programs.edit(own, params, prompt, valid, keys, images, exists, **how)
+    np.testing.assert_array_equal(drawn, expected["images"])
+    plain = programs.edit(
+        own, params, prompt, valid, keys, images, exists, **how | {"guidance_scale": None}
+    )
+    assert (drawn != plain["images"]).any()
 
 
 def test_models_whose_prompts_hold_no_sources_are_refused(tmp_path, capsys):

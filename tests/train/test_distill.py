@@ -186,16 +186,31 @@ def test_a_run_begins_with_the_pictures_of_its_teacher():
     np.testing.assert_array_equal(pictures(few, begun, 2.0), expected)  # not learned yet
 
 
-def test_a_plain_run_may_begin_with_a_model_of_few_steps():
-    """Whose velocities without steps and guidance it takes over."""
+@pytest.mark.parametrize("stage", ["joint", "grpo"])
+def test_a_plain_run_may_begin_with_a_model_of_few_steps(stage, caplog):
+    """Whose velocities without steps and guidance it takes over; where they are not trained, the
+    log says how to keep the few steps."""
     config = replace(preset("emoji_64"), **SMALL | FEW)
     params = random_params(config)
-    cfg = TrainConfig("joint", model=SMALL, init={"sana": "there"})
+    cfg = TrainConfig(stage, model=SMALL, init={"sana": "there"})
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
     model = Blip3o(cfg.blip3o())
     plain = start.initial_params(cfg, model, lambda _, part: params[part], mesh, ("sana",))["sana"]
     expected = {name: x for name, x in params["sana"].items() if name != "span_embed"}
     jax.tree.map(np.testing.assert_array_equal, plain, expected)
+    keep = "; --config.model.sana.few_steps=4 keeps it so" if stage == "grpo" else ""
+    sentence = f"init.sana: there is of few steps, which this run's checkpoints are not{keep}."
+    assert caplog.messages == [sentence]
+
+
+def test_a_run_that_trains_the_transformer_keeps_the_spans_of_its_model():
+    config = replace(preset("emoji_64"), **SMALL | FEW)
+    params = random_params(config)
+    cfg = TrainConfig("grpo", model=SMALL | FEW, init={"sana": "there"})
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    model = Blip3o(cfg.blip3o())
+    kept = start.initial_params(cfg, model, lambda _, part: params[part], mesh, ("sana",))["sana"]
+    jax.tree.map(np.testing.assert_array_equal, kept, params["sana"])
 
 
 @pytest.mark.parametrize(
