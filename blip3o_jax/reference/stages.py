@@ -5,7 +5,7 @@ import torch
 
 from blip3o_jax.reference import editing, pipeline
 from blip3o_jax.reference.modules import Reference
-from blip3o_jax.verify.stages import EDIT_GUIDANCE, GUIDANCE, NUM_STEPS, TIMESTEP
+from blip3o_jax.verify.stages import GUIDANCE, NUM_STEPS, TIMESTEP, edit_guidance
 
 
 @torch.no_grad()
@@ -18,7 +18,8 @@ def stage_outputs(ref: Reference, inputs: dict[str, np.ndarray]) -> dict[str, np
     hidden = ref.ar.model(prompt[:1]).last_hidden_state
     condition = ref.connector(given["states"])
     tokens, states = pipeline.greedy_tokens(ref, prompt, valid)
-    latents = pipeline.denoise(ref, states, noise, NUM_STEPS, GUIDANCE)
+    denoise = pipeline.denoise_few if ref.config.sana.few_steps else pipeline.denoise
+    latents = denoise(ref, states, noise, NUM_STEPS, GUIDANCE)
     outputs = {
         "hidden": hidden,
         "logits": hidden @ ref.ar.lm_head.weight.T,
@@ -44,12 +45,12 @@ def edit_outputs(ref: Reference, given: dict[str, torch.Tensor]) -> dict[str, to
     source, prompt = editing.Source(ids, latents), given["edit_prompt"].long()
     _, embeddings = editing.embed(ref, prompt, torch.tensor([prompt.shape[1] - 1]), [source])
     states, noise = given["states"], given["noise"][:1].movedim(-1, 1)
-    time = torch.full((1,), TIMESTEP)
+    time, scales = torch.full((1,), TIMESTEP), edit_guidance(ref.config)
     outputs = {
         "edit_hidden": ref.ar.model(inputs_embeds=embeddings).last_hidden_state,
         "edit_condition": editing.condition(ref, states[0], source),
         "edit_velocity": editing.velocity(ref, noise, time, states[0], source),
-        "edit_guided": editing.denoise(ref, states, [source], noise, NUM_STEPS, *EDIT_GUIDANCE),
+        "edit_guided": editing.denoise(ref, states, [source], noise, NUM_STEPS, *scales),
     }
     if ref.config.use_tar_siglip_features:
         outputs["features"] = ref.ta_tok.pooled(given["view"].movedim(-1, 1))

@@ -17,8 +17,12 @@ from blip3o_jax.models.blip3o import Blip3o, Params
 from blip3o_jax.sample import condition, generate
 
 NUM_STEPS, GUIDANCE, TIMESTEP, PROMPT = 5, 2.0, 600.0, 12
-EDIT_GUIDANCE = (2.0, 1.5)  # of the text and of the source image
 NUM_SOURCES = 2  # at most
+
+
+def edit_guidance(cfg: Blip3oConfig) -> tuple[float, float]:
+    """The scales of the text and of the source image, which are one for a model of few steps."""
+    return (GUIDANCE, GUIDANCE) if cfg.sana.few_steps else (GUIDANCE, 1.5)
 
 
 def stage_inputs(cfg: Blip3oConfig, seed: int = 0) -> dict[str, np.ndarray]:
@@ -133,7 +137,7 @@ def edit_outputs(
     model: Blip3o, params: Params, inputs: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """The stages that source images reach: the hidden states of an edit's prompt, the condition, a
-    velocity, latents by guidance on two scales; and the features that some models read."""
+    velocity, latents by guidance; and the features that some models read."""
     # The prompt, with the codes or features of its sources.
     ids, outputs = inputs["source_ids"], {}
     read = jit(functools.partial(_read, model))
@@ -148,7 +152,7 @@ def edit_outputs(
         sources = condition.Sources(latents, jnp.ones(latents.shape[:2], bool))
         given = condition.build(model, params, states, sources)
         velocity = condition.velocity(model, params, noise, time, given)
-        guidance = condition.guidance(*EDIT_GUIDANCE)
+        guidance = condition.guidance(*edit_guidance(model.config))
         how = NUM_STEPS, guidance, 1.0, sources
         return given.tokens, velocity, generate.denoise(model, params, states, noise, *how)
 
