@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from editing import checkpoint
 
 from blip3o_jax import __version__
 from blip3o_jax.cli import EXAMPLES, JOBS, build_parser, main, parse
@@ -75,16 +76,20 @@ def test_every_command_declares_its_own_options():
     assert sorted(leaves(build_parser())) == sorted([*LEAVES, *OFFICIAL])
 
 
-def test_sampling_options_are_the_settings():
-    parser = build_parser()
+def test_sampling_options_are_the_settings(tmp_path):
+    parser, plain = build_parser(), ["--checkpoint", checkpoint(tmp_path / "plain", {})]
+    few = {"num_inference_steps": 4}  # of emoji_64, which is the default
     for words in (["generate", "a cat"], ["evaluate", "scenes"]):
-        assert settings_of(parser.parse_args(words)) == Settings()
+        assert settings_of(parser.parse_args([*words, *plain])) == Settings()
+        assert settings_of(parser.parse_args(words)) == Settings(**few)
     options = ["--top-k", "7", "--guidance-scale", "3", "--shift", "0.5", "--top-p", "0.25"]
     args = parser.parse_args(["generate", "a cat", *options, "--num-inference-steps", "4"])
     assert settings_of(args) == Settings(4, 3.0, 7, 0.25, 1.0, 0.5)
     words = ["edit", "a.png", "make it blue"]
-    assert settings_of(parser.parse_args(words), EditSettings) == EditSettings()
-    args = parser.parse_args([*words, *options, "--renorm-min", "0.5", "--reference-quirks"])
+    assert settings_of(parser.parse_args([*words, *plain]), EditSettings) == EditSettings()
+    assert settings_of(parser.parse_args(words), EditSettings) == EditSettings(**few)
+    words += [*plain, *options]
+    args = parser.parse_args([*words, "--renorm-min", "0.5", "--reference-quirks"])
     given = EditSettings(30, 3.0, 7, 0.25, 0.0, 0.5, renorm_min=0.5, reference_quirks=True)
     assert settings_of(args, EditSettings) == given
     assert parser.parse_args(["plan", "--config", "x"]).num_inference_steps is None

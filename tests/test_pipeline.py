@@ -226,6 +226,24 @@ def test_python_and_command_line_give_the_same_image(pipeline, tmp_path, monkeyp
     assert sorted(p.name for p in tmp_path.iterdir()) == ["made", "prompts.jsonl"]
 
 
+def test_the_embedded_model_takes_its_four_steps_unless_it_is_told_otherwise(pipeline, tmp_path):
+    """And says so, in Python and in the files of the command."""
+    (image,) = pipeline.generate("a cat", seed=3)
+    (edited,) = pipeline.edit(image, "make the cat blue", seed=3)
+    (sample,) = pipeline.run([Request("a cat", seed=3)])
+    assert np.array_equal(sample.image, np.asarray(image))
+    assert sample.request.settings == Settings(num_inference_steps=4)
+    image.save(tmp_path / "cat.png")
+    words = {"generate": ["a cat"], "edit": [str(tmp_path / "cat.png"), "make the cat blue"]}
+    for job, own in (("generate", image), ("edit", edited)):
+        out = tmp_path / f"{job}.png"
+        assert main([job, *words[job], "--seed", "3", "--out", str(out)]) == 0
+        with Image.open(out) as kept:
+            np.testing.assert_array_equal(np.asarray(kept), np.asarray(own))
+            assert json.loads(kept.text["settings"]) == own.info["settings"]
+        assert own.info["settings"]["num_inference_steps"] == 4
+
+
 @pytest.mark.parametrize(
     ("platform", "order"),
     [("cpu", "start end start end start end"), ("tpu", "start start end start end end")],

@@ -1,12 +1,13 @@
 """What a diffusion part of few steps saves, and what it costs to train.
 
-    python tests/sample/few_steps_cost.py --checkpoint runs/few_steps [--repeats 9]
+    python tests/sample/few_steps_cost.py [--checkpoint emoji_64] [--repeats 9]
     python tests/sample/few_steps_cost.py --train mid_128 [--repeats 3]
 
-The first makes four pictures by the embedded model in 30 guided steps and by the checkpoint in its
-few, taking turns: seconds of the denoising and of the whole, medians, and their ratios. The second
-runs a training step of stage `joint` with the transformer frozen and one of `distill`, taking
-turns, at random weights from a cache: seconds and the memory of temporaries. One JSON line last.
+The first makes four pictures by the checkpoint without its spans in 30 guided steps and by itself
+in its few, taking turns: seconds of the denoising and of the whole, medians, and their ratios. The
+second runs a training step of stage `joint` with the transformer frozen and one of `distill`,
+taking turns, at random weights from a cache: seconds and the memory of temporaries. One JSON line
+last.
 """
 
 import argparse
@@ -40,13 +41,20 @@ def sampling(checkpoint: str, repeats: int) -> dict:
     import numpy as np
 
     import blip3o_jax
+    from blip3o_jax.config import replace
+    from blip3o_jax.models.blip3o import Blip3o
+    from blip3o_jax.pipeline import Pipeline
     from blip3o_jax.sample import generate, programs
     from blip3o_jax.sample.settings import defaults
 
     prompts = ["a red heart", "two blue stars", "a green tree left of a moon", "a yellow cat"]
     whole, denoise = {}, {}
-    for name in ("emoji_64", checkpoint):
-        own = blip3o_jax.load(name)
+    few = blip3o_jax.load(checkpoint)
+    model = Blip3o(replace(few.model.config, **{"sana.few_steps": 0}), few.model.dtype)
+    sana = {name: x for name, x in few.params["sana"].items() if name != "span_embed"}
+    params = {**few.params, "sana": sana}
+    plain = Pipeline(model, params, few.text, few.mesh, few.identity, few.batch_size)
+    for name, own in (("plain", plain), ("few", few)):
         settings = defaults(own.model.config)
         options = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": 2.0}
         rng, config = np.random.default_rng(0), own.model.config
@@ -106,7 +114,7 @@ def training(preset: str, repeats: int) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--checkpoint")
+    parser.add_argument("--checkpoint", default="emoji_64")
     parser.add_argument("--train", metavar="PRESET")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
