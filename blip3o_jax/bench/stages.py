@@ -1,31 +1,37 @@
 """The stages of `blip3o-jax bench`: inputs, our side, and what each must compute and read."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from blip3o_jax import flops
-from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config import Blip3oConfig, replace
 from blip3o_jax.kernels.platform import jit
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.parallel.mesh import BATCH
 from blip3o_jax.parallel.parameters import shardings
 from blip3o_jax.sample import condition, decode, flow, generate, programs
+from blip3o_jax.sample.settings import Settings
 from blip3o_jax.train import losses, steps
 from blip3o_jax.train.config import JointConfig, OptimizerConfig, TrainConfig
 
 GUIDANCE, LEARNING_RATE, WEIGHT_DECAY = 2.0, 1e-5, 0.1
+GUIDED_STEPS = Settings().num_inference_steps  # that few steps are measured against
+# What a checkpoint of few steps does besides, each with the stage of guided steps that it is.
+FEW_STEPS = {"few_steps_denoise": "denoise", "few_steps_text_to_image": "text_to_image"}
 
 
 @dataclass(frozen=True)
 class Workload:
     """Inputs of all stages for one batch; prompts of many lengths are padded on the left."""
 
-    config: Blip3oConfig
+    config: Blip3oConfig  # as published: guided steps, two forwards each
+    few_steps: int  # of the checkpoint, 0 if it has none
     batch_size: int
     num_inference_steps: int
     prompt: np.ndarray  # int32 [B,P], ends in <S0>
@@ -41,7 +47,7 @@ class Workload:
 
 
 def make(cfg: Blip3oConfig, batch_size: int, num_inference_steps: int, seed: int = 0) -> Workload:
-    """Random inputs of a fixed seed."""
+    """Random inputs of a fixed seed, for a checkpoint with this config."""
     rng, vocab, n = np.random.default_rng(seed), cfg.vocab, cfg.ta_tok.num_tokens
     longest, side = cfg.max_prompt_tokens, cfg.sana.sample_size
     lengths = np.linspace(longest / 2, longest, batch_size).astype(np.int32)
@@ -65,7 +71,8 @@ def make(cfg: Blip3oConfig, batch_size: int, num_inference_steps: int, seed: int
     latents = (batch_size, side, side, cfg.dc_ae.latent_channels)
     pixels = (batch_size, cfg.image_size, cfg.image_size, 3)
     return Workload(
-        cfg,
+        replace(cfg, sana={"few_steps": 0}),
+        cfg.sana.few_steps,
         batch_size,
         num_inference_steps,
         prompt=np.where(valid, ids, vocab.pad_token_id),
@@ -81,6 +88,11 @@ def make(cfg: Blip3oConfig, batch_size: int, num_inference_steps: int, seed: int
     )
 
 
+def without_spans(sana: dict) -> dict:
+    """SANA's parameters as the published one has them, which takes no spans."""
+    return {name: value for name, value in sana.items() if name != "span_embed"}
+
+
 def train_config() -> TrainConfig:
     """All of the diffusion part is trained; no condition is dropped, so that both sides see one."""
     optimizer = OptimizerConfig(LEARNING_RATE, LEARNING_RATE, weight_decay=WEIGHT_DECAY)
@@ -88,15 +100,17 @@ def train_config() -> TrainConfig:
     return TrainConfig(stage="joint", joint=joint, optimizer=optimizer)
 
 
-def ours(work: Workload, params, mesh) -> dict[str, Callable[[], dict]]:
-    """Each stage as a function that gives its results as numpy arrays when they are there; params
-    lie on the mesh, the batch is cut by it.
+def ours(work: Workload, params, mesh) -> dict[str, dict[str, Callable[[], dict]]]:
+    """{"ours" | "guided": {stage: function that gives its results as numpy arrays when they are
+    there}}; params lie on the mesh, the batch is cut by it. The guided side are the stages of few
+    steps in guided ones, where the checkpoint has few.
 
     Tokens are greedy, so that both sides write the same. A training step goes on from the one
     before it; its first call gives the losses of the given weights.
     """
     model, cfg, place = Blip3o(work.config), work.config, jax.NamedSharding(mesh, BATCH)
-    n, steps_ = cfg.ta_tok.num_tokens, work.num_inference_steps
+    n, spans = cfg.ta_tok.num_tokens, params
+    params = {**spans, "sana": without_spans(spans["sana"])}
     # The three programs of `generate`, compiled once for all stages that need them.
     compiled = functools.partial(jit, generates=cfg, out_shardings=place)
 
@@ -108,23 +122,25 @@ def ours(work: Workload, params, mesh) -> dict[str, Callable[[], dict]]:
             model.qwen3, params["qwen3"], cfg.vocab, n, prompt, valid, keys, 1, one, greedy
         )
 
-    @compiled
-    def denoise(params, states, noise):
-        return generate.denoise(model, params, states, noise, steps_, GUIDANCE, 1.0)
+    def denoiser(model, num_steps):
+        def denoise(params, states, noise):
+            return generate.denoise(model, params, states, noise, num_steps, GUIDANCE, 1.0)
+
+        return compiled(denoise)
 
     @compiled
     def pixels(params, latents):
         return generate.pixels(model, params, latents)
 
-    def whole(params, prompt, valid, noise):
+    def whole(denoise, name, params, prompt, valid, noise):
         written = write(params, prompt, valid)
         images = pixels(params, denoise(params, written["hidden"], noise))
-        return {"tokens": written["tokens"], "rounds": written["rounds"], "pixels": images}
+        return {"tokens": written["tokens"], "rounds": written["rounds"], name: images}
 
     # An edit as `blip3o-jax edit` makes it: the pipeline's own programs.
     run_edit, guidance = programs.programs(model, place), condition.guidance(GUIDANCE, 1.0)
     settings = {"top_k": 1, "top_p": 1.0, "temperature": 0.0, "shift": 1.0}
-    settings |= {"num_inference_steps": steps_, "guidance_scale": guidance}
+    settings |= {"num_inference_steps": work.num_inference_steps, "guidance_scale": guidance}
 
     def edit(params, prompt, images, exists, keys):
         valid = prompt != cfg.vocab.pad_token_id
@@ -132,28 +148,48 @@ def ours(work: Workload, params, mesh) -> dict[str, Callable[[], dict]]:
         return {name: edited[name] for name in ("tokens", "rounds", "images")}
 
     # What runs a program on given arrays; `name` is that of a result which is one array.
-    def stage(function, name="", **inputs):
+    def stage(function, name="", weights=params, **inputs):
         arrays = jax.device_put(inputs, place)
 
         def run():
             with jax.set_mesh(mesh):
-                result = function(params, **arrays)
+                result = function(weights, **arrays)
                 return jax.device_get({name: result} if name else result)
 
         return run
 
     prompts = {"prompt": work.prompt, "valid": work.valid}
+    given, drawn = {"states": work.states, "noise": work.noise}, prompts | {"noise": work.noise}
     sources = {"images": work.images[:, None], "exists": np.ones((work.batch_size, 1), bool)}
     sources["keys"] = np.array([generate.sample_key(0, "", i) for i in range(work.batch_size)])
-    return {
-        "decode": stage(write, **prompts),
-        "denoise": stage(denoise, "latents", states=work.states, noise=work.noise),
-        "autoencoder": stage(pixels, "pixels", latents=work.noise),
-        "text_to_image": stage(whole, **prompts, noise=work.noise),
-        "edit": stage(edit, prompt=work.edit_prompt, **sources),
-        "train_step": _training(model, params, work, mesh, cached=False),
-        "cached_train_step": _training(model, params, work, mesh, cached=True),
+    denoise = denoiser(model, work.num_inference_steps)
+    sides = {
+        "ours": {
+            "decode": stage(write, **prompts),
+            "denoise": stage(denoise, "latents", **given),
+            "autoencoder": stage(pixels, "pixels", latents=work.noise),
+            "text_to_image": stage(functools.partial(whole, denoise, "pixels"), **drawn),
+            "edit": stage(edit, prompt=work.edit_prompt, **sources),
+            "train_step": _training(model, params, work, mesh, cached=False),
+            "cached_train_step": _training(model, params, work, mesh, cached=True),
+        }
     }
+    if not work.few_steps:
+        return sides
+    # Both ways of a checkpoint of few steps. Latents and pixels of different ways have names of
+    # their own, since nobody should compare them.
+    few = Blip3o(replace(cfg, sana={"few_steps": work.few_steps}))
+    ways = {
+        "ours": (denoiser(few, work.few_steps), spans, "few_steps_"),
+        "guided": (denoiser(model, GUIDED_STEPS), params, ""),
+    }
+    for side, (way, weights, prefix) in ways.items():
+        image = functools.partial(whole, way, prefix + "pixels")
+        sides[side] = sides.get(side, {}) | {
+            "few_steps_denoise": stage(way, prefix + "latents", weights, **given),
+            "few_steps_text_to_image": stage(image, "", weights, **drawn),
+        }
+    return sides
 
 
 def _training(model: Blip3o, params, work: Workload, mesh, cached: bool) -> Callable[[], dict]:
@@ -189,12 +225,19 @@ def _training(model: Blip3o, params, work: Workload, mesh, cached: bool) -> Call
     return run
 
 
+def steps_of_sides(work: Workload, stage: str, sides: Iterable[str]) -> dict[str, str]:
+    """How each side samples, where they differ in it."""
+    if stage not in FEW_STEPS:
+        return {}
+    guided = dict.fromkeys(sides, f"{GUIDED_STEPS} guided steps")
+    return guided | {"ours": f"{work.few_steps} steps"}
+
+
 def amount(work: Workload, stage: str) -> tuple[float, str]:
     """(work done by one call, its unit): what a rate counts. Seconds have no amount."""
-    tokens, steps_ = work.config.ta_tok.num_tokens, work.num_inference_steps
     return {
-        "decode": (work.batch_size * tokens, "tokens/s"),
-        "denoise": (steps_, "steps/s"),
+        "decode": (work.batch_size * work.config.ta_tok.num_tokens, "tokens/s"),
+        "denoise": (work.num_inference_steps, "steps/s"),
         "autoencoder": (work.batch_size, "images/s"),
     }.get(stage, (0, "s"))
 
@@ -218,13 +261,18 @@ def phases(
     """
     cfg, batch, qwen3 = work.config, work.batch_size, work.config.qwen3
     n, prompt = cfg.ta_tok.num_tokens, work.prompt.shape[1]
+    if stage in FEW_STEPS:
+        few = replace(cfg, sana={"few_steps": work.few_steps})
+        work = dataclasses.replace(work, config=few, num_inference_steps=work.few_steps)
+        sizes = sizes | {"sana": sizes["sana"] + sizes["span_embed"]}
+        return phases(work, FEW_STEPS[stage], sizes, rounds)
     if stage == "text_to_image":
         parts = ("decode", "denoise", "autoencoder")
         return [phase for part in parts for phase in phases(work, part, sizes, rounds)]
     if stage == "edit":
         encoders = flops.image_encoders(cfg, batch)
         read = 4 * (sizes["ta_tok_encoder"] + sizes["encoder"])
-        work = replace(work, prompt=work.edit_prompt)
+        work = dataclasses.replace(work, prompt=work.edit_prompt)
         return [Phase(1, encoders, read), *phases(work, "text_to_image", sizes, rounds)]
     if stage == "decode":
         # A token sees half of the image on average, and reads keys and values of every layer.
@@ -257,6 +305,8 @@ def parameter_counts(params) -> dict[str, int]:
     tokenizer, autoencoder = params["ta_tok"], params["dc_ae"]
     pieces = {
         **params,
+        "sana": without_spans(params["sana"]),
+        "span_embed": params["sana"].get("span_embed", ()),
         "layers": params["qwen3"]["layers"],
         "encoder": autoencoder["encoder"],
         "decoder": autoencoder["decoder"],

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -15,7 +15,13 @@ from blip3o_jax.kernels.platform import jit
 GEMM = 2048  # rows and columns of the matrices multiplied
 SETTLE = 0.1  # seconds, twice, that the process rests after a turn
 TURN = 0.3  # seconds of calls in a turn, at least one call
-COLUMNS = {"ours": "blip3o_jax", "original": "PyTorch, original's way", "well": "PyTorch done well"}
+COLUMNS = {
+    "ours": "blip3o_jax",
+    "guided": "blip3o_jax",
+    "original": "PyTorch, original's way",
+    "well": "PyTorch done well",
+    "compiled": "PyTorch compiled",
+}
 
 
 def seconds(call: Callable[[], object], count: int = 1) -> float:
@@ -101,17 +107,25 @@ def row(times: dict[str, list[float]], limit: float, amount: float, unit: str) -
 
 
 def table(rows: dict[str, dict]) -> str:
-    """The rows of all stages as Markdown."""
-    # Our column, then two of each other side.
-    first = next(iter(rows.values()))
-    others = list(first["ratio"])
-    pairs = [title for side in others for title in (COLUMNS[side], "ours is")]
-    head = ["stage", "devices", "unit", COLUMNS["ours"], *pairs, "limit", "reached"]
-    lines = [head, ["---"] * len(head)]
+    """The rows of all stages as Markdown; those with the same sides, sampled in the same `steps`,
+    are a table."""
+    tables: dict[tuple[str, ...], list[list[str]]] = {}
     for stage, numbers in rows.items():
-        values, ratios = numbers["value"], numbers["ratio"]
-        pairs = [x for side in others for x in (f"{values[side]:.3g}", f"{ratios[side]:.2f}×")]
+        values, ratios, steps = numbers["value"], numbers["ratio"], numbers.get("steps", {})
+        # Our column, then two of each other side.
+        titles = {
+            name: f"{COLUMNS[name]}, {steps[name]}" if steps else COLUMNS[name] for name in values
+        }
+        pairs = [title for side in ratios for title in (titles[side], "ours is")]
+        head = ("stage", "devices", "unit", titles["ours"], *pairs, "limit", "reached")
+        pairs = [x for side in ratios for x in (f"{values[side]:.3g}", f"{ratios[side]:.2f}×")]
         cells = [stage, str(numbers["devices"]), numbers["unit"], f"{values['ours']:.3g}", *pairs]
         reached = f"{100 * numbers['share_of_limit']:.0f} %"
-        lines.append([*cells, f"{numbers['limit']:.3g}", reached])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        tables.setdefault(head, []).append([*cells, f"{numbers['limit']:.3g}", reached])
+
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(cells) + " |"
+
+    return "\n\n".join(
+        "\n".join(map(line, [head, ["---"] * len(head), *lines])) for head, lines in tables.items()
+    )

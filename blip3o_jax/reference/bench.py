@@ -1,6 +1,8 @@
-"""The stages of the benchmark in PyTorch, twice: as the original does them, and done well."""
+"""The stages of the benchmark in PyTorch, three times: as the original does them, done well, and
+compiled."""
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,11 +10,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from blip3o_jax.bench.stages import GUIDANCE, LEARNING_RATE, WEIGHT_DECAY, Workload
+from blip3o_jax.bench.stages import GUIDANCE, GUIDED_STEPS, LEARNING_RATE, WEIGHT_DECAY, Workload
 from blip3o_jax.pixels import to_unit
 from blip3o_jax.reference import modules, pipeline
+from blip3o_jax.reference.compiled import check_compiler, compiled, compiled_reference, writer
 from blip3o_jax.reference.stages import channels_last
-from blip3o_jax.reference.training import joint_loss
+from blip3o_jax.reference.training import joint_loss, losses
 
 
 def gemm_flops_per_second(size: int, timed: Callable[[Callable], float]) -> float:
@@ -22,47 +25,68 @@ def gemm_flops_per_second(size: int, timed: Callable[[Callable], float]) -> floa
 
 
 def stages(work: Workload, folder: Path, threads: int) -> dict[str, dict[str, Callable[[], dict]]]:
-    """{"original" | "well": {stage: function that gives its results as numpy arrays, channels
-    last}}.
+    """{"original" | "well" | "compiled": {stage: function that gives its results as numpy arrays,
+    channels last}}.
 
     The original: after the tokens a second forward over the finished row for their states; logits
     of the whole vocabulary; the connector in every denoising step; TA-Tok's encoder to its end and
     its decoder, whose features nobody looks at; AdamW's default loop. Well: states kept while
     decoding, image logits only, the connector once, no more of TA-Tok than the codes need,
     inference mode, fused AdamW. Both: scaled-dot-product attention, transformers' growing cache,
-    dropout off.
+    dropout off. Compiled: well, with `reference.compiled`.
+
+    A checkpoint of few steps is sampled in guided steps, since PyTorch has no other way.
     """
+    check_compiler()
     torch.set_num_threads(threads)
-    ref = modules.load(folder)
+    ref = modules.load(folder, spans=False)
     for module in (ref.ar, ref.connector, ref.sana, ref.vae, ref.ta_tok):
         module.requires_grad_(False)
-    return {"original": _stages(work, ref, well=False), "well": _stages(work, ref, well=True)}
+    trained: dict = {}  # of both that do well, so that there is one copy of it
+    fast = compiled_reference(ref)
+    training = _training(work, ref, well=True, trained=trained)
+    compiled_training = _training(work, fast, well=True, trained=trained, compute=compiled(losses))
+    write = functools.partial(pipeline.greedy_tokens, ref)
+    return {
+        "original": _sampling(work, ref, _original_writer(ref), well=False)
+        | {"train_step": _training(work, ref, well=False, trained={})},
+        "well": _sampling(work, ref, write, well=True) | {"train_step": training},
+        "compiled": _sampling(work, fast, writer(ref), well=True)
+        | {"train_step": compiled_training},
+    }
 
 
-def _stages(work: Workload, ref: modules.Reference, well: bool) -> dict[str, Callable[[], dict]]:
-    prompt, valid = torch.tensor(work.prompt).long(), torch.tensor(work.valid)
+def _original_writer(ref: modules.Reference) -> Callable:
+    def write(prompt: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, _ = pipeline.greedy_tokens(ref, prompt, valid, image_range_only=False)
+        return codes, pipeline.forward_states(ref, prompt, valid, codes)
+
+    return write
+
+
+def _sampling(
+    work: Workload, ref: modules.Reference, write: Callable, well: bool
+) -> dict[str, Callable[[], dict]]:
+    """`write` gives codes and states of a prompt; "well" has the connector once."""
+    prompt = torch.tensor(work.prompt).long(), torch.tensor(work.valid)
     states, noise = torch.tensor(work.states), _channels_first(work.noise)
 
-    # "Well": logits of image tokens only, states kept, the connector once.
-    def write():
-        codes, states = pipeline.greedy_tokens(ref, prompt, valid, image_range_only=well)
-        return codes, states if well else pipeline.forward_states(ref, prompt, valid, codes)
+    def denoise(states, steps):
+        return pipeline.denoise(ref, states, noise, steps, GUIDANCE, not well)
 
-    def denoise(states):
-        return pipeline.denoise(ref, states, noise, work.num_inference_steps, GUIDANCE, not well)
-
-    def whole():
-        codes, states = write()
-        return {"tokens": codes, "pixels": pipeline.decode(ref, denoise(states))}
+    def whole(steps):
+        codes, states = write(*prompt)
+        return {"tokens": codes, "pixels": pipeline.decode(ref, denoise(states, steps))}
 
     stages = {
-        "decode": lambda: dict(zip(("tokens", "hidden"), write(), strict=True)),
-        "denoise": lambda: {"latents": denoise(states)},
+        "decode": lambda: dict(zip(("tokens", "hidden"), write(*prompt), strict=True)),
+        "denoise": lambda: {"latents": denoise(states, work.num_inference_steps)},
         "autoencoder": lambda: {"pixels": pipeline.decode(ref, noise)},
-        "text_to_image": whole,
+        "text_to_image": lambda: whole(work.num_inference_steps),
+        "few_steps_denoise": lambda: {"latents": denoise(states, GUIDED_STEPS)},
+        "few_steps_text_to_image": lambda: whole(GUIDED_STEPS),
     }
-    inferring = {name: _inferring(run, well) for name, run in stages.items()}
-    return inferring | {"train_step": _training(work, ref, well)}
+    return {name: _inferring(run, well) for name, run in stages.items()}
 
 
 def _inferring(run: Callable[[], dict], well: bool) -> Callable[[], dict]:
@@ -77,15 +101,25 @@ def _channels_first(x: np.ndarray) -> torch.Tensor:
     return torch.tensor(x).movedim(-1, 1).contiguous()
 
 
-def _training(work: Workload, ref: modules.Reference, well: bool) -> Callable[[], dict]:
+def _training(
+    work: Workload, ref: modules.Reference, well: bool, trained: dict, compute: Callable = losses
+) -> Callable[[], dict]:
+    """A step of the weights and the optimizer in `trained`, which the first one puts there, or back
+    to where they began; who shares them then goes on from each other's steps."""
     rows, start = torch.tensor(work.tokens).long(), torch.tensor(work.start)
     images = torch.tensor(to_unit(work.images)).movedim(-1, 1)
     noise, sigma = _channels_first(work.training_noise), torch.tensor(work.sigma)
-    training: dict = {}
+    has_begun = False
 
     # Modules of its own, so that the other side's steps do not move these weights.
     def begin():
-        parts = [copy.deepcopy(part) for part in (ref.ar, ref.connector, ref.sana)]
+        given = ref.ar, ref.connector, ref.sana
+        if trained:
+            for part, first in zip(trained["parts"], given, strict=True):
+                part.load_state_dict(first.state_dict())
+            trained["optimizer"].state.clear()
+            return
+        parts = [copy.deepcopy(part) for part in given]
         named = [item for part in parts for item in part.requires_grad_(True).named_parameters()]
         # Weight decay spares vectors and modulation tables, as ours does.
         decays = [p.ndim > 1 and "scale_shift_table" not in name for name, p in named]
@@ -93,27 +127,29 @@ def _training(work: Workload, ref: modules.Reference, well: bool) -> Callable[[]
         for on in (True, False):
             group = [p for (_, p), decay in zip(named, decays, strict=True) if decay is on]
             groups.append({"params": group, "weight_decay": WEIGHT_DECAY * on})
-        training["ref"] = modules.Reference(ref.config, *parts, ref.vae, ref.ta_tok)
-        training["parameters"] = [p for _, p in named]
-        training["optimizer"] = torch.optim.AdamW(
+        trained["parts"] = parts
+        trained["parameters"] = [p for _, p in named]
+        trained["optimizer"] = torch.optim.AdamW(
             groups, lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8, fused=well or None
         )
 
     def step():
-        if not training:
+        nonlocal has_begun
+        if not has_begun:
             begin()
-        own, optimizer = training["ref"], training["optimizer"]
+            has_begun = True
+        own = modules.Reference(ref.config, *trained["parts"], ref.vae, ref.ta_tok)
         with torch.no_grad():
-            codes = own.ta_tok.encode(_view(work, images), only_needed=well)
+            codes = ref.codes(_view(work, images), only_needed=well)
             if not well:
-                own.ta_tok.decode(codes)
-            x0 = own.encode(images)
-        ce, flow = joint_loss(own, rows, start, codes, x0, noise, sigma)
+                ref.ta_tok.decode(codes)
+            x0 = ref.encode(images)
+        ce, flow = joint_loss(own, rows, start, codes, x0, noise, sigma, compute=compute)
         (ce + flow).backward()
-        torch.nn.utils.clip_grad_norm_(training["parameters"], 1.0)
-        optimizer.step()
+        torch.nn.utils.clip_grad_norm_(trained["parameters"], 1.0)
+        trained["optimizer"].step()
         # now, so that gradients are not in memory while the others run
-        optimizer.zero_grad()
+        trained["optimizer"].zero_grad()
         return {"ce": ce.detach().numpy(), "flow": flow.detach().numpy()}
 
     return step

@@ -12,7 +12,7 @@ from diffusers import AutoencoderDC, SanaTransformer2DModel
 from diffusers.models.normalization import RMSNorm
 from torch import nn
 
-from blip3o_jax.config import Blip3oConfig, TaTokConfig
+from blip3o_jax.config import Blip3oConfig, TaTokConfig, replace
 from blip3o_jax.convert.config_json import OURS_OF_SANA, dc_ae_json, sana_json
 from blip3o_jax.convert.published import TA_TOK, open_published, published_name
 from blip3o_jax.errors import require
@@ -137,6 +137,10 @@ class Reference:
         """Images [B,3,H,W] in [-1,1] -> scaled latents [B,C,Y,X]."""
         return self.vae.encode(images, return_dict=False)[0] * self.config.dc_ae.scaling_factor
 
+    def codes(self, view: torch.Tensor, only_needed: bool = False) -> torch.Tensor:
+        """Images at the tokenizer's resolution -> their codes, see `TaTok.encode`."""
+        return self.ta_tok.encode(view, only_needed)
+
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Inverse of `encode`."""
         latents = (latents / self.config.dc_ae.scaling_factor).to(self.vae.dtype)
@@ -213,13 +217,16 @@ def _add_positions(cfg: Blip3oConfig):
     the latents of each source image behind them."""
     own, side = cfg.num_condition_tokens, cfg.sana.sample_size
 
-    def places(size: int) -> np.ndarray:
-        return np.asarray(grid_positions(cfg.sana, size, size), np.float32).reshape(size**2, -1)
+    def places(size: int) -> torch.Tensor:
+        grid = np.asarray(grid_positions(cfg.sana, size, size), np.float32)
+        return torch.from_numpy(grid.reshape(size**2, -1))
+
+    # Made once, not in each step.
+    tokens, source = F.pad(places(math.isqrt(own - 1)), (0, 0, 1, 0)), places(side)
 
     def hook(module, inputs, encoded):
-        sources = [places(side)] * ((encoded.shape[1] - own) // side**2)
-        tokens = np.pad(places(math.isqrt(own - 1)), ((1, 0), (0, 0)))
-        return encoded + torch.from_numpy(np.concatenate([tokens, *sources])).to(encoded.dtype)
+        sources = [source] * ((encoded.shape[1] - own) // side**2)
+        return encoded + torch.cat([tokens, *sources]).to(encoded.dtype)
 
     return hook
 
@@ -232,9 +239,11 @@ def round_to(reference: Reference, dtype: str) -> Reference:
     return reference
 
 
-def load(directory: str | Path) -> Reference:
-    """The modules with the weights of a published folder; InputError when one is not there."""
+def load(directory: str | Path, spans: bool = True) -> Reference:
+    """The modules with the weights of a published folder; InputError when one is not there. Without
+    its `spans` a SANA of few steps is an ordinary one."""
     cfg, stored = open_published(Path(directory))
+    cfg = cfg if spans else replace(cfg, sana={"few_steps": 0})
     reference = build(cfg)
     parts = {
         "": reference.ar,
