@@ -12,6 +12,7 @@ Weights are shared with the modules that are compiled, not copied. Inductor's ow
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -36,10 +37,14 @@ def check_compiler() -> None:
 
 
 def compiled_reference(ref: Reference) -> Reference:
-    """The same modules, whose networks are compiled when they are first called."""
+    """The same weights, whose networks are compiled when they are first called."""
     own = copy.copy(ref)
+    # transformers hooks a vision model that was asked for all of its states, as the original asks,
+    # and a hook that reads a context variable is more than torch.compile can trace.
+    tensors = itertools.chain(ref.ta_tok.parameters(), ref.ta_tok.buffers())
+    own.ta_tok = copy.deepcopy(ref.ta_tok, {id(tensor): tensor for tensor in tensors})
     for name in ("velocity", "encode", "decode", "codes"):
-        setattr(own, name, compiled(getattr(ref, name)))
+        setattr(own, name, compiled(getattr(own, name)))
     return own
 
 

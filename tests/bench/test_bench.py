@@ -258,6 +258,8 @@ def test_a_compiled_network_shares_its_weights(few_steps, tmp_path):
     assert not hasattr(ref.sana, "span_embed")
     assert hasattr(modules.load(tmp_path / "tiny").sana, "span_embed")
     own = compiled.compiled_reference(ref)
+    theirs = {weight.data_ptr() for weight in ref.ta_tok.parameters()}
+    assert {weight.data_ptr() for weight in own.ta_tok.parameters()} == theirs
     side, channels = few_steps.sana.sample_size, few_steps.dc_ae.latent_channels
     latents = torch.ones(1, channels, side, side)
     with torch.inference_mode():
