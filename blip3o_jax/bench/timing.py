@@ -18,6 +18,7 @@ TURN = 0.3  # seconds of calls in a turn, at least one call
 COLUMNS = {
     "ours": "blip3o_jax",
     "guided": "blip3o_jax",
+    "cold": "blip3o_jax",
     "original": "PyTorch, original's way",
     "well": "PyTorch done well",
     "compiled": "PyTorch compiled",
@@ -120,8 +121,9 @@ def table(rows: dict[str, dict]) -> str:
         head = ("stage", "devices", "unit", titles["ours"], *pairs, "limit", "reached")
         pairs = [x for side in ratios for x in (f"{values[side]:.3g}", f"{ratios[side]:.2f}×")]
         cells = [stage, str(numbers["devices"]), numbers["unit"], f"{values['ours']:.3g}", *pairs]
-        reached = f"{100 * numbers['share_of_limit']:.0f} %"
-        tables.setdefault(head, []).append([*cells, f"{numbers['limit']:.3g}", reached])
+        limit, share = numbers["limit"], numbers["share_of_limit"]
+        reached = [f"{limit:.3g}", f"{100 * share:.0f} %"] if limit else ["", ""]
+        tables.setdefault(head, []).append([*cells, *reached])
 
     def line(cells: Iterable[str]) -> str:
         return "| " + " | ".join(cells) + " |"

@@ -38,8 +38,9 @@ STAGES = (
     "cached_train_step",
     "few_steps_denoise",
     "few_steps_text_to_image",
+    "first_picture",
 )
-OURS = ("edit", "cached_train_step")  # which PyTorch's side does not have
+OURS = ("edit", "cached_train_step", "first_picture")  # which PyTorch's side does not have
 TOLERANCE = 1e-4  # of a result, relative to its largest value
 LARGEST = 1_000_000_000  # parameters
 
@@ -70,6 +71,7 @@ def checked_stages(args: argparse.Namespace, cfg: Blip3oConfig) -> list[str]:
     left_out = {"edit"} if cfg.max_sources != 1 else set()
     left_out |= set(OURS) if args.against else set()
     left_out |= set() if cfg.sana.few_steps else {x for x in STAGES if x.startswith("few_steps")}
+    left_out |= {"first_picture"} if args.preset else set()
     names = [name for name in STAGES if name not in left_out]
     chosen = args.stages.split(",") if args.stages else names
     for stage in chosen:
@@ -119,9 +121,11 @@ def published(checkpoint: Checkpoint) -> Iterator[pathlib.Path]:
         yield target
 
 
-def measure(checkpoint: Checkpoint, args: argparse.Namespace, meshes: dict[str, Mesh]) -> dict:
-    """The report of all stages of the model, each on its mesh."""
-    from blip3o_jax.bench import stages, timing
+def measure(
+    checkpoint: Checkpoint, args: argparse.Namespace, meshes: dict[str, Mesh], folder: pathlib.Path
+) -> dict:
+    """The report of all stages of the model, each on its mesh; `folder` is for temporary files."""
+    from blip3o_jax.bench import first_picture, stages, timing
     from blip3o_jax.parallel.mesh import cores
     from blip3o_jax.parallel.parameters import shardings
     from blip3o_jax.verify.compare import compare_stages
@@ -135,6 +139,8 @@ def measure(checkpoint: Checkpoint, args: argparse.Namespace, meshes: dict[str, 
         for name, calls in stages.ours(work, params, mesh).items():
             own = {stage: call for stage, call in calls.items() if meshes.get(stage) == mesh}
             sides[name] = sides.get(name, {}) | own
+    for name, call in first_picture.sides(args.checkpoint, folder).items():
+        sides[name] = sides.get(name, {}) | {"first_picture": call}
     sizes = stages.parameter_counts(params)
     gemm = {"xla": timing.gemm_flops_per_second()}
     if args.against:
@@ -217,7 +223,8 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(new_file(args.out, args.overwrite)) if args.out else None
         folder = stack.enter_context(random_weights(cfg)) if args.preset else args.checkpoint
-        report = measure(checkpoints.open(folder), args, meshes)
+        kept = stack.enter_context(tempfile.TemporaryDirectory(prefix="blip3o-bench-"))
+        report = measure(checkpoints.open(folder), args, meshes, pathlib.Path(kept))
         if out:
             out.write_text(json.dumps(report, indent=1) + "\n")
     # For people, then as one line of JSON.

@@ -9,7 +9,7 @@ import pytest
 from tiny import SMALL, TEXT_ONLY
 
 from blip3o_jax import flops, presets
-from blip3o_jax.bench import stages, timing
+from blip3o_jax.bench import first_picture, stages, timing
 from blip3o_jax.cli import main
 from blip3o_jax.config import replace
 from blip3o_jax.convert.random_weights import random_checkpoint, random_params
@@ -274,3 +274,24 @@ def test_without_a_compiler_it_says_what_to_install(capsys, two_devices, few_ste
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     assert main(["bench", "--preset", "tiny", "--against", "torch"]) == 2
     assert "install g++" in capsys.readouterr().err
+
+
+def test_a_first_picture_is_the_same_from_programs_on_disk(tmp_path):
+    """Which the second process of our side finds, and none of the other side."""
+    checkpoint = tmp_path / "tiny"
+    random_checkpoint(checkpoint, replace(preset("emoji_64"), **SMALL))
+    sides = first_picture.sides(str(checkpoint), tmp_path)
+    pictures = [sides[name]()["pixels"] for name in ("ours", "cold", "ours", "cold")]
+    for picture in pictures[1:]:
+        np.testing.assert_array_equal(picture, pictures[0])
+    kept, *cold = ({x.name for x in (tmp_path / name / "programs").iterdir()} for name in FOLDERS)
+    assert len(kept) == 3
+    assert cold == [kept, kept]
+    found = timing.row({"ours": [2.0], "cold": [8.0]}, limit=0.0, amount=0, unit="s")
+    row = {"devices": 1, "steps": stages.steps_of_sides(None, "first_picture", ())} | found
+    head, _, line = timing.table({"first_picture": row}).splitlines()
+    assert "| blip3o_jax, compiled before | blip3o_jax, nothing compiled | ours is |" in head
+    assert line == "| first_picture | 1 | s | 2 | 8 | 4.00× |  |  |"
+
+
+FOLDERS = ("kept", "cold-0", "cold-1")
