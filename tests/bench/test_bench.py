@@ -1,6 +1,7 @@
 """`bench`: limits and ratios by hand, a run of our side, and against PyTorch that both do the same
 work."""
 
+import functools
 import json
 
 import jax
@@ -224,6 +225,13 @@ def test_bad_input_is_one_sentence(options, words, capsys, two_devices):
 
 @pytest.mark.parity
 def test_all_sides_do_the_same_work(capsys, two_devices, few_steps, monkeypatch):
+    """Of the compiled side: that its graphs are whole, and what they compute; C++ of one of them is
+    below."""
+    torch = pytest.importorskip("torch")
+    whole = {"backend": "aot_eager", "fullgraph": True, "dynamic": False}
+    for room in ("compiled", "bench"):
+        graph = functools.partial(torch.compile, **whole)
+        monkeypatch.setattr(f"blip3o_jax.reference.{room}.compiled", graph)
     monkeypatch.setattr(timing, "read_bytes_per_second", lambda size, threads: 1e10)
     report = bench_tiny(capsys, "--against", "torch", agrees=True)
     assert set(report["stages"]) == set(bench.STAGES) - set(bench.OURS)
