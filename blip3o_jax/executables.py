@@ -59,20 +59,19 @@ HARMLESS = (
 )
 PARAMS = "params"  # stands for the parameters among the arguments
 
-Keep = Callable[..., Callable]
 log = logging.getLogger(__name__)
 
 
-def keeper(model: Any, params: Any, mesh: Mesh) -> Keep:
+def keeper(model: Any, params: Any, mesh: Mesh) -> Callable[..., Callable] | None:
     """What puts programs of a model on disk: a function of a jitted function, its name and the
     names of its static arguments, which are passed by name, that returns a function of the same
     arguments.
 
-    The parameters are recognised among the arguments as the very object `params`. Without a cache
-    of compiled programs (`kernels.platform.enable_compilation_cache`) nothing is kept.
+    The parameters are recognised among the arguments as the very object `params`. None without a
+    cache of compiled programs (`kernels.platform.enable_compilation_cache`).
     """
     if (place := folder()) is None:
-        return lambda function, name, static=(): function
+        return None
     devices = mesh.devices.flatten().tolist()
     kinds = jax.tree.map(lambda x: repr(_kind(x)), params)
     made_for = [repr(model), repr(kinds), _machine(devices)]

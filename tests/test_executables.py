@@ -1,11 +1,14 @@
 """Compiled programs on disk: who finds them compiles nothing, and no other program is ever run."""
 
+import configparser
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import unittest.mock
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -125,15 +128,34 @@ def test_a_stale_or_foreign_program_is_made_again_and_never_run(
     assert len(read) == 3  # what was made again
 
 
-def test_a_program_of_other_code_is_not_known(model, cache, monkeypatch):
-    """Code is what the rooms hold that programs are traced from."""
+def test_a_program_of_other_code_or_options_is_not_known(tmp_path, monkeypatch):
     device = jax.devices()[0]
     before = executables._facts(device)
-    assert before == executables._facts(device)
-    monkeypatch.setattr(executables, "ROOMS", executables.ROOMS[1:])
-    assert executables._facts(device)["blip3o_jax"] != before["blip3o_jax"]
     monkeypatch.setenv("XLA_FLAGS", "--xla_other=1")
-    assert executables._facts(device)["options"] != before["options"]
+    options = executables._facts(device)
+    assert {name for name in before if options[name] != before[name]} == {"options"}
+    monkeypatch.undo()
+    # Code that programs are traced from, and other code.
+    copy = tmp_path / "blip3o_jax"
+    shutil.copytree(Path(executables.__file__).parent, copy, ignore=lambda *_: ["assets"])
+    monkeypatch.setattr(executables, "__file__", str(copy / "executables.py"))
+    assert executables._facts(device) == before
+    (copy / "jobs" / "compile.py").write_text("")
+    assert executables._facts(device) == before
+    for name in ("sample/flow.py", "models/layers.py", "pixels.py"):
+        file = copy / name
+        file.write_text((text := file.read_text()) + "# other\n")
+        code = executables._facts(device)
+        assert {name for name in before if code[name] != before[name]} == {"blip3o_jax"}
+        file.write_text(text)
+
+
+def test_code_that_programs_are_traced_from_is_all_that_sampling_imports():
+    contracts = configparser.ConfigParser()
+    contracts.read(Path(__file__).parents[1] / "setup.cfg")
+    kind, *rooms = contracts["import_contracts"]["sample"].split()
+    assert kind == "only"
+    assert set(executables.ROOMS) == {*rooms, "sample", "pipeline"}
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text"])
