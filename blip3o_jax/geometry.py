@@ -87,10 +87,17 @@ def keep_unchanged(
     return np.rint(mixed).astype(np.uint8), np.rint(255 * weight).astype(np.uint8)
 
 
+def check_mask(alpha: np.ndarray, source: np.ndarray) -> None:
+    """InputError for a mask [h,w] of another size than its source [h,w,3]."""
+    own, size = (f"{x.shape[1]} x {x.shape[0]} pixels" for x in (alpha, source))
+    sentence = f"The mask is {own} and the first image {size}; make them the same size."
+    require(alpha.shape == source.shape[:2], sentence)
+
+
 def masked(source: np.ndarray, result: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """The result uint8 [h,w,3] where `alpha` [h,w] is 0, the source's own pixels where it is 255,
-    and a mixture between."""
-    weight = 1 - alpha[..., None].astype(np.float32) / 255
+    """The result uint8 [h,w,3], or [h,w], where `alpha` [h,w] is 0, the source's own pixels where
+    it is 255, and a mixture between."""
+    weight = 1 - alpha.reshape(*alpha.shape, *[1] * (result.ndim - 2)).astype(np.float32) / 255
     return np.rint(source + weight * (result.astype(np.float32) - source)).astype(np.uint8)
 
 

@@ -14,10 +14,12 @@ from blip3o_jax import paths
 from blip3o_jax.errors import require
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
 
     from blip3o_jax.pictures import Picture
-    from blip3o_jax.request import Sample
+    from blip3o_jax.request import Request, Sample
 
 IMAGE_DESCRIPTION = 0x010E  # EXIF's tag
 
@@ -56,22 +58,29 @@ def origin(sample: Sample) -> dict:
         return {"prompt": sample.prompt} | facts
     facts = {"instruction": sample.prompt} | facts | {"turn": sample.turn}
     facts["instructions"] = list(request.texts[: sample.turn + 1])
-    facts["sources"] = [source_of(picture) for picture in request.images]
-    return facts | {"keep_unchanged": request.keep_unchanged}
+    return facts | sources(request) | {"keep_unchanged": request.keep_unchanged}
 
 
-def source_of(picture: Picture) -> dict[str, str]:
-    """A source image's name and the sha256 of its file, or that of its pixels if it has none."""
-    from blip3o_jax.pictures import array
+def sources(request: Request) -> dict:
+    """What an edit is made of: its source images, and its mask if it has one."""
+    from blip3o_jax.pictures import alpha_of, array
 
+    facts: dict = {"sources": [source_of(picture, array) for picture in request.images]}
+    return facts | (
+        {} if request.within is None else {"within": source_of(request.within, alpha_of)}
+    )
+
+
+def source_of(picture: Picture, read: Callable[[Picture], np.ndarray]) -> dict[str, str]:
+    """The name and the sha256 of a file, or that of the pixels as they are `read` from another."""
     if isinstance(picture, str):
         return {"file": pathlib.Path(picture).name, "sha256": digest_of_file(picture)}
-    return {"sha256": hashlib.sha256(array(picture).tobytes()).hexdigest()}
+    return {"sha256": hashlib.sha256(read(picture).tobytes()).hexdigest()}
 
 
 @functools.lru_cache(maxsize=64)  # all turns and images of an edit are of the same
 def digest_of_file(file: str) -> str:
-    """Of a source image."""
+    """Of a source image or a mask."""
     digest = digest_of(paths.path(file))
     require(bool(digest), f"{file} cannot be read: it is no file.")
     return digest

@@ -73,27 +73,53 @@ def alpha(data: bytes, limits: Limits = LIMITS) -> np.ndarray:
     with _phrased(data, limits):
         image = Image.open(io.BytesIO(data))
         _check(image, limits)
-        if not image.has_transparency_data:
-            raise PictureError("it has no alpha channel")
-        image.load()
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGBA"))[..., 3]
+        return _alpha(image)
+
+
+def _alpha(image: Image.Image) -> np.ndarray:
+    if not image.has_transparency_data:
+        raise PictureError("it has no alpha channel")
+    image.load()
+    return np.asarray(ImageOps.exif_transpose(image).convert("RGBA"))[..., 3]
 
 
 def array(picture: Picture) -> np.ndarray:
     """A picture as uint8 [h,w,3]; InputError for one that cannot be used."""
-    name = "A picture"
-    try:
+    with _named("picture", picture) as name:
         if isinstance(picture, Image.Image):
             _check(picture)
             return np.asarray(shown(picture))
         if isinstance(picture, np.ndarray):
-            return _checked(picture)
-        name = f"The picture {picture}"
-        with os_errors(f"{name} cannot be read"):
-            data = paths.path(picture).read_bytes()
-        return np.asarray(decode(data))
+            return _checked(picture, "[h,w,3]")
+        return np.asarray(decode(_read(picture, name)))
+
+
+def alpha_of(mask: Picture) -> np.ndarray:
+    """The transparency uint8 [h,w] of a picture, or that array itself; errors as of `array`, and
+    for a picture without any."""
+    with _named("mask", mask) as name:
+        if isinstance(mask, Image.Image):
+            _check(mask)
+            return _alpha(mask)
+        if isinstance(mask, np.ndarray):
+            return _checked(mask, "[h,w]")
+        return alpha(_read(mask, name))
+
+
+@contextlib.contextmanager
+def _named(kind: str, picture: Picture) -> Iterator[str]:
+    """What to call it; an InputError that says so in place of a PictureError."""
+    is_pixels = isinstance(picture, Image.Image | np.ndarray)
+    name = f"A {kind}" if is_pixels else f"The {kind} {picture}"
+    try:
+        yield name
     except PictureError as error:
         raise InputError(f"{name} cannot be used: {error}.") from error
+
+
+def _read(file: str | os.PathLike, name: str) -> bytes:
+    with os_errors(f"{name} cannot be read"):
+        return paths.path(file).read_bytes()
 
 
 def shown(image: Image.Image) -> Image.Image:
@@ -184,8 +210,10 @@ def _too_large(limits: Limits) -> str:
     return f"it has more than {limits.pixels:,} pixels"
 
 
-def _checked(pixels: np.ndarray) -> np.ndarray:
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+def _checked(pixels: np.ndarray, form: str) -> np.ndarray:
+    channels = (3,) if form == "[h,w,3]" else ()
+    is_form = pixels.ndim >= 2 and pixels.shape[2:] == channels
+    if pixels.dtype != np.uint8 or not is_form or not pixels.size:
         shape = ",".join(map(str, pixels.shape))
-        raise PictureError(f"it is {pixels.dtype} [{shape}], not uint8 [h,w,3]")
+        raise PictureError(f"it is {pixels.dtype} [{shape}], not uint8 {form}")
     return pixels

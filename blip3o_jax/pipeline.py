@@ -24,7 +24,7 @@ from blip3o_jax.moved import refuse
 from blip3o_jax.parallel.batches import batch_shards
 from blip3o_jax.parallel.mesh import BATCH, make_mesh
 from blip3o_jax.parallel.parameters import shardings
-from blip3o_jax.pictures import Picture, array
+from blip3o_jax.pictures import Picture, alpha_of, array
 from blip3o_jax.request import Request, Sample, bucket, encode, repeated, settled
 from blip3o_jax.sample import generate, int8, programs
 from blip3o_jax.sample.condition import edit_options
@@ -46,7 +46,8 @@ class Row:
     place: int
     request: Request
     tokens: list[list[int]] = field(default_factory=list)  # as `encode` gives them
-    pictures: list[np.ndarray] = field(default_factory=list)  # sources, where they are compared
+    pictures: list[np.ndarray] = field(default_factory=list)  # sources, where results need them
+    within: np.ndarray | None = None  # the mask's alpha
     placement: geometry.Placement | None = None
     samples: list[Sample] = field(default_factory=list)
     error: InputError | None = None
@@ -168,21 +169,26 @@ class Pipeline:
         num_images: int = 1,
         then: Sequence[str] = (),
         keep_unchanged: float | None = None,
+        within: Picture | Sequence[Picture | None] | None = None,
         **settings,
     ) -> list:
         """PIL images of the sources' sizes, in order; paths, PIL images or arrays uint8 [h,w,3] are
-        edited, or several of them together, then each result by the instructions `then`. Other
-        keywords are those of `EditSettings`."""
+        edited, or several of them together, then each result by the instructions `then`. `within`
+        masks all, or in a list each (`Request`). Other keywords are those of `EditSettings`."""
         if isinstance(instructions, str):
             images, instructions = [images], [instructions]
-        same = f"{len(images)} images need as many instructions, not {len(instructions)}."
-        require(len(images) == len(instructions), same)
+        masks = within if isinstance(within, list | tuple) else [within] * len(images)
+        for other, what in ((instructions, "instructions"), (masks, "masks")):
+            same = f"{len(images)} images need as many {what}, not {len(other)}."
+            require(len(images) == len(other), same)
         rows = [tuple(row) if isinstance(row, list | tuple) else (row,) for row in images]
         how = {"seed": seed, "keep_unchanged": keep_unchanged}
         how["settings"] = defaults(self.model.config, EditSettings, **settings)
         asked = [
-            Request(text, row, tuple(then), **how, id=f"Edit {number}")
-            for number, (row, text) in enumerate(zip(rows, instructions, strict=True), 1)
+            Request(text, row, tuple(then), **how, within=mask, id=f"Edit {number}")
+            for number, (row, text, mask) in enumerate(
+                zip(rows, instructions, masks, strict=True), 1
+            )
         ]
         asked = repeated(asked, num_images)
         self.check(asked)
@@ -227,6 +233,9 @@ class Pipeline:
             try:
                 with row.request.named():
                     row.pictures = [array(picture) for picture in row.request.images]
+                    if row.request.within is not None:
+                        row.within = alpha_of(row.request.within)
+                        geometry.check_mask(row.within, row.pictures[0])
                     inputs.append(self._inputs(row))
             except InputError as error:
                 row.error = error
@@ -253,7 +262,7 @@ class Pipeline:
         if not request.images:
             return tuple(x[0] for x in prompts)
         squares, exists, row.placement = self._squares(row.pictures)
-        if request.keep_unchanged is None:
+        if request.keep_unchanged is None and row.within is None:
             row.pictures = []
         return *prompts, squares, exists
 
@@ -325,10 +334,15 @@ def _edited(row: Row, results: dict[str, np.ndarray]) -> Iterator[Sample]:
     request = row.request
     for turn in range(len(request.texts)):
         image, mask = geometry.from_square(results["images"][turn], row.placement), None
-        if request.keep_unchanged is not None:
-            seen = geometry.from_square(results["seen"][turn], row.placement)
+        if row.pictures:
             source = row.pictures[0]
-            image, mask = geometry.keep_unchanged(source, image, seen, request.keep_unchanged)
+            if request.keep_unchanged is not None:
+                seen = geometry.from_square(results["seen"][turn], row.placement)
+                image, mask = geometry.keep_unchanged(source, image, seen, request.keep_unchanged)
+            if row.within is not None:
+                image = geometry.masked(source, image, row.within)
+                new = np.full_like(row.within, 255) if mask is None else mask
+                mask = geometry.masked(np.zeros_like(new), new, row.within)
             row.pictures[0] = image
         drawn = (results[name][turn] for name in ("tokens", "images", "latents"))
         yield Sample(request, turn, image, *drawn, mask)

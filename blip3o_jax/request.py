@@ -31,8 +31,9 @@ class Request:
 
     An image depends on these fields and on the checkpoint, but not on `id` and `where`, which only
     name it, or `metadata`.
-    The first source gives an edit its size. `keep_unchanged`: see `geometry.keep_unchanged`.
-    InputError for what contradicts itself.
+    The first source gives an edit its size. `keep_unchanged`: see `geometry.keep_unchanged`;
+    `within`: a mask of the first source, a picture with alpha or its alpha uint8 [h,w], see
+    `geometry.masked`. InputError for what contradicts itself.
     """
 
     prompt: str
@@ -42,6 +43,7 @@ class Request:
     index: int = 0  # of several images of the same prompt and seed
     settings: Settings | None = None  # by default the model's, see `settled`
     keep_unchanged: float | None = None
+    within: Picture | None = None
     id: str = ""
     where: str = ""  # in a file it stands, for errors
     metadata: dict | None = None  # for rewards
@@ -51,8 +53,9 @@ class Request:
         kind = EditSettings if self.images else Settings
         if self.settings is not None and type(self.settings) is not kind:
             raise ValueError(f"{kind.__name__} belong to this request, not {self.settings}.")
-        is_edit = not (self.then or self.keep_unchanged is not None) or bool(self.images)
-        require(is_edit, "`then` and `keep_unchanged` belong to an edit, which has source images.")
+        is_edit = self.then or self.keep_unchanged is not None or self.within is not None
+        names = "`then`, `keep_unchanged` and `within` belong to an edit, which has source images."
+        require(bool(self.images) or not is_edit, names)
         if self.keep_unchanged is not None:
             check_number(self.keep_unchanged, "keep_unchanged", 0, LEVELS)
 
@@ -77,7 +80,7 @@ class Sample:
     """The image uint8 [h,w,3] of a request's `turn`, from 0, and its codebook ids, int32 [n].
 
     An edit has its source's size. The model drew it as `square` uint8 [H,W,3] from `latents` f32
-    [Y,X,C]; `mask` uint8 [h,w] says what is new where unchanged pixels are the source's own.
+    [Y,X,C]; `mask` uint8 [h,w] says what is new where other pixels are the source's own.
     """
 
     request: Request

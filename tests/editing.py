@@ -35,3 +35,15 @@ def edits(pipeline, images, turns, num_images=1, **fields):
         for image, (text, *then) in zip(images, turns, strict=True)
     ]
     return list(pipeline.run(repeated(requests, num_images)))
+
+
+def half(height=20, width=30):
+    """A mask's alpha: 255 on the left, 100 in a column of the middle, 0 on the right."""
+    alpha = np.zeros((height, width), np.uint8)
+    alpha[:, : width // 2] = 255
+    alpha[:, width // 2] = 100
+    return alpha
+
+
+def save_mask(path, alpha):
+    Image.fromarray(np.dstack([np.zeros((*alpha.shape, 3), np.uint8), alpha])).save(path)

@@ -187,11 +187,12 @@ def edits(folder: Path):
     import numpy as np
     from tiny import text
 
-    from blip3o_jax.jobs.edit import check
+    from blip3o_jax.jobs.edit import check, check_within
     from blip3o_jax.jobs.prompts import read_edits
 
     file, tokenizer, codes = folder / "edits.jsonl", text(), np.zeros((1, 16), int)
     (folder / "0.png").write_bytes(picture())
+    (folder / "mask.png").write_bytes(picture(mode="RGBA"))
 
     def read(data: bytes) -> bool:
         file.write_bytes(data)
@@ -199,9 +200,12 @@ def edits(folder: Path):
             tokenizer.encode_edit(row.text, codes.repeat(len(row.paths), axis=0))
             for path in row.paths:
                 check(path, str(folder / "out"))
+            if row.within is not None:
+                check_within(row.within, row.paths[0])
         return True
 
-    return [Seed(as_lines, [{"image": "0.png", "instruction": "a hat"}])], read
+    row = {"image": "0.png", "instruction": "a hat", "within": "mask.png"}
+    return [Seed(as_lines, [row])], read
 
 
 # Checkpoints.

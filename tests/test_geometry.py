@@ -83,6 +83,13 @@ def test_unchanged_pixels_are_the_sources_own():
     far[12:68, 22:78] = False
     np.testing.assert_array_equal(mixed[far], source[far])
     assert (mask[far] == 0).all()
+    # What is new within a mask alone, as of a picture so of a plane.
+    alpha = np.array([[0, 255], [100, 155]], np.uint8)
+    planes = np.full((2, 2), 10, np.uint8), np.full((2, 2), 210, np.uint8)
+    expected = [[210, 10], [132, 88]]
+    assert geometry.masked(*planes, alpha).tolist() == expected
+    colours = (np.repeat(x[..., None], 3, 2) for x in planes)
+    np.testing.assert_array_equal(geometry.masked(*colours, alpha)[..., 1], expected)
     nothing, empty = geometry.keep_unchanged(source, seen, seen, 16.0)
     np.testing.assert_array_equal(nothing, source)
     assert not empty.any()

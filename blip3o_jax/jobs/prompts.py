@@ -30,6 +30,7 @@ class Row:
     paths: tuple[str, ...] = ()
     fields: dict = dataclasses.field(default_factory=dict)  # all of the file's
     where: str = ""
+    within: str | None = None  # the path of a mask
 
 
 def read_prompts(path: str) -> list[Row]:
@@ -44,7 +45,7 @@ def read_prompts(path: str) -> list[Row]:
 
 def read_edits(path: str) -> list[Row]:
     """The edits of a .jsonl, .csv or .parquet file: `image`, a path relative to the file or a list
-    of them, `instruction` and, if there is one, `id`."""
+    of them, `instruction` and, if there are, `within`, the path of a mask, and `id`."""
     rows = []
     for where, fields in _read(path, "edits", ".jsonl", ".csv", ".parquet"):
         text, images = _text(where, fields, "instruction"), fields.get("image")
@@ -52,11 +53,16 @@ def read_edits(path: str) -> list[Row]:
         images = images if isinstance(images, list) else [images]
         is_text = bool(images) and all(isinstance(image, str) for image in images)
         require(is_text, f"{where}: `image` is not a path or a list of paths.")
-        strange = {"Cc", "Cs", "Zl", "Zp"} & set(map(unicodedata.category, "".join(images)))
-        require(not strange, f"{where}: `image` has a line break or a character that no name has.")
+        within = fields.get("within")
+        require(isinstance(within, str | None), f"{where}: `within` is not a path.")
+        for name, files in (("image", images), ("within", [within or ""])):
+            strange = {"Cc", "Cs", "Zl", "Zp"} & set(map(unicodedata.category, "".join(files)))
+            sentence = f"{where}: `{name}` has a line break or a character that no name has."
+            require(not strange, sentence)
         folder = paths.path(path).parent
         sources = tuple(str(paths.join(folder, image)) for image in images)
-        rows.append(Row(_id(where, fields), text, sources, fields, where))
+        mask = str(paths.join(folder, within)) if within else None
+        rows.append(Row(_id(where, fields), text, sources, fields, where, mask))
     return _checked(path, "edits", rows)
 
 
@@ -128,7 +134,7 @@ def _parquet_rows(path: str, what: str) -> Iterator[tuple[str, dict]]:
     number = 0
     try:
         with paths.path(path).open("rb") as stream, parquet.ParquetFile(stream) as file:
-            names = {"id", "prompt", "image", "instruction", *OWN_FIELDS}
+            names = {"id", "prompt", "image", "instruction", "within", *OWN_FIELDS}
             columns = [name for name in file.schema_arrow.names if name in names]
             for batch in file.iter_batches(columns=columns):
                 for row in batch.to_pylist():

@@ -27,7 +27,7 @@ from blip3o_jax.jobs import ledger, lock
 from blip3o_jax.jobs.images import file_name, image_format, mask_name
 from blip3o_jax.jobs.options import check_devices, load_for
 from blip3o_jax.jobs.output import new_file
-from blip3o_jax.origin import encode_image, origin, source_of
+from blip3o_jax.origin import encode_image, origin, source_of, sources
 from blip3o_jax.train import stop
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def run(
     """
     from blip3o_jax import checkpoints
     from blip3o_jax.jobs.best import check_rewards
+    from blip3o_jax.pictures import alpha_of, array
     from blip3o_jax.request import encode
     from blip3o_jax.rl.rewards.protocol import check_asked
 
@@ -113,8 +114,10 @@ def run(
         return _run_file(args, requests)
     digest = hashlib.sha256()
     for request in requests:
-        images = [x if isinstance(x, str) else source_of(x) for x in request.images]
-        line = [request.id, request.texts, images]
+        images = [x if isinstance(x, str) else source_of(x, array) for x in request.images]
+        masks = [] if request.within is None else [request.within]
+        masks = [x if isinstance(x, str) else source_of(x, alpha_of) for x in masks]
+        line = [request.id, request.texts, images, *masks]
         digest.update(json.dumps(line).encode())
     facts |= {"requests": len(requests), "input": digest.hexdigest(), "format": args.format}
     shards = shards_of(requests, config, text, refused)
@@ -122,7 +125,7 @@ def run(
 
 
 def _run_file(args: argparse.Namespace, requests: list[Request]) -> int:
-    """Writes the one image as --out, and its mask beside it if --mask is given."""
+    """Writes the one image as --out, and what is new beside it if --mask is given."""
     total = sum(len(request.texts) for request in requests)
     several = f"{args.out} is one file, but you asked for {total} images; name a folder."
     require(total == 1, several)
@@ -221,15 +224,21 @@ def ready(args: argparse.Namespace) -> Pipeline:
 
 
 def check_sources(folder: paths.AnyPath, requests: list[Request], rows: ledger.Rows) -> None:
-    """InputError for results that were made of other source images than are there now."""
+    """InputError for results that were made of other source images or another mask than are there
+    now."""
     for number, (row, *_) in rows.items():
-        now, before = None, row.get("sources", [])
+        now, before = None, _made_of(row)
         with contextlib.suppress(InputError):  # one that is gone is no other one
-            now = [source_of(picture) for picture in requests[number].images]
+            now = _made_of(sources(requests[number]))
         name = row.get("file", row.get("shard"))
         were = f"{folder / str(name)} was made of {json.dumps(before)}"
         fix = "put them back, name another folder, or add --overwrite"
         require(now in (None, before), f"{were}, and these are now {json.dumps(now)}: {fix}.")
+
+
+def _made_of(facts: dict) -> list[dict]:
+    """The source images, and then the mask, that a row or `origin.sources` names."""
+    return [*facts.get("sources", []), *([facts["within"]] if "within" in facts else [])]
 
 
 def _work(
@@ -370,7 +379,7 @@ def kind_of(args: argparse.Namespace) -> str:
 
 
 def encoded(args: argparse.Namespace, sample: Sample, facts: dict) -> list[bytes]:
-    """The file of a sample, and of its mask if --mask is given."""
+    """The file of a sample, and of what is new if --mask is given."""
     kind = image_format(args.out) or kind_of(args)
     settings = {"settings": asdict(sample.request.settings)}
     files = [encode_image(sample.image, facts | settings, kind)]

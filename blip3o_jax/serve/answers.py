@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import hashlib
 import json
 import time
 
@@ -48,12 +47,8 @@ def encoded(asked: Asked, sample: Sample, identity: str) -> str:
     their files."""
     # The same facts in the same order give the same bytes.
     facts = origin(sample) | {"checkpoint": identity}
-    image = sample.image
-    if asked.mask is not None:
-        image = geometry.masked(sample.request.images[0], image, asked.mask)
-        facts["mask"] = {"sha256": hashlib.sha256(asked.mask.tobytes()).hexdigest()}
     facts |= {"settings": dataclasses.asdict(sample.request.settings)}
-    return _base64(asked, image, facts)
+    return _base64(asked, sample.image, facts)
 
 
 def encoded_partial(asked: Asked, request: Request, square: np.ndarray) -> str:
@@ -62,8 +57,8 @@ def encoded_partial(asked: Asked, request: Request, square: np.ndarray) -> str:
     if request.images:
         source = request.images[0]
         image = geometry.from_square(square, geometry.placement(source))
-        if asked.mask is not None:
-            image = geometry.masked(source, image, asked.mask)
+        if request.within is not None:
+            image = geometry.masked(source, image, request.within)
     return _base64(asked, image, {})
 
 

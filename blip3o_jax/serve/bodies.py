@@ -39,8 +39,8 @@ class Offer:
     """What a body may leave out and what it cannot change: the model and its names, the formats of
     the images, the first one by default, and settings whose value is `fixed`.
 
-    A server also streams, encodes as it is asked to, and takes masks, and images by `file_id` if it
-    has a `file` that gives their bytes.
+    A server also streams, encodes as it is asked to, and takes images by `file_id` if it has a
+    `file` that gives their bytes.
     """
 
     models: tuple[str, ...]
@@ -64,7 +64,6 @@ class Asked:
     compression: int | None = None  # the encoder's quality, 0 to 100
     stream: bool = False
     partial_images: int = 0
-    mask: np.ndarray | None = None  # alpha uint8 [h,w] of the first source: 0 is to be edited
 
 
 class FieldError(InputError):
@@ -86,9 +85,9 @@ def known_fields(url: str, offer: Offer) -> set[str]:
     kind = EditSettings if url == EDITS else Settings
     known = {field.name for field in dataclasses.fields(kind)} | FIXED.keys() | {*LABELS}
     known |= {"prompt", "model", "n", "size", "seed", "output_format", "stream"}
-    known |= {"images"} if url == EDITS else set()
+    known |= {"images", "mask"} if url == EDITS else set()
     if offer.is_server:
-        known |= {"output_compression", "partial_images"} | ({"mask"} if url == EDITS else set())
+        known |= {"output_compression", "partial_images"}
     return known
 
 
@@ -120,9 +119,9 @@ def read_body(url: str, body: Any, id_: str, offer: Offer, where: str = "") -> A
     # Pictures last, since they take longest.
     images = _images(body.get("images"), offer) if url == EDITS else ()
     mask = _mask(body["mask"], images[0], offer) if "mask" in body else None
-    how = {"seed": seed, "settings": settings, "id": id_, "where": where}
+    how = {"seed": seed, "settings": settings, "within": mask, "id": id_, "where": where}
     requests = [Request(prompt, images, index=index, **how) for index in range(n)]
-    return Asked(requests, format_, compression, stream, partial, mask)
+    return Asked(requests, format_, compression, stream, partial)
 
 
 def _shown(value: Any) -> str:
@@ -227,13 +226,14 @@ def _bytes(image: Any, name: str, offer: Offer) -> bytes:
 
 def _mask(mask: Any, source: np.ndarray, offer: Offer) -> np.ndarray:
     """The alpha uint8 [h,w] of a mask, of the size of the first source image."""
+    data = _bytes(mask, "mask", offer)
     try:
-        levels = alpha(_bytes(mask, "mask", offer), offer.limits)
+        levels = alpha(data, offer.limits)
+        geometry.check_mask(levels, source)
     except PictureError as error:
         raise FieldError("mask", f"it cannot be used: {error}.") from error
-    (height, width), (own_height, own_width) = source.shape[:2], levels.shape
-    sizes = f"{width} x {height} pixels, as the first image, not {own_width} x {own_height}."
-    check_field(levels.shape == source.shape[:2], "mask", sizes)
+    except InputError as error:
+        raise FieldError("mask", str(error)) from error
     return levels
 
 

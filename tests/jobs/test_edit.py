@@ -9,7 +9,7 @@ from dataclasses import asdict
 import jax
 import numpy as np
 import pytest
-from editing import FLAGS, QUICK, TOKENS, checkpoint, edits, picture
+from editing import FLAGS, QUICK, TOKENS, checkpoint, edits, half, picture, save_mask
 from PIL import Image
 
 import blip3o_jax
@@ -254,6 +254,8 @@ def spoilt(tmp_path):
     frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:])
     Image.new("L", (8200, 1)).save(tmp_path / "long.png")
     (tmp_path / "nothing.png").touch()
+    save_mask(tmp_path / "m.png", half())
+    save_mask(tmp_path / "small.png", half(9, 9))
     rows = ['{"image": "a.png", "instruction": "x"}']
     for name, line in {
         "no_image": '{"instruction": "x"}',
@@ -266,6 +268,8 @@ def spoilt(tmp_path):
         "long_text": json.dumps({"image": "a.png", "instruction": LONG}),
         "control": '{"image": "a.png", "instruction": "x <S0>"}',
         "several": '{"image": ["a.png", "b.png"], "instruction": "x"}',
+        "mask_number": '{"image": "a.png", "instruction": "x", "within": 3}',
+        "mask_break": '{"image": "a.png", "instruction": "x", "within": "m\\n.png"}',
     }.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join([*rows, line]))
 
@@ -298,7 +302,21 @@ def spoilt(tmp_path):
         (["--edits", "nowhere.jsonl"], "The edits file nowhere.jsonl cannot be read"),
         (["a.png", "x", "--out", "a.png", "--overwrite"], "would replace a.png"),
         (["a.png", "x", "--out", ".", "--overwrite"], "would replace a.png"),
-        (["a.png", "x", "--mask"], "--mask needs --keep-unchanged."),
+        (["a.png", "x", "--mask"], "--mask needs --keep-unchanged, or --within"),
+        (["--edits", "empty.jsonl", "--mask"], "--mask needs --keep-unchanged, or --within"),
+        (["a.png", "x", "--within", "c.png"], "The mask c.png cannot be read: No such file"),
+        (["a.png", "x", "--within", ""], "cannot be read: Is a directory."),
+        (["a.png", "x", "--within", "b.png"], "The mask b.png cannot be used: it has no alpha"),
+        (["a.png", "x", "--within", "cut.png"], "The mask cut.png cannot be used: it"),
+        (["a.png", "x", "--within", "text.png"], "mask text.png cannot be used: its format is unk"),
+        (
+            ["a.png", "x", "--within", "small.png"],
+            "small.png: The mask is 9 x 9 pixels and the first image 30 x 20 pixels; make",
+        ),
+        (["a.png", "x", "--within", "m.png", "--out", "m.png", "--overwrite"], "replace m.png"),
+        (["--edits", "empty.jsonl", "--within", "m.png"], "--within is of one edit;"),
+        (["--edits", "mask_number.jsonl"], "mask_number.jsonl line 2: `within` is not a path."),
+        (["--edits", "mask_break.jsonl"], "line 2: `within` has a line break"),
         (
             ["a.png", "x", "--keep-unchanged", "-1"],
             "--keep-unchanged is a number from 0 to 255, not",

@@ -14,6 +14,9 @@ from PIL import Image
 from blip3o_jax.cli import main
 from blip3o_jax.serve.bodies import EDITS, GENERATIONS
 
+ALPHA = np.zeros((20, 30), np.uint8)
+ALPHA[:, :9] = 255
+
 
 def url_of(path):
     return f"data:image/png;base64,{base64.b64encode(pathlib.Path(path).read_bytes()).decode()}"
@@ -43,14 +46,21 @@ def pictures(row):
 def test_images_and_edits_of_a_batch_come_back_under_their_ids(channels, loaded, pipeline):
     body = {"prompt": "a cat", "n": 2, "seed": 5, "model": channels, "size": "16x16"}
     edit = {"prompt": "make it blue", "images": [{"image_url": url_of("a.png")}], "user": "x"}
+    Image.fromarray(np.dstack([np.zeros((20, 30, 3), np.uint8), ALPHA])).save("m.png")
+    masked = edit | {"mask": {"image_url": url_of("m.png")}}
     lines = [line("one", body), line("two", edit, EDITS), line("three", {"prompt": ""})]
+    lines.append(line("four", masked, EDITS))
     files = served(channels, *lines, code=1)
-    assert [row["custom_id"] for row in files["output"]] == ["one", "two"]
+    assert [row["custom_id"] for row in files["output"]] == ["one", "two", "four"]
     expected = pipeline.generate("a cat", seed=5, num_images=2, **QUICK)
     for made, image in zip(pictures(files["output"][0]), expected, strict=True):
         np.testing.assert_array_equal(made, np.asarray(image))
     (made,) = pictures(files["output"][1])
     np.testing.assert_array_equal(made, pipeline.edit("a.png", "make it blue", **QUICK)[0])
+    (made,) = pictures(files["output"][2])
+    (expected,) = pipeline.edit("a.png", "make it blue", within=ALPHA, **QUICK)
+    np.testing.assert_array_equal(made, expected)
+    assert (made[:, :9] == np.asarray(Image.open("a.png"))[:, :9]).all()
     (row,) = files["errors"]
     assert (row["custom_id"], row["response"]["status_code"]) == ("three", 400)
     message = row["response"]["body"]["error"]["message"]

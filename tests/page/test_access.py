@@ -49,7 +49,7 @@ def test_pictures_are_made_compared_and_saved_with_the_keyboard_alone(page, stub
     page.keyboard.type("3")
     tab_to(page, 'button "Generate"')
     page.keyboard.press("Enter")
-    page.locator("article a").wait_for()
+    page.get_by_role("link", name="Download").wait_for()
     with page.expect_download() as download:
         tab_to(page, 'link "Download"')
         page.keyboard.press("Enter")
@@ -60,7 +60,7 @@ def test_pictures_are_made_compared_and_saved_with_the_keyboard_alone(page, stub
     tab_to(page, 'button "Copy"')
     tab_to(page, 'button "Again"', "Shift+Tab")
     page.keyboard.press("Space")
-    page.locator("article a").nth(1).wait_for()
+    page.get_by_role("link", name="Download").nth(1).wait_for()
     assert len(stub.requests) == 2
 
 
@@ -87,7 +87,7 @@ def test_a_picture_is_masked_and_edited_with_the_keyboard_alone(page, stub, pict
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("and small")
     page.keyboard.press("Enter")
-    page.locator("article a").wait_for()
+    page.get_by_role("link", name="Download").wait_for()
     (request,) = stub.requests
     assert request["prompt"] == "make it blue\nand small"
     free = np.asarray(Image.open(io.BytesIO(request["mask"])))[..., 3] == 0
@@ -105,7 +105,7 @@ def test_a_screen_reader_hears_what_happens_and_only_that(page, stub):
     page.evaluate(f"{heard}.observe(live, {{ childList: true }})")
     page.fill("#prompt", "a tree")
     page.press("#prompt", "Enter")
-    page.locator("article a").wait_for()
+    page.get_by_role("link", name="Download").wait_for()
     page.get_by_text("Done in").wait_for()
     *told, _ = page.evaluate("heard")
     assert told == ["Started: a tree", "Place 2 in the queue", "Place 1 in the queue"]
@@ -129,7 +129,7 @@ def test_axe_finds_nothing_in_any_state(visit, stub, picture, scheme, viewport):
     page.check("#masked")
     page.fill("#prompt", "turn it")
     page.press("#prompt", "Enter")
-    page.locator("article a").nth(3).wait_for()
+    page.get_by_role("link", name="Download").nth(3).wait_for()
     for summary in page.get_by_text("Command", exact=True).all():
         summary.click()
     stub.failures = [(401, "Give the API key of this server.")]
@@ -154,7 +154,7 @@ def test_a_phone_shows_all_of_it_and_a_finger_paints(visit, stub, picture, viewp
     page.fill("#prompt", "a_very_long_word_without_a_space" * 4)
     page.fill("#seed", "4294967295")
     page.press("#prompt", "Enter")
-    page.locator("article a").wait_for()
+    page.get_by_role("link", name="Download").wait_for()
     # The new picture comes into view below the form.
     seen = "document.querySelector('article').getBoundingClientRect().top + 200 < innerHeight"
     assert page.evaluate(seen)
@@ -170,6 +170,6 @@ def test_a_phone_shows_all_of_it_and_a_finger_paints(visit, stub, picture, viewp
     assert page.evaluate(overflow) == 0
     page.fill("#prompt", "turn it")
     page.press("#prompt", "Enter")
-    page.locator("article a").nth(1).wait_for()
+    page.get_by_role("link", name="Download").nth(1).wait_for()
     free = np.asarray(Image.open(io.BytesIO(stub.requests[1]["mask"])))[..., 3] == 0
     assert np.nonzero(free)[1].mean() == pytest.approx(20, abs=1)

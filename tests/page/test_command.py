@@ -100,7 +100,7 @@ def test_several_images_are_one_command_that_says_which_file_is_which(page, shel
     page.fill("#n", "3")
     page.fill("#seed", "7")
     page.press("#prompt", "Enter")
-    page.locator("article a").nth(2).wait_for()
+    page.get_by_role("link", name="Download").nth(2).wait_for()
     for index in range(3):
         card = page.locator("article").nth(index)
         card.get_by_text("Command", exact=True).click()

@@ -54,7 +54,7 @@ def facts(page, number=0) -> str:
 
 
 def results(page, count):
-    page.locator("article a").nth(count - 1).wait_for()
+    page.get_by_role("link", name="Download").nth(count - 1).wait_for()
     page.locator("progress").wait_for(state="detached")
     assert page.locator("article").count() == count
 
@@ -151,7 +151,7 @@ def test_a_stream_that_ends_early_is_an_error(page, stub):
     stub.cut = True
     start(page, "a tree", n=2)
     page.locator("article").get_by_text("The server sent 1 of 2 images.").wait_for()
-    assert page.locator("article a").count() == 1
+    assert page.get_by_role("link", name="Download").count() == 1
     page.get_by_role("button", name="Dismiss").click()
     results(page, 1)
 
@@ -232,7 +232,7 @@ def test_the_brush_paints_erases_and_is_undone_in_the_pictures_own_pixels(page, 
     page.get_by_role("button", name="Undo").click()
     page.get_by_role("radio", name="Erase").check(force=True)
     drag((48, 32))
-    start(page, "turn it")
+    start(page, "turn it", seed=9)
     results(page, 1)
     mask = mask_of(stub.requests[0])
     assert mask.shape == (64, 96, 4)
@@ -248,7 +248,14 @@ def test_the_brush_paints_erases_and_is_undone_in_the_pictures_own_pixels(page, 
     start(page, "turn it")
     results(page, 2)
     assert "mask" not in stub.requests[1]
-    assert page.get_by_text("It has no mask").count() == 1
+    # What was sent is saved under the name that the command has for it.
+    assert page.locator("pre", has_text="--within").count() == 1
+    assert "--within turn-it-9-mask.png" in page.locator("pre").last.text_content()
+    page.get_by_text("Command").last.click()
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Save mask").click()
+    assert download.value.suggested_filename == "turn-it-9-mask.png"
+    assert download.value.path().read_bytes() == stub.requests[0]["mask"]
 
 
 def test_a_result_is_edited_further(page, stub):

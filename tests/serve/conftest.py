@@ -8,9 +8,13 @@ import blip3o_jax
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
+def folder(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("serve") / "tiny", CHANNELS)
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
     """Two images at once; nobody but the server may run it."""
-    folder = checkpoint(tmp_path_factory.mktemp("serve") / "tiny", CHANNELS)
     return blip3o_jax.load(folder, devices=jax.devices()[:1], batch_size=2)
 
 

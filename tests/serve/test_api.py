@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import hashlib
 import io
 import re
 import threading
@@ -81,11 +82,19 @@ def test_a_mask_keeps_the_source_s_own_pixels_where_it_is_opaque(served, plain):
     alpha[:, 15:] = 0
     mask = np.dstack([source, alpha])
     how = {"prompt": "make it blue", "extra_body": {"seed": 5, **QUICK}}
-    made = pixels(served.client.images.edit(image=png(source), mask=png(mask), **how).data[0])
+    answer = served.client.images.edit(image=png(source), mask=png(mask), **how).data[0]
+    made = pixels(answer)
     whole = pixels(served.client.images.edit(image=png(source), **how).data[0])
     np.testing.assert_array_equal(made[:, :15], source[:, :15])
     np.testing.assert_array_equal(made[:, 15:], whole[:, 15:])
     assert (whole[:, :15] != source[:, :15]).any()
+    # It is the file of the same request in Python, which names the mask.
+    settings = EditSettings(**QUICK)
+    request = Request("make it blue", (source,), seed=5, settings=settings, within=alpha)
+    (sample,) = plain.run([request])
+    assert base64.b64decode(answer.b64_json) == of(sample, plain)
+    digest = hashlib.sha256(alpha.tobytes()).hexdigest()
+    assert origin(sample)["within"] == {"sha256": digest}
 
 
 @pytest.mark.parametrize(("kind", "compression"), [("jpeg", None), ("webp", None), ("webp", 40)])

@@ -1,10 +1,13 @@
 """The page of a real server in a real browser: its images are those of the model."""
 
+import shlex
+
 import numpy as np
 import pytest
 from browsing import chromium
 from PIL import Image
 
+from blip3o_jax.cli import main
 from blip3o_jax.request import Request
 from blip3o_jax.sample.settings import EditSettings, Settings
 
@@ -35,7 +38,7 @@ def ask(page, prompt: str, count: int, **fields: object) -> None:
         page.fill(f"#{name}", str(value))
     page.fill("#prompt", prompt)
     page.press("#prompt", "Enter")
-    page.locator("article a").nth(count - 1).wait_for()
+    page.get_by_role("link", name="Download").nth(count - 1).wait_for()
     page.locator("progress").wait_for(state="detached")
 
 
@@ -57,7 +60,9 @@ def test_the_page_gives_the_models_own_images(page, plain, tmp_path):
         np.testing.assert_array_equal(saved(card, tmp_path / "image.png"), sample.image)
 
 
-def test_a_mask_painted_on_the_page_keeps_the_rest(page, plain, tmp_path):
+def test_a_mask_painted_on_the_page_keeps_the_rest_there_and_by_the_command(
+    page, plain, folder, tmp_path, monkeypatch
+):
     source = np.asarray(Image.effect_noise((30, 20), 60).convert("RGB"))
     Image.fromarray(source).save(tmp_path / "source.png")
     page.get_by_role("radio", name="Edit").check(force=True)
@@ -74,3 +79,15 @@ def test_a_mask_painted_on_the_page_keeps_the_rest(page, plain, tmp_path):
     # A dab of 4 pixels in the middle has 12 of them, and hardly one is as it was.
     assert 8 <= (~is_kept).sum() <= 16
     assert not is_kept[9:11, 14:16].any()
+    # Beside the result stand its mask and the command that makes it once more.
+    page.get_by_text("Command").click()
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Save mask").click()
+    download.value.save_as(tmp_path / download.value.suggested_filename)
+    words = shlex.split(page.locator("pre").text_content().replace("\\\n", ""))
+    (tmp_path / "tiny").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("blip3o_jax.jobs.work.load_for", lambda _: plain)
+    assert main(words[1:]) == 0
+    made = np.asarray(Image.open("make-it-blue-5.png"))
+    np.testing.assert_array_equal(made, image)

@@ -82,7 +82,7 @@ NO_ALPHA = data_url(picture(8, 8))
         (
             {"mask": {"image_url": data_url(np.zeros((8, 9, 4), np.uint8))}},
             "mask",
-            "8 x 8 pixels, as the first image, not 9 x 8.",
+            "The mask is 9 x 8 pixels and the first image 8 x 8 pixels; make them the same size.",
         ),
         ({"size": "8x8"}, "size", '"auto", not '),
         ({"renorm_min": 0.5}, "renorm_min", "1.0, which this server compiled, not 0.5."),
