@@ -44,6 +44,7 @@ def get_config(topology: str = "v5p:2x2x4") -> ConfigDict:
             },
             "grpo": {
                 "num_generations": 16,
+                "pieces": 4,  # so that the images of a piece leave room for the weights
                 "beta": 0.001,
                 "rewards": {"geneval+http://127.0.0.1:18085/": 1.0},
             },

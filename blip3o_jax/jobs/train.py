@@ -50,7 +50,10 @@ def open_run(name: str, overrides: list[str], job: str) -> TrainConfig:
             raise InputError(f"init of {part}: {error}") from error
     cfg = with_editing_parts(cfg)
     start_processes()
-    check_batch(cfg.batch_size, make_mesh(cfg.mesh), cfg.accumulate)
+    mesh = make_mesh(cfg.mesh)
+    check_batch(cfg.batch_size, mesh, cfg.accumulate)
+    if cfg.grpo:
+        check_batch(cfg.batch_size, mesh, cfg.grpo.pieces, "pieces of a rollout")
     return cfg
 
 

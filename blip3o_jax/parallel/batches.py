@@ -16,13 +16,13 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
-    """InputError naming the nearest sizes unless the mesh divides a batch, or its micro-batches."""
+def check_batch(batch_size: int, mesh: Mesh, count: int = 1, parts: str = "micro-batches") -> None:
+    """InputError naming the nearest sizes unless the mesh divides a batch, or each of its parts."""
     shards = batch_shards(mesh)
-    micro = f" x {accumulate} micro-batches" if accumulate > 1 else ""
-    sentence = f"batch_size {batch_size} does not divide by the mesh's {shards} batch shards{micro}"
-    nearest = multiples(batch_size, shards * accumulate)
-    require(batch_size % (shards * accumulate) == 0, f"{sentence}; {nearest}")
+    each = f" x {count} {parts}" if count > 1 else ""
+    sentence = f"batch_size {batch_size} does not divide by the mesh's {shards} batch shards{each}"
+    nearest = multiples(batch_size, shards * count)
+    require(batch_size % (shards * count) == 0, f"{sentence}; {nearest}")
 
 
 def batch_hosts(mesh: Mesh) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """A step of GRPO on devices that are not here: the programs of the rollout, which run one after the
 other beside the training state, and the update."""
 
+import functools
 from typing import Any
 
 import jax
@@ -28,20 +29,23 @@ def lower(cfg: TrainConfig, mesh: Mesh) -> dict[str, Program]:
     require(section.halves == ("transformer",), sentence)
     require(not cfg.data.edits, "plan compiles GRPO on prompts; leave data.edits out.")
     check_batch(cfg.batch_size, mesh, cfg.accumulate)
+    check_batch(cfg.batch_size, mesh, section.pieces, "pieces of a rollout")
     place = jax.NamedSharding(mesh, BATCH)
 
-    def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((cfg.batch_size, *shape), dtype, sharding=place)
+    def rows(dtype: Any, *shape: int, count: int = cfg.batch_size) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((count, *shape), dtype, sharding=place)
+
+    piece = functools.partial(rows, count=cfg.batch_size // section.pieces)
 
     # What each program is given: prompts, their states, latents; and rows of what was drawn.
     prompt, length = config.max_prompt_tokens, cfg.data.row_length or row_length(config)
     side, channels = config.sana.sample_size, config.dc_ae.latent_channels
-    states = rows(cfg.dtype, config.num_condition_tokens, config.qwen3.hidden_size)
-    key, numbers = rows(jnp.uint32, 3), rows(jnp.float32)
+    states = cfg.dtype, config.num_condition_tokens, config.qwen3.hidden_size
+    numbers = rows(jnp.float32)
     given = {
-        "write_tokens": (rows(jnp.int32, prompt), rows(bool, prompt), key),
-        "draw_latents": (states, key),
-        "pictures": (rows(jnp.float32, side, side, channels),),
+        "write_tokens": (rows(jnp.int32, prompt), rows(bool, prompt), rows(jnp.uint32, 3)),
+        "draw_latents": (piece(*states), piece(jnp.uint32, 3)),
+        "pictures": (piece(jnp.float32, side, side, channels),),
     }
     options = {"write_tokens": rollout.decoding(section), "pictures": {}}
     options["draw_latents"] = rollout.rendering(config, section, editing=False)
@@ -60,7 +64,8 @@ def lower(cfg: TrainConfig, mesh: Mesh) -> dict[str, Program]:
         gathered = jax.eval_shape(rollout.gathering(mesh, model), trained["qwen3"])
         gathered = placed({"qwen3": gathered}, mesh, without="fsdp")["qwen3"]
         run = sampling.programs(model, out_shardings=place)
-        # While tokens are written, the policy's own weights lie beside those that were gathered.
+        # While tokens are written, the policy's own weights lie beside those that were gathered;
+        # while a piece is rendered, the states and images of all.
         for name, arrays in given.items():
             kinds, beside = {"frozen": frozen, "batch": arrays}, kept
             if name == "write_tokens":
@@ -68,6 +73,8 @@ def lower(cfg: TrainConfig, mesh: Mesh) -> dict[str, Program]:
                 params = frozen | {"qwen3": gathered}
             else:
                 kinds, params = kinds | {"parameters": trained}, frozen | trained
+                pixels = rows(jnp.uint8, config.image_size, config.image_size, 3)
+                beside = kept | {"states": rows(*states), "images": pixels}
             lowered = getattr(run, name).lower(params, *arrays, **options[name])
             arguments = params, *arrays
             programs[name] = Program(lowered, arguments, kinds, count, cfg.batch_size, beside)

@@ -30,6 +30,7 @@ from blip3o_jax.rl.rewards.scoring import Rewards, Score
 from blip3o_jax.sample import generate, programs
 from blip3o_jax.sample.condition import Sources
 from blip3o_jax.text import Text, left_pad, row_length
+from blip3o_jax.train import losses
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.sections import GrpoConfig
 from blip3o_jax.tree import join
@@ -109,6 +110,26 @@ def diversity(images: Array, group: int) -> Array:
     return jnp.mean(jnp.sqrt(variances.mean(axis=(1, 2, 3))))
 
 
+@functools.partial(jax.jit, static_argnames="pieces")
+def cut(tree: Any, pieces: int) -> list:
+    """Arrays [B,...] as `pieces` trees of arrays [B/pieces,...], see `losses.interleaved`."""
+    whole = losses.interleaved(tree, pieces)
+    return [jax.tree.map(lambda x, i=i: x[i], whole) for i in range(pieces)]
+
+
+def woven(parts: Sequence[Any], axis: int = 0, stack: Callable = np.stack) -> Any:
+    """The arrays of which `cut` gave the parts; their rows are along `axis`."""
+
+    def join(*xs: Any) -> Any:
+        before, after = xs[0].shape[:axis], xs[0].shape[axis + 1 :]
+        return stack(xs, axis + 1).reshape(*before, -1, *after)
+
+    return jax.tree.map(join, *parts)
+
+
+joined = jax.jit(functools.partial(woven, stack=jnp.stack), static_argnames="axis")
+
+
 def of_all_hosts(wait: Callable[[], Rewards], images: np.ndarray, mesh: Mesh) -> Rewards:
     """What `wait` gives for this process's images, and for those of all others, in f32; RewardError
     in all processes where it fails in one."""
@@ -156,7 +177,7 @@ def rollouts(
     weights = np.array([*section.rewards.values()])
     run = programs.programs(model, out_shardings=NamedSharding(mesh, BATCH))
     sampling, gather = decoding(section), gathering(mesh, model)
-    here = rows_of_host(cfg.batch_size, mesh)
+    here = rows_of_host(cfg.batch_size // section.pieces, mesh)
 
     def render(params: Params, hidden: Array, keys: Array, sources: Any, path: bool) -> tuple:
         """(images, what the diffusion part's method trains on)."""
@@ -189,25 +210,30 @@ def rollouts(
             structure = jax.tree.structure((hidden, sources))
             hidden, sources = jax.tree.unflatten(structure, repeated)
 
-        # Images, by the policy that the method draws with.
+        # Images, by the policy that the method draws with, piece by piece.
         painter = params | state.get("old", {}) if "diffusion" in halves else params
         path = "diffusion" in halves and method.stochastic
-        renderings = []
+        drawn = []
         for i in range(1 if "diffusion" in halves else section.decodes):
             keys = put_replicated(key_numbers(everyone, seed, i * len(everyone)), mesh)
-            images, trained = render(painter, hidden, keys, sources, path)
-            renderings.append(images)
-        # Each is rewarded while the device is at the next one, in the process that has its rows.
-        spread, own, pending = diversity(renderings[0], group), everyone[here], []
-        for i, images in enumerate(renderings):
-            renderings[i] = local_rows(images)
-            pending.append(score(renderings[i], own))
+            parts = cut((hidden, keys, sources), section.pieces)
+            drawn.append([render(painter, *part, path) for part in parts])
+        first, trained = zip(*drawn[0], strict=True)
+        spread = diversity(joined(first), group)
+        trained = joined(trained, axis=int(path)) if "diffusion" in halves else {}
+        # Each piece is rewarded while the device is at the next one, in the process that has its
+        # rows.
+        images, pending = [own for rendering in drawn for own, _ in rendering], []
+        for place, piece in enumerate(images):
+            own, rows = local_rows(piece), everyone[place % section.pieces :: section.pieces]
+            pending.append((score(own, rows[here]), own))
         rollout_s = time.perf_counter() - began
 
         # Rewards of tokens are the mean over their renderings.
         began = time.perf_counter()
-        both = zip(pending, renderings, strict=True)
-        answers = [of_all_hosts(wait, images, mesh) for wait, images in both]
+        answers = [of_all_hosts(wait, own, mesh) for wait, own in pending]
+        starts = range(0, len(answers), section.pieces)
+        answers = [woven(answers[start : start + section.pieces]) for start in starts]
         rewards = mean(np.stack([rewards for rewards, _ in answers]), axis=0)
         numbers = numbers_of([named for _, named in answers])
         gains, dropped = grpo.advantages(rewards, weights, section)

@@ -43,11 +43,10 @@ def reinforced(
     editing = cfg.data.edits > 0
     features = "GRPO reads sources as tokens; it cannot train with use_tar_siglip_features"
     require(not (editing and model.config.use_tar_siglip_features), f"{features}.")
-    draw = programs.edit if editing else programs.text_to_image
-    place = jax.NamedSharding(mesh, BATCH)
-    draw = functools.partial(draw, programs.programs(model, out_shardings=place))
+    run = programs.programs(model, out_shardings=jax.NamedSharding(mesh, BATCH))
     show = asdict(Settings(num_inference_steps=model.config.sana.few_steps or 20))
     show |= programs.by_text(model.config, show["guidance_scale"], editing)
+    decoding = {name: show.pop(name) for name in programs.DECODING}
     rollouts = rollout.rollouts(cfg, model, mesh, text, prompts, score)
 
     def compiled(state: dict, frozen: dict, batch: dict, shardings: dict) -> Callable:
@@ -78,9 +77,11 @@ def reinforced(
     def evaluate(params: dict) -> tuple[dict[str, float], np.ndarray]:
         # The first of the prompts fills the batch, and is not counted again.
         rows = heldout + heldout[:1] * (cfg.batch_size - len(heldout))
-        prompt, valid, *images = rollout.prompt_arrays(text, model, rows, editing)
-        arrays = prompt, valid, rollout.key_numbers(rows, cfg.seed), *images
-        images = draw(params, *put_replicated(arrays, mesh), **show)["images"]
+        arrays = rollout.prompt_arrays(text, model, rows, editing)
+        prompts, keys = put_replicated((arrays, rollout.key_numbers(rows, cfg.seed)), mesh)
+        written, sources = rollout.write(run, params, prompts, keys, decoding)
+        parts = rollout.cut((written["hidden"], keys, sources), cfg.grpo.pieces)
+        images = rollout.joined([run.draw(params, *part, **show)[0] for part in parts])
         own = local_rows(images)
         wait = score(own, rows[rows_of_host(len(rows), mesh)])
         _, named = rollout.of_all_hosts(wait, own, mesh)

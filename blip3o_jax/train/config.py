@@ -181,8 +181,10 @@ class TrainConfig:
             is_whole = pieces == 1 or self.grpo.top_entropy_quantile == 1
             sentence = "grpo.top_entropy_quantile compares the tokens of the whole batch"
             require(is_whole, f"{sentence}; leave accumulate out.")
-        sentence = f"batch_size {size} does not divide by accumulate {pieces}; "
-        require(size % pieces == 0, sentence + multiples(size, pieces))
+        counts = {"accumulate": pieces} | ({"grpo.pieces": self.grpo.pieces} if self.grpo else {})
+        for name, count in counts.items():
+            sentence = f"batch_size {size} does not divide by {name} {count}; "
+            require(size % count == 0, sentence + multiples(size, count))
 
     @property
     def record(self) -> Stage:

@@ -17,7 +17,7 @@ FREE = (
     *("mesh", "topology", "accumulate", "remat", "joint.ce_chunk", "pretrain_ar.ce_chunk"),
     *("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "profile"),
     *("guard.max_skipped", "data.max_bad_fraction", "data.reader_threads", "data.row_group_mb"),
-    *("grpo.reward_timeout", "grpo.watched"),
+    *("grpo.reward_timeout", "grpo.watched", "grpo.pieces"),
     *("data.data_dir", "data.tokenizer", "data.sources.*.root"),
 )
 # Paths of which the last part (of patterns, the last two) tells that they were only moved.

@@ -223,6 +223,7 @@ class GrpoConfig:
     phase_steps: int = 20  # alternating: steps before the other half's turn
     diffusion: DiffusionRlConfig | None = None  # of a run that trains the diffusion part
     decodes: int = 1  # renderings of the same tokens, whose mean reward the transformer is given
+    pieces: int = 1  # that images are rendered in, each rewarded while the device is at the next
     num_generations: int = 16
     temperature: float = 1.0
     num_inference_steps: int = 30
@@ -271,6 +272,7 @@ class GrpoConfig:
                 "saturated_std": ("at least 0", self.saturated_std >= 0),
                 "phase_steps": ("at least 1", self.phase_steps >= 1),
                 "decodes": ("at least 1", self.decodes >= 1),
+                "pieces": ("at least 1", self.pieces >= 1),
                 "max_kl": ("above 0", self.max_kl is None or self.max_kl > 0),
             },
         )

@@ -34,12 +34,21 @@ def test_the_state_lies_beside_every_program_and_the_whole_transformer_beside_it
     assert size(state["first policy"]) == size(state["parameters"])
     for name, program in programs.items():
         everything = program.kinds | program.beside
-        kinds = set(state) | ({"gathered"} if name == "write_tokens" else set())
-        assert set(everything) == kinds
-        for kind in kinds - {"batch", "gathered"}:
+        more = {"write_tokens": {"gathered"}, "update": set()}.get(name, {"states", "images"})
+        assert set(everything) == set(state) | more
+        for kind in set(state) - {"batch"}:
             assert size(everything[kind]) == size(state[kind])
     gathered = jax.tree.leaves(programs["write_tokens"].kinds["gathered"])
     assert all(x.sharding.shard_shape(x.shape) == x.shape for x in gathered)
+
+
+def test_a_piece_is_rendered_beside_the_states_and_images_of_all():
+    whole, pieces = lowered({"data": 2}), lowered({"data": 2}, pieces=2)
+    for name in ("draw_latents", "pictures"):
+        assert size(whole[name].kinds["batch"]) == 2 * size(pieces[name].kinds["batch"])
+        for kind in ("states", "images"):
+            assert size(whole[name].beside[kind]) == size(pieces[name].beside[kind]) > 0
+    assert size(whole["update"].kinds["batch"]) == size(pieces["update"].kinds["batch"])
 
 
 def test_a_run_that_stays_near_nothing_keeps_no_first_policy():
