@@ -1,0 +1,111 @@
+"""What each way of reinforcement makes of the same checkpoint: runs of several seeds, judged on
+held-out prompts.
+
+    python tests/rl/compare.py --init CHECKPOINT --out DIR --steps 120 --seeds 3
+    python tests/rl/compare.py --init CHECKPOINT --out DIR --ways transformer,joint
+
+Runs and evaluations are those of the commands. What is in DIR already is not made again, so that
+an interrupted comparison goes on; prints a table.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+DIFFUSION = {"num_train_timesteps": 4, "norm_penalty": 0.1, "max_kl": 1.0}
+METHODS = {
+    "ram": {"method": "ram", "strength": 0.1},
+    "nft": {"method": "nft"},
+    "flow_grpo": {"method": "flow_grpo"},
+}
+# What `grpo` is given, beside the seed and the number of steps.
+WAYS = {"transformer": ["--config", "emoji_grpo"]} | {
+    name: [
+        *("--config", "emoji_diffusion_rl", f"--config.grpo.train={train}"),
+        f"--config.grpo.diffusion={json.dumps(DIFFUSION | METHODS[method])}",
+    ]
+    for name, train, method in (
+        *((method, "diffusion", method) for method in METHODS),
+        ("alternating", "alternating", "ram"),
+        ("joint", "joint", "ram"),
+    )
+}
+# As the rollouts are rendered.
+SAMPLING = ["--num-inference-steps", "8", "--guidance-scale", "1"]
+
+
+def blip3o(log: pathlib.Path, *command: str) -> float:
+    """Runs a command into a log; its seconds."""
+    begin = time.monotonic()
+    with log.open("a") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", "blip3o_jax", *command], stdout=file, stderr=subprocess.STDOUT
+        )
+    assert done.returncode == 0, f"{' '.join(command)}: exit {done.returncode}, see {log}"
+    return time.monotonic() - begin
+
+
+def judged(checkpoint: str, out: pathlib.Path, prompts: int) -> dict:
+    """`evaluate scenes` of a checkpoint."""
+    if not (out / "result.json").exists():
+        options = ["--num-prompts", str(prompts), "--seeds", "1", "--batch-size", "16", *SAMPLING]
+        where = ["--checkpoint", checkpoint, "--out", str(out)]
+        blip3o(out.with_suffix(".log"), "evaluate", "scenes", *options, *where)
+    return json.loads((out / "result.json").read_text())["scores"]
+
+
+def trained(way: str, seed: int, args: argparse.Namespace) -> tuple[dict, float]:
+    """The scores of a run, and its minutes."""
+    folder = args.out / f"{way}-{seed}"
+    minutes = folder / "minutes.txt"
+    if not minutes.exists():
+        more = ["--config.grpo.phase_steps=10"] if way == "alternating" else []
+        more += ["--config.grpo.beta=0.01"] if way in ("alternating", "joint") else []
+        changes = [f"--config.{name}" for name in (f"init={args.init}", f"seed={seed}")]
+        changes += [f"--config.num_steps={args.steps}", f"--config.eval_every={args.steps}"]
+        own = [*WAYS[way], *changes, *more, *args.more, "--workdir", str(folder)]
+        spent = blip3o(folder.with_suffix(".log"), "grpo", *own)
+        minutes.write_text(f"{spent / 60:.1f}")
+    scores = judged(str(folder), args.out / f"{way}-{seed}.scores", args.prompts)
+    return scores, float(minutes.read_text())
+
+
+def row(name: str, scores: list[dict], minutes: float) -> str:
+    """Means over the seeds, and what a seed's overall score differs from them at most."""
+    overall = np.array([own["correct"]["overall"] for own in scores])
+    cells = [f"{overall.mean():.3f} ± {np.abs(overall - overall.mean()).max():.3f}"]
+    cells += [f"{np.mean([own['strict']['overall'] for own in scores]):.3f}"]
+    tags = [tag for tag in scores[0]["correct"] if tag != "overall"]
+    cells += [f"{np.mean([own['correct'][tag] for own in scores]):.2f}" for tag in tags]
+    return f"| {name} | {minutes:.1f} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--init", required=True)
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=402)
+    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("more", nargs="*", help="changes of the config for all, after --")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    before = judged(args.init, args.out / "before", args.prompts)
+    tags = [tag for tag in before["correct"] if tag != "overall"]
+    print("| way | minutes | overall | strict |", " | ".join(tags), "|")
+    print("|", "---|" * (4 + len(tags)), sep="")
+    print(row("before", [before], 0.0), flush=True)
+    for way in args.ways.split(","):
+        results = [trained(way, seed, args) for seed in range(args.seeds)]
+        minutes = float(np.mean([spent for _, spent in results]))
+        print(row(way, [scores for scores, _ in results], minutes), flush=True)
+
+
+if __name__ == "__main__":
+    main()
