@@ -31,7 +31,8 @@ def fit_vocabulary(path: str, leaf: np.ndarray, rows: int) -> np.ndarray:
 
 def fit_channels(path: str, leaf: np.ndarray, channels: int) -> np.ndarray:
     """The leaf at `path` with zeros for the channels of SANA's input that it was made without: a
-    reference among the channels changes nothing at first."""
-    if path != "sana/patch_embed/kernel" or len(leaf) >= channels:
+    reference among the channels changes nothing at first. A reference's channels are left out where
+    the model has none, as if the reference were zero."""
+    if path != "sana/patch_embed/kernel" or len(leaf) not in (2 * channels, channels // 2):
         return leaf
-    return np.pad(leaf, [(0, channels - len(leaf)), (0, 0)])
+    return np.pad(leaf[:channels], [(0, max(0, channels - len(leaf))), (0, 0)])

@@ -86,8 +86,8 @@ def initial_params(
     key = jax.random.key(cfg.seed)
     params = jax.jit(make, out_shardings=shardings(jax.eval_shape(make, key), mesh))(key)
 
-    # The other parts, leaf by leaf, with the rows that the mesh adds to the vocabulary and the
-    # channels that a reference adds to the latents.
+    # The other parts, leaf by leaf, with the rows that the mesh adds to the vocabulary and with or
+    # without the channels that a reference adds to the latents.
     loaded_parts = tuple(part for part in parts if part in cfg.init)
     expected = model.abstract(loaded_parts)
     for part in loaded_parts:
@@ -95,9 +95,8 @@ def initial_params(
         leaves = flatten_dict(load_part(directory, part), sep="/")
         rows, channels = model.config.qwen3.vocab_rows, model.config.sana.in_channels
         leaves = {path: fit_vocabulary(f"{part}/{path}", x, rows) for path, x in leaves.items()}
-        if model.config.use_und_image_vae_as_channels:
-            leaves = {p: fit_channels(f"{part}/{p}", x, channels) for p, x in leaves.items()}
         if part == "sana":
+            leaves = fit_source(cfg, channels, leaves)
             leaves = fit_spans(cfg, model, key, leaves)
         shapes = {path: x.shape for path, x in flatten_dict(expected[part], sep="/").items()}
         require(
@@ -111,6 +110,19 @@ def initial_params(
             shardings({part: tree}, mesh)[part],
         )
     return params
+
+
+def fit_source(cfg: TrainConfig, channels: int, leaves: dict[str, jax.Array]) -> dict:
+    """SANA's leaves for a model of so many input channels: those of a source among them change
+    nothing at first, and are left out where the model has none."""
+    fitted = {path: fit_channels(f"sana/{path}", x, channels) for path, x in leaves.items()}
+    lost = sum(x.size for x in leaves.values()) - sum(x.size for x in fitted.values())
+    if lost > 0:
+        sentence = (
+            "init.sana: %s sees a source among its channels, which this run's model does not."
+        )
+        log.warning(sentence, cfg.init["sana"])
+    return fitted
 
 
 def fit_spans(

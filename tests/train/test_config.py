@@ -16,6 +16,17 @@ from blip3o_jax.train.stages import STAGES
 from blip3o_jax.train.workdir import open_workdir
 
 
+@pytest.mark.parametrize("way", ["prompt", "tokens", "noise", "both", "features"])
+def test_the_other_ways_of_a_source_differ_from_the_preset_in_nothing_else(way):
+    cfg = read_config(f"emoji_edit:{way}", [])
+    assert not cfg.blip3o().use_und_image_vae_as_channels
+    latents = way in ("tokens", "noise", "both")
+    assert cfg.blip3o().reads_source_latents == latents
+    assert dataclasses.replace(cfg, model={}) == read_config("emoji_edit", [])
+    with pytest.raises(InputError, match="no variant 'x', but channels, prompt, tokens"):
+        read_config("emoji_edit:x", [])
+
+
 @pytest.mark.parametrize("name", list(shipped_configs()))
 def test_every_shipped_config_is_valid(name):
     cfg = read_config(name, [])
