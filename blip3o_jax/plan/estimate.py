@@ -75,7 +75,7 @@ def _communication(compiled: jax.stages.Compiled) -> dict:
     # libtpu 0.0.42 with jaxlib 0.10.2 cannot print every program
     except jax.errors.JaxRuntimeError as error:
         reason = f"this libtpu does not print the program: {first_line(error)}"
-        return {"communication": None, "reason": reason}
+        return {"communication": None, "unknown": reason}
 
 
 def price(
@@ -166,6 +166,8 @@ def table(result: dict, chip: Chip) -> str:
     rows.append(row("of these", chip.hbm / 1024, grants))
     for kind, sent in (result.get("communication") or {}).items():
         rows.append(row(kind, sent["bytes"] / GIB, f"GiB in {sent['calls']} calls"))
+    if result.get("communication", {}) is None:
+        rows.append(f"{'sent':<22}{'?':>10} {result['unknown']}")
     if "flops" in result:
         image = f"PFLOP a run, {result['flops_per_image'] / 1e12:.2f} TFLOP an image"
         rate = f"s, {result['images_per_second']:.1f} images/s"

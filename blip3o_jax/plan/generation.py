@@ -105,9 +105,12 @@ def measure(programs: dict[str, Program], chip: Chip) -> dict:
     memory = result["bytes"]
     others = sum(one["bytes"]["code"] for one in results.values()) - memory["code"]
     memory |= {"code": memory["code"] + others, "total": memory["total"] + others}
-    # What is sent, where every program can be printed.
+    # What all of them send, unless one cannot be printed.
     sent = [one["communication"] for one in results.values()]
-    if None not in sent:
+    if None in sent:
+        unknown = next(one["unknown"] for one in results.values() if one["communication"] is None)
+        result |= {"communication": None, "unknown": unknown}
+    else:
         result["communication"] = {
             kind: {key: sum(one.get(kind, {}).get(key, 0) for one in sent) for key in numbers}
             for numbers_of in sent

@@ -128,6 +128,26 @@ def test_the_largest_program_counts_with_the_code_of_all(monkeypatch):
     assert generation.measure(lowered, CHIP)["reason"] == "draw_latents: out of HBM"
 
 
+def test_what_is_sent_is_unknown_where_one_program_is_not_printed(monkeypatch):
+    """Also if it is not the largest; and no reason why something would not fit."""
+    measured(monkeypatch, lambda program: program.images)
+    whole = estimate.measure
+
+    def measure(program, chip):
+        silent = {"communication": None, "unknown": "it is not printed"}
+        return whole(program, chip) | (silent if program.images == 100 else {})
+
+    monkeypatch.setattr(estimate, "measure", measure)
+    sizes = {"write_tokens": 100, "draw_latents": 300}
+    lowered = {name: programs.Program(None, (), {}, 1, size) for name, size in sizes.items()}
+    result = generation.measure(lowered, CHIP)
+    assert result["communication"] is None
+    assert estimate.table(result, CHIP).splitlines()[-1].split(maxsplit=2) == [
+        *("sent", "?", "it is not printed")
+    ]
+    assert estimate.verdict(result | {"fits": False}) == "DOES NOT FIT: more than that"
+
+
 def planned(monkeypatch, capsys, *options: str, chip: Chip = CHIP) -> dict:
     monkeypatch.setattr(programs, "open_topology", lambda name: (jax.devices(), chip))
     code = main(["plan", "--topology", "v5e:2x4", *options])
