@@ -72,7 +72,7 @@ def measure(program: Program, chip: Chip) -> dict:
 def _communication(compiled: jax.stages.Compiled) -> dict:
     try:
         return {"communication": collectives.collectives(compiled.as_text())}
-    # libtpu 0.0.42 with jaxlib 0.10.2 cannot print every program
+    # libtpu 0.0.42 to 0.0.52 with jaxlib 0.10.2 cannot print every program
     except jax.errors.JaxRuntimeError as error:
         reason = f"this libtpu does not print the program: {first_line(error)}"
         return {"communication": None, "unknown": reason}
