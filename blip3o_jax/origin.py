@@ -66,9 +66,9 @@ def sources(request: Request) -> dict:
     from blip3o_jax.pictures import alpha_of, array
 
     facts: dict = {"sources": [source_of(picture, array) for picture in request.images]}
-    return facts | (
-        {} if request.within is None else {"within": source_of(request.within, alpha_of)}
-    )
+    if request.within is not None:
+        facts["within"] = source_of(request.within, alpha_of)
+    return facts
 
 
 def source_of(picture: Picture, read: Callable[[Picture], np.ndarray]) -> dict[str, str]:

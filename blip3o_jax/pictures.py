@@ -90,7 +90,7 @@ def array(picture: Picture) -> np.ndarray:
             _check(picture)
             return np.asarray(shown(picture))
         if isinstance(picture, np.ndarray):
-            return _checked(picture, "[h,w,3]")
+            return _checked(picture, (3,))
         return np.asarray(decode(_read(picture, name)))
 
 
@@ -102,7 +102,7 @@ def alpha_of(mask: Picture) -> np.ndarray:
             _check(mask)
             return _alpha(mask)
         if isinstance(mask, np.ndarray):
-            return _checked(mask, "[h,w]")
+            return _checked(mask, ())
         return alpha(_read(mask, name))
 
 
@@ -210,10 +210,9 @@ def _too_large(limits: Limits) -> str:
     return f"it has more than {limits.pixels:,} pixels"
 
 
-def _checked(pixels: np.ndarray, form: str) -> np.ndarray:
-    channels = (3,) if form == "[h,w,3]" else ()
+def _checked(pixels: np.ndarray, channels: tuple[int, ...]) -> np.ndarray:
     is_form = pixels.ndim >= 2 and pixels.shape[2:] == channels
     if pixels.dtype != np.uint8 or not is_form or not pixels.size:
-        shape = ",".join(map(str, pixels.shape))
-        raise PictureError(f"it is {pixels.dtype} [{shape}], not uint8 {form}")
+        shape, form = (",".join(map(str, x)) for x in (pixels.shape, ("h", "w", *channels)))
+        raise PictureError(f"it is {pixels.dtype} [{shape}], not uint8 [{form}]")
     return pixels

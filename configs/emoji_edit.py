@@ -4,26 +4,24 @@ source's latents are more channels of the noisy ones, and its tokens are in the 
     blip3o-jax train --config emoji_edit --workdir runs/edit
 
 Cost: 1.5 s a step on two CPU cores, 50 minutes. `emoji_edit:noise` and the other names of VARIANTS
-give the diffusion part the source in other ways (docs/emoji.md compares them).
+give the diffusion part the source in other ways (docs/emoji.md compares some of them).
 """
 
 from emoji_joint import get_config as joint
 from ml_collections import ConfigDict
 
-CHANNELS = {
-    "sana": {"in_channels": 16},
-    "use_und_image_vae_as_channels": False,
-}  # those of no source
+# The source is in the prompt alone.
+PROMPT = {"sana": {"in_channels": 16}, "use_und_image_vae_as_channels": False}
 TOKENS = {"use_und_image_vae": True}
 NOISE = {"use_und_image_vae_as_noise": True}
 # Changes to the preset, whose own way is `channels` (docs/model.md §1.2).
 VARIANTS = {
     "channels": {},
-    "prompt": CHANNELS,
-    "tokens": CHANNELS | TOKENS,
-    "noise": CHANNELS | NOISE,
-    "both": CHANNELS | TOKENS | NOISE,
-    "features": CHANNELS | {"use_tar_siglip_features": True},
+    "prompt": PROMPT,
+    "tokens": PROMPT | TOKENS,
+    "noise": PROMPT | NOISE,
+    "both": PROMPT | TOKENS | NOISE,
+    "features": PROMPT | {"use_tar_siglip_features": True},
 }
 
 

@@ -29,10 +29,10 @@ def fit_vocabulary(path: str, leaf: np.ndarray, rows: int) -> np.ndarray:
     return np.pad(cut, [(0, size - old) for size, old in zip(shape, cut.shape, strict=True)])
 
 
-def fit_channels(path: str, leaf: np.ndarray, channels: int) -> np.ndarray:
-    """The leaf at `path` with zeros for the channels of SANA's input that it was made without: a
-    reference among the channels changes nothing at first. A reference's channels are left out where
-    the model has none, as if the reference were zero."""
-    if path != "sana/patch_embed/kernel" or len(leaf) not in (2 * channels, channels // 2):
-        return leaf
-    return np.pad(leaf[:channels], [(0, max(0, channels - len(leaf))), (0, 0)])
+def fit_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
+    """SANA's patch_embed [C,D] with zeros for the channels of a reference that it was made without,
+    which changes nothing at first; or without those of a reference, as if that were zero. One of
+    other sizes as it is."""
+    if len(kernel) not in (2 * channels, channels // 2):
+        return kernel
+    return np.pad(kernel[:channels], [(0, max(0, channels - len(kernel))), (0, 0)])

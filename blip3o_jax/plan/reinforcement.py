@@ -65,7 +65,7 @@ def lower(cfg: TrainConfig, mesh: Mesh) -> dict[str, Program]:
         gathered = placed({"qwen3": gathered}, mesh, without="fsdp")["qwen3"]
         run = sampling.programs(model, out_shardings=place)
         # While tokens are written, the policy's own weights lie beside those that were gathered;
-        # while a piece is rendered, the states and images of all.
+        # while a piece is rendered, the states and images of all, whole and in pieces.
         for name, arrays in given.items():
             kinds, beside = {"frozen": frozen, "batch": arrays}, kept
             if name == "write_tokens":
@@ -74,7 +74,7 @@ def lower(cfg: TrainConfig, mesh: Mesh) -> dict[str, Program]:
             else:
                 kinds, params = kinds | {"parameters": trained}, frozen | trained
                 pixels = rows(jnp.uint8, config.image_size, config.image_size, 3)
-                beside = kept | {"states": rows(*states), "images": pixels}
+                beside = kept | {"states": [rows(*states)] * 2, "images": [pixels] * 2}
             lowered = getattr(run, name).lower(params, *arrays, **options[name])
             arguments = params, *arrays
             programs[name] = Program(lowered, arguments, kinds, count, cfg.batch_size, beside)

@@ -115,14 +115,12 @@ def initial_params(
 def fit_source(cfg: TrainConfig, channels: int, leaves: dict[str, jax.Array]) -> dict:
     """SANA's leaves for a model of so many input channels: those of a source among them change
     nothing at first, and are left out where the model has none."""
-    fitted = {path: fit_channels(f"sana/{path}", x, channels) for path, x in leaves.items()}
-    lost = sum(x.size for x in leaves.values()) - sum(x.size for x in fitted.values())
-    if lost > 0:
-        sentence = (
-            "init.sana: %s sees a source among its channels, which this run's model does not."
-        )
-        log.warning(sentence, cfg.init["sana"])
-    return fitted
+    kernel = leaves["patch_embed/kernel"]
+    fitted = fit_channels(kernel, channels)
+    if len(fitted) < len(kernel):
+        what = "sees a source among its channels, which this run's model does not"
+        log.warning("init.sana: %s %s.", cfg.init["sana"], what)
+    return leaves | {"patch_embed/kernel": fitted}
 
 
 def fit_spans(
