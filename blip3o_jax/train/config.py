@@ -89,8 +89,10 @@ class TrainConfig:
         updates = min(map(self.updates_of, self.groups or [""]))
         sentence = f"grpo.phase_steps leaves the diffusion part none of the {steps} num_steps."
         require(updates > 0, sentence)
-        sentence = f"optimizer.warmup_steps {warmup} must be below num_steps {steps}."
-        require(warmup < updates, sentence)
+        most = f"num_steps {steps}"
+        if updates != steps:
+            most = f"the {updates} updates that {most} gives"
+        require(warmup < updates, f"optimizer.warmup_steps {warmup} must be below {most}.")
         if isinstance(self.init, str):
             parts = self.record.parts + self.record.teachers(self.section)
             object.__setattr__(self, "init", dict.fromkeys(parts, self.init))

@@ -16,6 +16,14 @@ from blip3o_jax.train.stages import STAGES
 from blip3o_jax.train.workdir import open_workdir
 
 
+def test_warmup_ends_before_the_updates_of_either_half():
+    alternating = ["--config.grpo.train=alternating", "--config.grpo.phase_steps=10"]
+    sentence = "warmup_steps 5 must be below the 2 updates that num_steps 12 gives"
+    with pytest.raises(InputError, match=sentence):
+        read_config("emoji_diffusion_rl", [*alternating, "--config.num_steps=12"])
+    read_config("emoji_diffusion_rl", [*alternating, "--config.num_steps=16"])
+
+
 @pytest.mark.parametrize("way", ["prompt", "tokens", "noise", "both", "features"])
 def test_the_other_ways_of_a_source_differ_from_the_preset_in_nothing_else(way):
     cfg = read_config(f"emoji_edit:{way}", [])
