@@ -31,9 +31,15 @@ def colour(prompt, seed, index):
 class Painter:
     """Stands for a loaded model."""
 
-    identity = "painter"
+    batch_size = 4
 
-    def run(self, requests):
+    def __init__(self, identity):
+        self.identity = identity
+
+    def warn(self, requests):
+        pass
+
+    def run(self, requests, failed):
         for request in requests:
             size, text = (SIDE, SIDE), request.prompt
             for source in request.images:

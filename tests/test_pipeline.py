@@ -299,7 +299,7 @@ def test_the_embedded_files_are_complete_and_small():
 
 
 def test_evaluation_writes_scores_ceilings_and_a_sheet(pipeline, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("blip3o_jax.jobs.evaluate.load_for", lambda _: pipeline)
+    monkeypatch.setattr("blip3o_jax.jobs.work.load_for", lambda _: pipeline)
     argv = [
         "evaluate",
         "scenes",

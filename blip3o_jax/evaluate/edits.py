@@ -9,8 +9,6 @@ tables and sheets of verdicts.
     measures = [measure(image, edit) for image, edit in zip(images, edits)]
 """
 
-import json
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -119,19 +117,19 @@ def drift(images: np.ndarray, chains: Sequence[Sequence[Edit]]) -> list[dict[str
     return rows
 
 
-def write_records(
-    file: pathlib.Path,
+def records(
     edits: Sequence[Edit],
     seeds: Sequence[int],
     verdicts: Sequence[Mapping],
     measures: Sequence[Mapping],
-) -> None:
-    """A JSON line an edit: what was asked, with which seed, the verdict and the measures."""
-    with file.open("w", encoding="utf-8") as stream:
-        for edit, seed, verdict, measured in zip(edits, seeds, verdicts, measures, strict=True):
-            asked = {"kind": edit.kind, "instruction": edit.instruction, "seed": seed}
-            numbers = {k: None if np.isnan(v) else round(v, 2) for k, v in measured.items()}
-            stream.write(json.dumps(asked | dict(verdict) | numbers) + "\n")
+) -> list[dict]:
+    """Of each edit what was asked, with which seed, the verdict and the measures."""
+    rows = []
+    for edit, seed, verdict, measured in zip(edits, seeds, verdicts, measures, strict=True):
+        asked = {"kind": edit.kind, "instruction": edit.instruction, "seed": seed}
+        numbers = {k: None if np.isnan(v) else round(v, 2) for k, v in measured.items()}
+        rows.append(asked | dict(verdict) | numbers)
+    return rows
 
 
 def sheet(images: np.ndarray, edits: Sequence[Edit], verdicts: Sequence[Mapping]) -> np.ndarray:

@@ -1,8 +1,5 @@
 """`evaluate scenes`: held-out prompts of the embedded world, verdicts on pictures, their tables."""
 
-import json
-import pathlib
-
 import numpy as np
 
 from blip3o_jax.pipeline import Sample
@@ -37,15 +34,13 @@ def table(metadata: list[dict], verdicts: list[dict]) -> dict[str, dict[str, flo
     return result
 
 
-def write_records(
-    file: pathlib.Path, metadata: list[dict], samples: list[Sample], verdicts: list[dict]
-) -> None:
-    """A JSON line an image: what was asked, the image's index and seed, and the verdict on it."""
-    with file.open("w", encoding="utf-8") as stream:
-        for asked, sample, verdict in zip(metadata, samples, verdicts, strict=True):
-            judged = {key: verdict[key] for key in ("correct", "strict", "score", "reason")}
-            row = {**asked, "index": sample.index, "seed": sample.seed, **judged}
-            stream.write(json.dumps(row) + "\n")
+def records(metadata: list[dict], samples: list[Sample], verdicts: list[dict]) -> list[dict]:
+    """Of each image what was asked, its index and seed, and the verdict on it."""
+    rows = []
+    for asked, sample, verdict in zip(metadata, samples, verdicts, strict=True):
+        judged = {key: verdict[key] for key in ("correct", "strict", "score", "reason")}
+        rows.append({**asked, "index": sample.index, "seed": sample.seed, **judged})
+    return rows
 
 
 def verdict_sheet(images: np.ndarray, metadata: list[dict], verdicts: list[dict]) -> np.ndarray:

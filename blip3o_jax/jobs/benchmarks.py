@@ -5,30 +5,39 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from blip3o_jax import paths
 from blip3o_jax.errors import InputError, about, require
 from blip3o_jax.evaluate.exporters import record
-from blip3o_jax.evaluate.exporters.record import Benchmark, Export, Item
+from blip3o_jax.evaluate.exporters.record import Benchmark, Content, Export, Item
 from blip3o_jax.evaluate.exporters.table import BENCHMARKS
-from blip3o_jax.jobs import edit
+from blip3o_jax.jobs import edit, ledger, whole
 from blip3o_jax.jobs.images import FORMATS
-from blip3o_jax.jobs.options import load_for, model_options, option, overwrite_option, settings_of
-from blip3o_jax.jobs.output import new_file, new_folder
+from blip3o_jax.jobs.options import (
+    model_options,
+    option,
+    overwrite_option,
+    settings_of,
+    share_option,
+)
+from blip3o_jax.jobs.output import new_file
 from blip3o_jax.origin import encode_image
 from blip3o_jax.sample.settings import EditSettings, Settings
 
 if TYPE_CHECKING:
-    from blip3o_jax.pipeline import Pipeline
+    from blip3o_jax.request import Request, Sample
 
 MARKER = "export.json"
+GRID = 4  # images of a grid
 # What the record of an import says of the export.
 KEPT = ("checkpoint", "settings", "seed", "num_images", "prompt_variant", "prompts_sha256")
 
@@ -48,6 +57,7 @@ def options(benchmarks: argparse._SubParsersAction) -> None:
         option(job, "--prompt-variant", "official", "how the prompts are worded, for the record")
         option(job, "--model-name", "blip3o_jax", "of the scorer's folders")
         model_options(job, EditSettings if benchmark.edits else Settings)
+        share_option(job)
         job.set_defaults(run=run_export, seed=benchmark.seed)
         job = actions.add_parser("import", help="the scorer's results as one JSON record")
         job.add_argument("--export", required=True, metavar="DIR", help="--out of the export")
@@ -63,54 +73,128 @@ def options(benchmarks: argparse._SubParsersAction) -> None:
 
 
 def run_export(args: argparse.Namespace) -> None:
-    """Writes OUT/images for the scorer and OUT/export.json; prints the scorer's command last."""
-    from blip3o_jax.parallel.processes import require_alone
+    """Makes the images as a job, most of them where the scorer reads them, OUT/images, then writes
+    what it reads beside them, and OUT/export.json; prints the scorer's command last."""
+    from blip3o_jax import checkpoints
+    from blip3o_jax.request import Request, repeated
 
-    require_alone("evaluate")
     benchmark, prompts = BENCHMARKS[args.benchmark], paths.path(args.prompts)
     # Everything is checked before any weights are loaded.
     plain = f"--model-name {args.model_name!r} is a folder: use letters, digits, `.`, `_` and `-`."
     require(bool(re.fullmatch(r"\w[\w.-]*", args.model_name)), plain)
+    job = whole.job_of(args, benchmark.num_images)
     settings = settings_of(args, EditSettings if benchmark.edits else Settings)
     items = benchmark.read(prompts, args.model_name)
     check_items(args, benchmark, items)
-    images = paths.path(args.out).resolve() / "images"
-    keep_results(paths.path(args.out))
-    with new_folder(args.out, marker=MARKER, overwrite=args.overwrite) as folder:
-        # What stands beside the images comes first: sources of edits are read from there.
-        tree = folder / "images"
-        tree.mkdir()
-        if benchmark.prepare:
-            benchmark.prepare(tree, images, items, prompts)
-        prepared = files_below(tree)
-        pipeline = load_for(args)
-        size = write_images(args, benchmark, items, pipeline, settings, tree)
-        # Scorers leave out what is missing, and some judge what is too much.
-        record.check_same(tree, files_below(tree), prepared.union(*(i.files for i in items)))
-        export = {"benchmark": args.benchmark, "model_name": args.model_name}
-        export |= {"checkpoint": pipeline.identity, "settings": dataclasses.asdict(settings)}
-        export |= {"seed": args.seed, "num_images": benchmark.num_images}
-        export |= {"prompt_variant": args.prompt_variant, "prompts_sha256": digest_of(items)}
-        export["files"] = sorted(files_below(tree))
-        export["items"] = [dataclasses.asdict(item) for item in items]
-        (folder / MARKER).write_text(json.dumps(export), "utf-8")
-    places = {"images": images, "out": images.parent, "prompts": prompts.resolve()}
+    folder = paths.path(args.out).resolve()
+    tree = folder / "images"
+    if args.overwrite:
+        keep_results(folder)
+    # The images in the order of the items.
+    sources = [()] * len(items)
+    if benchmark.edits:
+        place = paths.path(args.sources) if benchmark.sources else tree
+        sources = [(str(place / item.source),) for item in items]
+    requests = [
+        Request(item.prompt, source, seed=args.seed, settings=settings)
+        for item, source in zip(items, sources, strict=True)
+    ]
+    requests = repeated(requests, benchmark.num_images)
+    facts = {"benchmark": args.benchmark, "model_name": args.model_name}
+    facts |= {"settings": dataclasses.asdict(settings), "seed": args.seed}
+    facts |= {"num_images": benchmark.num_images, "prompt_variant": args.prompt_variant}
+    facts |= {"prompts_sha256": digest_of(items)}
+    write = functools.partial(write_beside, benchmark, tree, items, prompts)
+    name = None if benchmark.grid else functools.partial(file_of, items, benchmark.num_images)
+    own = {"command": f"evaluate {args.benchmark} export"} | facts
+    own |= own.pop("settings")
+    outcome = whole.make(job, requests, own, name or single, functools.partial(write, True))
+    if outcome is None:
+        return
+    size = lay_out(benchmark, items, requests, folder)
+    write(False)
+    # Scorers leave out what is missing, and some judge what is too much.
+    extra = [name for name, _ in contents(benchmark, tree, items, prompts)]
+    record.check_same(tree, files_below(tree), {*extra, *(x for i in items for x in i.files)})
+    export = facts | {"checkpoint": checkpoints.open(args.checkpoint).identity}
+    export["files"] = sorted(files_below(tree))
+    export["items"] = [dataclasses.asdict(item) for item in items]
+    with paths.remote_errors(f"{folder} cannot be written"):
+        paths.write_text(folder / MARKER, json.dumps(export))
+    places = {"images": tree, "out": folder, "prompts": prompts.resolve()}
     places |= {"sources": paths.path(getattr(args, "sources", ".")).resolve()}
     quoted = {name: shlex.quote(str(path)) for name, path in places.items()}
-    number = len(items) * benchmark.num_images
-    print(f"{number} images in {images}. In a clone of {benchmark.repository}:\n")
+    print(f"{len(requests)} images in {tree}. In a clone of {benchmark.repository}:\n")
     print(benchmark.command.format(**quoted, model=args.model_name, size=size))
 
 
-def keep_results(folder: Path) -> None:
+def single(sample: Sample, number: int) -> str:
+    """The file of an image that becomes a part of a grid."""
+    return f"singles/{number // GRID:05d}-{sample.index}.png"
+
+
+def file_of(items: list[Item], each: int, _: Sample, number: int) -> str:
+    """The scorer's file of an image."""
+    return f"images/{items[number // each].files[number % each]}"
+
+
+def contents(
+    benchmark: Benchmark, tree: paths.AnyPath, items: list[Item], prompts: Path
+) -> Iterator[Content]:
+    """What the scorer reads beside the images."""
+    return benchmark.beside(tree, items, prompts) if benchmark.beside else iter(())
+
+
+def write_beside(
+    benchmark: Benchmark, tree: paths.AnyPath, items: list[Item], prompts: Path, are_read: bool
+) -> None:
+    """Writes the sources that edits `are_read` from and that are not there yet, or all else."""
+    sources = {item.source for item in items}
+    there = files_below(tree) if are_read else set()
+    for name, content in contents(benchmark, tree, items, prompts):
+        if (name in sources) == are_read and name not in there:
+            with paths.remote_errors(f"{tree / name} cannot be written"):
+                paths.write_bytes(tree / name, content())
+
+
+def lay_out(
+    benchmark: Benchmark, items: list[Item], requests: list[Request], folder: paths.AnyPath
+) -> int:
+    """Writes grids of single images; returns the side of one image."""
+    import numpy as np
+
+    from blip3o_jax.pixels import contact_sheet
+
+    made = whole.samples(folder, requests)
+    if not benchmark.grid:
+        return len(next(made).image)
+    identity = ledger.read_facts(folder)["checkpoint"]
+    size = 0
+    for item in items:
+        own = list(itertools.islice(made, benchmark.num_images))
+        size = len(own[0].image)
+        # Row by row, without a margin: scorers cut at half of the width and height.
+        grid = contact_sheet(np.stack([sample.image for sample in own]), 2, margin=0)
+        request = own[0].request
+        origin = {"prompt": item.prompt, "seed": request.seed}
+        origin |= {"index": [sample.index for sample in own], "checkpoint": identity}
+        origin |= {"settings": dataclasses.asdict(request.settings)}
+        file = folder / "images" / item.files[0]
+        with paths.remote_errors(f"{file} cannot be written"):
+            paths.write_bytes(file, encode_image(grid, origin, FORMATS[Path(item.files[0]).suffix]))
+    return size
+
+
+def keep_results(folder: paths.AnyPath) -> None:
     """InputError where an earlier export holds what it did not write, such as a scorer's results,
     which --overwrite would delete."""
     file = folder / MARKER
     if file.is_file():
         export = record.parse_json(file, record.read_text(file))
-        own = export.get("files", ()) if isinstance(export, dict) else ()
-        other = sorted(files_below(folder) - {MARKER, *(f"images/{name}" for name in own)})
-        holds = f"{folder} also holds what the export did not write, such as {other[:1]}"
+        written = export.get("files", ()) if isinstance(export, dict) else ()
+        own = {MARKER, ledger.MANIFEST, *(f"images/{name}" for name in written)}
+        other = {x for x in files_below(folder) - own if not x.startswith(("job/", "singles/"))}
+        holds = f"{folder} also holds what the export did not write, such as {sorted(other)[:1]}"
         require(not other, f"{holds}; move it away, or name another folder.")
 
 
@@ -139,54 +223,8 @@ def check_items(args: argparse.Namespace, benchmark: Benchmark, items: list[Item
                 edit.check(str(paths.path(args.sources) / item.source), args.out)
 
 
-def write_images(
-    args: argparse.Namespace,
-    benchmark: Benchmark,
-    items: list[Item],
-    pipeline: Pipeline,
-    settings: Settings,
-    tree: Path,
-) -> int:
-    """Makes all images and writes them below `tree`; returns the side of one."""
-    import numpy as np
-    from tqdm import tqdm
-
-    from blip3o_jax.pixels import contact_sheet
-    from blip3o_jax.request import Request, repeated
-
-    # All images in the order of the items.
-    prompts, each = [item.prompt for item in items], benchmark.num_images
-    if benchmark.edits:
-        folder = paths.path(args.sources) if benchmark.sources else tree
-        sources = [(str(folder / item.source),) for item in items]
-    else:
-        sources = [()] * len(items)
-    requests = [
-        Request(prompt, source, seed=args.seed, settings=settings)
-        for prompt, source in zip(prompts, sources, strict=True)
-    ]
-    samples = pipeline.run(repeated(requests, each))
-    samples = iter(tqdm(samples, total=len(requests) * each, unit="image"))
-    # Each item's own ones as its files.
-    facts = {"checkpoint": pipeline.identity, "settings": dataclasses.asdict(settings)}
-    size = 0
-    for item in items:
-        own = list(itertools.islice(samples, each))
-        pictures, indexes = [sample.image for sample in own], [sample.index for sample in own]
-        size = len(pictures[0])
-        if benchmark.grid:
-            # Row by row, without a margin: scorers cut at half of the width and height.
-            pictures, indexes = [contact_sheet(np.stack(pictures), 2, margin=0)], [indexes]
-        for name, picture, index in zip(item.files, pictures, indexes, strict=True):
-            path = tree / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            origin = {"prompt": item.prompt, "seed": args.seed, "index": index} | facts
-            path.write_bytes(encode_image(picture, origin, FORMATS[path.suffix]))
-    return size
-
-
-def files_below(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+def files_below(folder: paths.AnyPath) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in paths.files_below(folder)}
 
 
 def digest_of(items: list[Item]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from blip3o_jax.errors import require
 from blip3o_jax.jobs import ledger, work
-from blip3o_jax.jobs.images import image_format
+from blip3o_jax.jobs.images import SHARDED, image_format
 from blip3o_jax.jobs.options import job_options, model_options, option, settings_of
 from blip3o_jax.jobs.prompts import Row, read_prompts
 from blip3o_jax.sample.settings import EditSettings, Settings
@@ -60,7 +60,7 @@ def _run_batch(args: argparse.Namespace, settings: Settings, facts: dict) -> int
     from blip3o_jax.serve.bodies import Offer
 
     alone = "of a batch file stands in its lines (`n`), and its results are files of a folder."
-    is_folder = not image_format(args.out) and args.format not in work.SHARDED
+    is_folder = not image_format(args.out) and args.format not in SHARDED
     require(is_folder and args.num_images == 1, f"The number of images {alone}")
     config = checkpoints.config_of(args.checkpoint)
     models = args.checkpoint, checkpoints.open(args.checkpoint).identity

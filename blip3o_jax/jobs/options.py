@@ -78,10 +78,15 @@ def model_options(parser: argparse.ArgumentParser, kind: type[Settings] = Settin
             option(parser, flag, field.default, field.metadata["help"])
 
 
-def job_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what belongs to a job of many requests."""
+def share_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --share."""
     share = "make share I, from 0, of N alone (default: as the launcher's variables say)"
     parser.add_argument("--share", default="", metavar="I/N", help=share)
+
+
+def job_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what belongs to a job of many requests."""
+    share_option(parser)
     formats = "of the pictures, or of files of many: tar, array_record (default: %(default)s)"
     kinds = ("png", "webp", "jpeg", "tar", "array_record")
     parser.add_argument("--format", choices=kinds, default="png", help=formats)

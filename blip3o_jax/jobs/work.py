@@ -11,23 +11,23 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import functools
 import hashlib
 import json
 import logging
-import pathlib
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from blip3o_jax import paths
 from blip3o_jax.errors import InputError, counted, require
 from blip3o_jax.jobs import ledger, lock
-from blip3o_jax.jobs.images import file_name, image_format, mask_name
+from blip3o_jax.jobs.images import SHARDED, encoded, image_format, mask_name, named, write
 from blip3o_jax.jobs.options import check_devices, load_for
 from blip3o_jax.jobs.output import new_file
-from blip3o_jax.origin import encode_image, origin, source_of, sources
+from blip3o_jax.origin import origin, source_of, sources
 from blip3o_jax.train import stop
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHARD = 32  # requests that are recorded together, and at most made again after a crash
+Namer = Callable[["Sample", int], str]
 WRITERS = 8  # threads that encode and write while the devices go on; most wait for a bucket
-SHARDED = ("tar", "array_record")  # formats of one file a shard
 FAILED = 1  # exit code of a job that is done but for requests that failed
 
 
@@ -85,7 +85,6 @@ def run(
     """
     from blip3o_jax import checkpoints
     from blip3o_jax.jobs.best import check_rewards
-    from blip3o_jax.pictures import alpha_of, array
     from blip3o_jax.request import encode
     from blip3o_jax.rl.rewards.protocol import check_asked
 
@@ -112,16 +111,18 @@ def run(
         is_plain = args.format == "png" and not args.share
         require(is_plain, f"--format and --share are of a job; {args.out} is one file.")
         return _run_file(args, requests)
-    digest = hashlib.sha256()
-    for request in requests:
-        images = [x if isinstance(x, str) else source_of(x, array) for x in request.images]
-        masks = [] if request.within is None else [request.within]
-        masks = [x if isinstance(x, str) else source_of(x, alpha_of) for x in masks]
-        line = [request.id, request.texts, images, *masks]
-        digest.update(json.dumps(line).encode())
-    facts |= {"requests": len(requests), "input": digest.hexdigest(), "format": args.format}
-    shards = shards_of(requests, config, text, refused)
-    return _run_job(args, requests, facts, *shards)
+    outcome = make(args, requests, facts | {"format": args.format}, refused)
+    where = ledger.MANIFEST
+    if outcome.results is None:
+        print(outcome.left)
+        where = ledger.DONE
+    else:
+        print(f"{counted(outcome.results, 'image')} in {args.out}")
+    if outcome.failed:
+        names = ", ".join(outcome.failed[:3]) + (", ..." if len(outcome.failed) > 3 else "")
+        what = f"{counted(len(outcome.failed), 'request')} failed ({names})"
+        print(f"blip3o-jax: {what}; {paths.path(args.out) / where} says why.", file=sys.stderr)
+    return FAILED if outcome.failed else 0
 
 
 def _run_file(args: argparse.Namespace, requests: list[Request]) -> int:
@@ -142,18 +143,36 @@ def _run_file(args: argparse.Namespace, requests: list[Request]) -> int:
     return 0
 
 
-def _run_job(
+@dataclass(frozen=True)
+class Outcome:
+    """What a process knows of a job when its share is done."""
+
+    results: int | None  # of the whole job; None if others are at work on the rest
+    failed: list[str]  # ids of the requests that failed, of the whole job or else of this share
+    left: str  # a sentence for who waits for the rest
+    pipeline: Pipeline | None  # if anything was to be made here
+
+
+def make(
     args: argparse.Namespace,
     requests: list[Request],
     facts: dict,
-    shards: list[list[int]],
-    groups: list[list[int]],
     refused: dict[int, InputError],
-) -> int:
-    """Makes what is not made yet of this process's share."""
+    name: Namer | None = None,
+    prepare: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Makes what is not made yet of this process's share of a job in the folder --out.
+
+    name: (sample, number of its request) -> its file there. `prepare` writes what requests read
+    there, in every process that has something to make.
+    """
     from blip3o_jax import checkpoints
     from blip3o_jax.parallel.processes import share, wait_for_others
 
+    config, text = checkpoints.config_of(args.checkpoint), checkpoints.text_of(args.checkpoint)
+    facts |= {"requests": len(requests), "input": _digest(requests)}
+    shards, groups, refused = shards_of(requests, config, text, refused)
+    name = name or functools.partial(named, args)
     folder = paths.path(args.out)
     index, count = share(args.share)
     require(count == 1 or not args.overwrite, "--overwrite is of one process alone.")
@@ -196,23 +215,29 @@ def _run_job(
             pipeline = pipeline or ready(args)
             require(pipeline.identity == identity, f"{args.checkpoint} changed meanwhile.")
             pipeline.warn([requests[number] for number in todo])
-            failed += _work(args, folder, requests, left, done, pipeline, leaves, life)
+            prepare()
+            failed += _work(args, folder, requests, left, done, pipeline, name, leaves, life)
         ended = ledger.finish(folder, shards, groups)
     wait_for_others()
-    where = ledger.MANIFEST
-    if ended:
-        results, failed = ended
-        print(f"{counted(results, 'image')} in {args.out}")
-    else:
-        where = ledger.DONE
-        there = counted(len(shards), "part")
-        what = "is done" if own else f"is empty, since the job has {there}"
-        print(f"Share {index}/{count} of {args.out} {what}; others are at work on the rest.")
-    if failed:
-        names = ", ".join(failed[:3]) + (", ..." if len(failed) > 3 else "")
-        sentence = f"{counted(len(failed), 'request')} failed ({names}); {folder / where} says why."
-        print(f"blip3o-jax: {sentence}", file=sys.stderr)
-    return FAILED if failed else 0
+    there = counted(len(shards), "part")
+    what = "is done" if own else f"is empty, since the job has {there}"
+    left = f"Share {index}/{count} of {args.out} {what}; others are at work on the rest."
+    results, failed = ended or (None, failed)
+    return Outcome(results, failed, left, pipeline)
+
+
+def _digest(requests: list[Request]) -> str:
+    """By which a job's requests are known again: what they ask for, and of which pictures."""
+    from blip3o_jax.pictures import alpha_of, array
+
+    digest = hashlib.sha256()
+    for request in requests:
+        images = [x if isinstance(x, str) else source_of(x, array) for x in request.images]
+        masks = [] if request.within is None else [request.within]
+        masks = [x if isinstance(x, str) else source_of(x, alpha_of) for x in masks]
+        line = [request.id, request.texts, images, *masks]
+        digest.update(json.dumps(line).encode())
+    return digest.hexdigest()
 
 
 def ready(args: argparse.Namespace) -> Pipeline:
@@ -248,6 +273,7 @@ def _work(
     left: dict[int, list[int]],
     done: dict[int, ledger.Rows],
     pipeline: Pipeline,
+    name: Namer,
     leaves: Callable[[int], bool],
     life: dict,
 ) -> list[str]:
@@ -305,7 +331,9 @@ def _work(
                 shard, number = places[id(sample.request)]
                 is_last = sample.turn == len(sample.request.then)
                 facts = origin(sample) | {"checkpoint": pipeline.identity} | sample.facts
-                future = executor.submit(write, args, folder, sample, number, facts)
+                future = executor.submit(
+                    write, args, folder, sample, number, name(sample, number), facts
+                )
                 writing.append((shard, number, is_last, future))
                 settle(4 * pipeline.batch_size)
                 if leaves(number):
@@ -322,30 +350,6 @@ def _work(
     if away:
         raise InputError(f"{str(away).rstrip('.')}; the same command makes the rest.") from away
     return failures
-
-
-def write(
-    args: argparse.Namespace, folder: paths.AnyPath, sample: Sample, number: int, facts: dict
-) -> tuple[dict, dict[str, bytes]]:
-    """Writes a sample's files, or returns them if they are to be a part of its shard's; and its
-    row."""
-    request = sample.request
-    several = [sample.turn] if request.then else []
-    place = number // args.num_images, request.index, *several
-    name = file_name(sample.prompt, *place, kind=kind_of(args))
-    files = dict(zip((name, mask_name(name)), encoded(args, sample, facts), strict=False))
-    row = {"number": number, "id": request.id}
-    tail = facts | {"tokens": sample.tokens.tolist()} | asdict(request.settings)
-    if args.format in SHARDED:
-        row |= {"member": name} | tail
-        if args.format == "tar":
-            files[f"{pathlib.Path(name).stem}.json"] = json.dumps(row).encode()
-        return row, files
-    for (kind, digest), (path, data) in zip(ledger.FILES, files.items(), strict=False):
-        with paths.remote_errors(f"{folder / path} cannot be written"):
-            (folder / path).write_bytes(data)
-        row |= {kind: path, digest: hashlib.sha256(data).hexdigest()}
-    return row | tail, {}
 
 
 def failure(request: Request, number: int, error: InputError) -> dict:
@@ -371,18 +375,3 @@ def status(out: str) -> int:
     rates = [life["made"] / life["seconds"] for life in lives if life["seconds"]]
     print(json.dumps(result | {"requests_per_s": round(sum(rates), 3), "at_work": lives}))
     return 0
-
-
-def kind_of(args: argparse.Namespace) -> str:
-    """Of the pictures of a job, also of those in files of many."""
-    return "png" if args.format in SHARDED else args.format
-
-
-def encoded(args: argparse.Namespace, sample: Sample, facts: dict) -> list[bytes]:
-    """The file of a sample, and of what is new if --mask is given."""
-    kind = image_format(args.out) or kind_of(args)
-    settings = {"settings": asdict(sample.request.settings)}
-    files = [encode_image(sample.image, facts | settings, kind)]
-    if getattr(args, "mask", False):
-        files.append(encode_image(sample.mask, {}))
-    return files

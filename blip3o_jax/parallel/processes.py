@@ -128,13 +128,6 @@ def wait_for_others(timeout: float | None = None) -> None:
     call.join(timeout)
 
 
-def require_alone(job: str) -> None:
-    """InputError if this is one of several processes, for a job that only one can do."""
-    _, count = share()
-    fix = "start one, e.g. sbatch --nodes=1 --ntasks-per-node=1, or one host's slice"
-    require(count == 1, f"{job} runs in one process, and here are {count}; {fix}.")
-
-
 def _array() -> tuple[int, int]:
     """(place, size) of this task in its SLURM array, (0, 1) outside of one. InputError for numbers
     that are not evenly spaced, from which no task can tell its place."""

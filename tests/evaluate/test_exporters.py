@@ -18,7 +18,8 @@ from blip3o_jax.evaluate.exporters.table import BENCHMARKS
 @pytest.fixture(autouse=True)
 def loaded(monkeypatch, tmp_path):
     """A painter in place of a model, which may edit."""
-    monkeypatch.setattr("blip3o_jax.jobs.benchmarks.load_for", lambda _: Painter())
+    painter = Painter(checkpoints.open("emoji_64").identity)
+    monkeypatch.setattr("blip3o_jax.jobs.work.load_for", lambda _: painter)
     config = type(checkpoints.config_of("emoji_64"))
     monkeypatch.setattr(config, "check_sources", lambda *_: None)
     monkeypatch.chdir(tmp_path)
@@ -175,9 +176,12 @@ def test_an_export_is_laid_out_as_the_scorer_reads_it(name, tmp_path, capsys):
     assert command in printed
     about = json.loads((tmp_path / "out" / "export.json").read_text())
     facts = [about[x] for x in ("benchmark", "checkpoint", "prompt_variant", "seed")]
-    assert facts == [name, "painter", "official", 42 if name == "geneval" else 0]
+    identity = checkpoints.open("emoji_64").identity
+    assert facts == [name, identity, "official", 42 if name == "geneval" else 0]
     assert about["settings"]["num_inference_steps"] == 7
-    assert tree(tmp_path / "out") == {"export.json", *(f"images/{x}" for x in tree(images))}
+    folders = {file.split("/")[0] for file in tree(tmp_path / "out")}
+    singles = {"singles"} if name in ("dpg", "oneig") else set()
+    assert folders == {"export.json", "images", "job", "manifest.jsonl", *singles}
 
 
 def test_the_other_variants_have_their_own_files_and_counts(tmp_path):
@@ -285,16 +289,54 @@ def test_a_wrong_prompt_file_is_one_sentence(name, change, sentence, originals, 
     assert not (copy / "out").exists()
 
 
-def test_an_export_without_one_image_does_not_appear(tmp_path, monkeypatch, capsys):
+def test_an_export_without_one_image_has_no_end_and_is_mended(tmp_path, monkeypatch, capsys):
     write = pathlib.Path.write_bytes
 
     def write_most(path, data):
         return path.name == "0101_2.png" or write(path, data)
 
-    monkeypatch.setattr(pathlib.Path, "write_bytes", write_most)
-    assert export("longtext", official.longtext(tmp_path)[0], tmp_path) == 2
+    prompts, rows = official.longtext(tmp_path)
+    with monkeypatch.context() as broken:
+        broken.setattr(pathlib.Path, "write_bytes", write_most)
+        assert export("longtext", prompts, tmp_path) == 2
     assert "1 of 640 are missing, such as ['0101_2.png']" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out/export.json").exists()
+    assert export("longtext", prompts, tmp_path) == 0
+    read_longtext(tmp_path / "out/images", rows)
+
+
+def bytes_of(folder):
+    """All files that a scorer or an import reads."""
+    names = {name for name in tree(folder) if name.startswith("images/")} | {"export.json"}
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.mark.parametrize("name", ["dpg", "gedit"])
+def test_an_export_is_divided_and_goes_on_where_it_was_killed(name, tmp_path, capsys):
+    """The end is that of one process that was never killed."""
+    make, read, _ = CASES[name]
+    prompts, rows = make(tmp_path)
+    out = tmp_path / "out"
+    assert export(name, prompts, tmp_path, "--share", "0/2") == 0
+    assert "Share 0/2" in capsys.readouterr().out
+    assert not (out / "export.json").exists()
+    # As if killed: two shards were not recorded yet, and a file is half written.
+    recorded = sorted((out / "job/done").glob("*.jsonl"))
+    for file in recorded[-2:]:
+        row = json.loads(file.read_text().splitlines()[0])
+        (out / row["file"]).write_bytes(b"half")
+        file.unlink()
+    assert export(name, prompts, tmp_path, "--share", "1/2") == 0
+    assert not (out / "export.json").exists()
+    assert export(name, prompts, tmp_path) == 0
+    read(out / "images", rows)
+    divided = bytes_of(out)
+    assert export(name, prompts, tmp_path, "--overwrite") == 0
+    assert bytes_of(out) == divided
+    # Other settings are another export.
+    capsys.readouterr()
+    assert export(name, prompts, tmp_path, "--seed", "3") == 2
+    assert "holds a job with seed 0; this one has seed 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["scores/results.jsonl", "images/dpg-bench_results.txt"])

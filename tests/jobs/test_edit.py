@@ -384,7 +384,6 @@ def test_a_checkpoint_without_editing_weights_is_named_first(tmp_path, capsys, m
         raise AssertionError("loaded")
 
     monkeypatch.setattr("blip3o_jax.jobs.work.load_for", load_for)
-    monkeypatch.setattr("blip3o_jax.jobs.evaluate.load_for", load_for)
     plain = checkpoint(tmp_path / "plain", {})
     for command in (["edit", "a.png", "x"], ["evaluate", "edits"], ["evaluate", "drift"]):
         assert main([*command, "--checkpoint", plain, "--out", "made"]) == 2

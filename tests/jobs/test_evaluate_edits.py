@@ -10,16 +10,18 @@ from PIL import Image
 
 from blip3o_jax.cli import main
 from blip3o_jax.evaluate import edits as measures
+from blip3o_jax.jobs import work
 from blip3o_jax.sample.settings import EditSettings
 from blip3o_jax.scenes.edits import KINDS
 from blip3o_jax.scenes.scene import compose
 
+RESULTS = ("result.json", "images.jsonl", "sheet.png")
+
 pytestmark = pytest.mark.usefixtures("loaded")
 
 
-def test_evaluation_of_edits_measures_each_one(pipeline, channels, monkeypatch, capsys):
+def test_evaluation_of_edits_measures_each_one(channels, capsys):
     """Random weights change everything, and the judge's own score says that this is their fault."""
-    monkeypatch.setattr("blip3o_jax.jobs.evaluate.load_for", lambda _: pipeline)
     argv = ["evaluate", "edits", "--num-edits", "6", "--seeds", "1", *FLAGS, "--out", "scores"]
     argv += ["--checkpoint", channels]
     assert main(argv) == 0
@@ -40,8 +42,34 @@ def test_evaluation_of_edits_measures_each_one(pipeline, channels, monkeypatch, 
     assert main(["evaluate", "edits", "--num-edits", "5", "--out", "few"]) == 2
 
 
-def test_drift_is_measured_over_each_pictures_own_turns(pipeline, channels, monkeypatch, capsys):
-    monkeypatch.setattr("blip3o_jax.jobs.evaluate.load_for", lambda _: pipeline)
+def test_an_evaluation_is_divided_and_the_last_process_scores(channels, monkeypatch, capsys):
+    monkeypatch.setattr(work, "SHARD", 2)
+    argv = ["evaluate", "edits", "--num-edits", "6", "--seeds", "1", *FLAGS]
+    argv += ["--checkpoint", channels]
+    assert main([*argv, "--out", "alone"]) == 0
+    alone = capsys.readouterr().out
+    files = {name: pathlib.Path("alone", name).read_bytes() for name in RESULTS}
+    assert main([*argv, "--out", "shared", "--share", "1/2"]) == 0
+    assert capsys.readouterr().out.startswith("Share 1/2 of shared is done; others are at work")
+    assert not pathlib.Path("shared/result.json").exists()
+    assert main([*argv, "--out", "shared", "--share", "0/2"]) == 0
+    assert capsys.readouterr().out == alone
+    assert {name: pathlib.Path("shared", name).read_bytes() for name in RESULTS} == files
+    # Again: only what was spoilt is made, and all is scored again.
+    (image, *_) = sorted(pathlib.Path("shared/images").iterdir())
+    image.write_bytes(b"spoilt")
+    pathlib.Path("shared/result.json").unlink()
+    assert main([*argv, "--out", "shared"]) == 0
+    assert {name: pathlib.Path("shared", name).read_bytes() for name in RESULTS} == files
+    # Others are another evaluation.
+    capsys.readouterr()
+    assert main([*argv, "--out", "shared", "--keep-unchanged"]) == 2
+    assert "keep_unchanged null; this one has keep_unchanged 16.0" in capsys.readouterr().err
+    assert main([*argv, "--out", "x.png"]) == 2
+    assert "--out x.png is a picture; name a folder." in capsys.readouterr().err
+
+
+def test_drift_is_measured_over_each_pictures_own_turns(pipeline, channels, capsys):
     argv = ["evaluate", "drift", "--num-pictures", "3", "--turns", "2", *FLAGS, "--out", "drift"]
     argv += ["--checkpoint", channels]
     assert main(argv) == 0

@@ -18,7 +18,7 @@ from PIL import Image
 
 import blip3o_jax
 from blip3o_jax.cli import main
-from blip3o_jax.jobs import ledger, lock, work
+from blip3o_jax.jobs import images, ledger, lock, work
 from blip3o_jax.request import Request
 from blip3o_jax.sample.settings import Settings
 
@@ -102,8 +102,8 @@ def test_only_what_was_spoilt_or_deleted_is_made_again(channels, monkeypatch):
     (pathlib.Path("made") / first["file"]).write_bytes(b"spoilt")
     (pathlib.Path("made") / second["file"]).unlink()
     made = []
-    encoded = work.encoded
-    monkeypatch.setattr(work, "encoded", lambda *a: made.append(a[1].prompt) or encoded(*a))
+    encoded = images.encoded
+    monkeypatch.setattr(images, "encoded", lambda *a: made.append(a[1].prompt) or encoded(*a))
     assert generate(channels) == 0
     assert sorted(made) == sorted(PROMPTS[:2])
     assert files() == before
@@ -156,7 +156,7 @@ def test_a_signal_keeps_what_is_made_and_the_same_command_goes_on(channels, monk
     assert generate(channels, out="whole") == 0
     # Otherwise all may be drawn before the fourth is written.
     monkeypatch.setattr(work, "ThreadPoolExecutor", lambda _: AtOnce())
-    encoded, made = work.encoded, []
+    encoded, made = images.encoded, []
 
     def encode(args, sample, facts):
         made.append(sample.prompt)
@@ -164,7 +164,7 @@ def test_a_signal_keeps_what_is_made_and_the_same_command_goes_on(channels, monk
             os.kill(os.getpid(), signal.SIGTERM)
         return encoded(args, sample, facts)
 
-    monkeypatch.setattr(work, "encoded", encode)
+    monkeypatch.setattr(images, "encoded", encode)
     with pytest.raises(SystemExit) as end:
         generate(channels)
     assert end.value.code == 75

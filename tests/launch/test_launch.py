@@ -300,9 +300,10 @@ def test_slurm_starts_again_after_the_code_for_it_only(tmp_path):
     assert "unknown argument --nodes=2" in done.stderr
     # Pictures: no preflight, and a process that ends badly leaves the others at work.
     for name, code, end in (
-        *(("generate", 1, 1), ("generate", 143, RESTART), ("evaluate", 143, 143)),
+        *(("generate", 1, 1), ("evaluate", 143, RESTART), ("bench", 143, 143)),
     ):
-        job = PICTURES if name == "generate" else ["evaluate", "scenes", "--out", "a  b"]
+        jobs = {"evaluate": ["evaluate", "scenes", "--out", "a  b"], "bench": ["bench"]}
+        job = jobs.get(name, PICTURES)
         calls.write_text("")
         done = subprocess.run(
             ["bash", LAUNCH / "slurm.sbatch", *job],
@@ -313,7 +314,7 @@ def test_slurm_starts_again_after_the_code_for_it_only(tmp_path):
         )
         assert done.returncode == end, done.stderr
         run, *rest = calls.read_text().splitlines()
-        alone = "--kill-on-bad-exit=0 --wait=0" if name == "generate" else "--kill-on-bad-exit=1"
+        alone = "--kill-on-bad-exit=1" if name == "bench" else "--kill-on-bad-exit=0 --wait=0"
         assert run == f"srun {alone} blip3o-jax {' '.join(job)}"
         assert rest == (["scontrol requeue 7"] if end == RESTART else [])
     done = subprocess.run(command[:2], env=variables, check=False, capture_output=True, text=True)

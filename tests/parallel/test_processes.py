@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from blip3o_jax.errors import InputError
-from blip3o_jax.parallel.processes import require_alone, share
+from blip3o_jax.parallel.processes import share
 from blip3o_jax.train.stop import RESTART
 
 OWN = ("SLURM_", "BLIP3O_", "TPU_WORKER", "MEGASCALE_", "CUDA_VISIBLE")
@@ -128,15 +128,6 @@ def test_tasks_that_see_all_gpus_of_a_node_divide_them(
     variables(**step(9, 32, **more), GPUS_ON_NODE=on_node, CUDA_VISIBLE_DEVICES=gpus)
     assert share() == (9, 32)
     assert updates.get("jax_cuda_visible_devices") == expected
-
-
-def test_a_job_of_one_process_is_refused_where_there_are_several(variables):
-    variables()
-    require_alone("evaluate")
-    for values, count in ((step(0, 4), 4), (array(1, 0, 7, 1, 8), 8)):
-        variables(**values)
-        with pytest.raises(InputError, match=f"evaluate runs in one process, and here are {count}"):
-            require_alone("evaluate")
 
 
 WORK = """

@@ -1,5 +1,7 @@
 """GEdit-Bench (stepfun-ai/Step1X-Edit): each edit with its source beside it."""
 
+import functools
+import io
 import math
 import statistics
 from collections.abc import Iterator
@@ -7,7 +9,8 @@ from pathlib import Path
 
 from blip3o_jax.errors import InputError, about, require
 from blip3o_jax.evaluate.exporters import record
-from blip3o_jax.evaluate.exporters.record import Benchmark, Export, Item, Scores
+from blip3o_jax.evaluate.exporters.record import Benchmark, Content, Export, Item, Scores
+from blip3o_jax.paths import AnyPath
 
 FIELDS = ("task_type", "key", "instruction", "instruction_language", "Intersection_exist")
 EACH = 606  # edits in each language
@@ -54,18 +57,22 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
             raise InputError(f"{file} is not Parquet, or is truncated.") from error
 
 
-def prepare(folder: Path, _: Path, items: list[Item], path: Path) -> None:
+def beside(_: AnyPath, items: list[Item], path: Path) -> Iterator[Content]:
     """KEY_SRCIMG.png is the image `input_image`, which is also what is edited."""
-    from blip3o_jax.pictures import PictureError, decode
-
     rows = _rows(path, ("key", "input_image"))
     for item, (where, row) in zip(items, rows, strict=True):
-        file = folder / item.source
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            decode((row["input_image"] or {}).get("bytes") or b"").save(file)
-        except PictureError as error:
-            raise InputError(f"{where}: the image cannot be used, {error}.") from error
+        yield item.source, functools.partial(_source, where, row)
+
+
+def _source(where: str, row: dict) -> bytes:
+    from blip3o_jax.pictures import PictureError, decode
+
+    try:
+        image, data = decode((row["input_image"] or {}).get("bytes") or b""), io.BytesIO()
+    except PictureError as error:
+        raise InputError(f"{where}: the image cannot be used, {error}.") from error
+    image.save(data, "png")
+    return data.getvalue()
 
 
 def scores(export: Export, results: list[Path]) -> Scores:
@@ -105,7 +112,7 @@ GEDIT = Benchmark(
     results="the files MODEL_TASK_gpt_score.csv, or their folder",
     repository="https://github.com/stepfun-ai/Step1X-Edit, folder GEdit-Bench",
     read=read,
-    prepare=prepare,
+    beside=beside,
     # Its tables go to IMAGES/MODEL/gpt4o/eval_results_new.
     command="python test_gedit_score.py --model_name {model} --save_path {images} --backbone gpt4o",
     scores=scores,

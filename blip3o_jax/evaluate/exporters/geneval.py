@@ -1,12 +1,15 @@
 """GenEval (djghosh13/geneval) and GenEval2 (facebookresearch/GenEval2)."""
 
+import functools
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 from blip3o_jax.errors import require
 from blip3o_jax.evaluate.exporters import record
-from blip3o_jax.evaluate.exporters.record import Benchmark, Export, Item, Scores
+from blip3o_jax.evaluate.exporters.record import Benchmark, Content, Export, Item, Scores
+from blip3o_jax.paths import AnyPath
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
@@ -22,11 +25,11 @@ def read(path: Path, _: str) -> list[Item]:
     return items
 
 
-def prepare(folder: Path, _: Path, items: list[Item], __: Path) -> None:
+def beside(_: AnyPath, items: list[Item], __: Path) -> Iterator[Content]:
     """NUMBER/metadata.jsonl is the prompt's own line."""
     for item in items:
-        (folder / item.key).mkdir()
-        (folder / item.key / "metadata.jsonl").write_text(item.row["line"] + "\n", "utf-8")
+        line = f"{item.row['line']}\n".encode()
+        yield f"{item.key}/metadata.jsonl", functools.partial(bytes, line)
 
 
 def scores(export: Export, results: list[Path]) -> Scores:
@@ -48,7 +51,7 @@ GENEVAL = Benchmark(
     results="results.jsonl of evaluate_images.py",
     repository="https://github.com/djghosh13/geneval",
     read=read,
-    prepare=prepare,
+    beside=beside,
     command="""python evaluation/evaluate_images.py {images} --outfile {out}/results.jsonl \\
     --model-path OBJECT_DETECTOR_FOLDER""",
     scores=scores,
@@ -70,11 +73,10 @@ def read2(path: Path, _: str) -> list[Item]:
     ]
 
 
-def prepare2(folder: Path, final: Path, items: list[Item], _: Path) -> None:
+def beside2(folder: AnyPath, items: list[Item], _: Path) -> Iterator[Content]:
     """image_paths.json: {prompt: file}."""
-    paths = {item.prompt: str(final / item.files[0]) for item in items}
-    text = json.dumps(paths, indent=1, ensure_ascii=False)
-    (folder / "image_paths.json").write_text(text, "utf-8")
+    paths = {item.prompt: str(folder / item.files[0]) for item in items}
+    yield "image_paths.json", json.dumps(paths, indent=1, ensure_ascii=False).encode
 
 
 def scores2(export: Export, results: list[Path]) -> Scores:
@@ -103,7 +105,7 @@ GENEVAL2 = Benchmark(
     results="score_lists.json of evaluation.py",
     repository="https://github.com/facebookresearch/GenEval2",
     read=read2,
-    prepare=prepare2,
+    beside=beside2,
     command="""python evaluation.py --benchmark_data {prompts} \\
     --image_filepath_data {images}/image_paths.json \\
     --method soft_tifa_gm --output_file {out}/score_lists.json""",

@@ -5,14 +5,16 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from blip3o_jax.errors import InputError, require
 from blip3o_jax.files import parse_json, read_lines, read_text
+from blip3o_jax.paths import AnyPath
 
 Scores = dict[str, float]
+Content = tuple[str, Callable[[], bytes]]  # a file below the scorer's folder, and what is in it
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,8 @@ class Item:
     """A prompt or an edit, and where its images go below the scorer's folder.
 
     `files` names a file an image, or the one file of a grid. `source` is the image to edit: below
-    the folder of sources, or below the scorer's if `Benchmark.prepare` puts it there. `row` holds
-    the official fields that the scores need.
+    the folder of sources, or below the scorer's if `Benchmark.beside` has it. `row` holds the
+    official fields that the scores need.
     """
 
     key: str
@@ -43,8 +45,8 @@ class Export:
 class Benchmark:
     """What an official benchmark asks for and gives back.
 
-    `read` takes what --prompts names and the model's name. `prepare` writes what the scorer reads
-    beside the images, from (scorer's folder, where that will be, items, --prompts). `command` is
+    `read` takes what --prompts names and the model's name. `beside` gives what the scorer reads
+    beside the images, from (the scorer's folder, items, --prompts). `command` is
     the scorer's, with {images}, {out}, {prompts}, {sources}, {model} and {size}, the side of one
     image. `scores` takes the paths that --results names and raises InputError for what is
     incomplete. An empty `judge` is for the user to name.
@@ -63,7 +65,7 @@ class Benchmark:
     judge: str = ""
     edits: bool = False
     sources: str = ""
-    prepare: Callable[[Path, Path, list[Item], Path], None] | None = None
+    beside: Callable[[AnyPath, list[Item], Path], Iterator[Content]] | None = None
 
 
 def check_fields(where: str, row: object, fields: Iterable[str]) -> dict:
