@@ -99,6 +99,7 @@ def write_results(
         if records:
             lines = [json.dumps(row) + "\n" for row in records]
             paths.write_text(folder / "images.jsonl", "".join(lines))
+        # Last: what is there has all of the rest beside it.
         paths.write_text(folder / "result.json", json.dumps(result, indent=1))
 
 

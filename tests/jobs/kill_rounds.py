@@ -2,6 +2,7 @@
 
     python tests/jobs/kill_rounds.py [--rounds 50] [--processes 1] [--format png] [--seed 0]
     python tests/jobs/kill_rounds.py --command edit --bucket gs
+    python tests/jobs/kill_rounds.py --command export --processes 2
     python tests/jobs/kill_rounds.py --rounds 0 --prompts 10000
 
 Makes pictures with a tiny model of random weights by the command that users give; with --bucket,
@@ -35,11 +36,13 @@ from clouds import new_bucket, servers
 from forks import fork
 
 QUICK = ["--num-inference-steps", "2", "--temperature", "0", "--batch-size", "4"]
-# The file of each command, and its options.
+# The words of each command, the file that follows them, and its options.
 COMMANDS = {
-    "generate": ["--prompts", "prompts.txt"],
-    "edit": ["--edits", "edits.jsonl", "--keep-unchanged", "--mask"],
+    "generate": (["generate", "--prompts"], "prompts.txt", []),
+    "edit": (["edit", "--edits"], "edits.jsonl", ["--keep-unchanged", "--mask"]),
+    "export": (["evaluate", "longtext", "export", "--prompts"], "text_prompts.jsonl", []),
 }
+EXPORTED = 640  # pictures of that benchmark, however many are asked for
 PICTURES = 24  # that are edited
 SHARD = 8  # requests that are recorded together; fewer than in other jobs, which are longer
 LONGEST = 900.0  # seconds after which a process hangs
@@ -49,12 +52,18 @@ HEAVY = ("blip3o_jax.pipeline", "blip3o_jax.jobs.best", "blip3o_jax.rl.rewards",
 
 def write_inputs(root: paths.AnyPath, command: str, number: int, seed: int) -> None:
     """The checkpoint, the command's file of so many rows, and the pictures that it names."""
+    import official
     from editing import CHANNELS, checkpoint, picture
 
     with tempfile.TemporaryDirectory() as temporary:
         local = pathlib.Path(temporary) / "tiny"
         checkpoint(local, CHANNELS)
         paths.copy_folder(local, root / "tiny", "config.json")
+    if command == "export":
+        with tempfile.TemporaryDirectory() as temporary:
+            file, _ = official.longtext(pathlib.Path(temporary))
+            paths.write_text(root / file.name, file.read_text())
+        return
     words = [f"{n} {color} hearts" for n in ("two", "three") for color in ("red", "blue")]
     if command == "generate":  # an edit has no room for so many
         words += ["a photo of a blue fish left of a green tree on pink and nothing else at all"]
@@ -76,11 +85,16 @@ def start(root: paths.AnyPath, log: pathlib.Path, command: str, out: str, *more:
     """The command, in a process of its own; its id."""
     from blip3o_jax.cli import main
 
-    first, name, *options = COMMANDS[command]
-    argv = [command, first, str(root / name), *options]
+    words, name, options = COMMANDS[command]
+    argv = [*words, str(root / name), *options]
     argv += ["--checkpoint", str(root / "tiny"), "--out", str(root / out), *QUICK, *more]
     work.SHARD = SHARD
     return fork(log, main, argv)
+
+
+def formats(args: argparse.Namespace) -> list[str]:
+    """A benchmark has its own."""
+    return [] if args.command == "export" else ["--format", args.format]
 
 
 def wait(lives: list[int], seconds: float) -> dict[int, int]:
@@ -116,7 +130,7 @@ def recorded(folder: paths.AnyPath) -> int:
 def until_whole(args: argparse.Namespace, root: paths.AnyPath, log: pathlib.Path, out: str) -> dict:
     """A job that nothing ends: its seconds, and its memory over time."""
     begin, memory = time.monotonic(), []
-    life = start(root, log, args.command, out, "--format", args.format)
+    life = start(root, log, args.command, out, *formats(args))
     while not (codes := wait([life], 0.3)):
         if recorded(root / out) * SHARD >= args.prompts / 5:
             memory.append(resident(life))
@@ -141,7 +155,7 @@ def rounds(args: argparse.Namespace, root: paths.AnyPath, folder: pathlib.Path) 
         out = f"job-{finished}"
         while True:
             lives = [
-                start(root, log, args.command, out, "--format", args.format, "--share", share)
+                start(root, log, args.command, out, *formats(args), "--share", share)
                 for log, share in zip(logs, shares, strict=True)
             ]
             # A victim each time, and the others with it, or not, as it comes.
@@ -180,6 +194,8 @@ def main() -> int:
     parser.add_argument("--format", default="png")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.command == "export":
+        args.prompts = EXPORTED
     for name in HEAVY:
         importlib.import_module(name)
     with contextlib.ExitStack() as stack:
