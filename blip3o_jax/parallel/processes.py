@@ -119,7 +119,7 @@ def wait_for_others(timeout: float | None = None) -> None:
     state = _state()
     if state.service is None:
         return
-    log.info("Process 0 waits for the %d others to end.", state.num_processes - 1)
+    log.info("Process 0 waits until the others have ended.")
     # The call returns once no other process is there that could make it too; in a thread, so that
     # signals are heard.
     everyone = list(range(state.num_processes))
