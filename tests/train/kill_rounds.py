@@ -3,11 +3,13 @@ many of them while a checkpoint is being written.
 
     python tests/train/kill_rounds.py [--rounds 50] [--processes 1] [--seed 0] [--signals KILL,TERM]
     python tests/train/kill_rounds.py --rounds 5 --bucket gs
+    python tests/train/kill_rounds.py --rounds 20 --stage grpo
 
-Trains the transformer of the tiny model, with a checkpoint every few steps; with --bucket, in a
-bucket of a server on loopback. Every new start must go on from the newest whole checkpoint there
-is, every run that comes to its end must have the bits of one that was never killed, and every
-signal but KILL give the exit code that launchers know. One JSON line last; exit code 1 if not.
+Trains the transformer of the tiny model, or reinforces both of its halves, with a checkpoint every
+few steps; with --bucket, in a bucket of a server on loopback. Every new start must go on from the
+newest whole checkpoint there is, every run that comes to its end must have the bits of one that was
+never killed, and every signal but KILL give the exit code that launchers know. One JSON line last;
+exit code 1 if not.
 """
 
 import argparse
@@ -61,7 +63,55 @@ def train(workdir: paths.AnyPath) -> None:
         loop.run(cfg, workdir, loop.supervised(cfg, from_step(mine), rows_at(10**6), None))
 
 
-def process(workdir: paths.AnyPath, index: int, count: int, port: int) -> None:
+def reinforce(workdir: paths.AnyPath) -> None:
+    """The run of `blip3o-jax grpo`, both halves in turns of three steps: prompts of the embedded
+    world, rewarded for bright pictures."""
+    import tiny
+
+    from blip3o_jax.convert.random_weights import random_params
+    from blip3o_jax.jobs.grpo import of_world
+    from blip3o_jax.models.blip3o import PARTS
+    from blip3o_jax.rl.run import reinforced
+    from blip3o_jax.train import loop
+    from blip3o_jax.train.config import GrpoConfig
+    from blip3o_jax.train.sections import DiffusionRlConfig
+    from blip3o_jax.train.workdir import own_workdir
+
+    cfg = tiny.config(
+        stage="grpo",
+        joint=None,
+        grpo=GrpoConfig(
+            train="alternating",
+            phase_steps=3,
+            num_generations=4,
+            num_inference_steps=2,
+            guidance_scale=None,
+            diffusion=DiffusionRlConfig(num_train_timesteps=1, old_ramp=0.3),
+        ),
+        init=dict.fromkeys(PARTS, "random"),
+        num_steps=NUM_STEPS,
+        log_every=EVERY,
+        eval_every=NUM_STEPS,
+        checkpoint_every=EVERY,
+    )
+    prompts_at, heldout = of_world(cfg)
+
+    def load_part(name, part):
+        return random_params(cfg.blip3o())[part]
+
+    def score(images, metadata):
+        light = images.astype(np.float64).mean(axis=(1, 2, 3)) / 255
+        return lambda: (light[:, None], {})
+
+    with own_workdir(cfg, workdir):
+        run = reinforced(cfg, prompts_at, heldout, tiny.text(), score, load_part)
+        loop.run(cfg, workdir, run)
+
+
+STAGES = {"pretrain_ar": train, "grpo": reinforce}
+
+
+def process(workdir: paths.AnyPath, stage: str, index: int, count: int, port: int) -> None:
     """Process `index` of a run."""
     import jax
 
@@ -78,7 +128,7 @@ def process(workdir: paths.AnyPath, index: int, count: int, port: int) -> None:
         os.environ |= {f"BLIP3O_{name}": value for name, value in names.items()}
     with stop.handled(process=True):  # as `blip3o-jax train` does it
         start_processes(timeout=int(LONGEST))
-        train(workdir)
+        STAGES[stage](workdir)
         if count > 1:
             jax.distributed.shutdown()
 
@@ -115,6 +165,7 @@ def newest(workdir: paths.AnyPath) -> int:
 
 def until_killed(
     workdir: paths.AnyPath,
+    stage: str,
     count: int,
     rng: random.Random,
     span: float | None,
@@ -129,7 +180,8 @@ def until_killed(
     RuntimeError when a process fails by itself.
     """
     port, began = free_port(), time.monotonic()
-    children = [fork(log_of(workdir, i), process, workdir, i, count, port) for i in range(count)]
+    own = workdir, stage
+    children = [fork(log_of(workdir, i), process, *own, i, count, port) for i in range(count)]
     moment, aimed, delay = (
         began + (rng.uniform(0, span) if span else 1e9),
         rng.random() < 0.5,
@@ -176,7 +228,7 @@ def resumed(workdir: paths.AnyPath) -> int | None:
     log = log_of(workdir, 0).read_text() if log_of(workdir, 0).exists() else ""
     if found := re.search(r"Resumed at step (\d+)", log):
         return int(found[1])
-    return 0 if "Stage pretrain_ar" in log else None
+    return 0 if re.search(r"Stage \w+ on mesh", log) else None
 
 
 def compare(*workdirs: paths.AnyPath) -> None:
@@ -203,7 +255,12 @@ def compare(*workdirs: paths.AnyPath) -> None:
 
 
 def rounds(
-    number: int, count: int, seed: int, folder: paths.AnyPath, signals: list[signal.Signals]
+    number: int,
+    stage: str,
+    count: int,
+    seed: int,
+    folder: paths.AnyPath,
+    signals: list[signal.Signals],
 ) -> dict:
     """Kills `number` times, with each of `signals` in turn; a run that finishes is compared and a
     new one begun. The report."""
@@ -213,7 +270,7 @@ def rounds(
         reference.mkdir()
         began = time.monotonic()
         if (
-            until_killed(reference, count, rng, None) != "finished"
+            until_killed(reference, stage, count, rng, None) != "finished"
             or newest(reference) != NUM_STEPS
         ):
             raise RuntimeError(f"The uninterrupted run did not finish: {tail(reference)}")
@@ -225,7 +282,7 @@ def rounds(
         expected = newest(workdir)
         ends = signals[kills % len(signals)]
         limit, is_last = span if kills < number else None, kills == number - 1
-        when = until_killed(workdir, count, rng, limit, ends, late=is_last)
+        when = until_killed(workdir, stage, count, rng, limit, ends, late=is_last)
         starts += 1
         found = resumed(workdir)
         resumes += bool(found)
@@ -257,6 +314,7 @@ def rounds(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--stage", choices=STAGES, default="pretrain_ar")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--bucket", choices=["gs", "s3"], help="that holds the workdir")
     parser.add_argument("--seed", type=int, default=0)
@@ -276,8 +334,8 @@ def main() -> int:
         folder = pathlib.Path(temporary)
         if args.bucket:
             folder = new_bucket(stack.enter_context(servers()), args.bucket)
-        report = rounds(args.rounds, args.processes, args.seed, folder, signals)
-    print(json.dumps({"bucket": args.bucket} | report))
+        report = rounds(args.rounds, args.stage, args.processes, args.seed, folder, signals)
+    print(json.dumps({"stage": args.stage, "bucket": args.bucket} | report))
     return int(report["resumed_elsewhere_than_newest_whole"] or report["runs_with_other_bits"])
 
 
