@@ -17,9 +17,9 @@ import time
 
 import numpy as np
 
-DIFFUSION = {"num_train_timesteps": 4, "norm_penalty": 0.1, "max_kl": 1.0}
+DIFFUSION = {"num_train_timesteps": 2, "norm_penalty": 0.1, "max_kl": 1.0}
 METHODS = {
-    "ram": {"method": "ram", "strength": 0.1},
+    "ram": {"method": "ram", "strength": 0.3},
     "nft": {"method": "nft"},
     "flow_grpo": {"method": "flow_grpo"},
 }

@@ -86,26 +86,37 @@ async def load(url: str, args: argparse.Namespace, pid: int) -> dict:
     }
 
 
-def alone(args: argparse.Namespace, count: int) -> float:
-    """Images per second of `generate` with the same batch size, without the first batch."""
+def alone(args: argparse.Namespace, count: int) -> dict:
+    """Images per second of `generate --prompts`, files and all, and of its pipeline alone, with the
+    same batch size and a model that is loaded and compiled."""
     code = f"""
-import itertools, time
-from blip3o_jax.cli import parse
-from blip3o_jax.jobs.options import load_for
+import contextlib, io, json, pathlib, tempfile, time
+from blip3o_jax.cli import main, parse
+from blip3o_jax.jobs import work
 from blip3o_jax.request import Request
 from blip3o_jax.sample.settings import Settings
 words = ["--checkpoint", {args.checkpoint!r}, "--batch-size", "{args.batch_size}"]
-args = parse(["generate", "x", *words])
-pipeline = load_for(args)
+words += ["--num-inference-steps", "{args.steps}"]
+pipeline = work.load_for(parse(["generate", "x", *words]))
 settings = Settings(num_inference_steps={args.steps})
-asked = [Request(text, seed=i, settings=settings) for i, text in enumerate({PROMPTS!r} * {count})]
+texts = ({PROMPTS!r} * {count})[:{count}]
+asked = [Request(text, seed=i, settings=settings) for i, text in enumerate(texts)]
 list(pipeline.run(asked[:{args.batch_size}]))
+rates = {{}}
 begun = time.monotonic()
-list(pipeline.run(asked[:{count}]))
-print({count} / (time.monotonic() - begun))
+list(pipeline.run(asked))
+rates["pipeline_images_per_s"] = {count} / (time.monotonic() - begun)
+work.load_for = lambda _: pipeline
+with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    file = pathlib.Path(folder, "prompts.txt")
+    file.write_text("\\n".join(texts))
+    begun = time.monotonic()
+    assert main(["generate", "--prompts", str(file), "--out", folder + "/out", *words]) == 0
+    rates["generate_images_per_s"] = {count} / (time.monotonic() - begun)
+print(json.dumps(rates))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    return {name: round(rate, 3) for name, rate in json.loads(done.stdout).items()}
 
 
 def main() -> None:
@@ -129,8 +140,9 @@ def main() -> None:
     finally:
         process.kill()
         process.wait()
-    count = max(2, min(16, int(10 * result["images_per_s"] / args.batch_size))) * args.batch_size
-    result["generate_images_per_s"] = round(alone(args, count), 3)
+    # Half a minute's, in whole batches.
+    count = max(2, int(30 * result["images_per_s"] / args.batch_size)) * args.batch_size
+    result |= alone(args, count)
     print(json.dumps(vars(args) | result))
 
 
