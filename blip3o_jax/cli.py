@@ -33,7 +33,7 @@ EXAMPLES = {
     "bench": "blip3o-jax bench --repeats 15",
 }
 JOBS = tuple(EXAMPLES)
-RESUMED = ("train", "grpo", "generate", "edit")  # jobs that a launcher starts again
+RESUMED = ("train", "grpo", "generate", "edit", "evaluate")  # jobs that a launcher starts again
 
 
 def build_parser() -> argparse.ArgumentParser:

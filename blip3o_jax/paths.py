@@ -206,12 +206,15 @@ def remove_folder(folder: AnyPath, marker: str = "") -> None:
             pass
 
 
-def clear_folder(folder: AnyPath) -> None:
-    """Removes all that is in a folder, which may be a link; its marker must go first."""
-    if is_bucket(folder):
-        remove_folder(folder)
-        return
-    for entry in list(folder.iterdir()):
+def clear_folder(folder: AnyPath, marker: str) -> None:
+    """Removes all that is in a folder, which may be a link; the marker last, so that who is killed
+    here can go on."""
+    with ThreadPoolExecutor(REMOVERS) as pool:
+        others = (file for file in files_below(folder) if file != folder / marker)
+        for _ in pool.map(lambda file: file.unlink(missing_ok=True), others):
+            pass
+    (folder / marker).unlink()
+    for entry in [] if is_bucket(folder) else list(folder.iterdir()):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:

@@ -1,5 +1,6 @@
 """Prompt files of the official benchmarks' form, count and fields, in words of our own; a pipeline
-that paints a colour for each (prompt, seed, index)."""
+that paints a colour for each (prompt, seed, index); readers of the scorers' layouts, who know the
+benchmarks' own descriptions and nothing of the exporters."""
 
 import csv
 import io
@@ -9,6 +10,8 @@ import zlib
 import numpy as np
 from PIL import Image
 
+from blip3o_jax import checkpoints
+from blip3o_jax.cli import main
 from blip3o_jax.request import Sample
 
 SIDE = 4
@@ -49,6 +52,14 @@ class Painter:
             shade = colour(text, request.seed, request.index)
             image = np.full((size[1], size[0], 3), shade, np.uint8)
             yield Sample(request, 0, image, np.zeros(0, int))
+
+
+def load_painter(monkeypatch):
+    """Puts a painter in place of a model, which may edit."""
+    painter = Painter(checkpoints.open("emoji_64").identity)
+    monkeypatch.setattr("blip3o_jax.jobs.work.load_for", lambda _: painter)
+    config = type(checkpoints.config_of("emoji_64"))
+    monkeypatch.setattr(config, "check_sources", lambda *_: None)
 
 
 def lines(path, rows):
@@ -184,3 +195,141 @@ def _png(size, first):
     stream = io.BytesIO()
     Image.new("RGB", size, first).save(stream, "png")
     return stream.getvalue()
+
+
+def tree(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def shows(path, *colours):
+    """The image's colours, or those of the quarters of a grid, row by row."""
+    with Image.open(path) as image:
+        image = image.convert("RGB")
+    if len(colours) == 1:
+        assert image.getcolors() == [(image.width * image.height, colours[0])]
+        return
+    assert image.size == (2 * SIDE, 2 * SIDE)
+    places = [(0, 0), (SIDE, 0), (0, SIDE), (SIDE, SIDE)]
+    for (x, y), expected in zip(places, colours, strict=True):
+        quarter = image.crop((x, y, x + SIDE, y + SIDE))
+        assert quarter.getcolors() == [(SIDE * SIDE, expected)]
+
+
+def four(prompt, seed):
+    return [colour(prompt, seed, k) for k in range(4)]
+
+
+def read_geneval(images, rows):
+    """<DIR>/00000/metadata.jsonl and <DIR>/00000/samples/0000.png .. 0003.png, seed 42."""
+    names = {f"{i:05d}/samples/{k:04d}.png" for i in range(553) for k in range(4)}
+    assert tree(images) == names | {f"{i:05d}/metadata.jsonl" for i in range(553)}
+    for i, row in enumerate(rows):
+        (line,) = (images / f"{i:05d}/metadata.jsonl").read_text().splitlines()
+        assert json.loads(line) == row
+        for k, expected in enumerate(four(row["prompt"], 42)):
+            shows(images / f"{i:05d}/samples/{k:04d}.png", expected)
+
+
+def read_geneval2(images, rows):
+    """One JSON {prompt: filepath}, an image a prompt."""
+    paths = json.loads((images / "image_paths.json").read_text())
+    assert list(paths) == [row["prompt"] for row in rows]
+    assert len(set(paths.values())) == 800
+    assert len(tree(images)) == 801
+    for prompt, path in paths.items():
+        shows(path, colour(prompt, 0, 0))
+
+
+def read_dpg(images, rows):
+    """A flat folder of 2x2 grids <id>.png, and nothing else."""
+    assert tree(images) == {f"{key}.png" for key in rows}
+    assert len(rows) == 1065
+    for key, prompt in rows.items():
+        shows(images / f"{key}.png", *four(prompt, 0))
+
+
+def read_wise(images, rows):
+    """A flat folder 1.png .. 1000.png."""
+    assert tree(images) == {f"{i}.png" for i in range(1, 1001)}
+    for row in rows:
+        shows(images / f"{row['prompt_id']}.png", colour(row["Prompt"], 0, 0))
+
+
+def read_oneig(images, rows):
+    """<category>/<model>/<id>.webp, grids of four; ids keep their zeros."""
+    folders = {"Anime_Stylization": "anime", "Portrait": "human", "General_Object": "object"}
+    folders |= {"Text_Rendering": "text", "Knowledge_Reasoning": "reasoning"}
+    names = {f"{folders[row['category']]}/mine/{row['id']}.webp": row for row in rows}
+    assert tree(images) == set(names)
+    assert {"anime/mine/000.webp", "reasoning/mine/224.webp"} <= set(names)
+    for name, row in names.items():
+        shows(images / name, *four(row["prompt_en"], 0))
+
+
+def read_longtext(images, rows):
+    """Flat {prompt_id:04d}_{k}.png with k = 1..4; ids 0-79, 100-139, 160-199."""
+    assert tree(images) == {f"{i:04d}_{k}.png" for i in IDS for k in (1, 2, 3, 4)}
+    for row in rows:
+        for k, expected in enumerate(four(row["prompt"], 0), 1):
+            shows(images / f"{row['prompt_id']:04d}_{k}.png", expected)
+
+
+def read_tiif(images, rows):
+    """<type>/<model>/{short,long}_description/<idx>.png, idx = order inside the file."""
+    names = {
+        f"{kind}/mine/{length}/{i}.png": row[length]
+        for kind, own in rows.items()
+        for i, row in enumerate(own)
+        for length in ("short_description", "long_description")
+    }
+    assert tree(images) == set(names)
+    assert len(names) == 2 * 277
+    for name, prompt in names.items():
+        shows(images / name, colour(prompt, 0, 0))
+
+
+def read_imgedit(images, rows):
+    """Flat <key>.png, each of its source's size."""
+    assert tree(images) == {f"{key}.png" for key in rows}
+    assert len(rows) == 737
+    for key, row in rows.items():
+        k = int(row["id"].split("/")[1][0])
+        with Image.open(images / f"{key}.png") as image:
+            assert image.size == (5 + k, 6)
+        shows(images / f"{key}.png", colour(f"{row['prompt']}{20 * k}", 0, 0))
+
+
+def read_gedit(images, rows):
+    """<model>/fullset/<task_type>/<lang>/<key>.png with <key>_SRCIMG.png beside it."""
+    names = {
+        f"mine/fullset/{row['task_type']}/{row['instruction_language']}/{row['key']}": row
+        for row in rows
+    }
+    assert len(names) == 1212
+    assert tree(images) == {f"{x}{end}.png" for x in names for end in ("", "_SRCIMG")}
+    for name, row in names.items():
+        i = int(row["key"], 16)
+        shows(images / f"{name}_SRCIMG.png", (i % 200, 9, 9))
+        shows(images / f"{name}.png", colour(f"{row['instruction']}{i % 200}", 0, 0))
+        with Image.open(images / f"{name}.png") as image:
+            assert image.size == (5 + i % 3, 4)
+
+
+CASES = {
+    "geneval": (geneval, read_geneval, "evaluate_images.py IMAGES --outfile"),
+    "geneval2": (geneval2, read_geneval2, "--image_filepath_data IMAGES/image_paths.json"),
+    "dpg": (dpg, read_dpg, f"dist_eval.sh IMAGES {SIDE}"),
+    "wise": (wise, read_wise, "IMAGE_DIR=IMAGES"),
+    "oneig": (oneig, read_oneig, "--model_names mine --image_grid 2,2"),
+    "longtext": (longtext, read_longtext, "--sample_dir IMAGES"),
+    "tiif-mini": (tiif, read_tiif, "--image_dir IMAGES --eval_model mine"),
+    "imgedit": (imgedit, read_imgedit, "--result_img_folder IMAGES --edit_json PROMPTS"),
+    "gedit": (gedit, read_gedit, "--model_name mine"),
+}
+
+
+def export(name, prompts, folder, *more):
+    argv = ["evaluate", name, "export", "--prompts", str(prompts), "--out", str(folder / "out")]
+    if name == "imgedit":
+        argv += ["--sources", str(folder / "sources")]
+    return main([*argv, "--model-name", "mine", "--num-inference-steps", "7", *more])

@@ -94,7 +94,7 @@ def test_a_mistake_of_the_program_is_not_put_down_to_the_server():
         raise KeyError("x")
 
 
-def test_files_of_all_folders_are_listed_and_removed_behind_a_link_too(tmp_path):
+def test_files_of_all_folders_are_listed_and_removed_behind_a_link_too(tmp_path, monkeypatch):
     for name in ("b/c/d", "a"):
         (tmp_path / "f" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "f" / name).write_text(name)
@@ -107,7 +107,20 @@ def test_files_of_all_folders_are_listed_and_removed_behind_a_link_too(tmp_path)
     assert paths.state(files[0]) == (1, "1") != before
     (tmp_path / "link").symlink_to("f")
     (tmp_path / "f" / "elsewhere").symlink_to(tmp_path)
-    paths.clear_folder(tmp_path / "link")
+    # Who is ended halfway, here by a file that cannot be removed, goes on by the marker.
+    unlink = Path.unlink
+
+    def refuse(file, missing_ok=False):
+        if file.name == "d":
+            raise PermissionError
+        unlink(file, missing_ok)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "unlink", refuse)
+        with pytest.raises(PermissionError):
+            paths.clear_folder(tmp_path / "link", "a")
+    assert (tmp_path / "f/a").exists()
+    paths.clear_folder(tmp_path / "link", "a")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "link"]
     assert list((tmp_path / "f").iterdir()) == []
 

@@ -75,7 +75,6 @@ def options(benchmarks: argparse._SubParsersAction) -> None:
 def run_export(args: argparse.Namespace) -> None:
     """Makes the images as a job, most of them where the scorer reads them, OUT/images, then writes
     what it reads beside them, and OUT/export.json; prints the scorer's command last."""
-    from blip3o_jax import checkpoints
     from blip3o_jax.request import Request, repeated
 
     benchmark, prompts = BENCHMARKS[args.benchmark], paths.path(args.prompts)
@@ -93,7 +92,8 @@ def run_export(args: argparse.Namespace) -> None:
     # The images in the order of the items.
     sources = [()] * len(items)
     if benchmark.edits:
-        place = paths.path(args.sources) if benchmark.sources else tree
+        below = paths.path(args.out) / "images"
+        place = paths.path(args.sources) if benchmark.sources else below
         sources = [(str(place / item.source),) for item in items]
     requests = [
         Request(item.prompt, source, seed=args.seed, settings=settings)
@@ -116,11 +116,10 @@ def run_export(args: argparse.Namespace) -> None:
     # Scorers leave out what is missing, and some judge what is too much.
     extra = [name for name, _ in contents(benchmark, tree, items, prompts)]
     record.check_same(tree, files_below(tree), {*extra, *(x for i in items for x in i.files)})
-    export = facts | {"checkpoint": checkpoints.open(args.checkpoint).identity}
+    export = facts | {"checkpoint": ledger.read_facts(folder)["checkpoint"]}
     export["files"] = sorted(files_below(tree))
     export["items"] = [dataclasses.asdict(item) for item in items]
-    with paths.remote_errors(f"{folder} cannot be written"):
-        paths.write_text(folder / MARKER, json.dumps(export))
+    ledger.write_whole(folder, MARKER, [json.dumps(export).encode()])
     places = {"images": tree, "out": folder, "prompts": prompts.resolve()}
     places |= {"sources": paths.path(getattr(args, "sources", ".")).resolve()}
     quoted = {name: shlex.quote(str(path)) for name, path in places.items()}
@@ -148,13 +147,12 @@ def contents(
 def write_beside(
     benchmark: Benchmark, tree: paths.AnyPath, items: list[Item], prompts: Path, are_read: bool
 ) -> None:
-    """Writes the sources that edits `are_read` from and that are not there yet, or all else."""
+    """Writes the sources of edits that are not there yet, and all else unless they `are_read`."""
     sources = {item.source for item in items}
-    there = files_below(tree) if are_read else set()
+    there = files_below(tree) & sources
     for name, content in contents(benchmark, tree, items, prompts):
-        if (name in sources) == are_read and name not in there:
-            with paths.remote_errors(f"{tree / name} cannot be written"):
-                paths.write_bytes(tree / name, content())
+        if (name in sources or not are_read) and name not in there:
+            ledger.write_whole(tree.parent, f"{tree.name}/{name}", [content()])
 
 
 def lay_out(
@@ -179,9 +177,8 @@ def lay_out(
         origin = {"prompt": item.prompt, "seed": request.seed}
         origin |= {"index": [sample.index for sample in own], "checkpoint": identity}
         origin |= {"settings": dataclasses.asdict(request.settings)}
-        file = folder / "images" / item.files[0]
-        with paths.remote_errors(f"{file} cannot be written"):
-            paths.write_bytes(file, encode_image(grid, origin, FORMATS[Path(item.files[0]).suffix]))
+        data = encode_image(grid, origin, FORMATS[Path(item.files[0]).suffix])
+        ledger.write_whole(folder, f"images/{item.files[0]}", [data])
     return size
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from blip3o_jax import paths
 from blip3o_jax.errors import require
 from blip3o_jax.jobs import benchmarks as official
-from blip3o_jax.jobs import whole
+from blip3o_jax.jobs import ledger, whole
 from blip3o_jax.jobs.edit import keep_option, levels_to_keep
 from blip3o_jax.jobs.options import model_options, option, settings_of, share_option
 from blip3o_jax.origin import encode_image
@@ -49,6 +49,7 @@ def run_scenes(args: argparse.Namespace) -> None:
     result as a table and as JSON."""
     import numpy as np
 
+    from blip3o_jax import checkpoints
     from blip3o_jax.evaluate import scenes
     from blip3o_jax.evaluate.ceilings import ceilings
     from blip3o_jax.evaluate.tables import table
@@ -57,6 +58,9 @@ def run_scenes(args: argparse.Namespace) -> None:
 
     enough = args.num_prompts >= len(TAGS) and args.seeds >= 1
     require(enough, f"--num-prompts is at least {len(TAGS)} and --seeds at least 1.")
+    size = checkpoints.config_of(args.checkpoint).image_size
+    other = f"{args.checkpoint} makes images of {size} px, and the judge looks at {scene.SIZE} px."
+    require(size == scene.SIZE, other)
     settings = settings_of(args)
     # Images of the held-out prompts, and the true renders of their scenes.
     metadata, worlds = zip(*scenes.heldout(args.num_prompts), strict=True)
@@ -94,13 +98,12 @@ def write_results(
 ) -> None:
     """Writes what is known of the images in OUT, the result last."""
     folder = paths.path(args.out)
-    with paths.remote_errors(f"{folder} cannot be written"):
-        paths.write_bytes(folder / "sheet.png", encode_image(sheet, {}))
-        if records:
-            lines = [json.dumps(row) + "\n" for row in records]
-            paths.write_text(folder / "images.jsonl", "".join(lines))
-        # Last: what is there has all of the rest beside it.
-        paths.write_text(folder / "result.json", json.dumps(result, indent=1))
+    ledger.write_whole(folder, "sheet.png", [encode_image(sheet, {})])
+    if records:
+        lines = ((json.dumps(row) + "\n").encode() for row in records)
+        ledger.write_whole(folder, "images.jsonl", lines)
+    # Last: what is there has all of the rest beside it.
+    ledger.write_whole(folder, "result.json", [json.dumps(result, indent=1).encode()])
 
 
 def run_edits(args: argparse.Namespace) -> None:

@@ -78,8 +78,7 @@ def begin(folder: paths.AnyPath, facts: dict, overwrite: bool = False) -> None:
     begun = is_begun(folder, facts, overwrite)
     if begun and overwrite:
         with paths.remote_errors(f"{folder} cannot be deleted"):
-            (folder / FACTS).unlink()
-            paths.clear_folder(folder)
+            paths.clear_folder(folder, FACTS)
     if not begun or overwrite:
         facts = {"version": VERSION, **facts, BEGUN: int(time.time())}
         write_whole(folder, FACTS, [json.dumps(facts, indent=1).encode()])
@@ -93,6 +92,13 @@ def is_begun(folder: paths.AnyPath, facts: dict, overwrite: bool = False) -> boo
         has_job = (folder / FACTS).is_file()
         other = f"{folder} holds other files and no job (no {FACTS}), so it is not overwritten;"
         require(has_job or _is_empty(folder), f"{other} name another folder.")
+    if has_job and overwrite:
+        # What is damaged is all made again; another command's results may be dear to someone.
+        was = now = facts.get("command")
+        with contextlib.suppress(InputError):
+            was = read_facts(folder).get("command")
+        other = f"{folder} holds a job of `{was}`, which `{now}` does not overwrite;"
+        require(was == now, f"{other} name another folder, or delete it yourself.")
     if not has_job or overwrite:
         return has_job
     facts = json.loads(json.dumps({"version": VERSION, **facts}))  # tuples are lists there
@@ -214,7 +220,8 @@ def recorded(folder: paths.AnyPath, shard: int, numbers: list[int] | None = None
                 isinstance(row.get(name, ""), str) and isinstance(row.get(digest, ""), str)
                 for name, digest in FILES
             )
-            is_row = is_own and are_files and isinstance(row.get("id"), str)
+            is_made = isinstance(row.get("tokens"), list) or "error" in row
+            is_row = is_own and are_files and is_made and isinstance(row.get("id"), str)
             require(is_row, f"{path} line {place} is damaged: it is no row of this shard.")
         rows.setdefault(number, []).append(row)
     return rows
@@ -226,7 +233,8 @@ def intact(folder: paths.AnyPath, shard: int, numbers: list[int]) -> Rows:
 
     def is_intact(row: dict) -> bool:
         files = [(row[name], row.get(digest)) for name, digest in FILES if name in row]
-        return bool(files) and all(hashes(folder / name) == digest for name, digest in files)
+        is_made = bool(files) and "error" not in row
+        return is_made and all(hashes(folder / name) == digest for name, digest in files)
 
     rows = recorded(folder, shard, numbers)
     return {number: own for number, own in rows.items() if all(map(is_intact, own))}

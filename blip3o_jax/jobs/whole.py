@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from blip3o_jax import paths
-from blip3o_jax.errors import require
+from blip3o_jax.errors import InputError, counted, require
 from blip3o_jax.files import read_lines
 from blip3o_jax.jobs import ledger, work
 from blip3o_jax.jobs.images import image_format, named
@@ -41,9 +41,14 @@ def make(
         return f"images/{named(args, sample, number)}"
 
     outcome = work.make(args, requests, facts, {}, name or below_images, prepare)
-    where = paths.path(args.out) / ledger.DONE
-    what = f"{len(outcome.failed)} requests failed, such as {outcome.failed[:1]}, see {where}"
-    require(not outcome.failed, f"{what}: nothing is scored. The same command tries them again.")
+    if outcome.failed:
+        # One reason stands for all.
+        folder = paths.path(args.out)
+        shards = (ledger.recorded(folder, n) for n in sorted(ledger.begun_shards(folder)))
+        errors = (row["error"] for rows in shards for (row, *_) in rows.values() if "error" in row)
+        what = f"{counted(len(outcome.failed), 'request')} of {folder} failed"
+        what = f"{what} ({next(errors).rstrip('.')}), so nothing is scored"
+        raise InputError(f"{what}; the same command tries them again.")
     if outcome.results is None:
         print(outcome.left)
         return None
@@ -76,5 +81,6 @@ def score(
     outcome = make(args, requests, facts)
     if outcome is None:
         return None
-    pipeline = outcome.pipeline or work.ready(args)
-    return pipeline, list(samples(paths.path(args.out), requests))
+    folder = paths.path(args.out)
+    identity = ledger.read_facts(folder)["checkpoint"]
+    return outcome.pipeline or work.ready(args, identity), list(samples(folder, requests))

@@ -170,10 +170,10 @@ def make(
     from blip3o_jax.parallel.processes import share, wait_for_others
 
     config, text = checkpoints.config_of(args.checkpoint), checkpoints.text_of(args.checkpoint)
-    facts |= {"requests": len(requests), "input": _digest(requests)}
+    folder = paths.path(args.out)
+    facts |= {"requests": len(requests), "input": _digest(requests, folder)}
     shards, groups, refused = shards_of(requests, config, text, refused)
     name = name or functools.partial(named, args)
-    folder = paths.path(args.out)
     index, count = share(args.share)
     require(count == 1 or not args.overwrite, "--overwrite is of one process alone.")
     identity = checkpoints.open(args.checkpoint).identity
@@ -189,7 +189,7 @@ def make(
     with contextlib.ExitStack() as stack:
         if is_needed and (not begun or args.overwrite):
             stack.enter_context(ledger.place(folder))
-            pipeline = ready(args)
+            pipeline = ready(args, identity)
         ledger.begin(folder, facts, args.overwrite)
     failed: list[str] = []
     with lock.locked(folder, index, count) as life, stop.watch(together=False) as leaves:
@@ -198,6 +198,7 @@ def make(
         there = sorted(ledger.begun_shards(folder) & left.keys())
         read = ledger.ahead(lambda shard: ledger.intact(folder, shard, shards[shard]), there)
         for shard, rows in zip(there, read, strict=True):
+            rows = {n: row for n, row in rows.items() if len(row) == len(requests[n].texts)}
             check_sources(folder, requests, rows)
             whole = len(rows) == len(shards[shard])
             # Rows are needed once more where the shard is not whole.
@@ -212,8 +213,7 @@ def make(
         todo = [number for numbers in left.values() for number in numbers]
         if todo:
             log.info("%d of %d requests are to be made here.", len(todo), len(requests))
-            pipeline = pipeline or ready(args)
-            require(pipeline.identity == identity, f"{args.checkpoint} changed meanwhile.")
+            pipeline = pipeline or ready(args, identity)
             pipeline.warn([requests[number] for number in todo])
             prepare()
             failed += _work(args, folder, requests, left, done, pipeline, name, leaves, life)
@@ -226,13 +226,15 @@ def make(
     return Outcome(results, failed, left, pipeline)
 
 
-def _digest(requests: list[Request]) -> str:
-    """By which a job's requests are known again: what they ask for, and of which pictures."""
+def _digest(requests: list[Request], folder: paths.AnyPath) -> str:
+    """By which a job's requests are known again, also in a `folder` that was moved: what they ask
+    for, and of which pictures."""
     from blip3o_jax.pictures import alpha_of, array
 
-    digest = hashlib.sha256()
+    digest, own = hashlib.sha256(), f"{folder}/"
     for request in requests:
-        images = [x if isinstance(x, str) else source_of(x, array) for x in request.images]
+        files = [x.removeprefix(own) if isinstance(x, str) else x for x in request.images]
+        images = [x if isinstance(x, str) else source_of(x, array) for x in files]
         masks = [] if request.within is None else [request.within]
         masks = [x if isinstance(x, str) else source_of(x, alpha_of) for x in masks]
         line = [request.id, request.texts, images, *masks]
@@ -240,12 +242,16 @@ def _digest(requests: list[Request]) -> str:
     return digest.hexdigest()
 
 
-def ready(args: argparse.Namespace) -> Pipeline:
-    """The pipeline; InputError where a server of --reward does not answer."""
+def ready(args: argparse.Namespace, identity: str) -> Pipeline:
+    """The pipeline; InputError where a server of --reward does not answer, or where the checkpoint
+    is no longer the one of this identity."""
     from blip3o_jax.rl.rewards.protocol import check_there
 
     check_there(args.reward)
-    return load_for(args)
+    pipeline = load_for(args)
+    changed = f"{args.checkpoint} was {identity} and is {pipeline.identity} now; name that one."
+    require(pipeline.identity == identity, changed)
+    return pipeline
 
 
 def check_sources(folder: paths.AnyPath, requests: list[Request], rows: ledger.Rows) -> None:

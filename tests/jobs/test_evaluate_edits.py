@@ -1,7 +1,10 @@
 """`blip3o-jax evaluate edits` and `drift` with a tiny random checkpoint: tables, files, sheets."""
 
 import json
+import os
 import pathlib
+import signal
+import types
 
 import numpy as np
 import pytest
@@ -10,10 +13,11 @@ from PIL import Image
 
 from blip3o_jax.cli import main
 from blip3o_jax.evaluate import edits as measures
-from blip3o_jax.jobs import work
+from blip3o_jax.jobs import evaluate, work
 from blip3o_jax.sample.settings import EditSettings
 from blip3o_jax.scenes.edits import KINDS
 from blip3o_jax.scenes.scene import compose
+from blip3o_jax.train.stop import RESTART
 
 RESULTS = ("result.json", "images.jsonl", "sheet.png")
 
@@ -91,3 +95,59 @@ def test_drift_is_measured_over_each_pictures_own_turns(pipeline, channels, caps
             cell = sheet[136 * y :, 136 * x :][:128:2, :128:2]
             np.testing.assert_array_equal(cell, shown)
     assert main(["evaluate", "drift", "--turns", "0", "--out", "none"]) == 2
+    # A turn whose row is gone, or there twice, is made again.
+    done = pathlib.Path("drift/job/done/000000.jsonl")
+    rows, shown = done.read_text(), pathlib.Path("drift/result.json").read_bytes()
+    *most, last = rows.splitlines(keepends=True)
+    for damaged in ("".join(most), rows + last):
+        done.write_text(damaged)
+        assert main(argv) == 0
+        assert (done.read_text(), pathlib.Path("drift/result.json").read_bytes()) == (rows, shown)
+    # A row that was emptied is named.
+    row = json.loads(last)
+    done.write_text(json.dumps({name: row[name] for name in row.keys() - {"tokens"}}))
+    capsys.readouterr()
+    assert main(argv) == 2
+    assert "000000.jsonl line 1 is damaged: it is no row of this shard" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_changes_before_the_scores_is_refused(channels, monkeypatch, capsys):
+    argv = ["evaluate", "edits", "--num-edits", "6", "--seeds", "1", *FLAGS, "--out", "scores"]
+    argv += ["--checkpoint", channels]
+    assert main(argv) == 0
+    pathlib.Path("scores/result.json").unlink()
+    other = types.SimpleNamespace(identity="channels@later")
+    monkeypatch.setattr(work, "load_for", lambda _: other)
+    capsys.readouterr()
+    assert main(argv) == 2
+    assert "and is channels@later now; name that one." in capsys.readouterr().err
+    assert not pathlib.Path("scores/result.json").exists()
+
+
+@pytest.mark.parametrize("module", [work, evaluate], ids=["loading", "scoring"])
+def test_a_signal_also_before_and_after_the_images_is_answered_as_launchers_know(
+    module, channels, monkeypatch, capsys
+):
+    argv = ["evaluate", "edits", "--num-edits", "6", "--seeds", "1", *FLAGS, "--out", "scores"]
+    argv += ["--checkpoint", channels]
+    name = "load_for" if module is work else "write_results"
+
+    def ended(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("went on")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(module, name, ended)
+        with pytest.raises(SystemExit) as end:
+            main(argv)
+    assert end.value.code == RESTART
+    assert not pathlib.Path("scores/result.json").exists()
+    assert main(argv) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["edits"] == 6
+
+
+def test_a_judge_of_other_sizes_is_known_before_anything_is_made(channels, capsys):
+    assert main(["evaluate", "scenes", "--checkpoint", channels, "--out", "scores"]) == 2
+    sentence = f"{channels} makes images of 16 px, and the judge looks at 64 px.\n"
+    assert capsys.readouterr().err.endswith(sentence)
+    assert not pathlib.Path("scores").exists()

@@ -30,6 +30,7 @@ esac
 """
 JOB = ["train", "--config", "pretrain_3b:v5e:4x4", "--workdir", "/mnt/runs/a b"]
 PICTURES = ["generate", "--prompts", "/mnt/a b.jsonl", "--out", "/mnt/pictures"]
+SCORES = ["evaluate", "scenes", "--out", "/mnt/scores"]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -196,6 +197,7 @@ def test_a_dry_run_calls_nothing_and_a_wrong_argument_is_a_sentence(tmp_path):
         ([*JOB[:4], "runs/mine"], "runs/mine is inside the clone"),
         ([*PICTURES[:4], "pictures"], "pictures is inside the clone"),
         ([*PICTURES, "--overwrite"], "--overwrite would delete what was made"),
+        ([*SCORES, "--overwrite"], "--overwrite would delete what was made"),
     ],
 )
 def test_a_job_that_would_not_start_asks_for_nothing(tmp_path, job, sentence):
