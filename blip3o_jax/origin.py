@@ -78,12 +78,18 @@ def source_of(picture: Picture, read: Callable[[Picture], np.ndarray]) -> dict[s
     return {"sha256": hashlib.sha256(read(picture).tobytes()).hexdigest()}
 
 
-@functools.lru_cache(maxsize=64)  # all turns and images of an edit are of the same
 def digest_of_file(file: str) -> str:
-    """Of a source image or a mask."""
-    digest = digest_of(paths.path(file))
+    """Of a source image or a mask, as it is now."""
+    with paths.remote_errors(f"{file} cannot be read"):
+        state = paths.state(paths.path(file))
+    digest = _digest_of_state(file, state)
     require(bool(digest), f"{file} cannot be read: it is no file.")
     return digest
+
+
+@functools.lru_cache(maxsize=64)  # all turns and images of an edit are of the same
+def _digest_of_state(file: str, state: tuple[int, str]) -> str:
+    return digest_of(paths.path(file))
 
 
 def digest_of(path: paths.AnyPath) -> str:

@@ -303,6 +303,10 @@ def _work(
     def record(shard: int, rows: ledger.Rows, files: dict[str, bytes]) -> None:
         ledger.record(folder, shard, ledger.write_shard(folder, shard, rows, files, args.format))
 
+    def written(sample: Sample, number: int) -> tuple[dict, dict[str, bytes]]:
+        facts = origin(sample) | {"checkpoint": pipeline.identity} | sample.facts
+        return write(args, folder, sample, number, name(sample, number), facts)
+
     def settle(most: int) -> None:
         """Waits until no more than `most` results are being written."""
         while len(writing) > most:
@@ -336,10 +340,7 @@ def _work(
             for sample in tqdm(samples, total=total, unit="image"):
                 shard, number = places[id(sample.request)]
                 is_last = sample.turn == len(sample.request.then)
-                facts = origin(sample) | {"checkpoint": pipeline.identity} | sample.facts
-                future = executor.submit(
-                    write, args, folder, sample, number, name(sample, number), facts
-                )
+                future = executor.submit(written, sample, number)
                 writing.append((shard, number, is_last, future))
                 settle(4 * pipeline.batch_size)
                 if leaves(number):

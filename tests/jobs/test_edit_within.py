@@ -9,7 +9,6 @@ import pytest
 from editing import FLAGS, QUICK, edits, half, picture, save_mask
 from PIL import Image
 
-from blip3o_jax import origin
 from blip3o_jax.cli import main
 from blip3o_jax.errors import InputError
 from blip3o_jax.pictures import array
@@ -17,12 +16,6 @@ from blip3o_jax.request import Request
 from blip3o_jax.sample.settings import EditSettings
 
 pytestmark = pytest.mark.usefixtures("loaded")
-
-
-@pytest.fixture(autouse=True)
-def _another_folder():
-    """A file of a name that an earlier test used is another one."""
-    origin.digest_of_file.cache_clear()
 
 
 @pytest.mark.parametrize("keep_unchanged", [None, 0.0, 20.0])
@@ -135,13 +128,11 @@ def test_a_mask_that_is_another_one_than_before_is_refused(channels, capsys):
     argv = ["edit", "--edits", "edits.jsonl", "--checkpoint", channels, *FLAGS, "--out", "made"]
     assert main(argv) == 0
     before = pathlib.Path("made/manifest.jsonl").read_bytes()
-    origin.digest_of_file.cache_clear()
     assert main(argv) == 0
     old = hashlib.sha256(pathlib.Path("m.png").read_bytes()).hexdigest()
     mask.putpixel((3, 3), (0, 0, 0, 255))
     mask.save("m.png")
     new = hashlib.sha256(pathlib.Path("m.png").read_bytes()).hexdigest()
-    origin.digest_of_file.cache_clear()
     assert main(argv) == 2
     was, now = capsys.readouterr().err.split(", and these are now ")
     assert f'{{"file": "m.png", "sha256": "{old}"}}]' in was
