@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from blip3o_jax.request import Request, Sample
 
 MARKER = "export.json"
-GRID = 4  # images of a grid
 # What the record of an import says of the export.
 KEPT = ("checkpoint", "settings", "seed", "num_images", "prompt_variant", "prompts_sha256")
 
@@ -105,10 +104,10 @@ def run_export(args: argparse.Namespace) -> None:
     facts |= {"num_images": benchmark.num_images, "prompt_variant": args.prompt_variant}
     facts |= {"prompts_sha256": digest_of(items)}
     write = functools.partial(write_beside, benchmark, tree, items, prompts)
-    name = None if benchmark.grid else functools.partial(file_of, items, benchmark.num_images)
+    name = functools.partial(file_of, benchmark, items)
     own = {"command": f"evaluate {args.benchmark} export"} | facts
     own |= own.pop("settings")
-    outcome = whole.make(job, requests, own, name or single, functools.partial(write, True))
+    outcome = whole.make(job, requests, own, name, functools.partial(write, True))
     if outcome is None:
         return
     size = lay_out(benchmark, items, requests, folder)
@@ -127,14 +126,12 @@ def run_export(args: argparse.Namespace) -> None:
     print(benchmark.command.format(**quoted, model=args.model_name, size=size))
 
 
-def single(sample: Sample, number: int) -> str:
-    """The file of an image that becomes a part of a grid."""
-    return f"singles/{number // GRID:05d}-{sample.index}.png"
-
-
-def file_of(items: list[Item], each: int, _: Sample, number: int) -> str:
-    """The scorer's file of an image."""
-    return f"images/{items[number // each].files[number % each]}"
+def file_of(benchmark: Benchmark, items: list[Item], _: Sample, number: int) -> str:
+    """The file of an image: the scorer's, or one that becomes a part of a grid."""
+    place, index = divmod(number, benchmark.num_images)
+    if benchmark.grid:
+        return f"singles/{place:05d}-{index}.png"
+    return f"images/{items[place].files[index]}"
 
 
 def contents(
