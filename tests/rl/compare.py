@@ -68,7 +68,14 @@ def trained(way: str, seed: int, args: argparse.Namespace) -> tuple[dict, float]
         more += ["--config.grpo.beta=0.01"] if way in ("alternating", "joint") else []
         changes = [f"--config.{name}" for name in (f"init={args.init}", f"seed={seed}")]
         changes += [f"--config.num_steps={args.steps}", f"--config.eval_every={args.steps}"]
-        own = [*WAYS[way], *changes, *more, *args.more, "--workdir", str(folder)]
+        own = [
+            *WAYS[way],
+            *changes,
+            *more,
+            *(f"--config.{x}" for x in args.change),
+            "--workdir",
+            str(folder),
+        ]
         spent = blip3o(folder.with_suffix(".log"), "grpo", *own)
         minutes.write_text(f"{spent / 60:.1f}")
     scores = judged(str(folder), args.out / f"{way}-{seed}.scores", args.prompts)
@@ -93,7 +100,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=402)
     parser.add_argument("--ways", default=",".join(WAYS))
-    parser.add_argument("more", nargs="*", help="changes of the config for all, after --")
+    change = "of the config of all, e.g. checkpoint_every=80; may be repeated"
+    parser.add_argument("--change", action="append", default=[], metavar="KEY=VALUE", help=change)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     before = judged(args.init, args.out / "before", args.prompts)

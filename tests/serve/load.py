@@ -66,7 +66,7 @@ async def load(url: str, args: argparse.Namespace, pid: int) -> dict:
     """What all clients see together, and the server's memory at each tenth of the time."""
     statuses: dict[int, int] = collections.Counter()
     waits: list[float] = []
-    begun = time.monotonic()
+    begun, own = time.monotonic(), time.process_time()
     end = begun + args.seconds
     clients = [
         asyncio.ensure_future(ask(url, number, args.steps, end, statuses, waits))
@@ -80,6 +80,7 @@ async def load(url: str, args: argparse.Namespace, pid: int) -> dict:
     return {
         "statuses": dict(statuses),
         "images_per_s": round(len(waits) / (time.monotonic() - begun), 3),
+        "clients_cpu_s": round(time.process_time() - own, 1),  # of the same cores
         "median_s": round(float(np.median(waits)), 2),
         "p95_s": round(float(np.percentile(waits, 95)), 2),
         "memory_mb": memory,
