@@ -114,7 +114,9 @@ def run_export(args: argparse.Namespace) -> None:
     write(False)
     # Scorers leave out what is missing, and some judge what is too much.
     extra = [name for name, _ in contents(benchmark, tree, items, prompts)]
-    record.check_same(tree, files_below(tree), {*extra, *(x for i in items for x in i.files)})
+    expected = {*extra, *(x for i in items for x in i.files)}
+    check_own(tree, files_below(tree) - expected)
+    record.check_same(tree, files_below(tree), expected)
     export = facts | {"checkpoint": ledger.read_facts(folder)["checkpoint"]}
     export["files"] = sorted(files_below(tree))
     export["items"] = [dataclasses.asdict(item) for item in items]
@@ -187,9 +189,14 @@ def keep_results(folder: paths.AnyPath) -> None:
         export = record.parse_json(file, record.read_text(file))
         written = export.get("files", ()) if isinstance(export, dict) else ()
         own = {MARKER, ledger.MANIFEST, *(f"images/{name}" for name in written)}
-        other = {x for x in files_below(folder) - own if not x.startswith(("job/", "singles/"))}
-        holds = f"{folder} also holds what the export did not write, such as {sorted(other)[:1]}"
-        require(not other, f"{holds}; move it away, or name another folder.")
+        other = files_below(folder) - own
+        check_own(folder, {x for x in other if not x.startswith(("job/", "singles/"))})
+
+
+def check_own(folder: paths.AnyPath, other: set[str]) -> None:
+    """InputError for files of others in the folder of an export."""
+    holds = f"{folder} also holds what the export did not write, such as {sorted(other)[:1]}"
+    require(not other, f"{holds}; move it away, or name another folder.")
 
 
 def check_items(args: argparse.Namespace, benchmark: Benchmark, items: list[Item]) -> None:

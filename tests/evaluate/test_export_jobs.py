@@ -142,7 +142,12 @@ def test_what_a_scorer_wrote_is_not_overwritten(name, tmp_path, capsys):
     capsys.readouterr()
     assert export("geneval2", prompts, tmp_path, "--overwrite") == 2
     assert f"what the export did not write, such as ['{name}']" in capsys.readouterr().err
-    # Nor do other commands.
+    # Beside the images, of which a scorer may judge all, it is named too.
+    is_beside = name.startswith("images/")
+    assert export("geneval2", prompts, tmp_path) == 2 * is_beside
+    error = capsys.readouterr().err
+    assert ("such as ['dpg-bench_results.txt']; move it away" in error) == is_beside
+    # Nor do other commands overwrite it.
     assert main(["generate", "a cat", "--out", str(tmp_path / "out"), "--overwrite"]) == 2
     other = "holds a job of `evaluate geneval2 export`, which `generate` does not overwrite;"
     assert other in capsys.readouterr().err
