@@ -74,8 +74,6 @@ def options(benchmarks: argparse._SubParsersAction) -> None:
 def run_export(args: argparse.Namespace) -> None:
     """Makes the images as a job, most of them where the scorer reads them, OUT/images, then writes
     what it reads beside them, and OUT/export.json; prints the scorer's command last."""
-    from blip3o_jax.request import Request, repeated
-
     benchmark, prompts = BENCHMARKS[args.benchmark], paths.path(args.prompts)
     # Everything is checked before any weights are loaded.
     plain = f"--model-name {args.model_name!r} is a folder: use letters, digits, `.`, `_` and `-`."
@@ -88,17 +86,7 @@ def run_export(args: argparse.Namespace) -> None:
     tree = folder / "images"
     if args.overwrite:
         keep_results(folder)
-    # The images in the order of the items.
-    sources = [()] * len(items)
-    if benchmark.edits:
-        below = paths.path(args.out) / "images"
-        place = paths.path(args.sources) if benchmark.sources else below
-        sources = [(str(place / item.source),) for item in items]
-    requests = [
-        Request(item.prompt, source, seed=args.seed, settings=settings)
-        for item, source in zip(items, sources, strict=True)
-    ]
-    requests = repeated(requests, benchmark.num_images)
+    requests = requests_of(args, benchmark, items, settings)
     facts = {"benchmark": args.benchmark, "model_name": args.model_name}
     facts |= {"settings": dataclasses.asdict(settings), "seed": args.seed}
     facts |= {"num_images": benchmark.num_images, "prompt_variant": args.prompt_variant}
@@ -126,6 +114,24 @@ def run_export(args: argparse.Namespace) -> None:
     quoted = {name: shlex.quote(str(path)) for name, path in places.items()}
     print(f"{len(requests)} images in {tree}. In a clone of {benchmark.repository}:\n")
     print(benchmark.command.format(**quoted, model=args.model_name, size=size))
+
+
+def requests_of(
+    args: argparse.Namespace, benchmark: Benchmark, items: list[Item], settings: Settings
+) -> list[Request]:
+    """The images in the order of the items."""
+    from blip3o_jax.request import Request, repeated
+
+    sources = [()] * len(items)
+    if benchmark.edits:
+        below = paths.path(args.out) / "images"
+        place = paths.path(args.sources) if benchmark.sources else below
+        sources = [(str(place / item.source),) for item in items]
+    requests = [
+        Request(item.prompt, source, seed=args.seed, settings=settings)
+        for item, source in zip(items, sources, strict=True)
+    ]
+    return repeated(requests, benchmark.num_images)
 
 
 def file_of(benchmark: Benchmark, items: list[Item], _: Sample, number: int) -> str:
