@@ -214,7 +214,9 @@ def clear_folder(folder: AnyPath, marker: str) -> None:
         for _ in pool.map(lambda file: file.unlink(missing_ok=True), others):
             pass
     (folder / marker).unlink()
-    for entry in [] if is_bucket(folder) else list(folder.iterdir()):
+    if is_bucket(folder):
+        return
+    for entry in list(folder.iterdir()):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:

@@ -4,7 +4,7 @@ source's latents are more channels of the noisy ones, and its tokens are in the 
     blip3o-jax train --config emoji_edit --workdir runs/edit
 
 Cost: 1.5 s a step on two CPU cores, 50 minutes. `emoji_edit:noise` and the other names of VARIANTS
-give the diffusion part the source in other ways (docs/emoji.md compares some of them).
+give the diffusion part the source in other ways (docs/emoji.md compares them).
 """
 
 from emoji_joint import get_config as joint

@@ -11,14 +11,13 @@ import itertools
 import json
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from blip3o_jax import paths
 from blip3o_jax.errors import InputError, about, require
 from blip3o_jax.evaluate.exporters import record
-from blip3o_jax.evaluate.exporters.record import Benchmark, Content, Export, Item
+from blip3o_jax.evaluate.exporters.record import Benchmark, Export, Item
 from blip3o_jax.evaluate.exporters.table import BENCHMARKS
 from blip3o_jax.jobs import edit, ledger, whole
 from blip3o_jax.jobs.images import FORMATS
@@ -99,10 +98,8 @@ def run_export(args: argparse.Namespace) -> None:
     if outcome is None:
         return
     size = lay_out(benchmark, items, requests, folder)
-    write(False)
     # Scorers leave out what is missing, and some judge what is too much.
-    extra = [name for name, _ in contents(benchmark, tree, items, prompts)]
-    expected = {*extra, *(x for i in items for x in i.files)}
+    expected = {*write(False), *(file for item in items for file in item.files)}
     check_own(tree, files_below(tree) - expected)
     record.check_same(tree, files_below(tree), expected)
     export = facts | {"checkpoint": ledger.read_facts(folder)["checkpoint"]}
@@ -142,22 +139,18 @@ def file_of(benchmark: Benchmark, items: list[Item], _: Sample, number: int) -> 
     return f"images/{items[place].files[index]}"
 
 
-def contents(
-    benchmark: Benchmark, tree: paths.AnyPath, items: list[Item], prompts: Path
-) -> Iterator[Content]:
-    """What the scorer reads beside the images."""
-    return benchmark.beside(tree, items, prompts) if benchmark.beside else iter(())
-
-
 def write_beside(
     benchmark: Benchmark, tree: paths.AnyPath, items: list[Item], prompts: Path, are_read: bool
-) -> None:
-    """Writes the sources of edits that are not there yet, and all else unless they `are_read`."""
+) -> set[str]:
+    """Writes what the scorer reads beside the images: the sources of edits that are not there yet,
+    and all else unless they `are_read`. Returns the names of all."""
     sources = {item.source for item in items}
-    there = files_below(tree) & sources
-    for name, content in contents(benchmark, tree, items, prompts):
+    there, names = files_below(tree) & sources, set()
+    for name, content in benchmark.beside(tree, items, prompts) if benchmark.beside else ():
+        names.add(name)
         if (name in sources or not are_read) and name not in there:
             ledger.write_whole(tree.parent, f"{tree.name}/{name}", [content()])
+    return names
 
 
 def lay_out(

@@ -32,7 +32,7 @@ def make(
     requests: list[Request],
     facts: dict,
     name: work.Namer | None = None,
-    prepare: Callable[[], None] = lambda: None,
+    prepare: Callable[[], object] = lambda: None,
 ) -> work.Outcome | None:
     """Makes this process's share of the images in the folder --out, as `work.make`; None, and a
     line that says so, if others are at work on the rest. InputError if a request failed."""

@@ -159,7 +159,7 @@ def make(
     facts: dict,
     refused: dict[int, InputError],
     name: Namer | None = None,
-    prepare: Callable[[], None] = lambda: None,
+    prepare: Callable[[], object] = lambda: None,
 ) -> Outcome:
     """Makes what is not made yet of this process's share of a job in the folder --out.
 

@@ -1,6 +1,5 @@
 """GenEval (djghosh13/geneval) and GenEval2 (facebookresearch/GenEval2)."""
 
-import functools
 import json
 import statistics
 from collections.abc import Iterator
@@ -28,8 +27,7 @@ def read(path: Path, _: str) -> list[Item]:
 def beside(_: AnyPath, items: list[Item], __: Path) -> Iterator[Content]:
     """NUMBER/metadata.jsonl is the prompt's own line."""
     for item in items:
-        line = f"{item.row['line']}\n".encode()
-        yield f"{item.key}/metadata.jsonl", functools.partial(bytes, line)
+        yield f"{item.key}/metadata.jsonl", f"{item.row['line']}\n".encode
 
 
 def scores(export: Export, results: list[Path]) -> Scores:
