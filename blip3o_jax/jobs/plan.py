@@ -99,19 +99,17 @@ def _generation(
     given = {} if steps is None else {"num_inference_steps": steps}
     settings = defaults(config, EditSettings if args.edit else Settings, **given)
     how = config, mesh, settings, args.weights
-    images = generation.most(*how, chip) if args.generate == math.inf else args.generate
-    # What was predicted to fit need not.
-    while True:
-        lowered = generation.lower(*how, images * batch_shards(mesh))
+    if args.generate == math.inf:
+        lowered, result = generation.most(*how, chip)
+    else:
+        lowered = generation.lower(*how, args.generate * batch_shards(mesh))
         result = generation.measure(lowered, chip)
-        if result["fits"] or images == 1 or args.generate != math.inf:
-            break
-        images -= 1
     # Time and cost of all images, from the FLOPs that each of the programs knows.
     program = lowered["pictures"]
     runs = -(-MANY // program.images)
     result |= estimate.price(program, devices, chip, args.mfu, runs, args.price)
-    ways = {"images_at_once": program.images, "images_a_device": images, "images_in_all": MANY}
+    images = {"images_a_device": program.images // batch_shards(mesh), "images_in_all": MANY}
+    ways = {"images_at_once": program.images} | images
     ways |= {"num_inference_steps": settings.num_inference_steps, "weights": args.weights}
     ways |= {"edit": args.edit}
     return ways, result

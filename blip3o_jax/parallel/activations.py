@@ -116,6 +116,26 @@ def update_rows(x: Array, new: Array, start: list[Array | int], axis: int, index
     return per_shard(write, x, new, index, batch_axes=(1, 0, 0))
 
 
+def interleaved(tree: Any, count: int) -> Any:
+    """Arrays [B,...] -> [count,B/count,...]: piece i has rows i, i + count, ..., so that each
+    device, which holds consecutive rows, has rows of every piece."""
+    return jax.tree.map(
+        lambda x: pin(x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), (None, ROWS)), tree
+    )
+
+
+def row_by_row(function: Callable[[Array], Array], x: Array) -> Array:
+    """function(x), which treats every row of x [B,...] by itself, for one row of each device after
+    the other, so that temporary arrays are those of one."""
+    mesh = _mesh()
+    shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+    count = len(x) // shards if len(x) % shards == 0 else len(x)
+    if count == 1:
+        return function(x)
+    rows = jax.lax.map(function, interleaved(x, count)).swapaxes(0, 1)
+    return rows.reshape(len(x), *rows.shape[2:])
+
+
 def per_shard(function: Callable, *arrays: Array, batch_axes: tuple[int, ...] = (0,)):
     """function(*arrays), which treats every row of the batch by itself; `batch_axes` say which axis
     of each array is the batch, and results have that of the first.

@@ -2,6 +2,7 @@
 `edit` run one after the other beside all weights, and how many images fit at once."""
 
 import dataclasses
+import logging
 import time
 from typing import Any
 
@@ -12,7 +13,6 @@ from jax.sharding import Mesh
 from blip3o_jax import flops
 from blip3o_jax.chips import Chip
 from blip3o_jax.config import Blip3oConfig
-from blip3o_jax.errors import require
 from blip3o_jax.models.blip3o import Blip3o, Params
 from blip3o_jax.parallel.batches import batch_shards, check_batch
 from blip3o_jax.parallel.mesh import BATCH
@@ -26,8 +26,9 @@ from blip3o_jax.sample.settings import EditSettings, Settings
 # In the order in which they run; an edit begins with the encoders of its sources.
 PROGRAMS = ("write_tokens", "draw_latents", "pictures")
 SOURCES = "encode_sources"
-LARGEST = (SOURCES, "pictures")  # whose images are in full size: they need most by far
 FEW = 4  # images a device at once that the search begins with
+ENOUGH = 256  # and ends with: with so many, reading the weights is not what takes the time
+log = logging.getLogger(__name__)
 
 
 def weights_of(model: Blip3o, mesh: Mesh, weights: str) -> Params:
@@ -42,15 +43,10 @@ def programs_of(settings: Settings) -> tuple[str, ...]:
 
 
 def lower(
-    config: Blip3oConfig,
-    mesh: Mesh,
-    settings: Settings,
-    weights: str,
-    rows: int,
-    names: tuple[str, ...] | None = None,
+    config: Blip3oConfig, mesh: Mesh, settings: Settings, weights: str, rows: int
 ) -> dict[str, Program]:
-    """The programs of these names, or all, for `rows` prompts of full length, each with the FLOPs
-    of all; those of edits with as many source images as the model has places for."""
+    """The programs for `rows` prompts of full length, each with the FLOPs of all; those of edits
+    with as many source images as the model has places for."""
     check_batch(rows, mesh)
     place = jax.NamedSharding(mesh, BATCH)
     is_edit, sources = isinstance(settings, EditSettings), config.max_sources
@@ -82,7 +78,7 @@ def lower(
             "pictures": ((latents,), {}),
         }
         # Every program gets all parameters, as in `generate`, so that what it does not read counts.
-        for name in names or programs_of(settings):
+        for name in programs_of(settings):
             arrays, keywords = given[name]
             program = getattr(run, name).lower(params, *arrays, **keywords)
             kinds = {"parameters": params, "batch": arrays}
@@ -120,21 +116,37 @@ def measure(programs: dict[str, Program], chip: Chip) -> dict:
     return result | seconds | {"fits": fits, "programs": totals}
 
 
-def most(config: Blip3oConfig, mesh: Mesh, settings: Settings, weights: str, chip: Chip) -> int:
-    """The most images a device at once, as two numbers of them predict; InputError for none."""
-    shards, names = batch_shards(mesh), [n for n in programs_of(settings) if n in LARGEST]
+def most(
+    config: Blip3oConfig, mesh: Mesh, settings: Settings, weights: str, chip: Chip
+) -> tuple[dict[str, Program], dict]:
+    """(Programs, what they need) of the most images a device at once that fit, up to `ENOUGH`, or
+    of one where none fits.
 
-    def total(images: int) -> int:
-        needs = f"{images} images a device do not fit"
-        fix = "take --mesh fsdp=N or --generate 1"
-        results = [
-            estimate.measure(program, chip)
-            for program in lower(config, mesh, settings, weights, images * shards, names).values()
-        ]
-        for result in results:
-            require("total" in result["bytes"], f"{needs}: {result.get('reason')}; {fix}.")
-        return max(result["bytes"]["total"] for result in results)
-
-    # What an image adds is the same however many there are.
-    few, twice = total(FEW), total(2 * FEW)
-    return max(1, FEW + int((chip.hbm * estimate.MIB - few) * FEW / (twice - few)))
+    What an image adds hardly depends on how many there are, but the compiler has its own ways with
+    each number: they are tried where a line says, until one fits and the next does not.
+    """
+    limit, shards = chip.hbm * estimate.MIB, batch_shards(mesh)
+    totals: dict[int, int] = {}
+    best, fitting, failing, images = None, 0, ENOUGH + 1, FEW
+    while True:
+        lowered = lower(config, mesh, settings, weights, images * shards)
+        result = measure(lowered, chip)
+        log.info("%d images a device: %s", images, estimate.verdict(result))
+        if "total" in result["bytes"]:
+            totals[images] = result["bytes"]["total"]
+        if result["fits"]:
+            best, fitting = (lowered, result), images
+        else:
+            failing = images
+        if failing == fitting + 1:
+            return best or (lowered, result)
+        # Where the line through the fewest and the most meets the limit; or halfway.
+        few, most = min(totals, default=0), max(totals, default=0)
+        if few < most and totals[few] < totals[most]:
+            images = int(few + (limit - totals[few]) * (most - few) / (totals[most] - totals[few]))
+        else:
+            images *= 2
+        images = min(images, ENOUGH)
+        if images >= failing:
+            images = (fitting + failing) // 2
+        images = max(images, fitting + 1)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.errors import RewardError
 from blip3o_jax.models.blip3o import Blip3o, Params
+from blip3o_jax.parallel.activations import interleaved
 from blip3o_jax.parallel.batches import (
     gathered,
     local_rows,
@@ -30,7 +31,6 @@ from blip3o_jax.rl.rewards.scoring import Rewards, Score
 from blip3o_jax.sample import generate, programs
 from blip3o_jax.sample.condition import Sources
 from blip3o_jax.text import Text, left_pad, row_length
-from blip3o_jax.train import losses
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.sections import GrpoConfig
 from blip3o_jax.tree import join
@@ -112,8 +112,8 @@ def diversity(images: Array, group: int) -> Array:
 
 @functools.partial(jax.jit, static_argnames="pieces")
 def cut(tree: Any, pieces: int) -> list:
-    """Arrays [B,...] as `pieces` trees of arrays [B/pieces,...], see `losses.interleaved`."""
-    whole = losses.interleaved(tree, pieces)
+    """Arrays [B,...] as `pieces` trees of arrays [B/pieces,...], see `interleaved`."""
+    whole = interleaved(tree, pieces)
     return [jax.tree.map(lambda x, i=i: x[i], whole) for i in range(pieces)]
 
 

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 
 from blip3o_jax.kernels.platform import jit
 from blip3o_jax.models.blip3o import Blip3o, Params
+from blip3o_jax.parallel.activations import interleaved
 from blip3o_jax.rl import diffusion, grpo
 from blip3o_jax.rl.logprobs import image_logprobs
 from blip3o_jax.sample import condition, flow
-from blip3o_jax.train import losses, optimizer
+from blip3o_jax.train import optimizer
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.steps import advance, group_state, with_group
 
@@ -88,7 +89,7 @@ def update_transformer(
     # Pieces of the batch, each with its share of the losses' sums, which are those of all rows.
     section = cfg.grpo
     whole = jnp.broadcast_to(batch["mask"][:, None], batch["logprobs"].shape)
-    pieces = losses.interleaved(batch | {"mask": whole}, cfg.accumulate)
+    pieces = interleaved(batch | {"mask": whole}, cfg.accumulate)
 
     def probabilities(params: dict, piece: dict) -> tuple[jax.Array, jax.Array]:
         rows = piece["tokens"], piece["start"], section.temperature, section.full_vocabulary
@@ -141,8 +142,8 @@ def update_diffusion(
     # One level of some of the rows after the other; the rows' own arrays are those of all levels.
     names = ("hidden", "sources", "advantages", "mask")
     rows = {name: batch[name] for name in names if name in batch}
-    rows = losses.interleaved(rows, cfg.accumulate)
-    split = jax.vmap(functools.partial(losses.interleaved, count=cfg.accumulate))
+    rows = interleaved(rows, cfg.accumulate)
+    split = jax.vmap(functools.partial(interleaved, count=cfg.accumulate))
     pieces = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), split(points))
     pieces = {"point": pieces, "rows": jnp.arange(levels * cfg.accumulate) % cfg.accumulate}
 

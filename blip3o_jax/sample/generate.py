@@ -7,16 +7,20 @@ n is the number of image tokens, P the length of a prompt. Hidden states [B,n+1,
 
 import functools
 import hashlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from blip3o_jax.models.blip3o import Blip3o, Params, condition_slice, write_codes
+from blip3o_jax.parallel.activations import row_by_row
 from blip3o_jax.pixels import to_uint8, to_unit, to_zero_one, tokenizer_view
 from blip3o_jax.sample import condition, decode, flow, stochastic
 from blip3o_jax.sample.condition import Guidance, Sources
 from blip3o_jax.sample.flow import Scalar
+
+LARGE = 512  # pixels of a side from which on images go through the autoencoder one by one
 
 
 def sample_key(seed: int, prompt: str, index: int) -> tuple[int, int, int]:
@@ -75,8 +79,12 @@ def encode_codes(model: Blip3o, params: Params, images: Array, key: Array | None
 
 def encode_latents(model: Blip3o, params: Params, images: Array) -> Array:
     """Images uint8 [B,H,W,3] -> latents f32 [B,Y,X,C], scaled as SANA takes them."""
-    latents = model.apply(params, "dc_ae", to_unit(images), method="encode_scaled")
-    return latents.astype(jnp.float32)
+
+    def encode(images: Array) -> Array:
+        latents = model.apply(params, "dc_ae", to_unit(images), method="encode_scaled")
+        return latents.astype(jnp.float32)
+
+    return _images(encode, images, images.shape[1])
 
 
 def encode_sources(
@@ -289,12 +297,28 @@ def draw_latents(
 
 def pixels(model: Blip3o, params: Params, latents: Array) -> Array:
     """Latents [B,Y,X,C], final or of any step -> f32 [B,H,W,3] in [0,1]."""
-    return to_zero_one(model.apply(params, "dc_ae", latents, method="decode_scaled"))
+    return _decoded(model, params, latents, to_zero_one)
 
 
 def pictures(model: Blip3o, params: Params, latents: Array) -> Array:
     """`pixels` as uint8 [B,H,W,3]."""
-    return to_uint8(model.apply(params, "dc_ae", latents, method="decode_scaled"))
+    return _decoded(model, params, latents, to_uint8)
+
+
+def _decoded(
+    model: Blip3o, params: Params, latents: Array, finish: Callable[[Array], Array]
+) -> Array:
+    def decode(latents: Array) -> Array:
+        return finish(model.apply(params, "dc_ae", latents, method="decode_scaled"))
+
+    return _images(decode, latents, latents.shape[1] * model.config.dc_ae.factor)
+
+
+def _images(function: Callable[[Array], Array], x: Array, side: int) -> Array:
+    """function(x) of the autoencoder, of images of `side` pixels: large ones one after the other on
+    each device. All at once would need more memory than everything else, and one is enough to keep
+    a device busy."""
+    return row_by_row(function, x) if side >= LARGE else function(x)
 
 
 def frames(model: Blip3o, params: Params, latents: Array) -> Array:

@@ -20,13 +20,11 @@ deviation that `latent_noise` is measured in, its own `code_entropy` and its own
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from blip3o_jax.errors import require
 from blip3o_jax.models.blip3o import Blip3o, condition_slice, write_codes
 from blip3o_jax.models.ta_tok import Quantized
-from blip3o_jax.parallel.batches import batch_shards
-from blip3o_jax.parallel.mesh import BATCH
+from blip3o_jax.parallel.activations import interleaved
 from blip3o_jax.pixels import to_unit, tokenizer_view
 from blip3o_jax.sample import condition, flow, generate
 from blip3o_jax.text import causal_positions, targets
@@ -314,20 +312,6 @@ def cross_entropy(
     recomputed = jax.checkpoint(lambda piece: of_rows(*piece))
     results = jax.lax.map(recomputed, interleaved((hidden, labels), count))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(labels.shape), results)
-
-
-def interleaved(tree: Batch | tuple, count: int) -> Batch | tuple:
-    """Arrays [B,...] -> [count,B/count,...]: piece i has rows i, i + count, ..., so that each
-    device, which holds consecutive rows, has rows of every piece."""
-    mesh = jax.sharding.get_abstract_mesh()
-
-    def pieces(x: jax.Array) -> jax.Array:
-        x = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
-        if mesh.empty or x.shape[1] % batch_shards(mesh):
-            return x
-        return jax.lax.with_sharding_constraint(x, PartitionSpec(None, *BATCH))
-
-    return jax.tree.map(pieces, tree)
 
 
 def encode_codes(

@@ -10,6 +10,7 @@ import optax
 from blip3o_jax.kernels.platform import jit
 from blip3o_jax.kernels.products import materialized
 from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.parallel.activations import interleaved
 from blip3o_jax.train import guard, losses, optimizer
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.optimizer import norm
@@ -102,7 +103,7 @@ def gradients(
     # Drawn for the whole batch, so that it does not depend on the micro-batches; what the batch
     # brings itself is kept.
     whole = cfg.record.draws(model, cfg.section, batch, key) | batch
-    micro = losses.interleaved(whole, cfg.accumulate)
+    micro = interleaved(whole, cfg.accumulate)
     zeros = pinned(jax.tree.map(jnp.zeros_like, params))
     total, metrics = jax.lax.scan(micro_step, zeros, (micro, jax.random.split(key, cfg.accumulate)))
     return jax.tree.map(lambda x: x / cfg.accumulate, total), jax.tree.map(jnp.mean, metrics)

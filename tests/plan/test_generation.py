@@ -174,27 +174,28 @@ def test_generation_is_planned_on_the_mesh_that_generate_takes(options, sizes, m
         }
 
 
+def searched(monkeypatch, needs) -> list[int]:
+    """The numbers of images a device that are tried, where `needs` makes bytes of (program's name,
+    images a device), or raises."""
+    tried = []
+
+    def lower(config, mesh, settings, weights, rows):
+        tried.append((rows // 8, weights))
+        names = generation.programs_of(settings)
+        return {name: programs.Program(None, (), {name: None}, 10**13, rows) for name in names}
+
+    monkeypatch.setattr(generation, "lower", lower)
+    measured(monkeypatch, lambda program: needs(min(program.kinds), program.images // 8))
+    return tried
+
+
 def test_as_many_images_as_fit(monkeypatch, capsys):
-    """Of 100 bytes and 10 an image, of which one more is left out where the others need more."""
+    """Of 100 bytes and 10 an image, and 7 of code for each of two more programs."""
     chip = dataclasses.replace(CHIP, hbm=250 / 2**20)
-    lowered = []
-    monkeypatch.setattr(
-        generation,
-        "lower",
-        lambda config, mesh, settings, weights, rows, names=None: (
-            lowered.append((rows // 8, weights))
-            or {
-                name: programs.Program(None, (), {}, 10**13, rows)
-                for name in names or generation.programs_of(settings)
-            }
-        ),
-    )
-    measured(monkeypatch, lambda program: 100 + 10 * program.images // 8)
+    tried = searched(monkeypatch, lambda name, images: 100 + 10 * images)
     argv = ["--config", "blip3o_next_3b", "--generate", "--weights", "int8"]
     found = planned(monkeypatch, capsys, *argv, chip=chip)
-    # 15 at the first look; the code of two more programs makes it 13.
-    assert [images for images, _ in lowered] == [4, 8, 15, 14, 13]
-    assert {weights for _, weights in lowered} == {"int8"}
+    assert tried == [(images, "int8") for images in (4, 8, 13, 14)]
     assert (found["images_a_device"], found["images_at_once"], found["weights"]) == (
         13,
         104,
@@ -205,32 +206,54 @@ def test_as_many_images_as_fit(monkeypatch, capsys):
 
 
 def test_as_many_edits_as_fit(monkeypatch, capsys):
-    """By the larger of the two programs that see whole images, here the encoders."""
-    asked = []
-
-    def lower(config, mesh, settings, weights, rows, names=None):
-        names = names or generation.programs_of(settings)
-        asked.append((rows // 8, len(names)))
-        return {name: programs.Program(None, (), {name: None}, 1, rows) for name in names}
-
-    monkeypatch.setattr(generation, "lower", lower)
-    share = {"encode_sources": 10, "pictures": 5}
-    measured(monkeypatch, lambda one: 100 + one.images // 8 * share.get(min(one.kinds), 1))
+    """By whichever program needs most: with few images the encoders, with many what writes."""
     chip = dataclasses.replace(CHIP, hbm=250 / 2**20)
+    line = {"encode_sources": (140, 1), "write_tokens": (90, 10)}
+
+    def needs(name, images):
+        fixed, added = line.get(name, (50, 1))
+        return fixed + added * images
+
+    tried = searched(monkeypatch, needs)
     argv = ["--config", "emoji_joint", "--generate", "--edit"]
     found = planned(monkeypatch, capsys, *argv, chip=chip)
-    # 15 at the first look; the code of three more programs makes it 12.
-    assert asked == [(4, 2), (8, 2), (15, 4), (14, 4), (13, 4), (12, 4)]
-    assert (found["images_a_device"], found["edit"]) == (12, True)
+    assert [images for images, _ in tried] == [4, 8, 17, 12, 14, 13]
+    assert (found["images_a_device"], found["edit"]) == (13, True)
     assert list(found["programs"]) == ["encode_sources", *generation.PROGRAMS]
 
 
-def test_what_does_not_fit_names_the_way_out(monkeypatch, capsys):
-    measured(monkeypatch, lambda program: 1 << 60)
-    monkeypatch.setattr(programs, "open_topology", lambda name: (jax.devices(), CHIP))
-    assert main(["plan", "--config", "emoji_64", "--topology", "v5e:2x4", "--generate"]) == 2
-    sentence = "4 images a device do not fit: out of HBM; take --mesh fsdp=N or --generate 1."
-    assert sentence in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("fits", "tried"),
+    [
+        # The line says 33, and the compiler's no not by how much it is.
+        (18, [4, 8, 33, 20, 14, 17, 18, 19]),
+        (8, [4, 8, 33, 20, 14, 11, 9]),
+        (3, [4, 2, 3]),
+        (1, [4, 2, 1]),
+    ],
+)
+def test_the_search_ends_between_what_fits_and_what_does_not(fits, tried, monkeypatch, capsys):
+    """However the compiler departs from the line that the fewest images promise."""
+    chip = dataclasses.replace(CHIP, hbm=450 / 2**20)
+    asked = searched(monkeypatch, lambda name, n: 100 + 10 * n if n <= fits else 1 << 60)
+    found = planned(monkeypatch, capsys, "--config", "emoji_64", "--generate", chip=chip)
+    assert [images for images, _ in asked] == tried
+    assert found["images_a_device"] == fits
+
+
+def test_no_more_images_are_sought_than_are_of_use(monkeypatch, capsys):
+    tried = searched(monkeypatch, lambda name, images: images)
+    found = planned(monkeypatch, capsys, "--config", "emoji_64", "--generate")
+    assert [images for images, _ in tried] == [4, 8, generation.ENOUGH]
+    assert found["images_a_device"] == generation.ENOUGH
+
+
+def test_where_not_one_image_fits_its_plan_says_so(monkeypatch, capsys):
+    tried = searched(monkeypatch, lambda name, images: 1 << 60)
+    found = planned(monkeypatch, capsys, "--config", "emoji_64", "--generate")
+    assert [images for images, _ in tried] == [4, 2, 1]
+    assert (found["images_a_device"], found["fits"]) == (1, False)
+    assert found["reason"] == "write_tokens: out of HBM"
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from blip3o_jax.config import replace
 from blip3o_jax.convert.random_weights import random_params
 from blip3o_jax.models.blip3o import Blip3o, write_codes
 from blip3o_jax.parallel.mesh import BATCH, make_mesh
+from blip3o_jax.parallel.parameters import shardings
 from blip3o_jax.plan import collectives
 from blip3o_jax.presets import preset
 from blip3o_jax.sample import condition, flow, generate
@@ -113,6 +114,38 @@ def test_frames_are_the_pictures_of_each_step(case):
     difference = np.abs(np.asarray(frames[:, 0], int) - np.asarray(pictures, int))
     assert difference.max() <= 1  # rounding
     assert (frames[0] != frames[1]).any()
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 4}], ids=str)
+def test_large_images_pass_the_autoencoder_one_by_one(case, sizes, monkeypatch):
+    """On each device, with the values, the order and the place of all at once, and less memory."""
+    model, params, _, noise = case
+    mesh = make_mesh(sizes)
+    rows = jax.NamedSharding(mesh, BATCH)
+    latents = np.concatenate([noise, noise[::-1] / 2, -noise])  # three a device
+    latents[5] = 3.0
+    images = np.random.default_rng(1).integers(0, 256, (24, 64, 64, 3), np.uint8)
+    cases = [(generate.pixels, latents), (generate.pictures, latents)]
+    cases += [(generate.encode_latents, images)]
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, shardings(jax.eval_shape(lambda: params), mesh))
+        for function, given in cases:
+            results, memory = [], []
+            for large in (65, 64):
+                monkeypatch.setattr(generate, "LARGE", large)
+                program = jax.jit(functools.partial(function, model))
+                placed = params, jax.device_put(given, rows)
+                compiled = program.lower(*placed).compile()
+                memory.append(compiled.memory_analysis().temp_size_in_bytes)
+                results.append(compiled(*placed))
+            whole, one_by_one = results
+            assert one_by_one.sharding.is_equivalent_to(rows, one_by_one.ndim)
+            assert one_by_one.dtype == whole.dtype
+            whole, one_by_one = np.asarray(whole, np.float32), np.asarray(one_by_one, np.float32)
+            most = 1 if function is generate.pictures else 1e-4 * np.abs(whole).max()
+            assert np.abs(whole - one_by_one).max() <= most
+            assert np.abs(whole[0] - whole[5]).max() > 10 * most
+            assert memory[1] < 0.6 * memory[0]
 
 
 def check(function, rows, *inputs):
