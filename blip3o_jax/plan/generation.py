@@ -122,31 +122,41 @@ def most(
     """(Programs, what they need) of the most images a device at once that fit, up to `ENOUGH`, or
     of one where none fits.
 
-    What an image adds hardly depends on how many there are, but the compiler has its own ways with
-    each number: they are tried where a line says, until one fits and the next does not.
+    What an image adds to a program hardly depends on how many there are, but the compiler has its
+    own ways with each number: they are tried where the programs' lines say, until one fits and the
+    next does not.
     """
-    limit, shards = chip.hbm * estimate.MIB, batch_shards(mesh)
-    totals: dict[int, int] = {}
+    room, shards = chip.hbm * estimate.MIB, batch_shards(mesh)
+    totals: dict[int, dict[str, int]] = {}
     best, fitting, failing, images = None, 0, ENOUGH + 1, FEW
     while True:
         lowered = lower(config, mesh, settings, weights, images * shards)
         result = measure(lowered, chip)
         log.info("%d images a device: %s", images, estimate.verdict(result))
-        if "total" in result["bytes"]:
-            totals[images] = result["bytes"]["total"]
+        if "programs" in result:
+            totals[images] = result["programs"]
+            # Beside the code of the other programs.
+            others = result["bytes"]["total"] - max(result["programs"].values())
+            room = chip.hbm * estimate.MIB - others
         if result["fits"]:
             best, fitting = (lowered, result), images
         else:
             failing = images
         if failing == fitting + 1:
             return best or (lowered, result)
-        # Where the line through the fewest and the most meets the limit; or halfway.
-        few, most = min(totals, default=0), max(totals, default=0)
-        if few < most and totals[few] < totals[most]:
-            images = int(few + (limit - totals[few]) * (most - few) / (totals[most] - totals[few]))
-        else:
-            images *= 2
-        images = min(images, ENOUGH)
+        # Where the first line meets the limit; without lines twice as many; or else halfway.
+        images = min(_meetings(totals, room), default=2 * images)
         if images >= failing:
             images = (fitting + failing) // 2
         images = max(images, fitting + 1)
+
+
+def _meetings(totals: dict[int, dict[str, int]], room: int) -> list[int]:
+    """How many images fill the room by each program, on the line through its bytes of the fewest
+    and the most images that were tried; at most `ENOUGH`, and none of one number alone."""
+    few, many = min(totals, default=0), max(totals, default=0)
+    meetings = []
+    for name, least in totals[few].items() if few < many else ():
+        added = (totals[many][name] - least) / (many - few)
+        meetings.append(min(ENOUGH, int(few + (room - least) / added) if added > 0 else ENOUGH))
+    return meetings

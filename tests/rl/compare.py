@@ -16,6 +16,9 @@ import sys
 import time
 
 import numpy as np
+from PIL import Image
+
+from blip3o_jax.pixels import contact_sheet, labelled_sheet
 
 DIFFUSION = {"num_train_timesteps": 2, "norm_penalty": 0.1, "max_kl": 1.0}
 METHODS = {
@@ -35,6 +38,7 @@ WAYS = {"transformer": ["--config", "emoji_grpo"]} | {
         ("joint", "joint", "ram"),
     )
 }
+SHOWN = 24  # prompts on the sheet
 # As the rollouts are rendered.
 SAMPLING = ["--num-inference-steps", "8", "--guidance-scale", "1"]
 
@@ -82,6 +86,25 @@ def trained(way: str, seed: int, args: argparse.Namespace) -> tuple[dict, float]
     return scores, float(minutes.read_text())
 
 
+def sheet(folders: list[pathlib.Path]) -> np.ndarray:
+    """`SHOWN` prompts, spread over all, that are drawn once by each of the evaluations, in their
+    order, above a sign for each: + right and with nothing else, o right, - wrong."""
+    verdicts = [
+        [json.loads(line) for line in (folder / "images.jsonl").read_text().splitlines()]
+        for folder in folders
+    ]
+    files = [sorted((folder / "images").glob("*.png")) for folder in folders]
+    # An odd step, so that all tags are shown.
+    step = max(1, len(verdicts[0]) // SHOWN) | 1
+    images, labels = [], []
+    for i in (k * step % len(verdicts[0]) for k in range(SHOWN)):
+        drawn = [np.asarray(Image.open(own[i])) for own in files]
+        images.append(contact_sheet(np.stack(drawn), len(drawn), 2))
+        signs = ["+" if own[i]["strict"] else "o" if own[i]["correct"] else "-" for own in verdicts]
+        labels.append(f"{' '.join(signs)}  {verdicts[0][i]['prompt']}")
+    return labelled_sheet(np.stack(images), labels, columns=4, scale=1)
+
+
 def row(name: str, scores: list[dict], minutes: float) -> str:
     """Means over the seeds, and what a seed's overall score differs from them at most."""
     overall = np.array([own["correct"]["overall"] for own in scores])
@@ -113,6 +136,9 @@ def main() -> None:
         results = [trained(way, seed, args) for seed in range(args.seeds)]
         minutes = float(np.mean([spent for _, spent in results]))
         print(row(way, [scores for scores, _ in results], minutes), flush=True)
+    folders = ["before", *(f"{way}-0.scores" for way in args.ways.split(","))]
+    drawn = sheet([args.out / name for name in folders])
+    Image.fromarray(drawn).save(args.out / "sheet.png", optimize=True)
 
 
 if __name__ == "__main__":
