@@ -130,8 +130,6 @@ def row_by_row(function: Callable[[Array], Array], x: Array) -> Array:
     mesh = _mesh()
     shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
     count = len(x) // shards if len(x) % shards == 0 else len(x)
-    if count == 1:
-        return function(x)
     rows = jax.lax.map(function, interleaved(x, count)).swapaxes(0, 1)
     return rows.reshape(len(x), *rows.shape[2:])
 

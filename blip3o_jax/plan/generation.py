@@ -120,43 +120,37 @@ def most(
     config: Blip3oConfig, mesh: Mesh, settings: Settings, weights: str, chip: Chip
 ) -> tuple[dict[str, Program], dict]:
     """(Programs, what they need) of the most images a device at once that fit, up to `ENOUGH`, or
-    of one where none fits.
-
-    What an image adds to a program hardly depends on how many there are, but the compiler has its
-    own ways with each number: they are tried where the programs' lines say, until one fits and the
-    next does not.
-    """
+    of one where none fits. Numbers are tried where the programs' lines say, as the compiler has its
+    own ways with each, until one fits and the next does not."""
     room, shards = chip.hbm * estimate.MIB, batch_shards(mesh)
     totals: dict[int, dict[str, int]] = {}
     best, fitting, failing, images = None, 0, ENOUGH + 1, FEW
-    while True:
+    while failing > fitting + 1:
         lowered = lower(config, mesh, settings, weights, images * shards)
         result = measure(lowered, chip)
         log.info("%d images a device: %s", images, estimate.verdict(result))
-        if "programs" in result:
-            totals[images] = result["programs"]
-            # Beside the code of the other programs.
-            others = result["bytes"]["total"] - max(result["programs"].values())
-            room = chip.hbm * estimate.MIB - others
         if result["fits"]:
             best, fitting = (lowered, result), images
         else:
             failing = images
-        if failing == fitting + 1:
-            return best or (lowered, result)
-        # Where the first line meets the limit; without lines twice as many; or else halfway.
-        images = min(_meetings(totals, room), default=2 * images)
-        if images >= failing:
-            images = (fitting + failing) // 2
-        images = max(images, fitting + 1)
+        if "programs" in result:
+            totals[images] = result["programs"]
+            # What the largest has beside the code of the others.
+            others = result["bytes"]["total"] - max(totals[images].values())
+            room = chip.hbm * estimate.MIB - others
+        # As many as fill the room, or twice as many; where that is too much already, halfway.
+        images = _filling(totals, room) or 2 * images
+        images = max(fitting + 1, images if images < failing else (fitting + failing) // 2)
+    return best or (lowered, result)
 
 
-def _meetings(totals: dict[int, dict[str, int]], room: int) -> list[int]:
-    """How many images fill the room by each program, on the line through its bytes of the fewest
-    and the most images that were tried; at most `ENOUGH`, and none of one number alone."""
+def _filling(totals: dict[int, dict[str, int]], room: int) -> int:
+    """Images, up to `ENOUGH`, with which the first program fills the room, on the lines through its
+    bytes of the fewest and the most images that were tried; 0 of one number alone."""
     few, many = min(totals, default=0), max(totals, default=0)
-    meetings = []
-    for name, least in totals[few].items() if few < many else ():
-        added = (totals[many][name] - least) / (many - few)
-        meetings.append(min(ENOUGH, int(few + (room - least) / added) if added > 0 else ENOUGH))
-    return meetings
+    if few == many:
+        return 0
+    # One that does not grow is never the first.
+    least, most = totals[few], totals[many]
+    more = min((room - least[name]) / max(1, most[name] - least[name]) for name in least)
+    return min(ENOUGH, few + int(more * (many - few)))

@@ -305,9 +305,7 @@ def pictures(model: Blip3o, params: Params, latents: Array) -> Array:
     return _decoded(model, params, latents, to_uint8)
 
 
-def _decoded(
-    model: Blip3o, params: Params, latents: Array, finish: Callable[[Array], Array]
-) -> Array:
+def _decoded(model: Blip3o, params: Params, latents: Array, finish: Callable) -> Array:
     def decode(latents: Array) -> Array:
         return finish(model.apply(params, "dc_ae", latents, method="decode_scaled"))
 
