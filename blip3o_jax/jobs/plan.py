@@ -108,10 +108,9 @@ def _generation(
     program = lowered["pictures"]
     runs = -(-MANY // program.images)
     result |= estimate.price(program, devices, chip, args.mfu, runs, args.price)
-    images = {"images_a_device": program.images // batch_shards(mesh), "images_in_all": MANY}
-    ways = {"images_at_once": program.images} | images
-    ways |= {"num_inference_steps": settings.num_inference_steps, "weights": args.weights}
-    ways |= {"edit": args.edit}
+    ways = {"images_at_once": program.images, "images_in_all": MANY, "edit": args.edit}
+    ways |= {"images_a_device": program.images // batch_shards(mesh), "weights": args.weights}
+    ways |= {"num_inference_steps": settings.num_inference_steps}
     return ways, result
 
 

@@ -139,14 +139,15 @@ def most(
             others = result["bytes"]["total"] - max(totals[images].values())
             room = chip.hbm * estimate.MIB - others
         # As many as fill the room, or twice as many; where that is too much already, halfway.
-        images = _filling(totals, room) or 2 * images
+        around = {n: totals[n] for n in (fitting, failing) if n in totals}
+        images = _filling(around if len(around) == 2 else totals, room) or 2 * images
         images = max(fitting + 1, images if images < failing else (fitting + failing) // 2)
     return best or (lowered, result)
 
 
 def _filling(totals: dict[int, dict[str, int]], room: int) -> int:
-    """Images, up to `ENOUGH`, with which the first program fills the room, on the lines through its
-    bytes of the fewest and the most images that were tried; 0 of one number alone."""
+    """Images, up to `ENOUGH`, with which the first program fills the room, on the lines through the
+    programs' bytes of the fewest and the most images; 0 of one number alone."""
     few, many = min(totals, default=0), max(totals, default=0)
     if few == many:
         return 0

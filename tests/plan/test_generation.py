@@ -241,6 +241,19 @@ def test_the_search_ends_between_what_fits_and_what_does_not(fits, tried, monkey
     assert found["images_a_device"] == fits
 
 
+def test_the_search_ends_soon_where_bytes_bend(monkeypatch, capsys):
+    """What compiles and is too large says where to look next, as on a GPU, whose memory is less
+    than that of the TPU which is compiled for."""
+    chip = dataclasses.replace(CHIP, hbm=1000 / 2**20)
+    asked = searched(monkeypatch, lambda name, n: 500 + 10 * n + n * n // 5)
+    known = estimate.measure
+    vast = dataclasses.replace(CHIP, hbm=1 << 20)
+    monkeypatch.setattr(estimate, "measure", lambda program, chip: known(program, vast))
+    found = planned(monkeypatch, capsys, "--config", "emoji_64", "--generate", chip=chip)
+    assert [images for images, _ in asked] == [4, 8, 40, 28, 30, 31]
+    assert found["images_a_device"] == 30
+
+
 def test_no_more_images_are_sought_than_are_of_use(monkeypatch, capsys):
     tried = searched(monkeypatch, lambda name, images: images)
     found = planned(monkeypatch, capsys, "--config", "emoji_64", "--generate")

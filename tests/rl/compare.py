@@ -138,7 +138,7 @@ def main() -> None:
         print(row(way, [scores for scores, _ in results], minutes), flush=True)
     folders = ["before", *(f"{way}-0.scores" for way in args.ways.split(","))]
     drawn = sheet([args.out / name for name in folders])
-    Image.fromarray(drawn).save(args.out / "sheet.png", optimize=True)
+    Image.fromarray(drawn).quantize(256).save(args.out / "sheet.png", optimize=True)
 
 
 if __name__ == "__main__":
