@@ -9,7 +9,6 @@ import numpy as np
 from blip3o_jax.kernels.platform import jit
 from blip3o_jax.parallel.batches import put_batch
 from blip3o_jax.pipeline import Pipeline
-from blip3o_jax.pixels import to_uint8, to_unit
 from blip3o_jax.sample import generate, programs
 from blip3o_jax.sample.settings import Settings
 from blip3o_jax.text import row_length
@@ -42,18 +41,11 @@ def ceilings(
 
 def autoencoded(pipeline: Pipeline, images: np.ndarray) -> np.ndarray:
     """Pictures uint8 [B,H,W,3] after the model's autoencoder and back."""
-    model = pipeline.model
-
-    @jit
-    def reconstruct(params, pixels):
-        latents = model.apply(params, "dc_ae", to_unit(pixels), method="encode")
-        return to_uint8(model.apply(params, "dc_ae", latents, method="decode"))
-
-    results = []
+    run, results = programs.programs(pipeline.model), []
     for index, count in _batches(len(images), pipeline.batch_size):
         (batch,) = put_batch((images[index],), pipeline.mesh)
         with jax.set_mesh(pipeline.mesh):
-            shown = reconstruct(pipeline.params, batch)
+            shown = programs.round_trip(run, pipeline.params, batch)
         results.append(np.asarray(shown)[:count])
     return np.concatenate(results)
 

@@ -73,7 +73,9 @@ def make_encoder(cfg: TrainConfig, params: dict, batch_size: int, dtype: np.dtyp
     def run_batch(images: list[dict]) -> tuple[np.ndarray, np.ndarray]:
         padded = images + [images[-1]] * (batch_size - len(images))
         batch = {name: np.stack([image[name] for image in padded]) for name in images[0]}
-        codes, latents = jax.device_get(encode(params, jax.device_put(batch, place)))
+        # From the mesh the model knows how the batch is sharded.
+        with jax.set_mesh(mesh):
+            codes, latents = jax.device_get(encode(params, jax.device_put(batch, place)))
         codes, latents = codes.astype(np.int32), latents.astype(dtype)
         return codes[: len(images)], latents[: len(images)]
 

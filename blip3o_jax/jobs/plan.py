@@ -95,8 +95,7 @@ def _generation(
     config = cfg.blip3o()
     none = f"{args.config} has no editing weights (its max_sources is 0); edit_3b, for one, has."
     require(config.max_sources > 0 or not args.edit, none)
-    steps = args.num_inference_steps
-    given = {} if steps is None else {"num_inference_steps": steps}
+    given = {"num_inference_steps": args.num_inference_steps} if args.num_inference_steps else {}
     settings = defaults(config, EditSettings if args.edit else Settings, **given)
     how = config, mesh, settings, args.weights
     if args.generate == math.inf:

@@ -11,7 +11,7 @@ from jax import Array
 from jax.lax import dynamic_slice_in_dim
 from jax.sharding import PartitionSpec as P
 
-from blip3o_jax.parallel.mesh import ROWS
+from blip3o_jax.parallel.mesh import ROWS, dividing
 
 Axes = tuple[str | tuple[str, ...] | None, ...]  # mesh axes of an array's leading axes
 
@@ -116,11 +116,11 @@ def update_rows(x: Array, new: Array, start: list[Array | int], axis: int, index
     return per_shard(write, x, new, index, batch_axes=(1, 0, 0))
 
 
-def interleaved(tree: Any, count: int) -> Any:
+def interleaved(tree: Any, count: int, axes: tuple[str, ...] = ROWS) -> Any:
     """Arrays [B,...] -> [count,B/count,...]: piece i has rows i, i + count, ..., so that each
-    device, which holds consecutive rows, has rows of every piece."""
+    device, which holds consecutive rows, has rows of every piece; rows lie along `axes`."""
     return jax.tree.map(
-        lambda x: pin(x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), (None, ROWS)), tree
+        lambda x: pin(x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), (None, axes)), tree
     )
 
 
@@ -128,9 +128,9 @@ def row_by_row(function: Callable[[Array], Array], x: Array) -> Array:
     """function(x), which treats every row of x [B,...] by itself, for one row of each device after
     the other, so that temporary arrays are those of one."""
     mesh = _mesh()
-    shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
-    count = len(x) // shards if len(x) % shards == 0 else len(x)
-    rows = jax.lax.map(function, interleaved(x, count)).swapaxes(0, 1)
+    axes = () if mesh is None else dividing(len(x), mesh)
+    count = len(x) // math.prod(mesh.shape[axis] for axis in axes)
+    rows = jax.lax.map(function, interleaved(x, count, axes)).swapaxes(0, 1)
     return rows.reshape(len(x), *rows.shape[2:])
 
 

@@ -1,14 +1,12 @@
 """Batches over a mesh: which rows a process feeds, and global arrays from them."""
 
-import math
-
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from blip3o_jax.errors import multiples, require
-from blip3o_jax.parallel.mesh import BATCH, ROWS
+from blip3o_jax.parallel.mesh import BATCH, dividing
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -71,12 +69,10 @@ def gathered(tree):
 def put_replicated(batch, mesh: Mesh):
     """Arrays [B,...] of which every process holds all rows -> global arrays, sharded along the
     batch over as many axes as divide B."""
-    single = sorted((("data",), ("fsdp",)), key=lambda axes: -mesh.shape[axes[0]])
 
     def put(x):
         x = np.asarray(x)
-        divide = (a for a in (ROWS, *single) if len(x) % math.prod(mesh.shape[n] for n in a) == 0)
-        sharding = NamedSharding(mesh, PartitionSpec(next(divide, None)))
+        sharding = NamedSharding(mesh, PartitionSpec(dividing(len(x), mesh)))
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(put, batch)

@@ -1,18 +1,26 @@
 """The mesh: its axes and sizes, and the devices that it is made of."""
 
+import math
 import os
 import re
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from blip3o_jax.errors import InputError, multiples, require
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that a batch is sharded along
 BATCH = PartitionSpec(ROWS)
+
+
+def dividing(count: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The axes that divide a batch of `count` rows: both of `ROWS`, else the larger that does."""
+    single = sorted((("data",), ("fsdp",)), key=lambda axes: -mesh.shape[axes[0]])
+    divide = (a for a in (ROWS, *single) if count % math.prod(mesh.shape[n] for n in a) == 0)
+    return next(divide, ())
 
 
 def parse_mesh(text: str) -> dict[str, int]:

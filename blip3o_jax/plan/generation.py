@@ -28,6 +28,7 @@ PROGRAMS = ("write_tokens", "draw_latents", "pictures")
 SOURCES = "encode_sources"
 FEW = 4  # images a device at once that the search begins with
 ENOUGH = 256  # and ends with: with so many, reading the weights is not what takes the time
+LINES = 6  # tries that follow the programs' lines
 log = logging.getLogger(__name__)
 
 
@@ -124,8 +125,9 @@ def most(
     own ways with each, until one fits and the next does not."""
     room, shards = chip.hbm * estimate.MIB, batch_shards(mesh)
     totals: dict[int, dict[str, int]] = {}
-    best, fitting, failing, images = None, 0, ENOUGH + 1, FEW
+    best, fitting, failing, images, tries = None, 0, ENOUGH + 1, FEW, 0
     while failing > fitting + 1:
+        tries += 1
         lowered = lower(config, mesh, settings, weights, images * shards)
         result = measure(lowered, chip)
         log.info("%d images a device: %s", images, estimate.verdict(result))
@@ -138,10 +140,13 @@ def most(
             # What the largest has beside the code of the others.
             others = result["bytes"]["total"] - max(totals[images].values())
             room = chip.hbm * estimate.MIB - others
-        # As many as fill the room, or twice as many; where that is too much already, halfway.
+        # As many as fill the room, or twice as many. Halfway, where that is too much already, or
+        # the lines have led nowhere: a compiler need not follow them.
         around = {n: totals[n] for n in (fitting, failing) if n in totals}
         images = _filling(around if len(around) == 2 else totals, room) or 2 * images
-        images = max(fitting + 1, images if images < failing else (fitting + failing) // 2)
+        if images >= failing or tries >= LINES:
+            images = (fitting + failing) // 2
+        images = max(images, fitting + 1)
     return best or (lowered, result)
 
 
@@ -152,6 +157,5 @@ def _filling(totals: dict[int, dict[str, int]], room: int) -> int:
     if few == many:
         return 0
     # One that does not grow is never the first.
-    least, most = totals[few], totals[many]
-    more = min((room - least[name]) / max(1, most[name] - least[name]) for name in least)
+    more = min((room - size) / max(1, totals[many][n] - size) for n, size in totals[few].items())
     return min(ENOUGH, few + int(more * (many - few)))

@@ -16,6 +16,7 @@ from blip3o_jax.errors import InputError
 from blip3o_jax.jobs.train import open_feed
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.presets import preset
+from blip3o_jax.sample import generate
 from blip3o_jax.train import losses
 from blip3o_jax.train.read_config import read_config
 from blip3o_jax.train.stages import WHOLE
@@ -247,6 +248,21 @@ def test_a_job_that_dies_leaves_no_half_shard(folder, monkeypatch):
     monkeypatch.undo()
     assert run(folder, "died") == 0
     assert shards(folder, "died") == shards(folder)
+
+
+def test_large_images_are_encoded_where_their_rows_are(folder, monkeypatch):
+    """One after the other of each device's own: without a mesh every device would encode all."""
+    trips, meshes = [], []
+
+    def loop(function, x):
+        trips.append(len(x))
+        meshes.append(dict(jax.sharding.get_abstract_mesh().shape))
+        return jax.vmap(function)(x)
+
+    monkeypatch.setattr(generate, "LARGE", 1)
+    monkeypatch.setattr("jax.lax.map", loop)
+    assert run(folder, "large", "--batch-size", "16") == 0
+    assert (trips, meshes) == ([2], [{"data": 8, "fsdp": 1, "tensor": 1}])
 
 
 def test_hosts_share_the_shards(folder, monkeypatch):

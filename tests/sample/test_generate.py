@@ -148,6 +148,23 @@ def test_large_images_pass_the_autoencoder_one_by_one(case, sizes, monkeypatch):
             assert memory[1] < 0.6 * memory[0]
 
 
+def test_large_images_use_the_axes_that_divide_them(case, monkeypatch):
+    """Four rows on eight devices, of which four hold rows of their own, and three rows anywhere."""
+    model, params, _, noise = case
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+    monkeypatch.setattr(generate, "LARGE", 64)
+    decode = functools.partial(generate.pixels, model)
+    whole = np.asarray(jax.jit(decode)(params, noise[:4]))
+    with jax.set_mesh(mesh):
+        for rows, count in ((jax.P("fsdp"), 4), (jax.P(), 3)):
+            program = jax.jit(decode)
+            given = params, jax.device_put(noise[:count], jax.NamedSharding(mesh, rows))
+            images = program(*given)
+            assert images.sharding.is_equivalent_to(jax.NamedSharding(mesh, rows), 4)
+            scale = np.abs(whole).max()
+            np.testing.assert_allclose(images, whole[:count], atol=1e-4 * scale)
+
+
 def check(function, rows, *inputs):
     """Shapes of what a function makes, cut by rows; no device has sent anything for it."""
     program = jax.jit(function).lower(*inputs).compile()
