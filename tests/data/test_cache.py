@@ -252,17 +252,16 @@ def test_a_job_that_dies_leaves_no_half_shard(folder, monkeypatch):
 
 def test_large_images_are_encoded_where_their_rows_are(folder, monkeypatch):
     """One after the other of each device's own: without a mesh every device would encode all."""
-    trips, meshes = [], []
+    loops = []
 
     def loop(function, x):
-        trips.append(len(x))
-        meshes.append(dict(jax.sharding.get_abstract_mesh().shape))
+        loops.append((len(x), dict(jax.sharding.get_abstract_mesh().shape)))
         return jax.vmap(function)(x)
 
     monkeypatch.setattr(generate, "LARGE", 1)
     monkeypatch.setattr("jax.lax.map", loop)
     assert run(folder, "large", "--batch-size", "16") == 0
-    assert (trips, meshes) == ([2], [{"data": 8, "fsdp": 1, "tensor": 1}])
+    assert loops == [(2, {"data": 8, "fsdp": 1, "tensor": 1})]
 
 
 def test_hosts_share_the_shards(folder, monkeypatch):
