@@ -81,7 +81,7 @@ class Pipeline:
         self._compile(programs.programs(model, self._place, self._keep))
 
     def _compile(self, compiled: programs.Programs) -> None:
-        self._programs = compiled
+        self.programs = compiled
         self._run, self._edit, self._round_trip = (
             functools.partial(function, compiled)
             for function in (programs.text_to_image, programs.edit, programs.round_trip)
@@ -121,7 +121,7 @@ class Pipeline:
     ) -> None:
         """Lets the denoising of all that `run` makes be `seen`, see `programs.Stepwise`; images are
         those of a batch in its order."""
-        watched = programs.stepwise(self.model, self._programs, stops, seen, self._keep)
+        watched = programs.stepwise(self.model, self.programs, stops, seen, self._keep)
         self._compile(watched)
 
     def check(self, requests: list[Request]) -> None:

@@ -21,31 +21,29 @@ def ceilings(
     them, "true_tokens" gives the diffusion part the tokens of the true picture."""
     model, params = pipeline.model, pipeline.params
     read = jit(functools.partial(generate.read_tokens, model), model.config)
-    draw = programs.programs(model).draw
     steps = ("num_inference_steps", "guidance_scale", "shift")
     options = {name: getattr(settings, name) for name in steps}
     # Rows of token ids with the codes open, and the number of each picture's noise.
-    text = pipeline.text
-    encoded = [text.encode_prompt(prompt) for prompt in prompts]
+    encoded = [pipeline.text.encode_prompt(prompt) for prompt in prompts]
     codes = np.zeros((len(encoded), model.config.ta_tok.num_tokens), np.int32)
-    rows, start = text.training_rows(encoded, codes, row_length(model.config))
+    rows, start = pipeline.text.training_rows(encoded, codes, row_length(model.config))
     keys = np.array([generate.sample_key(0, prompt, 0) for prompt in prompts], np.uint32)
     drawn = []
     for index, count in _batches(len(images), pipeline.batch_size):
         batch = put_batch((images[index], rows[index], start[index], keys[index]), pipeline.mesh)
         with jax.set_mesh(pipeline.mesh):
-            shown, _ = draw(params, read(params, *batch[:3]), batch[3], **options)
+            shown, _ = pipeline.programs.draw(params, read(params, *batch[:3]), batch[3], **options)
         drawn.append(np.asarray(shown)[:count])
     return {"autoencoder": autoencoded(pipeline, images), "true_tokens": np.concatenate(drawn)}
 
 
 def autoencoded(pipeline: Pipeline, images: np.ndarray) -> np.ndarray:
     """Pictures uint8 [B,H,W,3] after the model's autoencoder and back."""
-    run, results = programs.programs(pipeline.model), []
+    results = []
     for index, count in _batches(len(images), pipeline.batch_size):
         (batch,) = put_batch((images[index],), pipeline.mesh)
         with jax.set_mesh(pipeline.mesh):
-            shown = programs.round_trip(run, pipeline.params, batch)
+            shown = programs.round_trip(pipeline.programs, pipeline.params, batch)
         results.append(np.asarray(shown)[:count])
     return np.concatenate(results)
 

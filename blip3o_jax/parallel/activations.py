@@ -124,14 +124,18 @@ def interleaved(tree: Any, count: int, axes: tuple[str, ...] = ROWS) -> Any:
     )
 
 
+def piecewise(function: Callable, tree: Any, count: int, axes: tuple[str, ...] = ROWS) -> Any:
+    """function(tree), which treats every row of arrays [B,...] by itself, for `count` pieces of
+    them one after the other, as `interleaved` cuts them."""
+    results = jax.lax.map(function, interleaved(tree, count, axes))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results)
+
+
 def row_by_row(function: Callable[[Array], Array], x: Array) -> Array:
-    """function(x), which treats every row of x [B,...] by itself, for one row of each device after
-    the other, so that temporary arrays are those of one."""
+    """The same for one row of each device after the other: temporary arrays are those of one."""
     mesh = _mesh()
     axes = () if mesh is None else dividing(len(x), mesh)
-    count = len(x) // math.prod(mesh.shape[axis] for axis in axes)
-    rows = jax.lax.map(function, interleaved(x, count, axes)).swapaxes(0, 1)
-    return rows.reshape(len(x), *rows.shape[2:])
+    return piecewise(function, x, len(x) // math.prod(mesh.shape[axis] for axis in axes), axes)
 
 
 def per_shard(function: Callable, *arrays: Array, batch_axes: tuple[int, ...] = (0,)):

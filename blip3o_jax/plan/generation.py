@@ -121,8 +121,7 @@ def most(
     config: Blip3oConfig, mesh: Mesh, settings: Settings, weights: str, chip: Chip
 ) -> tuple[dict[str, Program], dict]:
     """(Programs, what they need) of the most images a device at once that fit, up to `ENOUGH`, or
-    of one where none fits. Numbers are tried where the programs' lines say, as the compiler has its
-    own ways with each, until one fits and the next does not."""
+    of one. Numbers are tried where the programs' lines say, until one fits and the next not."""
     room, shards = chip.hbm * estimate.MIB, batch_shards(mesh)
     totals: dict[int, dict[str, int]] = {}
     best, fitting, failing, images, tries = None, 0, ENOUGH + 1, FEW, 0
@@ -147,6 +146,8 @@ def most(
         if images >= failing or tries >= LINES:
             images = (fitting + failing) // 2
         images = max(images, fitting + 1)
+    if best is None:
+        log.warning("Not one image a device fits; --mesh fsdp=N shards the weights.")
     return best or (lowered, result)
 
 

@@ -314,7 +314,7 @@ def _decoded(model: Blip3o, params: Params, latents: Array, finish: Callable) ->
 
 def _images(function: Callable[[Array], Array], x: Array, side: int) -> Array:
     """function(x) of the autoencoder, of images of `side` pixels: large ones one by one on each
-    device, which one keeps busy; all at once would need more memory than everything else."""
+    device. One keeps it busy, and all at once would need more memory than everything else."""
     return row_by_row(function, x) if side >= LARGE else function(x)
 
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from blip3o_jax.errors import require
 from blip3o_jax.models.blip3o import Blip3o, condition_slice, write_codes
 from blip3o_jax.models.ta_tok import Quantized
-from blip3o_jax.parallel.activations import interleaved
+from blip3o_jax.parallel.activations import piecewise
 from blip3o_jax.pixels import to_unit, tokenizer_view
 from blip3o_jax.sample import condition, flow, generate
 from blip3o_jax.text import causal_positions, targets
@@ -305,13 +305,10 @@ def cross_entropy(
 
     # The fewest equal pieces of at most `chunk` rows.
     rows = len(hidden)
-    pieces = (n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= (chunk or rows))
-    count = next(pieces)
+    count = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= (chunk or rows))
     if count == 1:
         return of_rows(hidden, labels)
-    recomputed = jax.checkpoint(lambda piece: of_rows(*piece))
-    results = jax.lax.map(recomputed, interleaved((hidden, labels), count))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(labels.shape), results)
+    return piecewise(jax.checkpoint(lambda piece: of_rows(*piece)), (hidden, labels), count)
 
 
 def encode_codes(

@@ -270,12 +270,13 @@ def test_no_more_images_are_sought_than_are_of_use(monkeypatch, capsys):
     assert found["images_a_device"] == generation.ENOUGH
 
 
-def test_where_not_one_image_fits_its_plan_says_so(monkeypatch, capsys):
+def test_where_not_one_image_fits_its_plan_says_so(monkeypatch, capsys, caplog):
     tried = searched(monkeypatch, lambda name, images: 1 << 60)
     found = planned(monkeypatch, capsys, "--config", "emoji_64", "--generate")
     assert [images for images, _ in tried] == [4, 2, 1]
     assert (found["images_a_device"], found["fits"]) == (1, False)
     assert found["reason"] == "write_tokens: out of HBM"
+    assert "--mesh fsdp=N shards the weights" in caplog.text
 
 
 @pytest.mark.parametrize(
