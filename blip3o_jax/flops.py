@@ -18,12 +18,12 @@ def qwen3(cfg: config.Qwen3Config, tokens: int, context: float, logits: int = 0)
     return round(tokens * (cfg.num_hidden_layers * layer + 2 * width * logits))
 
 
-def decode(cfg: config.Blip3oConfig, batch: int, prompt: int) -> int:
-    """Prefill of `prompt` tokens a row, then the image tokens, each seeing what is written, with
-    logits of the image range only."""
+def decode(cfg: config.Blip3oConfig, batch: int, prompt: int, group: int = 1) -> int:
+    """Prefill of `prompt` tokens for each `group` of rows, then the image tokens, each seeing what
+    is written, with logits of the image range only."""
     tokens, codes = cfg.ta_tok.num_tokens, cfg.vocab.num_image_tokens
     written = qwen3(cfg.qwen3, batch * tokens, prompt + (tokens + 1) / 2, codes)
-    return qwen3(cfg.qwen3, batch * prompt, (prompt + 1) / 2) + written
+    return qwen3(cfg.qwen3, batch // group * prompt, (prompt + 1) / 2) + written
 
 
 def connector(cfg: config.Blip3oConfig, tokens: int) -> int:

@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
             "stage": "grpo",
             "preset": "emoji_64",
             "batch_size": 64,
+            "accumulate": 8,  # of which those are left out that teach nothing
             "num_steps": 180,
             "init": "runs/joint",
             "data": {

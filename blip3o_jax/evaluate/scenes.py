@@ -12,21 +12,23 @@ LEGEND = "+ correct, and nothing else in the picture; o correct by GenEval's rul
 DATA_SEED = 1  # of the held-out prompts; training draws from seed 0
 
 
-def heldout(count: int) -> list[tuple[dict, scene.Scene]]:
-    """`count` held-out prompts with a scene each, spread evenly over the six tags of GenEval, and
-    behind them a sixth as many of each of FURTHER_TAGS."""
+def heldout(count: int, words: int = 0) -> list[tuple[dict, scene.Scene]]:
+    """`count` held-out prompts with a scene each, spread evenly over the six tags of GenEval, behind
+    them a sixth as many of each of FURTHER_TAGS, then `words` that ask for a written word."""
     tags = [TAGS[i % len(TAGS)] for i in range(count)]
     tags += [tag for tag in FURTHER_TAGS for _ in range(count // len(TAGS))]
     worlds = [WorldConfig(seed=DATA_SEED, weights={tag: 1.0}) for tag in tags]
+    worlds += [WorldConfig(seed=DATA_SEED, text=1.0)] * words
     return [prompts.sample(world, i, "heldout") for i, world in enumerate(worlds)]
 
 
 def table(metadata: list[dict], verdicts: list[dict]) -> dict[str, dict[str, float]]:
-    """Shares of `correct` and `strict` by tag and overall, the mean of GenEval's tags as there."""
+    """Shares of `correct` and `strict` by tag and overall, the mean of GenEval's tags as there;
+    "text" is a written word's."""
     tags, result = [row["tag"] for row in metadata], {}
     for rule in ("correct", "strict"):
         rates = {}
-        for tag in (tag for tag in (*TAGS, *FURTHER_TAGS) if tag in tags):
+        for tag in (tag for tag in (*TAGS, *FURTHER_TAGS, "text") if tag in tags):
             own = [v[rule] for v, its in zip(verdicts, tags, strict=True) if its == tag]
             rates[tag] = round(float(np.mean(own)), 4)
         overall = np.mean([rate for tag, rate in rates.items() if tag in TAGS])

@@ -28,6 +28,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     scenes = benchmarks.add_parser("scenes", help="held-out prompts, GenEval's rules")
     option(scenes, "--num-prompts", 402, "held-out prompts, of GenEval's tags; more of others")
+    option(scenes, "--num-words", 0, "further prompts, each for a written word")
     edits = benchmarks.add_parser("edits", help="held-out edits: done, and nothing else changed")
     option(edits, "--num-edits", 300, "held-out edits, spread over the kinds")
     drift = benchmarks.add_parser("drift", help="what edit after edit leaves of a picture")
@@ -56,14 +57,15 @@ def run_scenes(args: argparse.Namespace) -> None:
     from blip3o_jax.request import Request, repeated
     from blip3o_jax.scenes import judge, scene
 
-    enough = args.num_prompts >= len(TAGS) and args.seeds >= 1
-    require(enough, f"--num-prompts is at least {len(TAGS)} and --seeds at least 1.")
+    enough = args.num_prompts >= len(TAGS) and args.num_words >= 0 and args.seeds >= 1
+    least = f"--num-prompts is at least {len(TAGS)}, --num-words 0 and --seeds 1."
+    require(enough, least)
     size = checkpoints.config_of(args.checkpoint).image_size
     other = f"{args.checkpoint} makes images of {size} px, and the judge looks at {scene.SIZE} px."
     require(size == scene.SIZE, other)
     settings = settings_of(args)
     # Images of the held-out prompts, and the true renders of their scenes.
-    metadata, worlds = zip(*scenes.heldout(args.num_prompts), strict=True)
+    metadata, worlds = zip(*scenes.heldout(args.num_prompts, args.num_words), strict=True)
     sentences = [row["prompt"] for row in metadata]
     requests = [Request(text, seed=args.seed, settings=settings) for text in sentences]
     facts = {"command": "evaluate scenes", "seeds": args.seeds, "seed": args.seed}

@@ -83,6 +83,12 @@ def rows_of_a_step(batch: int) -> int:
     return -(-batch // (1 if mesh is None else mesh.shape["data"]))
 
 
+def row_shards() -> int:
+    """How many parts a batch is divided into."""
+    mesh = _mesh()
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+
+
 def read_rows(x: Array, start: Array, size: int) -> Array:
     """x [B,N,...] -> [B,size,...] from each row's own `start` [B] on."""
 
@@ -145,10 +151,7 @@ def per_shard(function: Callable, *arrays: Array, batch_axes: tuple[int, ...] = 
     Every device computes its own rows, also where XLA cannot shard an operation (`top_k`, except on
     a TPU) and would gather all rows everywhere.
     """
-    mesh = _mesh()
-    if mesh is None:
-        return function(*arrays)
-    if arrays[0].shape[batch_axes[0]] % math.prod(mesh.shape[axis] for axis in ROWS):
+    if _mesh() is None or arrays[0].shape[batch_axes[0]] % row_shards():
         return function(*arrays)
     specs = tuple(P(*(None,) * axis, ROWS) for axis in batch_axes)
     mapped = jax.shard_map(function, in_specs=specs, out_specs=specs[0], axis_names=set(ROWS))

@@ -6,13 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from blip3o_jax import flops
 from blip3o_jax.errors import require
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.parallel.batches import check_batch
-from blip3o_jax.parallel.mesh import BATCH
+from blip3o_jax.parallel.mesh import BATCH, dividing
 from blip3o_jax.plan.programs import Program, abstract_state, kinds_of, placed
 from blip3o_jax.rl import rollout, update
 from blip3o_jax.sample import programs as sampling
@@ -33,9 +33,11 @@ def lower(cfg: TrainConfig, mesh: Mesh) -> dict[str, Program]:
     place = jax.NamedSharding(mesh, BATCH)
 
     def rows(dtype: Any, *shape: int, count: int = cfg.batch_size) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((count, *shape), dtype, sharding=place)
+        where = jax.NamedSharding(mesh, PartitionSpec(dividing(count, mesh)))
+        return jax.ShapeDtypeStruct((count, *shape), dtype, sharding=where)
 
     piece = functools.partial(rows, count=cfg.batch_size // section.pieces)
+    asked = functools.partial(rows, count=cfg.batch_size // section.num_generations)
 
     # What each program is given: prompts, their states, latents; and rows of what was drawn.
     prompt, length = config.max_prompt_tokens, cfg.data.row_length or row_length(config)
@@ -43,7 +45,7 @@ def lower(cfg: TrainConfig, mesh: Mesh) -> dict[str, Program]:
     states = cfg.dtype, config.num_condition_tokens, config.qwen3.hidden_size
     numbers = rows(jnp.float32)
     given = {
-        "write_tokens": (rows(jnp.int32, prompt), rows(bool, prompt), rows(jnp.uint32, 3)),
+        "write_tokens": (asked(jnp.int32, prompt), asked(bool, prompt), rows(jnp.uint32, 3)),
         "draw_latents": (piece(*states), piece(jnp.uint32, 3)),
         "pictures": (piece(jnp.float32, side, side, channels),),
     }
@@ -89,7 +91,7 @@ def lower(cfg: TrainConfig, mesh: Mesh) -> dict[str, Program]:
 def _flops(cfg: TrainConfig, length: int) -> int:
     """Of tokens, their pictures and the updates."""
     section, config, rows = cfg.grpo, cfg.blip3o(), cfg.batch_size
-    written = flops.decode(config, rows, config.max_prompt_tokens)
+    written = flops.decode(config, rows, config.max_prompt_tokens, section.num_generations)
     # The rendering may be repeated, and the update too.
     guided = section.guidance_scale is not None
     drawn = flops.render(config, rows, section.num_inference_steps, guided)

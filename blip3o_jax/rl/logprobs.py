@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax.models.blip3o import Blip3o, condition_slice
-from blip3o_jax.parallel.batches import batch_shards
+from blip3o_jax.parallel.activations import row_shards
 from blip3o_jax.sample import decode
 
 MOST_LOGITS = 1 << 26  # on a device at once; 16 rows of 729 tokens of 217,210 ids are 2,500 million
@@ -39,7 +39,7 @@ def image_logprobs(
         entropies = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(probs * logits, axis=-1)
         return decode.token_logprobs(logits, ids), jax.lax.stop_gradient(entropies)
 
-    pieces = _pieces(n, _rows_on_a_device(len(tokens)) * count)
+    pieces = _pieces(n, -(-len(tokens) // row_shards()) * count)
     if pieces == 1:
         return of_piece((states, ids))
 
@@ -56,8 +56,3 @@ def _pieces(n: int, logits: int) -> int:
     MOST_LOGITS; a position at least."""
     fits = (p for p in range(1, n + 1) if n % p == 0 and n // p * logits <= MOST_LOGITS)
     return next(fits, n)
-
-
-def _rows_on_a_device(rows: int) -> int:
-    mesh = jax.sharding.get_abstract_mesh()
-    return -(-rows // (1 if mesh.empty else batch_shards(mesh)))

@@ -198,17 +198,16 @@ def rollouts(
         metadata = prompts(now - 1)
         everyone = [m for m in metadata for _ in range(group)]
 
-        # Tokens: of every image, or of every prompt.
-        rows = metadata if is_shared else everyone
-        asked = prompt_arrays(text, model, rows, editing), key_numbers(rows, seed)
+        # Tokens: of every image, or of every prompt, which is read once.
+        keys = key_numbers(metadata if is_shared else everyone, seed)
+        asked = prompt_arrays(text, model, metadata, editing), keys
         whole = {"qwen3": gather(params["qwen3"])}
         written, sources = write(run, params | whole, *put_replicated(asked, mesh), sampling)
         del whole  # before the images
-        hidden = written["hidden"]
+        repeated = functools.partial(jnp.repeat, repeats=group, axis=0)
+        hidden, sources = written["hidden"], jax.tree.map(repeated, sources)
         if is_shared:
-            repeated = [jnp.repeat(x, group, axis=0) for x in jax.tree.leaves((hidden, sources))]
-            structure = jax.tree.structure((hidden, sources))
-            hidden, sources = jax.tree.unflatten(structure, repeated)
+            hidden = repeated(hidden)
 
         # Images, by the policy that the method draws with, piece by piece.
         painter = params | state.get("old", {}) if "diffusion" in halves else params
@@ -256,8 +255,9 @@ def rollouts(
         if not learns["mask"].any():
             return batch, numbers
         if "transformer" in halves:
-            codes = gathered(written.get("source_codes", [None] * len(everyone)))
-            ids = [encode(text, m, own) for m, own in zip(everyone, codes, strict=True)]
+            codes = gathered(written.get("source_codes", [None] * len(metadata)))
+            ids = [encode(text, m, own) for m, own in zip(metadata, codes, strict=True)]
+            ids = [own for own in ids for _ in range(group)]
             length = cfg.data.row_length or row_length(model.config)
             tokens, starts = text.training_rows(ids, gathered(written["tokens"]), length)
             arrays = put_replicated({"tokens": tokens, "start": starts, **learns}, mesh)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from blip3o_jax.kernels.platform import jit
 from blip3o_jax.models.blip3o import Blip3o, Params
-from blip3o_jax.parallel.activations import interleaved
+from blip3o_jax.parallel.activations import interleaved, row_shards
 from blip3o_jax.rl import diffusion, grpo
 from blip3o_jax.rl.logprobs import image_logprobs
 from blip3o_jax.sample import condition, flow
@@ -89,14 +89,16 @@ def update_transformer(
     # Pieces of the batch, each with its share of the losses' sums, which are those of all rows.
     section = cfg.grpo
     whole = jnp.broadcast_to(batch["mask"][:, None], batch["logprobs"].shape)
-    pieces = interleaved(batch | {"mask": whole}, cfg.accumulate)
+    pieces = _learning_first(batch | {"mask": whole}, batch["mask"], cfg.accumulate)
+    pieces = interleaved(pieces, cfg.accumulate)
 
     def probabilities(params: dict, piece: dict) -> tuple[jax.Array, jax.Array]:
         rows = piece["tokens"], piece["start"], section.temperature, section.full_vocabulary
         return image_logprobs(model, params["qwen3"], *rows)
 
     if section.beta:
-        pieces["first"] = jax.lax.map(lambda piece: probabilities(reference, piece)[0], pieces)
+        first = _if_learning(lambda piece: probabilities(reference, piece)[0])
+        pieces["first"] = jax.lax.map(first, pieces)
 
     def one(carry: tuple, iteration: jax.Array) -> tuple[tuple, dict]:
         state, old = carry
@@ -115,7 +117,8 @@ def update_transformer(
     (new, old), metrics = _iterated(section.num_iterations, one, (state, pieces["logprobs"]))
     if not section.full_vocabulary:
         # Decoding gives them among the image tokens.
-        metrics["logprob_gap"] = jnp.max(jnp.abs(old - pieces["logprobs"]))
+        gaps = jnp.abs(old - pieces["logprobs"])
+        metrics["logprob_gap"] = jnp.max(gaps, initial=0.0, where=pieces["mask"] > 0)
     return new, metrics
 
 
@@ -142,10 +145,14 @@ def update_diffusion(
     # One level of some of the rows after the other; the rows' own arrays are those of all levels.
     names = ("hidden", "sources", "advantages", "mask")
     rows = {name: batch[name] for name in names if name in batch}
+    if row_shards() == 1:  # states are too large to change devices
+        order = batch["mask"], cfg.accumulate
+        rows, points = _learning_first(rows, *order), _learning_first(points, *order, axis=1)
     rows = interleaved(rows, cfg.accumulate)
     split = jax.vmap(functools.partial(interleaved, count=cfg.accumulate))
     pieces = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), split(points))
     pieces = {"point": pieces, "rows": jnp.arange(levels * cfg.accumulate) % cfg.accumulate}
+    pieces["mask"] = rows["mask"][pieces["rows"]]
 
     def velocity(params: dict, piece: dict) -> jax.Array:
         params, point, own = frozen | params, piece["point"], _at(rows, piece["rows"])
@@ -155,7 +162,7 @@ def update_diffusion(
 
     def fixed_policy(params: dict) -> jax.Array:
         """Velocities of all pieces, one after the other."""
-        return jax.lax.map(functools.partial(velocity, params), pieces)
+        return jax.lax.map(_if_learning(functools.partial(velocity, params)), pieces)
 
     pieces["first"] = fixed_policy(policies[0])
     drew = fixed_policy(policies[1]) if lagged else jnp.zeros_like(pieces["first"])
@@ -180,9 +187,29 @@ def update_diffusion(
     return new, metrics
 
 
+def _learning_first(tree: Any, mask: jax.Array, count: int, axis: int = 0) -> Any:
+    """Arrays with their rows, along an axis, in an order in which `interleaved` fills its `count`
+    pieces one after the other, first with the rows where the mask [B] is not 0."""
+    if count == 1:
+        return tree
+    order = jnp.argsort(mask == 0, stable=True).reshape(count, -1).T.ravel()
+    return jax.tree.map(lambda x: jnp.take(x, order, axis), tree)
+
+
+def _if_learning(function: Callable) -> Callable:
+    """function(piece), or zeros where the piece's mask is 0 throughout, at no cost."""
+
+    def guarded(piece: dict) -> Any:
+        like = jax.eval_shape(function, piece)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        return jax.lax.cond(jnp.any(piece["mask"]), function, lambda _: nothing, piece)
+
+    return guarded
+
+
 def _summed(loss: Callable, params: dict, pieces: dict) -> tuple[dict, Any]:
     """(Gradients of the sum of the losses of pieces [N,...], what comes beside each), one piece in
-    memory at a time."""
+    memory at a time; zeros for those that teach nothing."""
     gradient = jax.grad(loss, has_aux=True)
     # Of one piece there is no sum, for which there would be a second copy of the gradient.
     if len(jax.tree.leaves(pieces)[0]) == 1:
@@ -190,7 +217,7 @@ def _summed(loss: Callable, params: dict, pieces: dict) -> tuple[dict, Any]:
         return total, jax.tree.map(lambda x: x[None], beside)
 
     def add(total: dict, piece: dict) -> tuple[dict, Any]:
-        own, beside = gradient(params, piece)
+        own, beside = _if_learning(functools.partial(gradient, params))(piece)
         return jax.tree.map(jnp.add, total, own), beside
 
     return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), pieces)

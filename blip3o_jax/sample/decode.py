@@ -7,6 +7,7 @@ Pure functions. When you compile them, keep `model`, `vocab`, `num_tokens` and `
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from blip3o_jax.parallel.activations import (
     per_shard,
     pin_rows,
     read_rows,
+    row_shards,
     rows_of_a_step,
     write_rows,
 )
@@ -101,8 +103,9 @@ def generate_tokens(
     """Writes exactly `num_tokens` (n) image tokens after each prompt; only image tokens can be
     drawn.
 
-    prompt [B,P] int32 ends in `<S0>` and is padded on the left where `valid` [B,P] is False; keys
-    [B] typed PRNG keys; `params` is Qwen3's own tree. Returns tokens [B,n] int32 as codebook ids,
+    prompt [B/G,P] int32 ends in `<S0>` and is padded on the left where `valid` [B/G,P] is False;
+    keys [B] typed PRNG keys, G for each prompt, one after the other: it is read once for all of
+    them. `params` is Qwen3's own tree. Returns tokens [B,n] int32 as codebook ids,
     hidden [B,n+1,D], the states of `<S0>` and of every token, logprobs [B,n] as `sample` gives
     them, over the image tokens, and the `rounds` [B] of the transformer that a row took. A row does
     not depend on the other rows, nor on its padding. `given` replaces embeddings of the prompt, see
@@ -119,15 +122,24 @@ def generate_tokens(
     The state of a token exists once the token is fed, so feeding all n gives all n+1 states: the
     original's second forward over the finished sequence (docs/model.md §6.6 no. 3) is not needed.
     """
-    batch = len(prompt)
-    if valid.shape != prompt.shape or keys.shape != (batch,) or num_tokens < 1:
+    group, rest = divmod(len(keys), len(prompt))
+    if valid.shape != prompt.shape or keys.ndim != 1 or rest or num_tokens < 1:
         shapes = f"prompts {prompt.shape} do not go with valid {valid.shape} and keys {keys.shape}"
         raise ValueError(f"{num_tokens} tokens after {shapes}")
-    if drafts is not None and drafts.shape != (batch, num_tokens):
-        raise ValueError(f"{num_tokens} tokens for {batch} prompts, but drafts {drafts.shape}")
+    if drafts is not None and drafts.shape != (len(prompt), num_tokens):
+        drafted = f"{len(prompt)} prompts, but drafts {drafts.shape}"
+        raise ValueError(f"{num_tokens} tokens for {drafted}")
     write = functools.partial(_write, model, vocab, num_tokens, top_k)
-    weights, inputs = (params, top_p, temperature), (prompt, valid, keys, given, drafts)
-    return per_device(write, weights, *inputs)
+    weights, prompts = (params, top_p, temperature), (prompt, valid, given, drafts)
+    if len(prompt) % row_shards():
+        # Too few for all devices: each reads those of its own rows.
+        prompts = _repeated(prompts, group)
+    return per_device(write, weights, keys, *prompts)
+
+
+def _repeated(tree: Any, group: int, axis: int = 0) -> Any:
+    """Each row of arrays, `group` times one after the other."""
+    return jax.tree.map(lambda x: jnp.repeat(x, group, axis), tree) if group > 1 else tree
 
 
 def _write(
@@ -136,20 +148,23 @@ def _write(
     num_tokens: int,
     top_k: int,
     weights: tuple[dict, Scalar, Scalar],
+    keys: Array,
     prompt: Array,
     valid: Array,
-    keys: Array,
     given: tuple[Array, Array] | None,
     drafts: Array | None,
 ) -> dict[str, Array]:
     """`generate_tokens` for the rows of a device, or of all."""
-    (params, top_p, temperature), (batch, length) = weights, prompt.shape
+    (params, top_p, temperature), batch, length = weights, len(keys), prompt.shape[1]
     apply = functools.partial(model.apply, {"params": params})
     # The prompts, all at once; then only the image tokens' part of the head is needed.
     lengths = valid.sum(axis=1, dtype=jnp.int32)
     with jax.named_scope("prefill"):
-        cache = init_cache(model.cfg, batch, length + num_tokens, model.dtype)
+        cache = init_cache(model.cfg, len(prompt), length + num_tokens, model.dtype)
         hidden, cache = apply(prompt, positions_of(valid), valid, cache, given)
+        group = batch // len(prompt)
+        read, drafts, lengths = _repeated((hidden[:, -1:], drafts, lengths), group)
+        cache = {name: _repeated(x, group, axis=int(name in "kv")) for name, x in cache.items()}
     head = apply(vocab.image_start_token_id, vocab.num_image_tokens, method="head")
     # The randomness of all places at once, where it is small.
     size = _support(top_k, vocab.num_image_tokens)
@@ -176,7 +191,7 @@ def _write(
     # at `fed` is known too; behind it are guesses. Each array has room for what the last state
     # draws.
     first = jnp.zeros(batch, jnp.int32)
-    token, logprob = draw(hidden[:, -1:], first)
+    token, logprob = draw(read, first)
     behind = (0, 0), (0, num_tokens)
     guesses = jnp.broadcast_to(token, (batch, num_tokens)) if drafts is None else drafts
     rows = {
@@ -184,7 +199,7 @@ def _write(
         "rounds": first,
         "tokens": jnp.concatenate([token, guesses[:, 1:], token], axis=1),
         "logprobs": jnp.pad(logprob, behind),
-        "hidden": jnp.pad(hidden[:, -1:], (*behind, (0, 0))),
+        "hidden": jnp.pad(read, (*behind, (0, 0))),
     }
     window = min(num_tokens, tokens_of_a_round(model.cfg.hidden_size, rows_of_a_step(batch)))
     side = math.isqrt(num_tokens)

@@ -51,11 +51,11 @@ def write_tokens(
     top_p: Scalar,
     temperature: Scalar,
 ) -> dict[str, Array]:
-    """prompt int32 [B,P] left-padded, valid bool [B,P], key_numbers uint32 [B,3] -> {"hidden"
+    """prompt int32 [B/G,P] left-padded, valid bool [B/G,P], key_numbers uint32 [B,3] -> {"hidden"
     [B,n+1,D], "tokens" int32 [B,n], "logprobs" f32 [B,n], "rounds" int32 [B]}, see
-    `decode.generate_tokens`, each image drawn with its own key. An edit's prompt is given the
-    `source_codes` of its images, or their features, as `encode_sources` makes them; the codes of
-    the first are what the edit's tokens are first guessed to be."""
+    `decode.generate_tokens`, each image drawn with its own key, G of each prompt. An edit's prompt
+    is given the `source_codes` of its images, or their features, as `encode_sources` makes them;
+    the codes of the first are what the edit's tokens are first guessed to be."""
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(fold_keys(key_numbers), 0)
     vocab, n = model.config.vocab, model.config.ta_tok.num_tokens
     given = drafts = None

@@ -28,8 +28,8 @@ PATCH_WORDS = (
     *(f"{letter} {half}" for letter in LETTERS for half in ("top", "bottom")),
 )
 _NUMBERS = {word: number for number, word in enumerate(PATCH_WORDS)}
-# Words of a sprite's first row: what it is, its colour, and again what it is.
-SKETCH_WORDS = np.array([word.split()[-1] in ("0", "1", "2") for word in PATCH_WORDS])
+# Words of a sprite's first row, what it is, its colour, and again what it is; of a letter's too.
+SKETCH_WORDS = np.array([word.split()[-1] in ("0", "1", "2", "top") for word in PATCH_WORDS])
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,11 @@ held-out prompts.
 
     python tests/rl/compare.py --init CHECKPOINT --out DIR --steps 120 --seeds 3
     python tests/rl/compare.py --init CHECKPOINT --out DIR --ways transformer,joint
+    python tests/rl/compare.py --init runs/words --out DIR --ways words --steps 60
 
-Runs and evaluations are those of the commands. What is in DIR already is not made again, so that
-an interrupted comparison goes on; prints a table.
+Ways that are judged alike go together: `words` by written words, `edits` by edits, all others by
+GenEval's prompts. Runs and evaluations are those of the commands. What is in DIR already is not
+made again, so that an interrupted comparison goes on; prints a table.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from blip3o_jax.pixels import contact_sheet, labelled_sheet
+from blip3o_jax.rl.rewards.ocr import ocr
 
 DIFFUSION = {"num_train_timesteps": 2, "norm_penalty": 0.1, "max_kl": 1.0}
 METHODS = {
@@ -38,9 +41,14 @@ WAYS = {"transformer": ["--config", "emoji_grpo"]} | {
         ("joint", "joint", "ram"),
     )
 }
+BY_PROMPTS = tuple(WAYS)
+WAYS |= {
+    "words": ["--config", "emoji_words:grpo"],
+    "edits": ["--config", "emoji_edit_grpo", "--config.data.edits=1.0"],
+}
 SHOWN = 24  # prompts on the sheet
 # As the rollouts are rendered.
-SAMPLING = ["--num-inference-steps", "8", "--guidance-scale", "1"]
+SAMPLING = ["--num-inference-steps", "8", "--guidance-scale", "1", "--batch-size", "16"]
 
 
 def blip3o(log: pathlib.Path, *command: str) -> float:
@@ -54,16 +62,37 @@ def blip3o(log: pathlib.Path, *command: str) -> float:
     return time.monotonic() - begin
 
 
-def judged(checkpoint: str, out: pathlib.Path, prompts: int) -> dict:
-    """`evaluate scenes` of a checkpoint."""
+def judged(checkpoint: str, out: pathlib.Path, args: argparse.Namespace) -> dict[str, float]:
+    """What `evaluate` says of a checkpoint, by name."""
+    way = args.ways.split(",")[0]
+    benchmark = {
+        "words": ["scenes", "--num-prompts", "6", "--num-words", str(args.prompts), "--seeds", "2"],
+        "edits": ["edits", "--num-edits", str(args.prompts), "--seeds", "1"],
+    }.get(way, ["scenes", "--num-prompts", str(args.prompts), "--seeds", "1"])
     if not (out / "result.json").exists():
-        options = ["--num-prompts", str(prompts), "--seeds", "1", "--batch-size", "16", *SAMPLING]
         where = ["--checkpoint", checkpoint, "--out", str(out)]
-        blip3o(out.with_suffix(".log"), "evaluate", "scenes", *options, *where)
-    return json.loads((out / "result.json").read_text())["scores"]
+        blip3o(out.with_suffix(".log"), "evaluate", *benchmark, *SAMPLING, *where)
+    scores = json.loads((out / "result.json").read_text())["scores"]
+    if way == "edits":
+        kinds = {name: row["success"] for name, row in scores.items() if name != "overall"}
+        return scores["overall"] | kinds
+    if way == "words":
+        return {rule: own["text"] for rule, own in scores.items()} | read_by_ocr(out)
+    overall = {"overall": scores["correct"]["overall"], "strict": scores["strict"]["overall"]}
+    return overall | {name: x for name, x in scores["correct"].items() if name not in overall}
 
 
-def trained(way: str, seed: int, args: argparse.Namespace) -> tuple[dict, float]:
+def read_by_ocr(folder: pathlib.Path) -> dict[str, float]:
+    """Of the pictures of words in an evaluation: the mean reward, and the share that is read
+    without fault."""
+    rows = [json.loads(line) for line in (folder / "images.jsonl").read_text().splitlines()]
+    files = sorted((folder / "images").glob("*.png"))
+    own = [(np.asarray(Image.open(f)), x) for f, x in zip(files, rows, strict=True) if "word" in x]
+    rewards = np.array(ocr([image for image, _ in own], [row["prompt"] for _, row in own]))
+    return {"ocr": float(rewards.mean()), "read": float(np.mean(rewards == 1))}
+
+
+def trained(way: str, seed: int, args: argparse.Namespace) -> tuple[dict[str, float], float]:
     """The scores of a run, and its minutes."""
     folder = args.out / f"{way}-{seed}"
     minutes = folder / "minutes.txt"
@@ -82,7 +111,7 @@ def trained(way: str, seed: int, args: argparse.Namespace) -> tuple[dict, float]
         ]
         spent = blip3o(folder.with_suffix(".log"), "grpo", *own)
         minutes.write_text(f"{spent / 60:.1f}")
-    scores = judged(str(folder), args.out / f"{way}-{seed}.scores", args.prompts)
+    scores = judged(str(folder), args.out / f"{way}-{seed}.scores", args)
     return scores, float(minutes.read_text())
 
 
@@ -100,19 +129,25 @@ def sheet(folders: list[pathlib.Path]) -> np.ndarray:
     for i in (k * step % len(verdicts[0]) for k in range(SHOWN)):
         drawn = [np.asarray(Image.open(own[i])) for own in files]
         images.append(contact_sheet(np.stack(drawn), len(drawn), 2))
-        signs = ["+" if own[i]["strict"] else "o" if own[i]["correct"] else "-" for own in verdicts]
-        labels.append(f"{' '.join(signs)}  {verdicts[0][i]['prompt']}")
+        signs = [sign(own[i]) for own in verdicts]
+        asked = verdicts[0][i]
+        labels.append(f"{' '.join(signs)}  {asked.get('prompt') or asked['instruction']}")
     return labelled_sheet(np.stack(images), labels, columns=4, scale=1)
 
 
-def row(name: str, scores: list[dict], minutes: float) -> str:
-    """Means over the seeds, and what a seed's overall score differs from them at most."""
-    overall = np.array([own["correct"]["overall"] for own in scores])
-    cells = [f"{overall.mean():.3f} ± {np.abs(overall - overall.mean()).max():.3f}"]
-    cells += [f"{np.mean([own['strict']['overall'] for own in scores]):.3f}"]
-    tags = [tag for tag in scores[0]["correct"] if tag != "overall"]
-    cells += [f"{np.mean([own['correct'][tag] for own in scores]):.2f}" for tag in tags]
-    return f"| {name} | {minutes:.1f} | {' | '.join(cells)} |"
+def sign(verdict: dict) -> str:
+    """Of a verdict on a prompt or an edit."""
+    whole, part = ("strict", "correct") if "strict" in verdict else ("success", "done")
+    return "+" if verdict[whole] else "o" if verdict[part] else "-"
+
+
+def row(name: str, scores: list[dict[str, float]], minutes: float) -> str:
+    """Means over the seeds, and what a seed differs from the first of them at most."""
+    values = np.array([[*own.values()] for own in scores])
+    first, *others = values.mean(axis=0)
+    spread = np.abs(values[:, 0] - first).max()
+    cells = [f"{minutes:.1f}", f"{first:.3f} ± {spread:.3f}", *(f"{x:.3f}" for x in others)]
+    return f"| {name} | {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -122,15 +157,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=402)
-    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--ways", default=",".join(BY_PROMPTS))
     change = "of the config of all, e.g. checkpoint_every=80; may be repeated"
     parser.add_argument("--change", action="append", default=[], metavar="KEY=VALUE", help=change)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    before = judged(args.init, args.out / "before", args.prompts)
-    tags = [tag for tag in before["correct"] if tag != "overall"]
-    print("| way | minutes | overall | strict |", " | ".join(tags), "|")
-    print("|", "---|" * (4 + len(tags)), sep="")
+    before = judged(args.init, args.out / "before", args)
+    print("| way | minutes |", " | ".join(before), "|")
+    print("|", "---|" * (2 + len(before)), sep="")
     print(row("before", [before], 0.0), flush=True)
     for way in args.ways.split(","):
         results = [trained(way, seed, args) for seed in range(args.seeds)]

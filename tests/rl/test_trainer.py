@@ -237,6 +237,29 @@ def test_micro_batches_give_the_update_of_the_batch(model_and_params, mode):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(a).max())
 
 
+@pytest.mark.parametrize("mode", ["joint", "nft"])
+def test_micro_batches_that_teach_nothing_are_not_computed(model_and_params, mode):
+    """Else what is not a number among them would be in every weight."""
+    model, params = model_and_params
+    cfg = dataclasses.replace(config(mode), accumulate=4)
+    state, frozen = steps.init_state(cfg, jax.tree.map(jnp.copy, params))
+    reference = {p: jax.tree.map(lambda x: 1.01 * x, params[p]) for p in state["params"]}
+    batch, _ = rollout_of(cfg, model, 1, state, frozen)
+    idle = np.arange(cfg.batch_size) % 2 == 0
+    batch = {half: own | {"mask": np.float32(~idle)} for half, own in batch.items()}
+    names = ("advantages", "logprobs", "hidden")
+    spoiled = {
+        half: own | {x: own[x].at[idle].set(np.nan) for x in names if x in own}
+        for half, own in batch.items()
+    }
+    update = compile_update(model, cfg, None)
+    results = [
+        update(jax.tree.map(jnp.copy, state), frozen, reference, own) for own in (batch, spoiled)
+    ]
+    assert np.isfinite([float(value) for value in results[1][1].values()]).all()
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
 def test_diversity_is_within_groups():
     images = np.zeros((4, 2, 2, 3), np.uint8)
     images[2:] = 255

@@ -1,5 +1,7 @@
 """Sampling against numpy; decoding against transformers and against a second full forward."""
 
+import math
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -249,6 +251,21 @@ def test_other_prompts_and_settings_need_no_other_program(arrays, params, drawn)
             temperature=temperature,
         )
     assert len(traced) == before
+
+
+@pytest.mark.parametrize("sizes", [None, {"data": 2}, {"data": 2, "fsdp": 2}, {"data": 4}])
+def test_images_of_one_prompt_are_those_of_its_copies(arrays, params, sizes):
+    """Of two prompts, which four devices do not divide."""
+    prompt, valid = arrays["left/tokens"][:2], arrays["left/valid"][:2]
+    keys = jax.random.split(jax.random.key(3), 8)
+    devices = jax.devices()[: math.prod((sizes or {}).values())]
+    with jax.set_mesh(make_mesh(sizes, devices)) if sizes else nullcontext():
+        shared = run(params, prompt, valid, keys)
+        copies = run(params, prompt.repeat(4, axis=0), valid.repeat(4, axis=0), keys)
+    assert len(np.unique(shared["tokens"], axis=0)) == 8
+    np.testing.assert_array_equal(shared["tokens"], copies["tokens"])
+    np.testing.assert_allclose(shared["hidden"], copies["hidden"], atol=1e-5)
+    np.testing.assert_allclose(shared["logprobs"], copies["logprobs"], atol=1e-5)
 
 
 def test_shapes_that_do_not_fit(params):
