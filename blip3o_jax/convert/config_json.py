@@ -157,10 +157,9 @@ def _read_ta_tok(fields: Any) -> TaTokConfig:
 
 def read_sana(fields: Any) -> SanaConfig:
     """From diffusers' field names, as in SanaTransformer2DModel's own config.json."""
-    ours = OURS_OF_SANA
-    fields = ours | dict(_object(fields, "sana"))
+    fields = OURS_OF_SANA | dict(_object(fields, "sana"))
     cfg = read_fields(SanaConfig, fields, "sana", qk_norm=fields.get("qk_norm") is not None)
-    _agree(fields, ours | sana_json(cfg), "sana")
+    _agree(fields, OURS_OF_SANA | sana_json(cfg), "sana")
     return cfg
 
 
@@ -257,6 +256,5 @@ def config_from_json(
     for key in ("pad_token_id", "eos_token_id"):
         number, rows = getattr(vocab, key), qwen3.vocab_size
         source = "is the default, as no file says it, and" if key in missing else "is"
-        outside = f"{key} {number} {source} outside the vocabulary of {rows} rows."
-        require(number < rows, outside)
+        require(number < rows, f"{key} {number} {source} outside the vocabulary of {rows} rows.")
     return Blip3oConfig(qwen3=qwen3, vocab=vocab, **parts, **plain)

@@ -98,8 +98,7 @@ def merge(
         name = next((own[f"{x}.weight"] for x in names if f"{x}.weight" in own), None)
         require(name is not None, f"{stored} is for {module!r}, which the model does not have.")
         weight, down, up = tensors[name], pair["down"], pair["up"]
-        flat = f"{down} and {up} are not matrices."
-        require(len(down.shape) > 1 and len(up.shape) > 1, flat)
+        require(len(down.shape) > 1 and len(up.shape) > 1, f"{down} and {up} are not matrices.")
         rank, window = down.shape[0], math.prod(down.shape[1:])
         needed = (*weight.shape[:1], rank, math.prod(weight.shape[1:]))
         fits = (*up.shape[:2], window) == needed and math.prod(up.shape[2:]) == 1 and rank > 0

@@ -16,8 +16,7 @@ def padded(cfg: Blip3oConfig, multiple: int) -> Blip3oConfig:
 
 def with_rows(path: str, shape: tuple[int, ...], rows: int) -> tuple[int, ...]:
     """The shape of the leaf at `path` with `rows` rows of the vocabulary."""
-    axis = VOCAB_AXIS.get(path)
-    return tuple(rows if i == axis else size for i, size in enumerate(shape))
+    return tuple(rows if i == VOCAB_AXIS.get(path) else size for i, size in enumerate(shape))
 
 
 def fit_vocabulary(path: str, leaf: np.ndarray, rows: int) -> np.ndarray:

@@ -59,8 +59,7 @@ def _rebuild_tensor(storage, offset, shape, stride, *_unused) -> Place:
     require(contiguous, f"it holds a tensor of shape {shape} that is not contiguous")
     beyond = f"it places a tensor of shape {shape} beyond the end of its storage"
     require(offset + count <= storage.count, beyond)
-    first = storage.offset + offset * ITEM_BYTES[storage.code]
-    return Place(storage.code, first, count, shape)
+    return Place(storage.code, storage.offset + offset * ITEM_BYTES[storage.code], count, shape)
 
 
 ALLOWED = {

@@ -196,8 +196,7 @@ def open_leaves(
         others = f"and {len(missing) - 1} others"
         raise InputError(f"{_missing(missing[0], stored, where)}, {others}.")
     # ... and what is there is needed, or known to be superfluous.
-    ignored = ignored_tensors(cfg, stored)
-    ignored = _asked_for(stored, ignore, expected) | ignored
+    ignored = _asked_for(stored, ignore, expected) | ignored_tensors(cfg, stored)
     for name, tensor in stored.items():
         if name not in ignored:
             stray = f"{tensor} is not part of the model that config.json describes; if it is not"
@@ -313,8 +312,7 @@ def to_text(fields: Mapping[str, Any]) -> str:
 def write_beside(folder: Path, files: Mapping[str, AnyPath | str]) -> None:
     """Small files by name: a path is copied, a text is written."""
     for name, content in files.items():
-        is_file = isinstance(content, AnyPath)
-        data = content.read_bytes() if is_file else content.encode()
+        data = content.read_bytes() if isinstance(content, AnyPath) else content.encode()
         (folder / name).write_bytes(data)
 
 

@@ -165,8 +165,7 @@ def to_jax(
     if unused := sorted(set(tensors).difference(needed)):
         raise InputError(f"{len(unused)} tensors are not part of this model, first {unused[0]!r}.")
     # ... then one leaf after the other.
-    read = tensors.__getitem__
-    leaves = {x.path: place(x.path, gather(x, shapes[x.path], read)) for x in rules}
+    leaves = {x.path: place(x.path, gather(x, shapes[x.path], tensors.__getitem__)) for x in rules}
     return unflatten(leaves)
 
 

@@ -97,8 +97,7 @@ def finite(tensor: np.ndarray, dtype, where: str) -> np.ndarray:
     """`tensor` as `dtype`; InputError beginning with `where` when a value is not finite in it."""
     with np.errstate(over="ignore"):
         tensor = tensor.astype(dtype, copy=False)
-    is_finite = np.isfinite(tensor).all()
-    require(is_finite, f"{where} holds NaN or infinity as {tensor.dtype.name}.")
+    require(np.isfinite(tensor).all(), f"{where} holds NaN or infinity as {tensor.dtype.name}.")
     return tensor
 
 
@@ -124,8 +123,7 @@ def open_file(file: AnyPath) -> dict[str, Stored]:
             pass  # the library has checked the header against the file's length
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            text = stream.read(min(length, HEADER_LIMIT))
-            header = json_object("its header", text)
+            header = json_object("its header", stream.read(min(length, HEADER_LIMIT)))
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{file} is damaged or cut short: {str(error).rstrip('.')}.") from error
     # Offsets count from the header's end.

@@ -9,10 +9,9 @@ MODULATIONS = "(m e) d -> d m e"
 
 def _attention(cfg: SanaConfig, name: str, qkv_bias: str | None) -> list[Rule]:
     """Self- (attn1) or cross-attention (attn2), whose biases differ."""
-    qkv = f"{name}.to_q {name}.to_k {name}.to_v"
     return [
         *linear(f"{name}.to_out.0", f"{name}/to_out", HEADS_IN),
-        *linear(qkv, pattern=HEADS_OUT, bias=qkv_bias),
+        *linear(f"{name}.to_q {name}.to_k {name}.to_v", pattern=HEADS_OUT, bias=qkv_bias),
         *(norm(f"{name}.norm_q {name}.norm_k") if cfg.qk_norm else []),
     ]
 

@@ -133,8 +133,7 @@ def _from_checkpoint(directory: AnyPath, flags: dict[str, str | None], options: 
     tied, repeated = published.resolve_lm_head(cfg.qwen3.tie_word_embeddings, stored)
     cfg = replace(cfg, **{"qwen3.tie_word_embeddings": tied})
     # config.json stays as it is where it says enough.
-    folders = {"checkpoint": directory}
-    source = _finish(directory, cfg, stored, repeated, parts, folders, options)
+    source = _finish(directory, cfg, stored, repeated, parts, {"checkpoint": directory}, options)
     source.files |= {file, *weights.files}
     source.notes |= {"checkpoint": weights.note} if weights.note else {}
     source.merged |= weights.merged
@@ -148,12 +147,9 @@ def _from_parts(
     flags: dict[str, str | None], new_vocabulary: str | None, name: str, options: Options
 ) -> Source:
     """The four upstream parts, with a new connector."""
-    if (
-        flags.get("vae") is None
-        and flags.get("dit")
-        and (paths.path(flags["dit"]) / "vae").is_dir()
-    ):
-        flags = {**flags, "vae": flags["dit"]}
+    dit = flags.get("dit")
+    if dit and flags.get("vae") is None and (paths.path(dit) / "vae").is_dir():
+        flags = {**flags, "vae": dit}
     for flag in FLAGS.values():
         missing = f"Name a checkpoint to convert, or all of its parts: --{flag} is missing."
         require(bool(flags.get(flag)), missing)

@@ -80,9 +80,8 @@ def _merges(file: AnyPath) -> list[tuple[str, str]]:
 
 def added_tokens(folder: AnyPath) -> dict[str, tuple[int, dict[str, bool]]]:
     """{token: (id, flags)} of tokenizer_config.json, and of added_tokens.json what that lacks."""
-    config, file = {}, folder / "tokenizer_config.json"
-    if file.is_file():
-        config = read_json(file, LIMIT)
+    file = folder / "tokenizer_config.json"
+    config = read_json(file, LIMIT) if file.is_file() else {}
     tokens: dict[str, tuple[int, dict[str, bool]]] = {}
     with about(file):
         decoder = config.get("added_tokens_decoder", {})

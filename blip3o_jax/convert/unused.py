@@ -20,8 +20,7 @@ EMBEDDING_PATH = "qwen3/embed_tokens/embedding"
 
 def entry(tensor: Stored, dtype: np.dtype | None) -> Entry:
     """What is written of a tensor: floats as `dtype`, if there is one, the rest as it is."""
-    own = tensor.carried_dtype
-    return Entry(tensor.shape, dtype if dtype and tensor.code in DTYPES else own)
+    return Entry(tensor.shape, dtype if dtype and tensor.code in DTYPES else tensor.carried_dtype)
 
 
 def size(tensors: Mapping[str, Stored], dtype: np.dtype | None) -> int:

@@ -81,8 +81,7 @@ def _open_diffusers(
 
 def open_sana(path: str, options: Options) -> Upstream:
     """A SANA repository of diffusers, or its folder transformer/."""
-    names = ("transformer", "SANA", SANA)
-    return _open_diffusers(path, options, *names, read_sana, "model.sana.")
+    return _open_diffusers(path, options, "transformer", "SANA", SANA, read_sana, "model.sana.")
 
 
 def open_dc_ae(path: str, options: Options) -> Upstream:
@@ -110,8 +109,7 @@ def open_qwen3(path: str, options: Options) -> Upstream:
 def open_tokenizer(path: str, options: Options) -> Upstream:
     """TA-Tok's `ta_tok.pth`, or a directory that holds it."""
     file = paths.path(path) / "ta_tok.pth" if paths.path(path).is_dir() else paths.path(path)
-    is_file = file.is_file()
-    require(is_file, f"{path} is neither TA-Tok's .pth file nor a folder with ta_tok.pth.")
+    require(file.is_file(), f"{path} is neither TA-Tok's .pth file nor a folder with ta_tok.pth.")
     args, tensors = open_ta_tok(file)
     weights = unwrapped(tensors)
     with about(file):
@@ -150,8 +148,7 @@ def _ta_tok_config(args: Mapping[str, Any], shapes: Shapes, where: AnyPath) -> T
     decoder = "decoder.vision_model." if older else "decoder."
 
     def size(name: str, axis: int, rank: int = 2) -> int:
-        has_rank = len(shapes.get(name, ())) == rank
-        require(has_rank, f"it holds no tensor {name!r} of {rank} axes.")
+        require(len(shapes.get(name, ())) == rank, f"it holds no tensor {name!r} of {rank} axes.")
         return shapes[name][axis]
 
     def given(name: str, default: float | None, kind: type = int) -> Any:
