@@ -20,7 +20,7 @@ from blip3o_jax.scenes.instructions import (
     places,
     said_color,
 )
-from blip3o_jax.scenes.prompts import NUMBER_OF_SPLIT
+from blip3o_jax.scenes.prompts import generator
 from blip3o_jax.scenes.scene import Scene, Thing, compose
 from blip3o_jax.scenes.sprites import COLORS, GROUNDS, OBJECTS
 
@@ -64,7 +64,7 @@ def sample(
     """
     for kind in weights or ():
         require(kind in KINDS, f"Unknown kind {kind!r}; {nearest(kind, KINDS)}")
-    rng = _generator(world, index, split, 1)
+    rng = generator(world, index, split, 1)
     return _sample(rng, split, _pick_kind(rng, weights or WEIGHTS))
 
 
@@ -73,7 +73,7 @@ def composed(world: WorldConfig, index: int, split: str = "train") -> Edit:
 
     Its kind is "recolor and move" or the like; its inverse undoes the second edit first.
     """
-    rng = _generator(world, index, split, 2)
+    rng = generator(world, index, split, 2)
     while True:
         # The second change, of the first one's result, and alone.
         first = _sample(rng, split, _pick_kind(rng, WEIGHTS))
@@ -106,7 +106,7 @@ def inverted(edit: Edit) -> Edit:
 def chain(world: WorldConfig, index: int, turns: int) -> list[Edit]:
     """Successive edits, each of the scene that the last one left; none changes the ground, and
     combinations are as they come."""
-    rng = _generator(world, index, "heldout", 4)
+    rng = generator(world, index, "heldout", 4)
     weights = {kind: share for kind, share in WEIGHTS.items() if kind != "ground"}
     edits: list[Edit] = []
     scene = _scene(rng)
@@ -129,7 +129,7 @@ def draw(
     composed_edits: float = 0.0,
 ) -> Edit:
     """An edit for training: a share of them inverted, a share composed, otherwise as `sample`."""
-    rng = _generator(world, index, split, 3)
+    rng = generator(world, index, split, 3)
     invert, compound = rng.random(2) < (inverted_edits, composed_edits)
     edit = composed(world, index, split) if compound else sample(world, index, split)
     return inverted(edit) if invert else edit
@@ -139,13 +139,6 @@ def region(edit: Edit) -> np.ndarray:
     """Pixels that the edit changes and those within MARGIN px of them, bool [64, 64]."""
     changed = (compose(edit.before) != compose(edit.after)).any(axis=-1)
     return sliding_window_view(np.pad(changed, MARGIN), (2 * MARGIN + 1,) * 2).any(axis=(2, 3))
-
-
-def _generator(world: WorldConfig, index: int, split: str, stream: int) -> Rng:
-    """Randomness of one edit; prompts.sample has stream 0."""
-    require(split in NUMBER_OF_SPLIT, f"Unknown split {split!r}; {nearest(split, NUMBER_OF_SPLIT)}")
-    key = [world.seed, NUMBER_OF_SPLIT[split]]
-    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, stream, index]))
 
 
 def _sample(rng: Rng, split: str, kind: str) -> Edit:

@@ -36,8 +36,7 @@ def of_prompts() -> frozenset[str]:
     texts = [_things(), *PLURALS.values(), *prompts.NUMBERS.values(), *prompts.RELATIONS]
     # What stands around them is seen in prompts.
     texts += [prompts.describe([(OBJECTS[0], None)], ground=ground) for ground in GROUNDS]
-    one = {"weights": {"colors": 1.0}, "extra": 0.0}
-    worlds = [WorldConfig(**one, text=text) for text in (0.0, 1.0)]
+    worlds = [WorldConfig(weights={"colors": 1.0}, extra=0.0, text=text) for text in (0.0, 1.0)]
     texts += [prompts.sample(w, i)[0]["prompt"] for w in worlds for i in range(DRAWN)]
     return frozenset(words_of(texts))
 

@@ -7,7 +7,7 @@ from itertools import combinations, product
 
 import numpy as np
 
-from blip3o_jax.errors import InputError, nearest
+from blip3o_jax.errors import nearest, require
 from blip3o_jax.scenes.config import WorldConfig
 from blip3o_jax.scenes.heldout import COUNTS, WORDS, held_out
 from blip3o_jax.scenes.scene import POSITIONS, SPAN, Scene, Thing
@@ -36,10 +36,7 @@ def sample(world: WorldConfig, index: int, split: str = "train") -> tuple[dict, 
     extra=True for the kinds of EXTRA. A color of None (one_color) is that of a thing with many
     colours of its own. InputError for an unknown split.
     """
-    if split not in NUMBER_OF_SPLIT:
-        raise InputError(f"Unknown split {split!r}; {nearest(split, NUMBER_OF_SPLIT)}")
-    key = [world.seed, NUMBER_OF_SPLIT[split]]
-    rng = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, index]))
+    rng = generator(world, index, split, 0)
     training = split == "train"
     if rng.random() < world.text:
         return _write(rng, training, world.named_ground)
@@ -49,6 +46,13 @@ def sample(world: WorldConfig, index: int, split: str = "train") -> tuple[dict, 
         tag = _pick(rng, *_shares(EXTRA))
     photo = training and not extra and rng.random() < PHOTO
     return _make(rng, tag, training, world.named_ground, extra, photo)
+
+
+def generator(world: WorldConfig, index: int, split: str, stream: int) -> Rng:
+    """Randomness of one prompt, stream 0, or of one edit; InputError for an unknown split."""
+    require(split in NUMBER_OF_SPLIT, f"Unknown split {split!r}; {nearest(split, NUMBER_OF_SPLIT)}")
+    key = [world.seed, NUMBER_OF_SPLIT[split]]
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, stream, index]))
 
 
 def _shares(weights: Mapping[str, float]) -> tuple[list[str], np.ndarray]:
@@ -127,8 +131,7 @@ def describe(
     `separator` stands between all but the last two.
     """
     names = [f"{color} {name}" if color else name for name, color in nouns]
-    phrases = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names]
-    *others, last = phrases
+    *others, last = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names]
     phrase = f"{separator.join(others)} {relation or 'and'} {last}" if others else last
     return phrase + (f" on {ground}" if ground else "")
 

@@ -49,8 +49,7 @@ INK = np.float32([44, 40, 60]) / 255
 def _atlas() -> np.ndarray:
     """[objects, 24, 24, 4], natural looks."""
     image = np.asarray(Image.open(ASSETS / "sprites.png"), np.float32) / 255
-    columns = _INDEX["columns"]
-    cells = image.reshape(-1, SPRITE, columns, SPRITE, 4).transpose(0, 2, 1, 3, 4)
+    cells = image.reshape(-1, SPRITE, _INDEX["columns"], SPRITE, 4).transpose(0, 2, 1, 3, 4)
     return cells.reshape(-1, SPRITE, SPRITE, 4)[: len(OBJECTS)]
 
 
