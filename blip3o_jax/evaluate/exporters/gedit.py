@@ -59,8 +59,7 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
 
 def beside(_: AnyPath, items: list[Item], path: Path) -> Iterator[Content]:
     """KEY_SRCIMG.png is the image `input_image`, which is also what is edited."""
-    rows = _rows(path, ("key", "input_image"))
-    for item, (where, row) in zip(items, rows, strict=True):
+    for item, (where, row) in zip(items, _rows(path, ("key", "input_image")), strict=True):
         yield item.source, functools.partial(_source, where, row)
 
 

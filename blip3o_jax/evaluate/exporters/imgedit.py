@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from blip3o_jax.errors import require
 from blip3o_jax.evaluate.exporters import record
 from blip3o_jax.evaluate.exporters.record import Benchmark, Export, Item, Scores
+from blip3o_jax.files import json_object
 
 COUNTS = {
     **{"extract": 117, "style": 100, "add": 95, "adjust": 94, "background": 94},
@@ -13,8 +13,7 @@ COUNTS = {
 
 
 def read(path: Path, _: str) -> list[Item]:
-    edits = record.parse_json(path, record.read_text(path))
-    require(isinstance(edits, dict), f"{path} is not a JSON object.")
+    edits = json_object(path, record.read_text(path))
     record.check_count(path, len(edits), sum(COUNTS.values()), "edits")
     items = []
     for key, row in edits.items():
@@ -30,8 +29,7 @@ def read(path: Path, _: str) -> list[Item]:
 def scores(export: Export, results: list[Path]) -> Scores:
     """The mean score from 1 to 5 by type of edit, and the mean of the types."""
     path = record.only(results)
-    given = record.parse_json(path, record.read_text(path))
-    require(isinstance(given, dict), f"{path} is not a JSON object.")
+    given = json_object(path, record.read_text(path))
     record.check_same(path, given, (item.key for item in export.items))
     values: dict[str, list[float]] = {kind: [] for kind in COUNTS}
     for item in export.items:

@@ -79,8 +79,7 @@ def _command(mode: str, more: str) -> str:
         "reasoning": "{images}/reasoning",
     }
     begin = f"--mode {mode} --model_names {{model}} --image_grid 2,2 --image_dirname"
-    lines = (f"python -m scripts.{m}.{m}_score {begin} {end}" for m, end in ends.items())
-    return "\n".join(lines)
+    return "\n".join(f"python -m scripts.{m}.{m}_score {begin} {e}" for m, e in ends.items())
 
 
 def _benchmark(mode: str, name: str, column: str, folders: dict, more: str = "") -> Benchmark:
