@@ -128,8 +128,7 @@ class BucketPath(PurePosixPath):
         )
 
     def iterdir(self) -> Iterator["BucketPath"]:
-        names = self.ask("ls", detail=False)
-        inner = (name.rstrip("/") for name in names)
+        inner = (name.rstrip("/") for name in self.ask("ls", detail=False))
         return iter([self / PurePosixPath(name).name for name in inner if name != self._name])
 
     def glob(self, pattern: str) -> Iterator["BucketPath"]:

@@ -269,8 +269,7 @@ def _of_run(
     """The same of a run, which may be of a stage that trains some parts only."""
     held = tuple(dict.fromkeys(path.split("/")[0] for path in leaves))
     if missing := [part for part in parts if part not in held]:
-        run = training_checkpoint.read_config(root)
-        stage = f"it is a run of stage {run.get('stage')!r}"
+        stage = f"it is a run of stage {training_checkpoint.read_config(root).get('stage')!r}"
         raise InputError(f"{folder} holds no {missing[0]!r}, only {', '.join(held)}: {stage}.")
     chosen = _of_parts(leaves, parts)
     published.check_shapes(folder, config, chosen, parts)

@@ -329,8 +329,7 @@ def typed(value: Any, kind: Any, name: str) -> Any:
         return float(value)
     # Numbers beyond these would only fail later, or fill the memory.
     if kind is int and type(value) is int:
-        may_be_none = name.endswith(ZERO)
-        least = 0 if may_be_none else 1
+        least = 0 if name.endswith(ZERO) else 1
         most = MAX_LAYERS if "layers" in name or "depth" in name else 2**31 - 1
         if least <= value <= most or name == "select_layer_id":
             return value

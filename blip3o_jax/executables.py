@@ -119,8 +119,7 @@ def _kind(x: Any) -> Any:
     """What a program is compiled for of an argument: shape, dtype, and where it lies."""
     if x is PARAMS:
         return x
-    place = getattr(x, "sharding", None), getattr(x, "committed", None)
-    return jax.typeof(x), *place
+    return jax.typeof(x), getattr(x, "sharding", None), getattr(x, "committed", None)
 
 
 def folder() -> paths.AnyPath | None:

@@ -185,8 +185,7 @@ def edit(cfg: config.Blip3oConfig, batch: int, prompt: int, num_inference_steps:
     once = connector(cfg, batch * condition) + source_connectors(cfg, images)
     condition += cfg.max_sources * side**2 if cfg.reference_tokens else 0
     once += sana_condition(cfg.sana, batch * condition)
-    grids = 2 if cfg.use_und_image_vae_as_noise else 1
-    step = sana(cfg.sana, batch, condition, grids=grids)
+    step = sana(cfg.sana, batch, condition, grids=2 if cfg.use_und_image_vae_as_noise else 1)
     pixels = dc_ae_decode(cfg.dc_ae, batch, side)
     return encoders + decode(cfg, batch, prompt) + once + num_inference_steps * step + pixels
 
@@ -219,8 +218,7 @@ def distill_step(cfg: config.Blip3oConfig, batch: int, length: int, sources: int
     trained = connector(cfg, batch * cfg.num_condition_tokens)
     trained += source_connectors(cfg, batch * sources)
     condition, rest = _conditioned(cfg, batch, sources)
-    encoders = image_encoders(cfg, batch, sources)
-    return rows + 5 * trained + 6 * condition + 7 * rest + encoders
+    return rows + 5 * trained + 6 * condition + 7 * rest + image_encoders(cfg, batch, sources)
 
 
 def joint_step(

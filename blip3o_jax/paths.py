@@ -173,8 +173,7 @@ def append_text(file: AnyPath, text: str) -> None:
 
 def join(folder: AnyPath, name: str) -> AnyPath:
     """The path of a name that stands in a file of `folder`: beside it, or somewhere else."""
-    is_elsewhere = "://" in name or name.startswith("/")
-    return path(name) if is_elsewhere else folder / name
+    return path(name) if "://" in name or name.startswith("/") else folder / name
 
 
 def size(file: AnyPath) -> int:

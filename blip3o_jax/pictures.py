@@ -109,8 +109,7 @@ def alpha_of(mask: Picture) -> np.ndarray:
 @contextlib.contextmanager
 def _named(kind: str, picture: Picture) -> Iterator[str]:
     """What to call it; an InputError that says so in place of a PictureError."""
-    is_pixels = isinstance(picture, Image.Image | np.ndarray)
-    name = f"A {kind}" if is_pixels else f"The {kind} {picture}"
+    name = f"A {kind}" if isinstance(picture, Image.Image | np.ndarray) else f"The {kind} {picture}"
     try:
         yield name
     except PictureError as error:

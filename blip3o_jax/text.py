@@ -58,9 +58,8 @@ def load_tokenizer(path: str | AnyPath, text: str | None = None) -> Any:
     names; with any truncation or padding saved in the file switched off."""
     from tokenizers import Tokenizer
 
-    missing = f"No tokenizer at {str(path)!r}; checkpoints hold a tokenizer.json."
     file = paths.path(path)
-    require(file.is_file(), missing)
+    require(file.is_file(), f"No tokenizer at {str(path)!r}; checkpoints hold a tokenizer.json.")
     try:
         tokenizer = Tokenizer.from_str(text or file.read_text("utf-8"))
     except Exception as error:  # the library raises plain Exception
@@ -73,8 +72,7 @@ def load_tokenizer(path: str | AnyPath, text: str | None = None) -> Any:
 def row_length(model: Blip3oConfig) -> int:
     """Tokens of a training row: the longest prompt, its source images, the image and its end
     (`IMAGE_END`)."""
-    images = model.max_sources + 1
-    return model.max_prompt_tokens + images * model.ta_tok.num_tokens + 3
+    return model.max_prompt_tokens + (model.max_sources + 1) * model.ta_tok.num_tokens + 3
 
 
 TokenRows = Sequence[Sequence[int]]  # of different lengths

@@ -177,8 +177,7 @@ def save(manager, config, state, frozen, notes: dict) -> None:
 
 def _model_item(state: dict, frozen: dict) -> dict:
     """The weights, with their average where there is one."""
-    weights = {name: state[name] for name in ("params", "ema") if name in state}
-    return {**weights, "frozen": frozen}
+    return {name: state[name] for name in ("params", "ema") if name in state} | {"frozen": frozen}
 
 
 def _optimizer_item(state: dict) -> dict:
@@ -247,7 +246,6 @@ def model_config(folder: AnyPath) -> Blip3oConfig:
 def open_weights(folder: AnyPath) -> dict[str, orbax_io.Leaf]:
     """The weights, or their average if it was kept, by "part/.../leaf", unread."""
     leaves = orbax_io.open_leaves(folder / "model")
-    averaged = any(path.startswith("ema/") for path in leaves)
-    groups = ("frozen", "ema" if averaged else "params")
+    groups = ("frozen", "ema" if any(path.startswith("ema/") for path in leaves) else "params")
     parted = ((path.partition("/"), leaf) for path, leaf in leaves.items())
     return {path: leaf for (group, _, path), leaf in parted if group in groups}
