@@ -149,8 +149,7 @@ def encoded_records(
         try:
             record = source[number]
             row = {"key": record.key, "caption": record.caption, "arrays": decode(record)}
-            several = len(record.captions) > 1
-            return row | ({"captions": list(record.captions)} if several else {})
+            return row | ({"captions": list(record.captions)} if len(record.captions) > 1 else {})
         except RecordError as error:
             tally.bad(source.key(number), str(error))
             return {"key": source.key(number), "error": str(error)}

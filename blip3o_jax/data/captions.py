@@ -30,8 +30,7 @@ def captions_of(value: object, name: str, is_edit: bool = False) -> tuple[str, .
     except UnicodeEncodeError as error:  # halves of characters, which JSON can hold
         raise RecordError(f"{name!r} has a text that is not UTF-8") from error
     # A single empty caption is said to be empty where it is encoded.
-    stripped = [text.strip() for text in texts]
-    return tuple(text for text in stripped if text) or ("",)
+    return tuple(filter(None, map(str.strip, texts))) or ("",)
 
 
 def _of_conversation(turns: list, name: str) -> str:

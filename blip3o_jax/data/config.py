@@ -35,8 +35,7 @@ class SourceConfig:
 
     def __post_init__(self):
         kind, path = self.kind, self.path
-        near = nearest(kind, KINDS)
-        require(kind in KINDS, f"Unknown kind of source {kind!r} ({path}); {near}")
+        require(kind in KINDS, f"Unknown kind of source {kind!r} ({path}); {nearest(kind, KINDS)}")
         require(bool(path), f"A source of kind {kind!r} has an empty path.")
         for name in ("root", "inputs_field"):
             has_effect = not getattr(self, name) or kind in TABLES

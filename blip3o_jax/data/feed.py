@@ -65,8 +65,7 @@ def row_tokens(data: DataConfig, model: Blip3oConfig) -> int:
     length = data.row_length or longest
     too_short = f"does not hold a prompt of {prompt} tokens and its image; 0 finds the length."
     # captions of sources may be as long as the model allows
-    fits = not data.sources or length >= longest
-    require(fits, f"data.row_length {length} {too_short}")
+    require(not data.sources or length >= longest, f"data.row_length {length} {too_short}")
     takes = model.max_sources > 0 or data.edits == 0
     require(takes, "data.edits needs a model that takes some: model.max_sources.")
     return length
@@ -74,8 +73,7 @@ def row_tokens(data: DataConfig, model: Blip3oConfig) -> int:
 
 def _num_sources(record: Record | dict) -> int:
     """Source images of a Record or of a cache's dict."""
-    cached = isinstance(record, dict)
-    return len(record.get("source_codes", ()) if cached else record.inputs)
+    return len(record.get("source_codes", ()) if isinstance(record, dict) else record.inputs)
 
 
 @dataclasses.dataclass
@@ -131,8 +129,7 @@ class Feed:
                 records = interleaved(self._edits("train", self.seed), records, self.data.edits)
         # This host's part of each batch, read ahead by threads.
         batches = host_rows(records, self.batch_size, *self.hosts)
-        threads = self.data.reader_threads
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4)
+        options = grain.ReadOptions(num_threads=self.data.reader_threads, prefetch_buffer_size=4)
         iterator = iter(batches.to_iter_dataset(options))
         iterator.set_state({"next_index": step})
         return iterator

@@ -72,9 +72,8 @@ def compare(there: Sequence[dict], here: Sequence[dict]) -> str | None:
     before, now = ({file["name"]: file for file in files} for files in (there, here))
     both = [name for name in before if name in now]
     same = ("size", "digest")
-    differing = [name for name in both if any(before[name][k] != now[name][k] for k in same)]
     groups = {
-        "changed": differing,
+        "changed": [name for name in both if any(before[name][k] != now[name][k] for k in same)],
         "gone": [name for name in before if name not in now],
         "new": [name for name in now if name not in before],
     }

@@ -51,8 +51,7 @@ def histogram(
         if count:
             draw.rectangle((x(start) + 1, y(count / top), x(end) - 1, floor), BAR)
     for value in np.linspace(low, high, 6):
-        tick = _short(2**value if log else value)
-        draw.text((x(value), floor + 8), tick, INK, font, anchor="ma")
+        draw.text((x(value), floor + 8), _short(2**value if log else value), INK, font, anchor="ma")
     draw.text(((LEFT + right) / 2, HEIGHT - 10), unit, INK, font, anchor="ms")
     draw.text((LEFT, 12), f"{title}, n = {len(values):,}", INK, font)
     if mark is not None:

@@ -101,10 +101,9 @@ def survey(
     limits: Limits,
 ) -> Iterator[Seen]:
     """Looks at `count` records, evenly spread."""
-    how = tokenizer, image_size, crop, limits
     numbers = [i * len(source) // count for i in range(count)]
     with ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(lambda i: look(source, i, *how), numbers)
+        yield from pool.map(lambda i: look(source, i, tokenizer, image_size, crop, limits), numbers)
 
 
 def misplaced(seen: list[Seen]) -> list[dict]:

@@ -117,8 +117,7 @@ class ParquetSource(FileSource):
             raise RecordError(f"no image in the column {inputs!r}")
         root = self.root or os.path.dirname(self.paths[self.groups[group][0]])
         result = _image(values[image], image, root)
-        sources = tuple(_image(value, inputs, root) for value in before)
-        return Record(self.key(i), texts, result, sources)
+        return Record(self.key(i), texts, result, tuple(_image(x, inputs, root) for x in before))
 
     def read_group(self, group: int) -> Any:
         """A row group's columns, as pyarrow holds them."""
@@ -265,8 +264,7 @@ class TfdsSource:
         try:
             builder = tfds.builder_from_directory(spec.path)
         except Exception as error:
-            reason = first_line(error)
-            raise InputError(f"{spec.path} was not written by TFDS: {reason}") from error
+            raise InputError(f"{spec.path} was not written by TFDS: {first_line(error)}") from error
         self.caption, inputs, self.image = _column_names(spec, builder.info.features, where)
         require(not inputs, f"{where} holds edits, which are read from jsonl or parquet.")
         near = nearest(split, builder.info.splits)

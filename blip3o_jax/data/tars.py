@@ -106,8 +106,7 @@ def _notes(paths: list[str], notes: list[dict]) -> list[str]:
     dropped: dict[str, list] = {}
     for path, note in zip(paths, notes, strict=True):
         for what, (count, name) in note["dropped"].items():
-            entry = dropped.setdefault(what, [0, f"{os.path.basename(path)}: {name}"])
-            entry[0] += count
+            dropped.setdefault(what, [0, f"{os.path.basename(path)}: {name}"])[0] += count
     phrases = [
         f"ignored members, {what}: {count} (the first: {name})"
         for what, (count, name) in sorted(dropped.items())
@@ -206,8 +205,7 @@ class _Members:
             parts = self._latest[key] = {}
             self.rows.append((key, parts))
         several = (SEVERAL, SEVERAL, extension)
-        span = member.offset_data, member.size, extension
-        parts[part] = several if part in parts else span
+        parts[part] = several if part in parts else (member.offset_data, member.size, extension)
 
     def drop(self, what: str, name: str) -> None:
         """Counts a member that is not read; kinds beyond `KINDS` together."""

@@ -80,8 +80,7 @@ class Tally:
                 self._named.add(key)
                 log.warning("Record %s is not used: %s.", key, reason)
                 if self.path:
-                    line = json.dumps({"key": key, "reason": reason})
-                    paths.append_text(self.path, f"{line}\n")
+                    paths.append_text(self.path, json.dumps({"key": key, "reason": reason}) + "\n")
             # a share of at least MIN_READ, as the first record read may be a bad one
             bad, read = self.counts["bad"], self.counts["read"]
             limit = f"more than data.max_bad_fraction {self.max_fraction}"
