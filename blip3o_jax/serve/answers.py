@@ -63,8 +63,7 @@ def encoded_partial(asked: Asked, request: Request, square: np.ndarray) -> str:
 
 
 def _base64(asked: Asked, image: np.ndarray, facts: dict) -> str:
-    data = encode_image(image, facts, asked.format, asked.compression)
-    return base64.b64encode(data).decode()
+    return base64.b64encode(encode_image(image, facts, asked.format, asked.compression)).decode()
 
 
 def usage(asked: Asked, given: int, config: Blip3oConfig) -> dict:

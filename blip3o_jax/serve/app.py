@@ -244,8 +244,7 @@ class Server:
             with contextlib.suppress(RuntimeError):  # of a loop that has ended
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        own_shape = shape(asked.requests[0], tokens, self.config)
-        call = Call(client, asked, own_shape, tell, is_batch)
+        call = Call(client, asked, shape(asked.requests[0], tokens, self.config), tell, is_batch)
         try:
             self.queue.put(call)
         except QueueFull:
@@ -263,16 +262,14 @@ class Server:
         try:
             asked = await asyncio.to_thread(read_line, where, id_, row, self.offer)
             check_field(not asked.stream, "stream", "a line of a batch has one answer.")
-            call = self._call, "batch", asked, loop, True
-            call, events, used = await asyncio.to_thread(*call)
+            call, events, used = await asyncio.to_thread(self._call, "batch", asked, loop, True)
             try:
                 images = await self._images(call, events)
             finally:
                 self.queue.cancel(call)
             return 200, answers.response(asked, images, used, self.config)
         except InputError as error:
-            message = f"{where}: {error}"
-            return 400, answers.error_body(message, getattr(error, "param", None))
+            return 400, answers.error_body(f"{where}: {error}", getattr(error, "param", None))
         except Refusal as refusal:
             return refusal.status, refusal.body
 
@@ -300,8 +297,7 @@ class Server:
             if finished in done:
                 body = answers.response(call.asked, finished.result(), used, self.config)
                 return answers.as_json(body)
-            reason = "disconnected" if done else "timeout"
-            raise self._rejected(reason, self._too_late())
+            raise self._rejected("disconnected" if done else "timeout", self._too_late())
         finally:
             # Of a call that is answered nothing waits.
             self.queue.cancel(call)

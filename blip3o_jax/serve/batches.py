@@ -179,8 +179,7 @@ class Batches:
         batch = self.store.read("batches", id_)
         if batch["status"] == "validating":
             self._set(batch, "in_progress")
-        left = [row for row in rows if row[1] not in done]
-        ended = await self._answer_all(batch, left, counts)
+        ended = await self._answer_all(batch, [row for row in rows if row[1] not in done], counts)
         if self.is_stopping:
             return
         # The finished part is delivered in any case.
@@ -191,8 +190,7 @@ class Batches:
         for kind, field in zip(RESULTS, ("output_file_id", "error_file_id"), strict=True):
             path = self.store.results(id_, kind)
             if path.is_file():
-                made = self.store.add_file(path, f"{id_}_{kind}.jsonl", OUTPUT)
-                files[field] = made["id"]
+                files[field] = self.store.add_file(path, f"{id_}_{kind}.jsonl", OUTPUT)["id"]
         self._set(batch, ended, request_counts=counts, **files)
         del self._counts[id_]
 

@@ -104,8 +104,7 @@ def read_body(url: str, body: Any, id_: str, offer: Offer, where: str = "") -> A
     check_field(isinstance(prompt, str), "prompt", "a text, which is missing.")
     _check_whole(n, "n", 1, MOST_IMAGES)
     is_seed = type(seed) is int and 0 <= seed <= MAX_SEED
-    sentence = f"a whole number from 0 to {MAX_SEED}, not {_shown(seed)}."
-    check_field(is_seed, "seed", sentence)
+    check_field(is_seed, "seed", f"a whole number from 0 to {MAX_SEED}, not {_shown(seed)}.")
     _check_fixed(url, body, offer)
     settings = _settings(url, body, offer)
     format_, compression = _encoding(body, offer)

@@ -45,9 +45,8 @@ def document(offer: Offer) -> dict[str, Any]:
         form = {**edit, "properties": fields, "required": ["prompt", "image"]}
         body = {"application/json": {"schema": edit}, "multipart/form-data": {"schema": form}}
         paths[EDITS] = _images("Images from images and an instruction", body)
-    text = {"type": "string"}
     models = {"type": "object", "properties": {"object": {"const": "list"}, "data": _list(_MODEL)}}
-    name = {"name": "name", "in": "path", "required": True, "schema": text}
+    name = {"name": "name", "in": "path", "required": True, "schema": _TEXT}
     paths |= {
         "/v1/models": {"get": _get("The model", models)},
         "/v1/models/{name}": {"get": _get("The model, by name", _MODEL) | {"parameters": [name]}},

@@ -47,8 +47,7 @@ class Store:
 
     def write(self, kind: str, fields: dict) -> None:
         """Says it, whole or not at all."""
-        path = self._path(kind, fields["id"], ".json")
-        paths.write_text(path, json.dumps(fields))
+        paths.write_text(self._path(kind, fields["id"], ".json"), json.dumps(fields))
 
     def list(self, kind: str) -> list[dict]:
         """All of a kind, the newest first."""
