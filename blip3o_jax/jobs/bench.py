@@ -217,8 +217,7 @@ def run(args: argparse.Namespace) -> int:
     from blip3o_jax.kernels.platform import enable_compilation_cache
 
     cfg = preset(args.preset) if args.preset else checkpoints.config_of(args.checkpoint)
-    chosen = checked_stages(args, cfg)
-    meshes = stage_meshes(cfg, chosen, args.batch_size)
+    meshes = stage_meshes(cfg, checked_stages(args, cfg), args.batch_size)
     enable_compilation_cache()
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(new_file(args.out, args.overwrite)) if args.out else None

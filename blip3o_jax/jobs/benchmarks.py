@@ -94,8 +94,7 @@ def run_export(args: argparse.Namespace) -> None:
     name = functools.partial(file_of, benchmark, items)
     own = {"command": f"evaluate {args.benchmark} export"} | facts
     own |= own.pop("settings")
-    outcome = whole.make(job, requests, own, name, functools.partial(write, True))
-    if outcome is None:
+    if whole.make(job, requests, own, name, functools.partial(write, True)) is None:
         return
     size = lay_out(benchmark, items, requests, folder)
     # Scorers leave out what is missing, and some judge what is too much.

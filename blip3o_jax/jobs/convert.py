@@ -157,8 +157,7 @@ def run_to_torch(args: argparse.Namespace) -> None:
     shard = args.max_shard_bytes
     require(shard >= 1, f"--max-shard-bytes is at least 1, not {shard}.")
     folder, kind = checkpoints.find(args.source)
-    is_jax = kind != checkpoints.PUBLISHED
-    require(is_jax, f"{args.source} is in the published layout already.")
+    require(kind != checkpoints.PUBLISHED, f"{args.source} is in the published layout already.")
     # A run keeps none of its source's unused tensors.
     keeper = paths.path(args.unused) if args.unused else folder
     own = f"{args.source} is converted and keeps its own unused tensors; --unused is for a run."

@@ -93,9 +93,8 @@ def run_check(args) -> int:
             log.info("%s: %d of %d records cannot be used.", spec.path, len(bad), len(seen))
             if edits := rows[-1]["edits"]:
                 kinds = ("shifted", "zoomed", "not_comparable")
-                numbers = [rows[-1][f"{kind}_edits"] for kind in kinds]
                 text = "%s: of %d edits, %d are shifted, %d zoomed, %d not comparable."
-                log.info(text, spec.path, edits, *numbers)
+                log.info(text, spec.path, edits, *(rows[-1][f"{kind}_edits"] for kind in kinds))
         # All of them: what cannot be used, duplicates, misplaced edits, plots.
         groups = {
             "duplicates": survey.equal_groups(records),
@@ -203,8 +202,7 @@ def run_stats(args) -> None:
     tokenizer, rows = open_tokenizer(cfg), []
     for n in map(int, numbers):
         data = dataclasses.replace(cfg.data, reader_threads=n)
-        feed = open_feed(dataclasses.replace(cfg, data=data), tokenizer)
-        row = measure(feed, args.batches)
+        row = measure(open_feed(dataclasses.replace(cfg, data=data), tokenizer), args.batches)
         print(
             f"{n} threads: {row['examples_per_second']:.1f} examples/s, "
             f"{row['mb_per_second']:.2f} MB/s, a batch of {cfg.batch_size} takes "

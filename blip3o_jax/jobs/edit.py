@@ -132,5 +132,4 @@ def run(args: argparse.Namespace) -> int:
         requests.append(Request(row.text, row.paths, **own, **how))
     facts = {"command": "edit", "num_images": args.num_images, "seed": args.seed}
     facts |= {"then": then, "keep_unchanged": levels, "mask": args.mask, **asdict(settings)}
-    is_file = bool(args.edits)
-    return work.run(args, repeated(requests, args.num_images), facts, is_file)
+    return work.run(args, repeated(requests, args.num_images), facts, bool(args.edits))

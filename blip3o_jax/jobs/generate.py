@@ -65,8 +65,7 @@ def _run_batch(args: argparse.Namespace, settings: Settings, facts: dict) -> int
     config = checkpoints.config_of(args.checkpoint)
     models = args.checkpoint, checkpoints.open(args.checkpoint).identity
     # An edit has its own defaults where the command line keeps an image's.
-    changed = asdict(settings).items() - asdict(Settings()).items()
-    edits = EditSettings(**dict(changed))
+    edits = EditSettings(**dict(asdict(settings).items() - asdict(Settings()).items()))
     offer = Offer(models, config, (args.format,), args.seed, settings, edits)
     requests, refused = openai.read_batch(args.prompts, offer)
     facts["batch"] = ledger.digest_of(paths.path(args.prompts))

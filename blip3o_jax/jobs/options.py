@@ -90,8 +90,7 @@ def job_options(parser: argparse.ArgumentParser) -> None:
     formats = "of the pictures, or of files of many: tar, array_record (default: %(default)s)"
     kinds = ("png", "webp", "jpeg", "tar", "array_record")
     parser.add_argument("--format", choices=kinds, default="png", help=formats)
-    best = "keep the best by --reward of so many candidates for each image"
-    option(parser, "--best-of", 1, best)
+    option(parser, "--best-of", 1, "keep the best by --reward of so many candidates for each image")
     reward = "score images in the manifest by scenes or strict (the embedded world's judge), ocr or"
     reward += " http://HOST/PATH; several times for the mean of several"
     parser.add_argument("--reward", action="append", default=[], metavar="NAME", help=reward)

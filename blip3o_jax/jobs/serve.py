@@ -91,6 +91,5 @@ def run(args: argparse.Namespace) -> int:
         folder = args.files or stack.enter_context(tempfile.TemporaryDirectory())
         with os_errors(f"--files {folder} cannot be written"):
             store = Store(pathlib.Path(folder))
-        offer = app.offer_of(worker.pipeline, store)
-        server = app.Server(worker, offer, store, keys, args.timeout)
+        server = app.Server(worker, app.offer_of(worker.pipeline, store), store, keys, args.timeout)
         return http.serve(server, listener, args.drain)

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 def job_of(args: argparse.Namespace, num_images: int) -> argparse.Namespace:
     """The command line as that of a job, whose results are a folder; InputError for one picture."""
-    is_folder = image_format(args.out) is None
-    require(is_folder, f"--out {args.out} is a picture; name a folder.")
+    require(image_format(args.out) is None, f"--out {args.out} is a picture; name a folder.")
     own = {"format": "png", "reward": [], "best_of": 1, "num_images": num_images}
     return argparse.Namespace(**{**vars(args), **own})
 
@@ -68,8 +67,7 @@ def samples(folder: paths.AnyPath, requests: list[Request]) -> Iterator[Sample]:
         request, turn = requests[row["number"]], row.get("turn", 0)
         return Sample(request, turn, image, np.array(row["tokens"], np.int32))
 
-    lines = read_lines(folder / ledger.MANIFEST)
-    yield from ledger.ahead(read, filter(None, lines))
+    yield from ledger.ahead(read, filter(None, read_lines(folder / ledger.MANIFEST)))
 
 
 def score(

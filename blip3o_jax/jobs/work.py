@@ -128,8 +128,7 @@ def run(
 def _run_file(args: argparse.Namespace, requests: list[Request]) -> int:
     """Writes the one image as --out, and what is new beside it if --mask is given."""
     total = sum(len(request.texts) for request in requests)
-    several = f"{args.out} is one file, but you asked for {total} images; name a folder."
-    require(total == 1, several)
+    require(total == 1, f"{args.out} is one file, but you asked for {total} images; name a folder.")
     names = [args.out, mask_name(args.out)][: 1 + bool(getattr(args, "mask", False))]
     with contextlib.ExitStack() as stack:
         places = [stack.enter_context(new_file(name, args.overwrite)) for name in names]
@@ -237,8 +236,7 @@ def _digest(requests: list[Request], folder: paths.AnyPath) -> str:
         images = [x if isinstance(x, str) else source_of(x, array) for x in files]
         masks = [] if request.within is None else [request.within]
         masks = [x if isinstance(x, str) else source_of(x, alpha_of) for x in masks]
-        line = [request.id, request.texts, images, *masks]
-        digest.update(json.dumps(line).encode())
+        digest.update(json.dumps([request.id, request.texts, images, *masks]).encode())
     return digest.hexdigest()
 
 
@@ -371,10 +369,9 @@ def status(out: str) -> int:
     facts = ledger.read_facts(folder)
     done = failures = 0
     with paths.remote_errors(f"{folder} cannot be read"):
-        files = [x for x in (folder / ledger.DONE).glob("*.jsonl") if x.stem.isdecimal()]
         locks = list((folder / ledger.JOB).glob("lock-*.json"))
-    for file in files:
-        rows = ledger.recorded(folder, int(file.stem)).values()
+    for shard in sorted(ledger.begun_shards(folder)):
+        rows = ledger.recorded(folder, shard).values()
         failures += sum("error" in row for (row, *_) in rows)
         done += len(rows)
     result = {"requests": facts["requests"], "done": done - failures, "failed": failures}
