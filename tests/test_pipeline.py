@@ -305,6 +305,8 @@ def test_evaluation_writes_scores_ceilings_and_a_sheet(pipeline, tmp_path, monke
         "scenes",
         "--num-prompts",
         "6",
+        "--num-words",
+        "1",
         "--seeds",
         "2",
         "--num-inference-steps",
@@ -330,7 +332,9 @@ def test_evaluation_writes_scores_ceilings_and_a_sheet(pipeline, tmp_path, monke
         "color_attr",
         "three_object",
         "one_color",
+        "text",  # the embedded model never saw one
     }
+    assert result["judge_on_true_renders"]["correct"]["text"] == 1.0
     assert result["judge_on_true_renders"]["strict"]["overall"] == 1.0
     for rule in ("correct", "strict"):
         tags = {k: v for k, v in result["scores"][rule].items() if k in TAGS}  # GenEval's
@@ -340,7 +344,7 @@ def test_evaluation_writes_scores_ceilings_and_a_sheet(pipeline, tmp_path, monke
     lines = [
         json.loads(line) for line in (tmp_path / "made" / "images.jsonl").read_text().splitlines()
     ]
-    assert [line["index"] for line in lines] == [0, 1] * 8
+    assert [line["index"] for line in lines] == [0, 1] * 9
     assert np.mean([line["correct"] for line in lines[:12]]) == pytest.approx(
         result["scores"]["correct"]["overall"], abs=1e-3
     )

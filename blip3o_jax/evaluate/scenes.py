@@ -13,8 +13,8 @@ DATA_SEED = 1  # of the held-out prompts; training draws from seed 0
 
 
 def heldout(count: int, words: int = 0) -> list[tuple[dict, scene.Scene]]:
-    """`count` held-out prompts with a scene each, spread evenly over the six tags of GenEval, behind
-    them a sixth as many of each of FURTHER_TAGS, then `words` that ask for a written word."""
+    """`count` held-out prompts with a scene each, spread evenly over the six tags of GenEval, then
+    a sixth as many of each of FURTHER_TAGS, then `words` that ask for a written word."""
     tags = [TAGS[i % len(TAGS)] for i in range(count)]
     tags += [tag for tag in FURTHER_TAGS for _ in range(count // len(TAGS))]
     worlds = [WorldConfig(seed=DATA_SEED, weights={tag: 1.0}) for tag in tags]

@@ -89,6 +89,14 @@ def test_a_sketch_keeps_the_places_of_the_picture():
         assert len(codes) % 3 == 0
 
 
+def test_a_sketch_of_a_word_is_its_letters_upper_halves():
+    for words, codes, row in rows("sketch", 40, text=1.0):
+        written = words[words.index('"') + 1 :]
+        spelled = written[: written.index('"')]
+        assert [PATCH_WORDS[code] for code in codes] == [f"{x} top" for x in spelled]
+        assert row["weights"].sum() == len(spelled)
+
+
 def test_an_edit_holds_both_pictures_and_counts_ground_that_stays_little():
     for index in range(40):
         row = exercises.exercise(TEXT, WorldConfig(), {"edit": 1.0}, 195, index)
