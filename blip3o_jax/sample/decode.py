@@ -164,7 +164,8 @@ def _write(
         hidden, cache = apply(prompt, positions_of(valid), valid, cache, given)
         group = batch // len(prompt)
         read, drafts, lengths = _repeated((hidden[:, -1:], drafts, lengths), group)
-        cache = {name: _repeated(x, group, axis=int(name in "kv")) for name, x in cache.items()}
+        axes = {"k": 1, "v": 1}  # behind the layers
+        cache = {name: _repeated(x, group, axes.get(name, 0)) for name, x in cache.items()}
     head = apply(vocab.image_start_token_id, vocab.num_image_tokens, method="head")
     # The randomness of all places at once, where it is small.
     size = _support(top_k, vocab.num_image_tokens)
