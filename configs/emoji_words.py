@@ -83,7 +83,7 @@ def reinforced() -> ConfigDict:
     config = grpo()
     section = {**config.grpo, "rewards": {"ocr": 1.0}, "watched": ("strict",)}
     data = {"seed": 5, "row_length": 116, "text_fraction": 1.0}
-    changes = {"init": "runs/words", "num_steps": 60, "data": data, "grpo": section}
+    changes = {"init": "runs/words", "num_steps": 160, "data": data, "grpo": section}
     return ConfigDict({**config, **changes})
 
 
