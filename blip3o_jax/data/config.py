@@ -93,7 +93,7 @@ class DataConfig:
     def __post_init__(self):
         # Ranges and choices.
         check_seed(self.seed, "data.seed")
-        shares = ("edits", "inverted_edits", "composed_edits")
+        shares = ("edits", "inverted_edits", "composed_edits", "text_fraction")
         for name in ("extra", "named_ground", "max_bad_fraction", *shares):
             value = getattr(self, name)
             require(0 <= value <= 1, f"data.{name} is in [0, 1], not {value}.")
@@ -118,11 +118,13 @@ class DataConfig:
         # The exercises, and the tags of the embedded world.
         rows = not self.exercises or self.row_length >= 1
         require(rows, "data.exercises need data.row_length, the tokens of a row.")
-        for kind, share in self.exercises.items():
+        for kind in self.exercises:
             require(kind in EXERCISES, f"Unknown exercise {kind!r}; {nearest(kind, EXERCISES)}")
-            is_number = isinstance(share, int | float) and not isinstance(share, bool)
-            above_0 = is_number and 0 < share < math.inf
-            require(above_0, f"data.exercises are shares above 0, not {share!r} ({kind}).")
+        for name in ("exercises", "weights"):
+            for kind, share in getattr(self, name).items():
+                is_number = isinstance(share, int | float) and not isinstance(share, bool)
+                above_0 = is_number and 0 < share < math.inf
+                require(above_0, f"data.{name} are shares above 0, not {share!r} ({kind}).")
         self.world  # noqa: B018, refuses unknown tags
 
     @property

@@ -182,7 +182,7 @@ class TrainConfig:
             require(size % group == 0, f"{sentence}; {multiples(size, group)}")
             is_whole = pieces == 1 or self.grpo.top_entropy_quantile == 1
             sentence = "grpo.top_entropy_quantile compares the tokens of the whole batch"
-            require(is_whole, f"{sentence}; leave accumulate out.")
+            require(is_whole, f"{sentence}; set accumulate to 1.")
         counts = {"accumulate": pieces} | ({"grpo.pieces": self.grpo.pieces} if self.grpo else {})
         for name, count in counts.items():
             sentence = f"batch_size {size} does not divide by {name} {count}; "

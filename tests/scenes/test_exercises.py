@@ -161,3 +161,8 @@ def test_bad_shares():
     for share in (-1.0, "1", True, float("nan")):
         with pytest.raises(InputError, match="shares above 0"):
             DataConfig(exercises={"sketch": 2.0, "recital": share}, row_length=40)
+        with pytest.raises(InputError, match=r"data\.weights are shares above 0"):
+            DataConfig(weights={"counting": share, "colors": 1.0})
+    for name in ("text_fraction", "edits", "extra"):
+        with pytest.raises(InputError, match=rf"data\.{name} is in \[0, 1\], not 1\.5"):
+            DataConfig(**{name: 1.5})
