@@ -9,8 +9,7 @@ are lines of GenEval (`tag`, `include`, `prompt`); the reward is that of the ser
 original asked, on each host. For text in images: prompts with words in double quotes, the reward
 `ocr`, batch_size 512, num_steps 900 and learning_rate 1e-6.
 
-No topology was compiled in full: run `plan` first. A pod of 16 v5e is too small: in a model cut to
-depth 1 the 16 images of a device leave 1 GiB of it.
+v5p:2x2x4 was compiled in full (docs/rl.md), the others were not: run `plan` first.
 """
 
 from ml_collections import ConfigDict
