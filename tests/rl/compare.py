@@ -74,8 +74,8 @@ def judged(checkpoint: str, out: pathlib.Path, args: argparse.Namespace) -> dict
         blip3o(out.with_suffix(".log"), "evaluate", *benchmark, *SAMPLING, *where)
     scores = json.loads((out / "result.json").read_text())["scores"]
     if way == "edits":
-        kinds = {name: row["success"] for name, row in scores.items() if name != "overall"}
-        return scores["overall"] | kinds
+        overall = {name: scores["overall"][name] for name in ("success", "done", "kept", "psnr")}
+        return overall | {x: row["success"] for x, row in scores.items() if x != "overall"}
     if way == "words":
         return {rule: own["text"] for rule, own in scores.items()} | read_by_ocr(out)
     overall = {"overall": scores["correct"]["overall"], "strict": scores["strict"]["overall"]}
@@ -161,16 +161,19 @@ def main() -> None:
     change = "of the config of all, e.g. checkpoint_every=80; may be repeated"
     parser.add_argument("--change", action="append", default=[], metavar="KEY=VALUE", help=change)
     args = parser.parse_args()
+    ways = args.ways.split(",")
+    if len(ways) > 1 and not set(ways) <= set(BY_PROMPTS):
+        parser.error(f"--ways: only {', '.join(BY_PROMPTS)} are judged alike")
     args.out.mkdir(parents=True, exist_ok=True)
     before = judged(args.init, args.out / "before", args)
     print("| way | minutes |", " | ".join(before), "|")
     print("|", "---|" * (2 + len(before)), sep="")
     print(row("before", [before], 0.0), flush=True)
-    for way in args.ways.split(","):
+    for way in ways:
         results = [trained(way, seed, args) for seed in range(args.seeds)]
         minutes = float(np.mean([spent for _, spent in results]))
         print(row(way, [scores for scores, _ in results], minutes), flush=True)
-    folders = ["before", *(f"{way}-0.scores" for way in args.ways.split(","))]
+    folders = ["before", *(f"{way}-0.scores" for way in ways)]
     drawn = sheet([args.out / name for name in folders])
     Image.fromarray(drawn).quantize(256).save(args.out / "sheet.png", optimize=True)
 

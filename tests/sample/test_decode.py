@@ -268,6 +268,27 @@ def test_images_of_one_prompt_are_those_of_its_copies(arrays, params, sizes):
     np.testing.assert_allclose(shared["logprobs"], copies["logprobs"], atol=1e-5)
 
 
+def test_a_prompt_is_read_once_for_its_images(arrays, params):
+    """Else its arithmetic would be that of the copies."""
+    prompt, valid = arrays["left/tokens"][:1], arrays["left/valid"][:1]
+    keys = jax.random.split(jax.random.key(3), 8)
+
+    def flops(rows):
+        inputs = prompt.repeat(rows, axis=0), valid.repeat(rows, axis=0), keys
+        lowered = generate.lower(MODEL, params, VOCAB, N, *inputs, 0, 1.0, 1.0)
+        return lowered.cost_analysis()["flops"]
+
+    def reading(rows):
+        ids = prompt.repeat(rows, axis=0)
+        there = valid.repeat(rows, axis=0)
+        read = jax.jit(
+            lambda params: MODEL.apply({"params": params}, ids, positions_of(there), there)
+        )
+        return read.lower(params).cost_analysis()["flops"]
+
+    assert flops(8) - flops(1) > 0.8 * (reading(8) - reading(1)) > 0
+
+
 def test_shapes_that_do_not_fit(params):
     prompt = jnp.ones((2, 4), jnp.int32)
     with pytest.raises(ValueError, match=r"keys \(3,\)"):
