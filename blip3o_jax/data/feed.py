@@ -2,7 +2,7 @@
 (seed, s)."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import grain
@@ -24,7 +24,7 @@ from blip3o_jax.data.transform import (
     prompt_length,
     with_sources,
 )
-from blip3o_jax.errors import InputError, disk_reason, multiples, require
+from blip3o_jax.errors import InputError, disk_reason, require
 from blip3o_jax.paths import AnyPath
 from blip3o_jax.scenes import builder, edits
 from blip3o_jax.scenes.exercises import exercise
@@ -87,8 +87,8 @@ class Feed:
       `source_latents`, see train.losses;
     - "exercises": `tokens` and `positions` int32 [B,T], `weights` f32 [B,T].
 
-    `hosts` (i, n) are those of `parallel.batches.batch_hosts`: this one reads the i-th of n equal
-    runs of a batch's rows. The embedded world is written to `data_dir` when it is first read; bad
+    `own` are the rows of a batch that this process reads (`parallel.batches.rows_of_host`), by
+    default all. The embedded world is written to `data_dir` when it is first read; bad
     records of sources are named in the file `bad_records`. InputError, while iterating too, when
     the data are not fit to train on.
     """
@@ -99,17 +99,13 @@ class Feed:
     tokenizer: Text | None = None
     batch_size: int = 16
     seed: int = 0
-    hosts: tuple[int, int] = (0, 1)
+    own: Sequence[int] | None = None
     data_dir: str = ""
     bad_records: AnyPath | None = None
 
     def __post_init__(self):
         if self.rows not in ROWS or (self.rows != "images" and self.tokenizer is None):
             raise ValueError(f"rows {self.rows!r} of {ROWS}, tokenizer {self.tokenizer}")
-        size, hosts = self.batch_size, self.hosts[1]
-        if size % hosts:
-            near = multiples(size, hosts)
-            raise InputError(f"batch_size {size} is not divisible by {hosts} hosts; {near}")
         self.length = row_tokens(self.data, self.model)
         self.tally = Tally(self.data.max_bad_fraction, self.bad_records)
         self.sources = open_sources(self.data, self.model)
@@ -117,7 +113,7 @@ class Feed:
         self.has_sources = takes and self.data.may_hold_edits
 
     def train(self, step: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """This host's rows of batch `step`, `step + 1`, ... without end, in a new order every
+        """This process's rows of batch `step`, `step + 1`, ... without end, in a new order every
         epoch."""
         if self.rows == "exercises":
             records = self._exercises(self.seed)
@@ -127,8 +123,9 @@ class Feed:
             records = self._world("train").seed(self.seed).shuffle().repeat()
             if self.data.edits:
                 records = interleaved(self._edits("train", self.seed), records, self.data.edits)
-        # This host's part of each batch, read ahead by threads.
-        batches = host_rows(records, self.batch_size, *self.hosts)
+        # This process's part of each batch, read ahead by threads.
+        own = range(self.batch_size) if self.own is None else self.own
+        batches = host_rows(records, self.batch_size, own)
         options = grain.ReadOptions(num_threads=self.data.reader_threads, prefetch_buffer_size=4)
         iterator = iter(batches.to_iter_dataset(options))
         iterator.set_state({"next_index": step})

@@ -146,13 +146,12 @@ def interleaved(first: Sequence, second: Sequence, share: float) -> grain.MapDat
     return grain.MapDataset.range(ENDLESS).map(row)
 
 
-def host_rows(records: Sequence, batch_size: int, host: int, hosts: int) -> grain.MapDataset:
-    """Batches of this host's rows of an endless sequence of records: row r of the global batch is
-    the same for any number of hosts."""
-    rows = batch_size // hosts
+def host_rows(records: Sequence, batch_size: int, own: Sequence[int]) -> grain.MapDataset:
+    """Batches of an endless sequence of records, of each the rows `own`: row r of the global batch
+    is the same however hosts share it."""
 
     def row(i: int):
-        batch, own = divmod(i, rows)
-        return records[batch * batch_size + host * rows + own]
+        batch, place = divmod(i, len(own))
+        return records[batch * batch_size + int(own[place])]
 
-    return grain.MapDataset.range(ENDLESS).map(row).batch(rows)
+    return grain.MapDataset.range(ENDLESS).map(row).batch(len(own))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from blip3o_jax.errors import InputError, require
@@ -83,7 +84,7 @@ def open_feed(
     cfg: TrainConfig,
     tokenizer: Text | None,
     data_dir: str = "",
-    hosts: tuple[int, int] = (0, 1),
+    own: Sequence[int] | None = None,
     workdir: AnyPath | None = None,
 ) -> Feed:
     """The run's data.feed.Feed; bad records are named in a file of the workdir, if there is one."""
@@ -93,7 +94,7 @@ def open_feed(
 
     bad = workdir and workdir / f"bad_records.{jax.process_index()}.jsonl"
     what = cfg.data, cfg.blip3o(), cfg.record.rows, tokenizer
-    return Feed(*what, cfg.batch_size, cfg.seed, hosts, data_dir, bad)
+    return Feed(*what, cfg.batch_size, cfg.seed, own, data_dir, bad)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     from blip3o_jax import checkpoints, paths, resources
     from blip3o_jax.data import cache
     from blip3o_jax.kernels.platform import enable_compilation_cache
-    from blip3o_jax.parallel.batches import batch_hosts
+    from blip3o_jax.parallel.batches import rows_of_host
     from blip3o_jax.parallel.mesh import make_mesh
     from blip3o_jax.parallel.processes import is_process_zero, process_zero_first
     from blip3o_jax.scenes.exercises import name_ids
@@ -116,7 +117,8 @@ def run(args: argparse.Namespace) -> None:
     # The embedded world is drawn on a disk.
     beside = resources.cache_folder() if paths.is_bucket(workdir) else workdir.parent
     data_dir = cfg.data.data_dir or str(beside / "scenes")
-    feed = open_feed(cfg, tokenizer, data_dir, batch_hosts(make_mesh(cfg.mesh)), workdir)
+    own = rows_of_host(cfg.batch_size, make_mesh(cfg.mesh))
+    feed = open_feed(cfg, tokenizer, data_dir, own, workdir)
     if cfg.data.cache:
         encoders = start.encoder_params(cfg, checkpoints.load_part)
         cache.check_cache(cfg.data.cache, cache.describe(cfg.blip3o(), cfg.data, encoders))

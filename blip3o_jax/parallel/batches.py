@@ -23,35 +23,29 @@ def check_batch(batch_size: int, mesh: Mesh, count: int = 1, parts: str = "micro
     require(batch_size % (shards * count) == 0, f"{sentence}; {nearest}")
 
 
-def batch_hosts(mesh: Mesh) -> tuple[int, int]:
-    """(i, n): this process feeds the i-th of n equal runs of the batch's rows; processes that share
-    rows feed the same."""
-    shards = batch_shards(mesh)
-    places = NamedSharding(mesh, BATCH).addressable_devices_indices_map((shards,)).values()
-    rows = sorted({place[0].indices(shards)[0] for place in places})
-    # Consecutive rows, of which a whole number of such runs come before.
-    is_run = rows == list(range(rows[0], rows[0] + len(rows))) and rows[0] % len(rows) == 0
-    devices = f"Mesh {dict(mesh.shape)}: the devices of process {jax.process_index()}"
-    require(is_run, f"{devices} do not hold a run of the batch; reorder axes.")
-    return rows[0] // len(rows), shards // len(rows)
+def rows_of_host(count: int, mesh: Mesh) -> np.ndarray:
+    """Which of `count` rows along the batch are this process's, ascending; processes whose devices
+    share a shard have the same ones. They need not follow each other: a TPU's host has a block of
+    chips, whose shards lie in several rows of the mesh."""
+    places = NamedSharding(mesh, BATCH).addressable_devices_indices_map((count,)).values()
+    return np.unique([np.arange(count)[place] for place in places])
 
 
 def put_batch(batch, mesh: Mesh):
-    """This process's rows [b,...] of a batch, as `batch_hosts` counts them -> global arrays [B,...]
+    """This process's rows [b,...] of a batch, those of `rows_of_host` -> global arrays [B,...]
     sharded along the batch."""
-    sharding, hosts = NamedSharding(mesh, BATCH), batch_hosts(mesh)[1]
+    sharding, shards = NamedSharding(mesh, BATCH), batch_shards(mesh)
+    own = rows_of_host(shards, mesh)
 
     def put(x):
-        x = np.asarray(x)
-        return jax.make_array_from_process_local_data(sharding, x, (len(x) * hosts, *x.shape[1:]))
+        pieces = dict(zip(own, np.split(np.asarray(x), len(own)), strict=True))
+        size = len(x) // len(own)  # of a shard
+        shape = (size * shards, *np.shape(x)[1:])
+        return jax.make_array_from_callback(
+            shape, sharding, lambda index: pieces[(index[0].start or 0) // size]
+        )
 
     return jax.tree.map(put, batch)
-
-
-def rows_of_host(count: int, mesh: Mesh) -> slice:
-    """Which of `count` rows along the batch are this process's."""
-    i, hosts = batch_hosts(mesh)
-    return slice(i * count // hosts, (i + 1) * count // hosts)
 
 
 def local_rows(x: jax.Array) -> np.ndarray:

@@ -99,7 +99,9 @@ def make_mesh(sizes: dict[str, int] | None = None, devices: list | None = None) 
         # Split where need be: a pod of 16x16 chips may be tensor=2 too, which is not a side of it.
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     elif len(present) == slices:
-        grid = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inner, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
     else:
         runs = np.split(np.asarray(devices), slices)
         grid = np.concatenate([mesh_utils.create_device_mesh(inner, list(run)) for run in runs])

@@ -225,7 +225,7 @@ def rollouts(
         images, pending = [own for rendering in drawn for own, _ in rendering], []
         for place, piece in enumerate(images):
             own, rows = local_rows(piece), everyone[place % section.pieces :: section.pieces]
-            pending.append((score(own, rows[here]), own))
+            pending.append((score(own, [rows[i] for i in here]), own))
         rollout_s = time.perf_counter() - began
 
         # Rewards of tokens are the mean over their renderings.

@@ -83,7 +83,7 @@ def reinforced(
         parts = rollout.cut((written["hidden"], keys, sources), cfg.grpo.pieces)
         images = rollout.joined([run.draw(params, *part, **show)[0] for part in parts])
         own = local_rows(images)
-        wait = score(own, rows[rows_of_host(len(rows), mesh)])
+        wait = score(own, [rows[i] for i in rows_of_host(len(rows), mesh)])
         _, named = rollout.of_all_hosts(wait, own, mesh)
         named = {name: values[: len(heldout)] for name, values in named.items()}
         numbers = rollout.numbers_of([named])

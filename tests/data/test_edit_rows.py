@@ -25,8 +25,8 @@ def config(**data):
     return TrainConfig(stage="joint", batch_size=5, data=DataConfig(**data))
 
 
-def world(tokenizer, data_dir, hosts=(0, 1), **data):
-    return open_feed(config(**{"num_train": 16, "edits": 0.6, **data}), tokenizer, data_dir, hosts)
+def world(tokenizer, data_dir, own=None, **data):
+    return open_feed(config(**{"num_train": 16, "edits": 0.6, **data}), tokenizer, data_dir, own)
 
 
 def test_rows_of_the_world_are_edits_and_prompts_by_their_share(tokenizer, data_dir):
@@ -57,7 +57,7 @@ def test_batches_with_edits_are_a_function_of_step_for_any_hosts(tokenizer, data
     whole = [next(iterator) for _ in range(3)]
     resumed = next(world(tokenizer, data_dir).train(2))
     assert all(np.array_equal(resumed[name], whole[2][name]) for name in resumed)
-    parts = [next(world(tokenizer, data_dir, (host, 5)).train(2)) for host in range(5)]
+    parts = [next(world(tokenizer, data_dir, [host]).train(2)) for host in range(5)]
     for name in resumed:
         np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), resumed[name])
 

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec
 
 from blip3o_jax.errors import InputError
 from blip3o_jax.models.blip3o import Blip3o
-from blip3o_jax.parallel.batches import batch_hosts, check_batch, put_batch, put_replicated
-from blip3o_jax.parallel.mesh import cores, make_mesh, parse_mesh
+from blip3o_jax.parallel.batches import check_batch, put_batch, put_replicated, rows_of_host
+from blip3o_jax.parallel.mesh import cores, make_mesh, mesh_shape, parse_mesh
 from blip3o_jax.parallel.parameters import shardings, spec
 from blip3o_jax.presets import preset
 from blip3o_jax.tree import join, split
@@ -102,6 +102,28 @@ def test_devices_that_know_their_slices_are_asked(monkeypatch):
         make_mesh({}, devices)
 
 
+@pytest.mark.parametrize("sizes", [{"fsdp": 32}, {"fsdp": 8, "tensor": 2}])
+def test_an_axis_may_be_no_side_of_a_slice(monkeypatch, sizes):
+    """Two slices of 8 x 8 chips."""
+    devices = [
+        SimpleNamespace(
+            id=i,
+            platform="tpu",
+            device_kind="TPU v5 lite",
+            process_index=i // 4,
+            slice_index=i // 64,
+            coords=(i % 8, i // 8 % 8, 0),
+            core_on_chip=0,
+        )
+        for i in range(128)
+    ]
+    monkeypatch.setattr("blip3o_jax.parallel.mesh.Mesh", lambda devices, axes, axis_types: devices)
+    grid = make_mesh({"dcn": 2, **sizes}, devices)
+    assert grid.shape == mesh_shape(sizes, 128)
+    # Of each copy of the parameters all devices are in one slice.
+    assert [len({d.slice_index for d in copy.flat}) for copy in grid] == [1] * len(grid)
+
+
 def test_a_batch_that_does_not_divide_names_the_nearest_that_do():
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     check_batch(12, mesh)
@@ -123,7 +145,7 @@ def test_whole_batches_are_cut_as_far_as_they_divide():
 
 def test_one_process_feeds_the_whole_batch():
     mesh = make_mesh({"data": 2, "tensor": 4})
-    assert batch_hosts(mesh) == (0, 1)
+    assert rows_of_host(8, mesh).tolist() == list(range(8))
     made = put_batch({"x": np.arange(8)}, mesh)["x"]
     assert made.sharding.spec == PartitionSpec(("data", "fsdp"))
     np.testing.assert_array_equal(made, np.arange(8))

@@ -12,6 +12,8 @@ import jax
 import pytest
 
 from blip3o_jax.chips import parse_topology
+from blip3o_jax.parallel.batches import rows_of_host
+from blip3o_jax.parallel.mesh import make_mesh
 from blip3o_jax.plan import estimate, programs
 
 pytestmark = [
@@ -41,6 +43,12 @@ def holds(found: dict, topology: str) -> None:
     chip, _ = parse_topology(topology)
     assert 0 < found["bytes"]["total"] <= chip.hbm << 20
     assert found["bytes"]["optimizer"] == pytest.approx(2 * found["bytes"]["parameters"], rel=1e-3)
+
+
+def test_a_host_of_a_pod_feeds_the_rows_of_its_block_of_chips():
+    mesh = make_mesh({"fsdp": 16}, programs.open_topology("v5e:16x16")[0])
+    # 2 x 2 chips, in two rows of the mesh, with two rows of the batch each.
+    assert rows_of_host(512, mesh).tolist() == [0, 1, 2, 3, 32, 33, 34, 35]
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,10 @@ VARIANTS = {
 }
 PROCESSES = {
     "2 processes x 4 devices, dcn=2, fsdp=4": ({"dcn": 2, "data": 2, "fsdp": 4}, 1),
-    "2 processes x 4 devices, 2 x 2 x 2, 4 micro-batches": ({"data": 2, "fsdp": 2, "tensor": 2}, 4),
+    "2 processes x 4 devices in blocks, 2 x 2 x 2, 4 micro-batches": (
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        4,
+    ),
 }
 
 
@@ -49,7 +52,7 @@ def train(mesh_sizes: dict, accumulate: int, num_steps: int, devices=None):
 
     from blip3o_jax.convert.random_weights import random_params
     from blip3o_jax.models.blip3o import PARTS
-    from blip3o_jax.parallel.batches import batch_hosts, put_batch
+    from blip3o_jax.parallel.batches import put_batch, rows_of_host
     from blip3o_jax.parallel.mesh import make_mesh
     from blip3o_jax.parallel.processes import barrier
     from blip3o_jax.train import start, steps
@@ -64,12 +67,11 @@ def train(mesh_sizes: dict, accumulate: int, num_steps: int, devices=None):
     )
     weights = random_params(cfg.blip3o())  # compiling `init` costs more than the steps
     mesh, model = make_mesh(mesh_sizes, devices), start.build_model(cfg)
-    host, hosts = batch_hosts(mesh)
+    own = rows_of_host(32, mesh)
     empty = SimpleNamespace(latest_step=lambda: None)
 
     def batch(step):
-        rows = slice(host * 32 // hosts, (host + 1) * 32 // hosts)
-        return put_batch({name: x[rows] for name, x in batch_at(step, 32).items()}, mesh)
+        return put_batch({name: x[own] for name, x in batch_at(step, 32).items()}, mesh)
 
     with jax.set_mesh(mesh):
         params = start.initial_params(cfg, model, lambda _, part: weights[part], mesh)
@@ -145,9 +147,14 @@ def worker(stage: str, name: str, num_steps: int, out: str) -> None:
     from blip3o_jax.parallel.processes import is_process_zero, start_processes
 
     start_processes(timeout=120)
+    import jax
     import numpy as np
 
-    losses, params = STAGES[stage](*PROCESSES[name], num_steps)
+    # Blocks, as hosts of a TPU have them: the first process has the shards 0 and 2 of four.
+    devices, (mesh, _) = np.array(jax.devices()).reshape(2, 2, 2), PROCESSES[name]
+    if "dcn" not in mesh:
+        devices = devices.swapaxes(0, 1)
+    losses, params = STAGES[stage](*PROCESSES[name], num_steps, [*devices.flat])
     if is_process_zero():
         np.savez(out, losses=losses, params=params)
 

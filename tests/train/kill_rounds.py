@@ -43,7 +43,7 @@ def train(workdir: paths.AnyPath) -> None:
     """The run, by the loop that `blip3o-jax train` uses, on random rows."""
     from tiny import from_step, practice, rows_at
 
-    from blip3o_jax.parallel.batches import batch_hosts
+    from blip3o_jax.parallel.batches import rows_of_host
     from blip3o_jax.parallel.mesh import make_mesh
     from blip3o_jax.train import loop
     from blip3o_jax.train.workdir import own_workdir
@@ -51,13 +51,10 @@ def train(workdir: paths.AnyPath) -> None:
     cfg = practice(
         num_steps=NUM_STEPS, log_every=EVERY, eval_every=NUM_STEPS, checkpoint_every=EVERY
     )
-    host, hosts = batch_hosts(make_mesh())
+    own = rows_of_host(8, make_mesh())
 
     def mine(step):
-        return {
-            name: x[host * 8 // hosts : (host + 1) * 8 // hosts]
-            for name, x in rows_at(step).items()
-        }
+        return {name: x[own] for name, x in rows_at(step).items()}
 
     with own_workdir(cfg, workdir):
         loop.run(cfg, workdir, loop.supervised(cfg, from_step(mine), rows_at(10**6), None))
