@@ -114,7 +114,8 @@ def begin(folder: AnyPath, description: dict) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             names = sorted(path.name for path in folder.glob("*"))
-            if others := [n for n in names if not n.startswith((".", "bad_records"))]:
+            # Another host may write the description meanwhile.
+            if others := [n for n in names if not n.startswith((".", "bad_records", file.name))]:
                 raise InputError(f"{folder} holds {others[0]} and no cache.json; name another.")
             paths.write_text(file, json.dumps(description, indent=1) + "\n")
     except OSError as error:

@@ -97,7 +97,7 @@ class DataConfig:
         for name in ("extra", "named_ground", "max_bad_fraction", *shares):
             value = getattr(self, name)
             require(0 <= value <= 1, f"data.{name} is in [0, 1], not {value}.")
-        for name in ("reader_threads", "heldout", "max_aspect", "row_group_mb"):
+        for name in ("num_train", "reader_threads", "heldout", "max_aspect", "row_group_mb"):
             value = getattr(self, name)
             require(value >= 1, f"data.{name} is at least 1, not {value}.")
         pixels = self.max_pixels

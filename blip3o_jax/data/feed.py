@@ -132,11 +132,13 @@ class Feed:
         return iterator
 
     def heldout(self, count: int) -> dict[str, np.ndarray]:
-        """The first `count` rows that are never trained on, the same on every host; of a mixture at
-        most `data.heldout`."""
+        """`count` rows that are never trained on, the same on every host: the first ones; of a
+        mixture evenly from its `data.heldout`, at most so many."""
         if self.sources:
             source = HeldOut(self.sources[0], self.data.heldout)
-            rows = [self._read(source, 0, i, 0) for i in range(min(count, len(source)))]
+            size = min(count, len(source))
+            places = [i * len(source) // size for i in range(size)]
+            rows = [self._read(source, 0, i, 0) for i in places]
             return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         exercises = self.rows == "exercises"
         records = self._exercises(HELDOUT_SEED) if exercises else self._world("heldout")

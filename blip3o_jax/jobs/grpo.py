@@ -13,6 +13,7 @@ from blip3o_jax.jobs.options import run_options
 from blip3o_jax.jobs.train import open_run, open_tokenizer
 
 if TYPE_CHECKING:
+    from blip3o_jax.paths import AnyPath
     from blip3o_jax.text import Text
     from blip3o_jax.train.config import TrainConfig
 
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from blip3o_jax import checkpoints
     from blip3o_jax.data.feed import row_tokens
     from blip3o_jax.kernels.platform import enable_compilation_cache
-    from blip3o_jax.parallel.processes import is_process_zero
+    from blip3o_jax.parallel.processes import is_process_zero, process_zero_first
     from blip3o_jax.rl.rewards.protocol import named
     from blip3o_jax.rl.rewards.scoring import scorer
     from blip3o_jax.rl.run import reinforced
@@ -57,11 +58,32 @@ def run(args: argparse.Namespace) -> None:
     with scorer(rewards, section.reward_timeout, section.watched) as score:
         score(blank, heldout[:1], pauses=False)()
         with own_workdir(cfg, args.workdir, args.allow) as folder:
+            with process_zero_first("the first weights"):
+                keep_identities(folder, cfg)
             enable_compilation_cache()
             run = reinforced(cfg, prompts_at, heldout, text, score, checkpoints.load_part)
             result = loop.run(cfg, folder, run)
     if is_process_zero():
         print(json.dumps(result))
+
+
+def keep_identities(folder: AnyPath, cfg: TrainConfig) -> None:
+    """Keeps in a workdir which weights its run began with: they are read again when it resumes, for
+    its divergence from them. InputError where they are others by then."""
+    from blip3o_jax import checkpoints, paths
+    from blip3o_jax.files import json_object
+
+    parts = [part for part in cfg.trained_parts if part != "qwen3" or cfg.grpo.beta]
+    here = {x: checkpoints.open(cfg.init[x]).identity for x in parts if x in cfg.init}
+    file = folder / "init.json"
+    if not file.is_file():
+        paths.write_text(file, json.dumps(here))
+    there = json_object(str(file), file.read_bytes())
+    for part, identity in here.items():
+        began = there.get(part, identity)
+        sentence = f"init.{part}: the run in {folder} began with {began}, and {cfg.init[part]} is"
+        fix = "name the first, as WORKDIR@STEP, or take a new workdir"
+        require(began == identity, f"{sentence} {identity}; {fix}.")
 
 
 def names_of(cfg: TrainConfig) -> tuple[str, ...]:
@@ -82,6 +104,7 @@ def names_of(cfg: TrainConfig) -> tuple[str, ...]:
     return names
 
 
+EDITS_OWN = {"source", "edit"}  # metadata of the embedded world's edits
 Prompts = tuple[Callable[[int], list[dict]], list[dict]]  # of the update after a step; held out
 
 
@@ -114,14 +137,18 @@ def of_file(cfg: TrainConfig, text: Text, rewards: Sequence[str]) -> Prompts:
     cannot judge."""
     import numpy as np
 
+    from blip3o_jax.data.feed import row_tokens
     from blip3o_jax.jobs.prompts import read_prompts
     from blip3o_jax.rl.rewards.protocol import check_asked
 
     # What a line is asked for is known before the run.
-    path, rows = cfg.data.prompts, read_prompts(cfg.data.prompts)
+    path, rows, model = cfg.data.prompts, read_prompts(cfg.data.prompts), cfg.blip3o()
+    codes, length = np.zeros((1, model.ta_tok.num_tokens), int), row_tokens(cfg.data, model)
     for row in rows:
         with about(row.where):
-            text.encode_prompt(row.text)
+            text.training_rows([text.encode_prompt(row.text)], codes, length)
+            own = sorted(EDITS_OWN & row.fields.keys())
+            require(not own, f"`{''.join(own[:1])}` is what edits have here; give it another name.")
             for name in rewards:
                 check_asked(name, row.text, row.fields)
     few = (

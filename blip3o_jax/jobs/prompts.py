@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import csv
 import dataclasses
 import io
+import json
 import pathlib
 import unicodedata
 from collections.abc import Iterator
@@ -39,6 +41,10 @@ def read_prompts(path: str) -> list[Row]:
     rows = []
     for where, fields in _read(path, "prompts", ".txt", ".jsonl", ".csv", ".parquet"):
         text = _text(where, fields, "prompt")
+        # Text in files of GenEval's prompts, and in every CSV.
+        if isinstance(include := fields.get("include"), str):
+            with contextlib.suppress(ValueError):
+                fields["include"] = json.loads(include)
         rows.append(Row(_id(where, fields), text, fields=fields, where=where))
     return _checked(path, "prompts", rows)
 
@@ -127,15 +133,22 @@ def _csv_rows(path: str, what: str) -> Iterator[tuple[str, dict]]:
         raise InputError(f"{path} line {rows.line_num + 1} is not CSV: {error}.") from error
 
 
+def _has_json(kind: str) -> bool:
+    """Whether JSON has values of a type of Arrow: pictures' bytes are no metadata."""
+    return not any(x in kind for x in ("binary", "date", "time", "decimal", "duration"))
+
+
 def _parquet_rows(path: str, what: str) -> Iterator[tuple[str, dict]]:
-    """The columns that are read, and those whose names `_text` refuses."""
+    """Columns that are read here, those whose names `_text` refuses, and metadata."""
     from pyarrow import parquet
 
     number = 0
     try:
         with paths.path(path).open("rb") as stream, parquet.ParquetFile(stream) as file:
             names = {"id", "prompt", "image", "instruction", "within", *OWN_FIELDS}
-            columns = [name for name in file.schema_arrow.names if name in names]
+            columns = [
+                x.name for x in file.schema_arrow if x.name in names or _has_json(str(x.type))
+            ]
             for batch in file.iter_batches(columns=columns):
                 for row in batch.to_pylist():
                     number += 1

@@ -120,7 +120,7 @@ def exercise(
     `shares` are those of `EXERCISES`. InputError when the row does not fit.
     """
     # The kind, then the row's ids, positions and weights.
-    rng = np.random.Generator(np.random.Philox(key=[world.seed, 0], counter=[0, 0, 0, index]))
+    rng = prompts.generator(world, index, "train", 5)  # no prompt depends on the kind
     weights = np.array([shares.get(kind, 0.0) for kind in EXERCISES])
     kind = EXERCISES[rng.choice(len(EXERCISES), p=weights / weights.sum())]
     if kind == "recital":

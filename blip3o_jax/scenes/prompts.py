@@ -49,7 +49,8 @@ def sample(world: WorldConfig, index: int, split: str = "train") -> tuple[dict, 
 
 
 def generator(world: WorldConfig, index: int, split: str, stream: int) -> Rng:
-    """Randomness of one prompt, stream 0, or of one edit; InputError for an unknown split."""
+    """Randomness of one prompt, stream 0, of one edit or exercise; InputError for an unknown
+    split."""
     require(split in NUMBER_OF_SPLIT, f"Unknown split {split!r}; {nearest(split, NUMBER_OF_SPLIT)}")
     key = [world.seed, NUMBER_OF_SPLIT[split]]
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, stream, index]))

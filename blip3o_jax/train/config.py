@@ -172,6 +172,9 @@ class TrainConfig:
         others = few and stage != "distill" and "sana" in self.trained_parts
         sentence = f"Stage {stage!r} would train velocities of a model of few steps, and not its"
         require(not others, f"{sentence} mean ones; train before stage 'distill', or freeze sana.")
+        scale = self.grpo.guidance_scale if self.grpo and few else None
+        sentence = "grpo.guidance_scale of a model of few steps is from 1 on, or null"
+        require(scale is None or scale >= 1, f"{sentence}, not {scale}.")
 
     def _check_batch(self) -> None:
         """Refuses a batch that does not divide."""

@@ -86,12 +86,15 @@ class MetricWriter:
             self._show(step, [{"tag": name, "image": shown}])
 
     def _forget(self, step: int) -> None:
-        lines = self.path.read_text().splitlines(keepends=True)
-        if lines and not lines[-1].endswith("\n"):
+        lines, kept = self.path.read_bytes().splitlines(keepends=True), []
+        if lines and not lines[-1].endswith(b"\n"):
             lines.pop()  # its writer was killed
-        kept = "".join(line for line in lines if json.loads(line)["step"] <= step)
+        for line in lines:
+            with contextlib.suppress(ValueError):  # of a line that a crash has spoilt
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
         with _writing(self.path):
-            paths.write_text(self.path, kept)
+            paths.write_bytes(self.path, b"".join(kept))
 
     def _show(self, step: int, values: list[dict]) -> None:
         if self.board is None:

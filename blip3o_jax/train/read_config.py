@@ -45,12 +45,18 @@ def read_config(name: str, overrides: list[str]) -> TrainConfig:
     name, _, topology = name.partition(":")
     values = _run_file(name, topology)
     changes = [_override(item) for item in overrides]
-    stage = dict(changes).get("stage", values.get("stage"))
+    stage = str(dict(changes).get("stage", values.get("stage", "")))
     stage = RENAMED_STAGES.get(stage, stage)
+    is_known = stage in ("", *STAGES)  # none is found missing below
+    require(is_known, f"Unknown stage {stage!r}; {nearest(stage, STAGES)}")
 
     # Renamed before and after, so that an override wins whichever of the names it has.
     renamed = rename(values, stage)
-    if isinstance(values.get("init"), str) and any(key.startswith("init.") for key, _ in changes):
+    if (
+        stage
+        and isinstance(values.get("init"), str)
+        and any(key.startswith("init.") for key, _ in changes)
+    ):
         values["init"] = dict.fromkeys(STAGES[stage].parts, values["init"])
     for key, value in changes:
         _set(values, key, value)

@@ -1,5 +1,6 @@
 """What of a run's config may change when it resumes (the table of docs/data.md)."""
 
+import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +10,7 @@ from blip3o_jax.errors import nearest, require
 from blip3o_jax.paths import AnyPath
 from blip3o_jax.train import optimizer
 from blip3o_jax.train.config import TrainConfig
+from blip3o_jax.train.sections import DIFFUSION_METHODS_OF
 
 # Keys, and groups of them, that change no number beyond rounding: how a step is computed, when
 # something is written, when the run gives up, and where files are. A tokenizer is compared with the
@@ -61,8 +63,11 @@ def is_moved(before: Any, now: Any) -> bool:
     """Whether two paths may be of the same files at two places."""
     if not (isinstance(before, str) and isinstance(now, str) and before and now):
         return False
-    parts = 2 if "*" in Path(before).name else 1
-    return Path(before).parts[-parts:] == Path(now).parts[-parts:]
+    # From the last part that is no pattern on.
+    parts = Path(before).parts
+    patterns = itertools.takewhile(lambda part: set(part) & set("*?["), reversed(parts))
+    count = 1 + len([*patterns])
+    return parts[-count:] == Path(now).parts[-count:]
 
 
 def is_free(key: str, before: Any, now: Any) -> bool:
@@ -95,6 +100,11 @@ def holds_other_arrays(key: str, before: Any, now: Any) -> bool:
     """Whether the change adds arrays to the state, takes some from it or reshapes them."""
     if key == "optimizer.ema_decay":
         return bool(before) != bool(now)
+    if key == "grpo.train":  # these have both halves
+        return {before, now} != {"alternating", "joint"}
+    if key == "grpo.diffusion.method":
+        lagged = DIFFUSION_METHODS_OF["old_decay"]
+        return (before in lagged) != (now in lagged)
     return matches(key, ARRAYS)
 
 

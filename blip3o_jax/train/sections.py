@@ -48,8 +48,20 @@ class OptimizerConfig:
     part_learning_rates: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        decay = self.ema_decay
-        require(0 <= decay < 1, f"optimizer.ema_decay is in [0, 1), not {decay}.")
+        names = (
+            "learning_rate",
+            "final_learning_rate",
+            "warmup_steps",
+            "weight_decay",
+            "clip_norm",
+        )
+        ranges = {name: ("at least 0", getattr(self, name) >= 0) for name in names}
+        for name in ("b1", "b2", "ema_decay"):
+            ranges[name] = ("in [0, 1)", 0 <= getattr(self, name) < 1)
+        _check_ranges("optimizer", self, ranges | {"eps": ("above 0", self.eps > 0)})
+        rates = self.learning_rate, self.final_learning_rate
+        sentence = f"optimizer.final_learning_rate {rates[1]} is above learning_rate {rates[0]}"
+        require(rates[1] <= rates[0], f"{sentence}; lower it too.")
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,9 @@ class AutoencoderConfig:
 
     latent_noise: float = 0.0  # noise on latents, in units of their standard deviation
 
+    def __post_init__(self):
+        _check_ranges("autoencoder", self, {"latent_noise": ("at least 0", self.latent_noise >= 0)})
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:
@@ -102,6 +117,9 @@ class TokenizerConfig:
         require(has_effect, "tokenizer.entropy has no effect with words as teacher; leave it out.")
         sentence = f"Unknown tokenizer.teacher {teacher!r}; {nearest(teacher, TEACHERS)}"
         require(teacher in TEACHERS, sentence)
+        names = ("commitment", "entropy")
+        weights = {name: ("at least 0", getattr(self, name) >= 0) for name in names}
+        _check_ranges("tokenizer", self, weights)
 
 
 @dataclass(frozen=True)
@@ -111,6 +129,9 @@ class PretrainArConfig:
     # image tokens of a new transformer start as the words that name them (the embedded world's)
     named_tokens: bool = False
     ce_chunk: int = 0  # rows of logits in memory at once, 0 for all
+
+    def __post_init__(self):
+        _check_ranges("pretrain_ar", self, {"ce_chunk": ("at least 0", self.ce_chunk >= 0)})
 
 
 @dataclass(frozen=True)
@@ -129,12 +150,19 @@ class JointConfig:
     ce_chunk: int = 0  # rows of logits in memory at once, 0 for all
 
     def __post_init__(self):
-        sana, dropout = self.trainable_sana, self.condition_dropout
+        sana = self.trainable_sana
         is_known = sana in ("captions", "all")
         require(is_known, f"joint.trainable_sana is 'captions' or 'all', not {sana!r}.")
-        require(0 <= dropout < 1, f"joint.condition_dropout is in [0, 1), not {dropout}.")
-        source = self.source_dropout
-        require(0 <= source <= 1, f"joint.source_dropout is in [0, 1], not {source}.")
+        _check_ranges(
+            "joint",
+            self,
+            {
+                "condition_dropout": ("in [0, 1)", 0 <= self.condition_dropout < 1),
+                "source_dropout": ("in [0, 1]", 0 <= self.source_dropout <= 1),
+                "flow_weight": ("at least 0", self.flow_weight >= 0),
+                "ce_chunk": ("at least 0", self.ce_chunk >= 0),
+            },
+        )
 
 
 @dataclass(frozen=True)
@@ -262,6 +290,7 @@ class GrpoConfig:
             {
                 "num_generations": ("at least 2", self.num_generations >= 2),
                 "num_inference_steps": ("at least 1", self.num_inference_steps >= 1),
+                "guidance_scale": ("at least 0", (self.guidance_scale or 0) >= 0),
                 "num_iterations": ("at least 1", self.num_iterations >= 1),
                 "beta": ("at least 0", self.beta >= 0),
                 "temperature": ("above 0", self.temperature > 0),

@@ -41,8 +41,9 @@ def _code() -> int:
 
 
 def is_asked() -> bool:
-    """Whether there was a signal: for whoever waits within a step."""
-    return bool(_received)
+    """Whether there was a signal that ends this process: for whoever waits within a step. One of
+    several goes on until all know."""
+    return bool(_received) and not _is_one_of_several()
 
 
 def _leaves_at_once() -> bool:

@@ -83,7 +83,7 @@ def own_workdir(
     # One process writes for all.
     with owner.own(paths.path(workdir)) if is_process_zero() else contextlib.nullcontext():
         file = paths.path(workdir) / "config.json"
-        before = file.read_text() if file.is_file() else None
+        before = file.read_bytes() if file.is_file() else None
         folder = open_workdir(cfg, workdir, allowed)
         steps = complete(folder / "checkpoints")
         try:
@@ -94,10 +94,10 @@ def own_workdir(
         except InputError:
             if not (folder / "metrics.jsonl").exists() and not is_workdir(folder):
                 # Another process of the run may be quicker.
-                for name in ("config.json", "tokenizer.json"):
+                for name in ("config.json", "tokenizer.json", "init.json"):
                     (folder / name).unlink(missing_ok=True)
             elif before and is_process_zero() and complete(folder / "checkpoints") == steps:
-                paths.write_text(file, before)
+                paths.write_bytes(file, before)
             raise
 
 

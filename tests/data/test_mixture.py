@@ -139,6 +139,11 @@ def test_the_global_batch_is_the_same_whatever_rows_a_host_has(run, tokenizer):
                 np.testing.assert_array_equal(part[name], array[own])
 
 
+def test_what_is_measured_is_spread_over_what_is_held_out(run, tokenizer):
+    more = dataclasses.replace(run, data=dataclasses.replace(run.data, heldout=6))
+    assert numbers(open_feed(more, tokenizer).heldout(2)) == [0, 9]  # of 0, 3, ..., 15
+
+
 def test_a_batch_is_a_function_of_seed_and_step(run, tokenizer):
     whole = take(run, tokenizer, 9)
     assert [numbers(b) for b in take(run, tokenizer, 3, start=6)] == [numbers(b) for b in whole[6:]]

@@ -93,12 +93,13 @@ def test_any_other_answer_is_one_sentence(answer, sentence, ask):
     assert Server.asked == 1
 
 
+ASKED = {"tag": "colors", "include": [{"class": "cat", "count": 1}]}
 SCORES = {"scores": [1.0, -0.5], "rewards": [1, 0], "group_rewards": {"colors": [0.5]}}
 
 
 def test_the_server_of_geneval_is_asked_in_its_own_protocol(server):
     Server.answer = b"HTTP/1.0 200 OK\r\n\r\n" + pickle.dumps(SCORES)
-    asked = {"tag": "colors", "include": [{"class": "cat", "count": 1}], "ground": "gray"}
+    asked = ASKED | {"ground": "gray"}
     reward = named(f"geneval+{server}")
     assert reward(IMAGES, ["a cat", "cats"], [asked] * 2, [[]] * 2) == [1.0, -0.5]
     body = pickle.loads(Server.body)
@@ -127,7 +128,7 @@ def test_the_server_of_geneval_is_asked_in_its_own_protocol(server):
 def test_a_pickle_is_read_for_numbers_alone(answer, sentence, server):
     Server.answer = b"HTTP/1.0 200 OK\r\n\r\n" + answer
     with pytest.raises(InputError) as error:
-        named(f"geneval+{server}")(IMAGES, ["a cat"] * 2, [{"tag": "", "include": []}] * 2)
+        named(f"geneval+{server}")(IMAGES, ["a cat"] * 2, [ASKED] * 2)
     assert str(error.value).startswith(f"The reward server {server}: {sentence}")
 
 

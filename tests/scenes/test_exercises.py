@@ -97,6 +97,18 @@ def test_a_sketch_of_a_word_is_its_letters_upper_halves():
         assert row["weights"].sum() == len(spelled)
 
 
+def test_what_a_row_shows_does_not_depend_on_its_kind():
+    """Of sketches and of pictures half are of words."""
+    world, counts = WorldConfig(text=0.5), {"sketch": [0, 0], "picture": [0, 0]}
+    for index in range(300):
+        row = exercises.exercise(TEXT, world, {"sketch": 1.0, "picture": 1.0}, 195, index)
+        words = TEXT.tokenizer.decode(row["tokens"].tolist())
+        # Only pictures show the ground everywhere.
+        kind = "picture" if row["weights"].sum() > 32 else "sketch"
+        counts[kind]['the word "' in words] += 1
+    assert min(min(pair) for pair in counts.values()) > 50
+
+
 def test_an_edit_holds_both_pictures_and_counts_ground_that_stays_little():
     for index in range(40):
         row = exercises.exercise(TEXT, WorldConfig(), {"edit": 1.0}, 195, index)

@@ -68,6 +68,18 @@ def test_overrides_reach_nested_keys_and_the_model():
         (["--config.stage=jiont"], "did you mean 'joint'"),
         (["--config.num_steps=40"], "warmup_steps 50 must be below num_steps 40"),
         (["--config.data.named_ground=2"], "named_ground is in"),
+        (["--config.data.num_train=0"], "data.num_train is at least 1, not 0"),
+        (["--config.stage=jiont", "--config.init.sana=x"], "did you mean 'joint'"),
+        (["--config.stage=[1]"], r"Unknown stage '\[1\]'"),
+        (["--config.optimizer.clip_norm=-1"], "optimizer.clip_norm is at least 0, not -1"),
+        (["--config.optimizer.b2=1"], r"optimizer.b2 is in \[0, 1\), not 1"),
+        (
+            ["--config.optimizer.learning_rate=1e-7"],
+            "final_learning_rate .* is above learning_rate",
+        ),
+        (["--config.optimizer.eps=0"], "optimizer.eps is above 0"),
+        (["--config.joint.ce_chunk=-1"], "joint.ce_chunk is at least 0"),
+        (["--config.joint.flow_weight=-1"], "joint.flow_weight is at least 0"),
     ],
 )
 def test_what_a_config_gets_wrong_is_named(overrides, message):

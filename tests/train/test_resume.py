@@ -13,10 +13,12 @@ from blip3o_jax import checkpoints
 from blip3o_jax.cli import main
 from blip3o_jax.data.config import DataConfig, SourceConfig
 from blip3o_jax.errors import InputError
+from blip3o_jax.jobs.grpo import keep_identities
 from blip3o_jax.train import loop
 from blip3o_jax.train.config import ProfileConfig, TrainConfig
+from blip3o_jax.train.metrics import MetricWriter
 from blip3o_jax.train.optimizer import schedule
-from blip3o_jax.train.resume import changes, is_free
+from blip3o_jax.train.resume import changes, holds_other_arrays, is_free, is_moved
 from blip3o_jax.train.workdir import open_workdir, own_workdir
 
 CONSTANT = dataclasses.replace(OPTIMIZER, final_learning_rate=OPTIMIZER.learning_rate)
@@ -111,6 +113,48 @@ def test_keys_that_change_no_number_are_taken_and_others_are_not(now, keys, free
     assert len(differing) == keys if isinstance(keys, int) else set(keys) <= set(differing)
     listed = differing if isinstance(keys, int) else keys
     assert {is_free(key, *differing[key]) for key in listed} == {free}
+
+
+def test_files_of_a_pattern_are_the_same_where_their_folders_are():
+    for before, now in (
+        ("d/train/????.tar", "d/val/????.tar"),
+        ("x/train/*/*.tar", "x/val/*/*.tar"),
+    ):
+        assert not is_moved(before, now)
+        assert is_moved(before, f"/mnt/{before}")
+    assert not is_moved("d/a/[0-9].tar", "d/b/[0-9].tar")
+
+
+def test_halves_and_methods_that_hold_other_arrays_are_told_apart():
+    assert holds_other_arrays("grpo.train", "diffusion", "joint")
+    assert not holds_other_arrays("grpo.train", "alternating", "joint")
+    assert holds_other_arrays("grpo.diffusion.method", "ram", "flow_grpo")
+    assert not holds_other_arrays("grpo.diffusion.method", "ram", "nft")
+
+
+def test_reinforcement_goes_on_beside_the_weights_that_it_began_with(tmp_path):
+    cfg = TrainConfig(stage="grpo", init="emoji_64")
+    keep_identities(tmp_path, cfg)
+    keep_identities(tmp_path, cfg)
+    file = tmp_path / "init.json"
+    assert json.loads(file.read_text()) == {"qwen3": checkpoints.open("emoji_64").identity}
+    file.write_text('{"qwen3": "joint/20@0123"}')
+    with pytest.raises(InputError, match=r"began with joint/20@0123, and emoji_64 is emoji_64@"):
+        keep_identities(tmp_path, cfg)
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 9, b'{"step": \xff}'])
+def test_what_a_crash_has_spoilt_stops_no_run(tmp_path, damage):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 2}\n{"step": 3}\n{"step": 2}')
+    MetricWriter(tmp_path, step=2)
+    assert file.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+    (tmp_path / "config.json").write_bytes(damage)
+    with (
+        pytest.raises(InputError, match=r"config.json is no config of a run"),
+        own_workdir(practice(), tmp_path),
+    ):
+        pass
 
 
 def test_what_changes_the_arrays_is_never_taken(tmp_path):

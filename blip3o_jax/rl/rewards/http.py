@@ -59,8 +59,8 @@ def ask(
     """Posts {"images": [base64 of PNG], "prompts", "metadata", "sources": [[base64]]}, and expects
     {"rewards": [a number or null, ...]}. InputError for another answer; `Unreachable` for none
     after some tries of `timeout` seconds."""
-    # An edit's source is among the sources; the scenes before and after it are dataclasses.
-    facts = [{key: x for key, x in asked.items() if key != "source"} for asked in metadata]
+    # An edit's picture is among the sources; the scenes before and after it are dataclasses.
+    facts = [{k: x for k, x in own.items() if not isinstance(x, np.ndarray)} for own in metadata]
     body = {"images": list(map(_png, images)), "prompts": list(prompts), "metadata": facts}
     body["sources"] = [list(map(_png, own)) for own in sources]
     data = json.dumps(body, default=dataclasses.asdict).encode()

@@ -24,6 +24,25 @@ LACKING = "has no metadata of GenEval (`tag`, `include`) to judge it by"
 def check_metadata(prompt: str, metadata: dict) -> None:
     """InputError unless a prompt has what GenEval's rules look at."""
     require({"tag", "include"} <= metadata.keys(), f"{prompt!r} {LACKING}.")
+    items = metadata["include"]
+    if metadata["tag"] == "text":
+        known = items == [] and isinstance(metadata.get("word"), str) and metadata["word"] != ""
+        require(known, f"{prompt!r} {LACKING}: tag 'text' has a `word` and nothing to include.")
+        return
+    what = 'a list of {"class": NAME, "count": N}, with "color" or "position": [RELATION, INDEX]'
+    is_list = isinstance(items, list) and bool(items)
+    known = is_list and all(_is_item(item, i) for i, item in enumerate(items))
+    require(known, f"{prompt!r} {LACKING}: `include` is {what}, not {items!r}.")
+
+
+def _is_item(item: object, before: int) -> bool:
+    """Whether it can be asked for, as the item that has so many `before` it."""
+    match item:
+        case {"class": str(), "count": int(count), "position": [str(), int(index)]}:
+            return count >= 1 and 0 <= index < before
+        case {"class": str(), "count": int(count)}:
+            return count >= 1 and "position" not in item
+    return False
 
 
 def judged(
@@ -54,7 +73,7 @@ def verdicts(
                 rows.append(judge.judge_edit(image, edit))
             else:
                 rows.append(judge.judge(image, asked))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, ArithmeticError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{prompt!r} {LACKING}: {first_line(error)}.") from error
     return rows
 
