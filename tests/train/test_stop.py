@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from blip3o_jax.train import stop
+
 # Each in `handled`, as the command line does it; "ready" when the signal may come.
 PHASES = {
     "starting": "with stop.handled(True): print('ready', flush=True); time.sleep(60)",
@@ -81,3 +83,11 @@ def test_the_command_leaves_with_75_while_it_starts(tmp_path):
     assert process.returncode == 75, error
     assert "Traceback" not in error
     assert "SIGTERM: the run ends without a save." in error
+
+
+def test_one_of_several_processes_waits_until_all_know(monkeypatch):
+    """Whoever left a wait alone would end with another code than the others."""
+    monkeypatch.setattr(stop, "_received", [signal.SIGUSR1])
+    assert stop.is_asked()
+    monkeypatch.setattr(stop, "_is_one_of_several", lambda: True)
+    assert not stop.is_asked()
