@@ -53,7 +53,7 @@ def options(benchmarks: argparse._SubParsersAction) -> None:
         if benchmark.sources:
             job.add_argument("--sources", required=True, metavar="DIR", help=benchmark.sources)
         option(job, "--prompt-variant", "official", "how the prompts are worded, for the record")
-        option(job, "--model-name", "blip3o_jax", "of the scorer's folders")
+        option(job, "--model-name", "blip3o_jax", "name of the model in the scorer's folders")
         model_options(job, EditSettings if benchmark.edits else Settings)
         share_option(job)
         job.set_defaults(run=run_export, seed=benchmark.seed)
@@ -63,7 +63,7 @@ def options(benchmarks: argparse._SubParsersAction) -> None:
         job.add_argument("--results", **several)
         judge = benchmark.judge or "to be named, as it decides the scores"
         job.add_argument("--judge", default=benchmark.judge, help=f"model that judged: {judge}")
-        version = "of the judge and its scorer, e.g. a date or a commit"
+        version = "version of the judge and its scorer, e.g. a date or a commit"
         job.add_argument("--judge-version", required=True, help=version)
         option(job, "--out", "result.json", "file of the record")
         overwrite_option(job, "an earlier record")

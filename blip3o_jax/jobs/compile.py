@@ -23,7 +23,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-inference-steps", type=int, help=steps)
     top_k = Settings.top_k
     parser.add_argument(
-        "--top-k", type=int, default=top_k, help=f"of the images (default: {top_k})"
+        "--top-k", type=int, default=top_k, help=f"tokens to sample from (default: {top_k})"
     )
     server = "the programs of `serve`, which do for any number of steps, instead"
     parser.add_argument("--server", action="store_true", help=server)

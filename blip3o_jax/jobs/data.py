@@ -19,7 +19,7 @@ from blip3o_jax.jobs.train import open_feed, open_tokenizer
 if TYPE_CHECKING:
     from blip3o_jax.data.feed import Feed
 
-HELP = "look at a mixture of training data, time it, cache it; prints one JSON line last"
+HELP = "inspect, time and cache a training mixture; prints one JSON line last"
 
 REPORT = "report.json"
 EXAMPLES = 5  # of what cannot be used, in the report; problems.jsonl has all

@@ -34,7 +34,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     mask = "with one of these two: also write NAME.mask.png, white where the image is new"
     parser.add_argument("--mask", action="store_true", help=mask)
     option(parser, "--num-images", 1, "images of each edit")
-    model_options(parser, EditSettings)
+    model_options(parser, EditSettings, to_file=True)
     job_options(parser)
     parser.set_defaults(run=run)
 

@@ -27,7 +27,7 @@ HELP = "score a checkpoint; or write images for an official scorer and read its 
 def options(parser: argparse.ArgumentParser) -> None:
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     scenes = benchmarks.add_parser("scenes", help="held-out prompts, GenEval's rules")
-    option(scenes, "--num-prompts", 402, "held-out prompts, of GenEval's tags; more of others")
+    option(scenes, "--num-prompts", 402, "held-out prompts of GenEval's tags; others are added")
     option(scenes, "--num-words", 0, "further prompts, each for a written word")
     edits = benchmarks.add_parser("edits", help="held-out edits: done, and nothing else changed")
     option(edits, "--num-edits", 300, "held-out edits, spread over the kinds")

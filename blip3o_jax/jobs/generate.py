@@ -20,7 +20,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     formats = ".txt (a prompt a line), .jsonl, .csv or .parquet (field `prompt`, maybe `id`)"
     parser.add_argument("--prompts", metavar="FILE", help=formats)
     option(parser, "--num-images", 1, "images of each prompt")
-    model_options(parser)
+    model_options(parser, to_file=True)
     job_options(parser)
     parser.set_defaults(run=run)
 

@@ -33,9 +33,7 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     """Adds --config, --workdir and --allow, whose keys become a tuple."""
     config_option(parser)
     parser.add_argument("--workdir", required=True)
-    text = (
-        "config keys, with commas between them, that may differ from the workdir's (docs/data.md)"
-    )
+    text = "config keys, comma-separated, that may differ from the workdir's (docs/data.md)"
     keys = {"default": (), "type": lambda value: tuple(filter(None, value.split(",")))}
     parser.add_argument("--allow", metavar="KEYS", help=text, **keys)
 
@@ -58,14 +56,15 @@ def device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", default="", help="e.g. data=4,fsdp=2 (default: data over all)")
 
 
-def model_options(parser: argparse.ArgumentParser, kind: type[Settings] = Settings) -> None:
-    """Adds the checkpoint, how it samples, and where the results go."""
+def model_options(
+    parser: argparse.ArgumentParser, kind: type[Settings] = Settings, to_file: bool = False
+) -> None:
+    """Adds the checkpoint, how it samples, and where the results go: `to_file` allows one image."""
     checkpoint_option(parser)
-    option(
-        parser, "--out", "out", "folder for the results, or NAME.png, .webp or .jpg for one image"
-    )
+    more = ", or NAME.png, .webp or .jpg for one image" if to_file else ""
+    option(parser, "--out", "out", f"folder for the results{more}")
     overwrite_option(parser, "earlier results")
-    option(parser, "--seed", 0, "of the images")
+    option(parser, "--seed", 0, "seed of the images")
     device_options(parser)
     for field in dataclasses.fields(kind):
         flag = f"--{field.name.replace('_', '-')}"
@@ -87,7 +86,7 @@ def share_option(parser: argparse.ArgumentParser) -> None:
 def job_options(parser: argparse.ArgumentParser) -> None:
     """Adds what belongs to a job of many requests."""
     share_option(parser)
-    formats = "of the pictures, or of files of many: tar, array_record (default: %(default)s)"
+    formats = "format of the pictures; tar, array_record: files of many (default: %(default)s)"
     kinds = ("png", "webp", "jpeg", "tar", "array_record")
     parser.add_argument("--format", choices=kinds, default="png", help=formats)
     option(parser, "--best-of", 1, "keep the best by --reward of so many candidates for each image")

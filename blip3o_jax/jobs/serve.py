@@ -28,8 +28,8 @@ HELP = "serve a checkpoint to clients of OpenAI's images API"
 def options(parser: argparse.ArgumentParser) -> None:
     checkpoint_option(parser)
     device_options(parser)
-    option(parser, "--host", "127.0.0.1", "address to listen at; another one needs --api-key-file")
-    option(parser, "--port", 8000, "to listen at; 0 takes a free one")
+    option(parser, "--host", "127.0.0.1", "address to listen on; others need --api-key-file")
+    option(parser, "--port", 8000, "port to listen on; 0 takes a free one")
     keys = "keys that calls must have, one a line (default: calls from this machine need none)"
     parser.add_argument("--api-key-file", default="", metavar="FILE", help=keys)
     option(parser, "--queue", 64, "images that may wait; more are answered with 429")

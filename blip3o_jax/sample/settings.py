@@ -35,8 +35,8 @@ class Settings:
     guidance_scale: float = _option(2.0, "classifier-free guidance; 1 is the condition alone")
     top_k: int = _option(1200, "image tokens to sample from, the most likely ones", 1, TOKENS)
     top_p: float = _option(0.95, "the fewest of them whose probabilities add up to this", LEAST, 1)
-    temperature: float = _option(1.0, "of the image tokens; 0 takes the most likely one")
-    shift: float = _option(1.0, "of the flow's schedule", LEAST)
+    temperature: float = _option(1.0, "temperature of image tokens; 0 takes the most likely one")
+    shift: float = _option(1.0, "shift of the flow's schedule", LEAST)
 
     def __post_init__(self):
         for option in fields(self):
@@ -59,10 +59,10 @@ class EditSettings(Settings):
     those that the embedded model was measured best with (docs/emoji.md)."""
 
     guidance_scale: float = _option(1.0, "classifier-free guidance; 1 is the condition alone")
-    temperature: float = _option(0.0, "of the image tokens; 0 takes the most likely one")
+    temperature: float = _option(0.0, "temperature of image tokens; 0 takes the most likely one")
     image_guidance_scale: float = _option(1.0, "guidance by the source image; 1 is none")
     renorm_min: float = _option(1.0, "guidance may shorten the velocity to this; 1 is none", most=1)
-    reference_quirks: bool = _option(False, "compare with what the PyTorch code calls no condition")
+    reference_quirks: bool = _option(False, "guide by the PyTorch code's null condition")
 
 
 def defaults(config: Blip3oConfig, kind: type[AnySettings] = Settings, **changes) -> AnySettings:

@@ -71,6 +71,14 @@ def test_an_evaluation_is_divided_and_the_last_process_scores(channels, monkeypa
     assert "keep_unchanged null; this one has keep_unchanged 16.0" in capsys.readouterr().err
     assert main([*argv, "--out", "x.png"]) == 2
     assert "--out x.png is a picture; name a folder." in capsys.readouterr().err
+    # Nor does the help offer one, as that of a command does which writes it.
+    whole = ("scenes",), ("edits",), ("drift",), ("geneval", "export"), ("gedit", "export")
+    for words in (*(("evaluate", *words) for words in whole), ("generate",), ("edit",)):
+        with pytest.raises(SystemExit):
+            main([*words, "--help"])
+        printed = " ".join(capsys.readouterr().out.split())
+        place = ", or NAME.png, .webp or .jpg for one image" if words[0] != "evaluate" else ""
+        assert f"--out OUT folder for the results{place} (default: out)" in printed, words
 
 
 def test_drift_is_measured_over_each_pictures_own_turns(pipeline, channels, capsys):
