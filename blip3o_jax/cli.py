@@ -21,7 +21,7 @@ from blip3o_jax.train import stop
 # Each job, with one line that is enough to begin with.
 EXAMPLES = {
     "generate": 'blip3o-jax generate "two red hearts" --out hearts.png --seed 7',
-    "edit": 'blip3o-jax edit hearts.png "make the left heart blue" --out blue.png',
+    "edit": 'blip3o-jax edit hearts.png "make the top heart blue" --out blue.png',
     "serve": "blip3o-jax serve --checkpoint emoji_64 --port 8000",
     "compile": "blip3o-jax compile --checkpoint emoji_64 --num-inference-steps 30",
     "train": "blip3o-jax train --config emoji_finetune --workdir runs/mine --config.num_steps=500",

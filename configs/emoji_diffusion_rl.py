@@ -5,9 +5,10 @@ transformer's tokens; all else is frozen.
 
     blip3o-jax grpo --config emoji_diffusion_rl --workdir runs/diffusion_rl
 
-Result: none yet. In the two steps that were run, no group of 16 had any spread: of the same tokens
-the embedded model renders almost the same picture, whatever the noise. `--config.grpo.train=joint`
-or `alternating` trains the transformer as well. Cost: not measured on an idle machine.
+Result (docs/rl.md, "Ways compared"): from weights that were only supervised, 80 steps at strength
+0.3 took the held-out prompts drawn right from 0.647 to 0.657, in 12 minutes beside other work. In
+two steps from the embedded weights, whose noise hardly changes a picture, no group of 16 had any
+spread. `--config.grpo.train=joint` or `alternating` trains the transformer as well.
 """
 
 from emoji_grpo import get_config as grpo

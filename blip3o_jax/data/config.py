@@ -52,7 +52,7 @@ class DataConfig:
     `num_train` to `named_ground` are the fields of scenes.config.WorldConfig.
     """
 
-    data_dir: str = ""  # empty: `scenes` under the workdir
+    data_dir: str = ""  # empty: `scenes` beside the workdir; of one in a bucket, in the cache
     num_train: int = 60000
     seed: int = 0
     text_fraction: float = 0.0  # share of scenes that show a word

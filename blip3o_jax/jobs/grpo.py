@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from blip3o_jax.text import Text
     from blip3o_jax.train.config import TrainConfig
 
-HELP = "reinforce the transformer by rewards; resumes if the workdir holds a checkpoint"
+HELP = "reinforce a model by rewards; resumes if the workdir holds a checkpoint"
 
 HELDOUT_SEED = 2  # of the prompts shown while training; the benchmark draws from seed 1
 HELDOUT = 64  # of them at most, of a batch

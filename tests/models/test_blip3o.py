@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from blip3o_jax.checkpoints import config_of
 from blip3o_jax.config import replace
 from blip3o_jax.convert.rules import to_jax, to_torch
 from blip3o_jax.convert.sana import connector_rules
@@ -15,6 +16,8 @@ from blip3o_jax.errors import InputError
 from blip3o_jax.models.blip3o import PARTS, Blip3o, Connector, condition_slice
 from blip3o_jax.models.sana import grid_positions
 from blip3o_jax.presets import PRESETS, preset
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def size(tree):
@@ -104,6 +107,15 @@ def test_the_mid_preset_is_about_100_m_and_100_m():
     assert (sizes["qwen3"], sizes["sana"]) == (99_945_472, 103_005_536)
     config = preset("mid_128")
     assert (config.image_size, config.ta_tok.num_tokens, config.sana.sample_size) == (128, 256, 16)
+
+
+def test_the_pages_name_the_counts_of_the_models_that_they_measure():
+    sizes = {part: size(tree) for part, tree in Blip3o(config_of("emoji_64")).abstract().items()}
+    assert (sizes["sana"], sum(sizes.values())) == (4_135_504, 9_941_980)
+    text = (DOCS / "emoji.md").read_text()
+    assert "9.9 M parameters" in text
+    assert f"their SANA has {sizes['sana']:,} parameters" in text
+    assert "# 100 M + 103 M parameters" in (DOCS / "speed.md").read_text()
 
 
 def test_a_part_does_not_depend_on_the_others():
