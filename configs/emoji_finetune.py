@@ -1,5 +1,5 @@
-"""Goes on from the embedded checkpoint: all parts from it, the transformer and the diffusion part
-trained further.
+"""Continues from all parts of the embedded checkpoint: trains the transformer and the diffusion
+part.
 
     blip3o-jax train --config emoji_finetune --workdir runs/finetune
 

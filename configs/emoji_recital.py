@@ -1,4 +1,4 @@
-"""Stage 3 of the embedded model: the transformer learns to say words again, as image tokens,
+"""Stage 3 of the embedded model: the transformer learns to repeat words as image tokens,
 forwards and backwards.
 
     blip3o-jax train --config emoji_recital --workdir runs/recital

@@ -16,7 +16,7 @@ with `--config.num_steps=120`, 150 and 60; emoji_autoencoder took 0.5 s a step o
     tokenizer    0.4 to 2.8 s a step; heldout/features 0.38 after 150 steps, with 148 of 256 codes
     joint        7.6 to 9.2 s a step; 26 % of the image's tokens right after 60 steps, in training
 
-The steps below are for some thousand pictures; 60 are learned by heart.
+The steps below are for some thousand pictures; 60 are memorised.
 """
 
 from ml_collections import ConfigDict
@@ -64,7 +64,7 @@ STAGES = {
             "sana": "emoji_64",
         },
         "num_steps": 3000,
-        "joint": {"trainable_sana": "all"},  # all of a small one, not its captions' way in alone
+        "joint": {"trainable_sana": "all"},  # all of it, not only its caption layers
     },
     # Latents in four steps of one forward each; not needed, but faster.
     "distill": {"init": "runs/my_pictures", "model": {"sana": {"few_steps": 4}}, "num_steps": 1000},
