@@ -1,4 +1,4 @@
-"""Stage 8 of the embedded model: the transformer alone learns edits, and goes on with pictures.
+"""Stage 8 of the embedded model: the transformer alone learns edits, and keeps learning pictures.
 
     blip3o-jax train --config emoji_edit_words --workdir runs/edit_words
 

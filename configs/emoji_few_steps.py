@@ -2,12 +2,12 @@
 
     blip3o-jax train --config emoji_few_steps --workdir runs/few_steps
 
-As shipped it trains the embedded weights on, which have been through it; after the stages before
-give it `--config.init=runs/edit_grpo`.
+As shipped it continues with the embedded weights, which have been through it; after the earlier
+stages give it `--config.init=runs/edit_grpo`.
 
 Cost: 2.6 s a step on two CPU cores beside other work. Result, in four steps of one forward each:
-0.99 of the held-out prompts right, 0.92 of the edits, as the model that it began from in 30 guided
-steps (docs/speed.md).
+0.99 of the held-out prompts right, 0.92 of the edits, like the model that it began from in 30
+guided steps (docs/speed.md).
 """
 
 from emoji_edit import get_config as edit
