@@ -2,13 +2,13 @@
 # A run on Cloud TPU VMs: waits for the slice, installs this clone on all its hosts, runs on all of them, and starts again what was interrupted.
 #
 #   bash launch/tpu_vm.sh --name pretrain --zone us-west4-a --type v5litepod-256 --runtime v2-alpha-tpuv5-lite [--project P] [--spot]
-#       [--setup 'sudo mount ...'] [--max-restarts 100] [--dry-run] -- train --config pretrain_3b:v5e:16x16 --workdir /mnt/runs/pretrain_3b
+#       [--setup 'mountpoint -q /mnt || sudo mount ...'] [--max-restarts 100] [--dry-run] -- train --config pretrain_3b:v5e:16x16 --workdir /mnt/runs/pretrain_3b
 #
-# Behind -- stands a job of blip3o-jax; of generate and edit each host makes a share. --setup runs on every host before it, e.g. to mount the disk
-# that holds data and results. The slice is created as a queued resource where there is none of that name, again where it was pre-empted, and
-# stays when the run is over: delete it with the command that is printed last. --dry-run prints the gcloud commands. The job, its config and
-# whether that is for slices of this type are checked here first (launch/check_job.py; the clone's .venv or another Python must have the
-# package). Exit code: the run's.
+# Behind -- stands a job of blip3o-jax; of generate and edit each host makes a share. --setup runs on every host at every start, before the
+# package is installed, e.g. to mount the disk that holds data and results. The slice is created as a queued resource where there is none of that
+# name, again where it was pre-empted, and stays when the run is over: delete it with the command that is printed last. --dry-run prints the
+# gcloud commands. The job, its config and whether that is for slices of this type are checked here first (launch/check_job.py; the clone's .venv
+# or another Python must have the package). Exit code: the run's; 1 where the installation or --setup failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
@@ -115,9 +115,9 @@ on_all() {
 install() {
   say "Installing on all hosts, which usually takes some minutes."
   call compute tpus tpu-vm scp "$archive" "$name:blip3o_jax.tar.gz" "${where[@]}" --worker=all --quiet || return 1
+  on_all "$setup" || return 1
   # shellcheck disable=SC2016 # expanded on the hosts
-  on_all 'set -e; rm -rf blip3o_jax; tar xzf blip3o_jax.tar.gz; cd blip3o_jax; source launch/venv.sh; pip install --quiet ".['"$extras"']"' || return 1
-  on_all "$setup"
+  on_all 'set -e; rm -rf blip3o_jax; tar xzf blip3o_jax.tar.gz; cd blip3o_jax; source launch/venv.sh; pip install --quiet ".['"$extras"']"'
 }
 
 # The job on all hosts; their output is this script's. gcloud does not hand on exit codes of hosts, so each keeps its own.
@@ -141,11 +141,13 @@ run() {
 
 for ((restarts = 0; restarts <= max_restarts; restarts++)); do
   ensure_slice
-  code=255
   if install; then
     say "Running: blip3o-jax $*"
     run "$@"
     code=$?
+  else
+    say "The installation or --setup failed on a host, as it says above."
+    code=1 # fails again, unless the hosts were taken away
   fi
   # 75: saved after a SIGTERM or SIGUSR1; 143: one that came before the run listened. 130: ended from a keyboard. 255: a host does not answer. Anything else is the run's own end, unless its hosts were taken away meanwhile.
   now=$(state)

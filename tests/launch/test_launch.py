@@ -23,6 +23,7 @@ answer() {
   head -n 1 "$CLOUD/$1"
   sed -i 1d "$CLOUD/$1"
 }
+[[ -z ${FAILING:-} || $* != *"$FAILING"* ]] || exit 1
 case "$*" in
   *describe*) answer states ;;
   *"cat blip3o.exit"*) answer codes | tr ' ' '\n' | sed 's/./blip3o.exit=&/' ;;
@@ -161,6 +162,30 @@ def test_what_reads_buckets_is_installed_for_a_job_that_names_one(tmp_path):
     assert sum('pip install --quiet ".[tpu,gcs]"' in call for call in calls) == 1
 
 
+def test_setup_comes_before_the_package(tmp_path):
+    """It may install the Python that launch/venv.sh looks for."""
+    _, _, calls = tpu_vm(tmp_path / "cloud", ["ACTIVE"] * 2, ["0"], "--setup", "apt-get it")
+    setup, install = (
+        next(i for i, call in enumerate(calls) if words in call)
+        for words in ("--command=apt-get it", "launch/venv.sh; pip install")
+    )
+    assert setup < install
+
+
+@pytest.mark.parametrize("failing", [" scp ", "apt-get it", "pip install"])
+def test_an_installation_that_fails_is_not_repeated_unless_the_slice_is_gone(
+    tmp_path, monkeypatch, failing
+):
+    monkeypatch.setenv("FAILING", failing)
+    states = ["ACTIVE", "SUSPENDED", *["ACTIVE"] * 9]
+    code, printed, calls = tpu_vm(tmp_path / "cloud", states, [], "--setup", "apt-get it")
+    assert code == 1
+    assert sum(failing in call for call in calls) == 2
+    assert runs(calls) == []
+    assert "(code 1, the slice is SUSPENDED); start 2 follows" in printed
+    assert printed.count("The installation or --setup failed on a host") == 2
+
+
 def test_restarts_are_bounded(tmp_path):
     code, _, calls = tpu_vm(
         tmp_path / "cloud", ["ACTIVE"] * 9, [str(RESTART)] * 9, "--max-restarts", "2"
@@ -210,11 +235,11 @@ def test_a_job_that_would_not_start_asks_for_nothing(tmp_path, job, sentence):
 def test_preflight_is_given_the_config_as_the_job_reads_it(tmp_path):
     """Also where it is written with = and changed."""
     config = "--config=pretrain_3b:v5e:4x4"
-    job = ["train", config, "--workdir=/mnt/a b", "--config.data.cache=c d"]
+    job = ["train", config, "--workdir=/mnt/a b", "--config.data.cache=/c d"]
     code, printed, calls = tpu_vm(tmp_path / "cloud", ["ACTIVE"] * 2, ["0"], job=job)
     assert code == 0, printed
     (run,) = runs(calls)
-    options = "--config pretrain_3b:v5e:4x4 --workdir '/mnt/a b' '--config.data.cache=c d'"
+    options = "--config pretrain_3b:v5e:4x4 --workdir '/mnt/a b' '--config.data.cache=/c d'"
     assert f"python launch/preflight.py {options} && blip3o-jax train" in run
 
 
