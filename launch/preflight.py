@@ -6,8 +6,8 @@
 The config is read as the run reads it, with --config.key=value; its own topology must be there.
 
 A check that hangs, as a pod does that lacks a host, fails after --timeout seconds. Processes find
-each other as those of a run do (mesh.start_processes). Exit code 75 is given after a SIGTERM or
-SIGUSR1 alone: what fails here fails again.
+each other as those of a run do (parallel.processes.start_processes). Exit code 75 is given after a
+SIGTERM or SIGUSR1 alone: what fails here fails again.
 """
 
 import argparse
@@ -197,13 +197,13 @@ def interrupted(number: int, frame: object) -> None:
 def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, interrupted)
     signal.signal(signal.SIGUSR1, interrupted)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("--workdir", required=True)
     config = "whose data and devices must be there; with --config.key=value as for the run"
     parser.add_argument("--config", help=config)
     topology = "devices that must be there, e.g. v5e:16x16 (default: the config's)"
     parser.add_argument("--topology", help=topology)
-    parser.add_argument("--processes", type=int, help="that must be there")
+    parser.add_argument("--processes", type=int, help="number expected")
     timeout = "seconds of each check (default: %(default)s)"
     parser.add_argument("--timeout", type=float, default=300, help=timeout)
     args, rest = parser.parse_known_args(argv)

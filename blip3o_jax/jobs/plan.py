@@ -42,8 +42,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", default="", help=unsharded)
     best = "over rows a device and remat; the best that fits"
     parser.add_argument("--search", action="store_true", help=best)
-    option(parser, "--mfu", 0.4, "share of the peak that the time is for")
-    parser.add_argument("--price", type=float, metavar="DOLLARS", help="of a chip-hour")
+    option(parser, "--mfu", 0.4, "share of the peak assumed for the time")
+    parser.add_argument("--price", type=float, metavar="DOLLARS", help="price of a chip-hour")
     quick = "a quick look at a model cut to N layers: neither a verdict on the run nor its price"
     parser.add_argument("--depth", type=int, metavar="N", help=quick)
     parser.set_defaults(run=run)

@@ -49,7 +49,7 @@ def planned(args: argparse.Namespace, devices: list, chip: Chip, rows: int) -> d
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("--config", default="emoji_recital")
     parser.add_argument("--topology", default="v5e:2x2")
     parser.add_argument("--depth", type=int)
