@@ -2,6 +2,10 @@
 
 from ml_collections import ConfigDict
 
+# Where hosts find what the runs read, and each run what the one before it left: a launcher starts
+# in a new clone, so every name is absolute.
+DISK = "/mnt"
+
 # What the pods that pretraining was planned for need; on others it takes what the plan of them
 # finds (`blip3o-jax plan --search`).
 PRETRAIN_PODS = {
@@ -33,7 +37,7 @@ def published_run(topology: str, pods: dict[str, dict], *, data: dict, **values)
 
 def pretrain(topology: str, preset: str, checkpoint: str, cache: str) -> ConfigDict:
     """Pretraining from a converted `checkpoint`, whose tokenizer it takes, through a `cache`."""
-    data = "data/BLIP3o-Pretrain"
+    data = f"{DISK}/data/BLIP3o-Pretrain"
     sources = [
         {"kind": "webdataset", "path": f"{data}-Long-Caption/*.tar"},
         {"kind": "webdataset", "path": f"{data}-Short-Caption/*.tar"},

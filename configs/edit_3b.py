@@ -4,16 +4,16 @@
     blip3o-jax data check --config edit_3b --out check
     blip3o-jax train --config edit_3b:v5e:4x4 --workdir /mnt/runs/edit_3b
 
-Or from a converted checkpoint: `--config.init=jax-sft`. The connector of the source's latents
+Or from a converted checkpoint: `--config.init=/mnt/jax-sft`. The connector of the source's latents
 starts at random unless the checkpoint has one. The learning rates and 96 images a step are the
 original's; pods of 128 chips and more take 128, which divides among them. 3,072,000 rows are as
 many as the original's epoch has of Nano-150k, ten times each pair and each reconstruction. Images
-are encoded in the step, a quarter of its 50 TFLOP an image. At 40 % of the peak, which is
-arithmetic: v5e:16x16 0.32 s a step, 2.1 h, 543 chip-hours; v5p:4x4x8 0.27 s, 233; v6e:16x16 0.07 s,
-117; v5e:4x4 3.8 s, 34 h; v5p:2x2x4 1.6 s, 15 h; v6e:4x4 0.82 s, 7.3 h; tpu7x:2x2x1 1.3 s, 12 h.
+are encoded in the step, a quarter of its 50 TFLOP an image. At 40 % of the peak, an estimate:
+v5e:16x16 0.32 s a step, 2.1 h, 543 chip-hours; v5p:4x4x8 0.27 s, 233; v6e:16x16 0.07 s, 117;
+v5e:4x4 3.8 s, 34 h; v5p:2x2x4 1.6 s, 15 h; v6e:4x4 0.82 s, 7.3 h; tpu7x:2x2x1 1.3 s, 12 h.
 """
 
-from common import published_run
+from common import DISK, published_run
 from ml_collections import ConfigDict
 
 # As the released family: the source's tokens are in the prompt, its latents among the condition's
@@ -37,17 +37,17 @@ ROWS = 3_072_000
 # Shares of the rows. Nano-150k and its reconstructions, pictures that are asked to stay as they
 # are, weigh the same, as in the original, whose list of the others is not whole: those are ours.
 SOURCES = [
-    {"kind": "jsonl", "path": "data/Nano-150k/*.jsonl", "weight": 0.3},
-    {"kind": "jsonl", "path": "data/Nano-150k/reconstruct/*.jsonl", "weight": 0.3},
-    {"kind": "jsonl", "path": "data/X2I2/inpaint_edit.jsonl", "weight": 0.1},
-    {"kind": "jsonl", "path": "data/X2I2/video_edit.jsonl", "weight": 0.1},
+    {"kind": "jsonl", "path": f"{DISK}/data/Nano-150k/*.jsonl", "weight": 0.3},
+    {"kind": "jsonl", "path": f"{DISK}/data/Nano-150k/reconstruct/*.jsonl", "weight": 0.3},
+    {"kind": "jsonl", "path": f"{DISK}/data/X2I2/inpaint_edit.jsonl", "weight": 0.1},
+    {"kind": "jsonl", "path": f"{DISK}/data/X2I2/video_edit.jsonl", "weight": 0.1},
     {
         "kind": "jsonl",
-        "path": "data/ShareGPT-4o-Image/text_and_image_to_image.jsonl",
+        "path": f"{DISK}/data/ShareGPT-4o-Image/text_and_image_to_image.jsonl",
         "weight": 0.1,
     },
-    {"kind": "jsonl", "path": "data/ShareGPT-4o-Image/text_to_image.jsonl", "weight": 0.05},
-    {"kind": "webdataset", "path": "data/BLIP3o-60k/*.tar", "weight": 0.05},
+    {"kind": "jsonl", "path": f"{DISK}/data/ShareGPT-4o-Image/text_to_image.jsonl", "weight": 0.05},
+    {"kind": "webdataset", "path": f"{DISK}/data/BLIP3o-60k/*.tar", "weight": 0.05},
 ]
 
 
@@ -56,13 +56,13 @@ def get_config(topology: str = "v5e:4x4") -> ConfigDict:
     num_steps = ROWS // batch_size
     rates = {"learning_rate": 5e-5, "final_learning_rate": 1e-5, "warmup_steps": num_steps // 100}
     # A prompt of 512 tokens, 729 of its source image and 729 of the image are 1,973.
-    data = {"sources": SOURCES, "tokenizer": "jax-3b/tokenizer.json", "row_length": 2048}
+    data = {"sources": SOURCES, "tokenizer": f"{DISK}/jax-3b/tokenizer.json", "row_length": 2048}
     return published_run(
         topology,
         PODS,
         preset="blip3o_next_3b",
         model=EDITING,
-        init="runs/sft_3b",
+        init=f"{DISK}/runs/sft_3b",
         data=data,
         batch_size=batch_size,
         num_steps=num_steps,

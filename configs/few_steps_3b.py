@@ -1,5 +1,5 @@
 """BLIP3o-NEXT 3B whose diffusion part makes a picture in four steps of one forward each, from
-`sft_3b` (train.distill, docs/model.md §6.4).
+`sft_3b` (train.distill, docs/model.md §5.4).
 
     blip3o-jax train --config few_steps_3b:v5e:16x16 --workdir /mnt/runs/few_steps_3b
 
@@ -7,7 +7,7 @@
 (arXiv 2604.18168). The transformer only reads the rows.
 """
 
-from common import published_run
+from common import DISK, published_run
 from ml_collections import ConfigDict
 from sft_3b import PODS
 from sft_3b import get_config as sft
@@ -21,7 +21,7 @@ def get_config(topology: str = "v5e:16x16") -> ConfigDict:
         stage="distill",
         preset="blip3o_next_3b",
         model={"sana": {"few_steps": 4}},
-        init="runs/sft_3b",
+        init=f"{DISK}/runs/sft_3b",
         data={name: data[name] for name in ("sources", "tokenizer", "cache")},
         batch_size=128,
         num_steps=14_000,

@@ -12,6 +12,7 @@ original asked, on each host. For text in images: prompts with words in double q
 v5p:2x2x4 was compiled in full (docs/rl.md), the others were not: run `plan` first.
 """
 
+from common import DISK
 from ml_collections import ConfigDict
 
 # What is tried first on each pod.
@@ -33,12 +34,12 @@ def get_config(topology: str = "v5p:2x2x4") -> ConfigDict:
             "topology": topology,
             "mesh": {"fsdp": -1, "data": 1},
             "remat": "full",
-            "init": "runs/sft_3b",
+            "init": f"{DISK}/runs/sft_3b",
             "batch_size": 256,
             "num_steps": 400,
             "data": {
-                "prompts": "data/geneval_train.jsonl",
-                "tokenizer": "jax-3b/tokenizer.json",
+                "prompts": f"{DISK}/data/geneval_train.jsonl",
+                "tokenizer": f"{DISK}/jax-3b/tokenizer.json",
                 "row_length": 1280,
             },
             "grpo": {

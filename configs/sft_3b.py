@@ -1,17 +1,17 @@
 """BLIP3o-NEXT 3B, supervised fine-tuning of `pretrain_3b` on BLIP3o-60k and ShareGPT-4o-Image
 (docs/model.md §6).
 
-    blip3o-jax data cache --config sft_3b --out cache/sft
+    blip3o-jax data cache --config sft_3b --out /mnt/cache/sft
     blip3o-jax train --config sft_3b:v5e:16x16 --workdir /mnt/runs/sft_3b
 
 128 images a step, 7,000 steps, as on the project's page: several passes over the data, so they are
 encoded once, into a cache. Two chips share an image where a pod has more chips than a step has
-images. Planned at 40 % of the peak, which is arithmetic (`blip3o-jax plan --config
-sft_3b:TOPOLOGY`): v5e:16x16 0.14 s a step, 67 chip-hours; v5p:4x4x8 0.12 s, 29; v6e:16x16 0.03 s,
-14; v5e:4x4 2.2 s, 4.2 h; v5p:2x2x4 0.93 s, 1.8 h; v6e:4x4 0.46 s, 0.9 h; tpu7x:2x2x1 0.74 s, 1.4 h.
+images. Planned at 40 % of the peak, an estimate (`blip3o-jax plan --config sft_3b:TOPOLOGY`):
+v5e:16x16 0.14 s a step, 67 chip-hours; v5p:4x4x8 0.12 s, 29; v6e:16x16 0.03 s, 14; v5e:4x4 2.2 s,
+4.2 h; v5p:2x2x4 0.93 s, 1.8 h; v6e:4x4 0.46 s, 0.9 h; tpu7x:2x2x1 0.74 s, 1.4 h.
 """
 
-from common import published_run
+from common import DISK, published_run
 from ml_collections import ConfigDict
 
 # What the pods that the run was planned for need; on others it takes what the plan of them finds
@@ -29,16 +29,16 @@ PODS = {
 
 def get_config(topology: str = "v5e:16x16") -> ConfigDict:
     sources = [
-        {"kind": "webdataset", "path": "data/BLIP3o-60k/*.tar"},
-        {"kind": "jsonl", "path": "data/ShareGPT-4o-Image/text_to_image.jsonl"},
+        {"kind": "webdataset", "path": f"{DISK}/data/BLIP3o-60k/*.tar"},
+        {"kind": "jsonl", "path": f"{DISK}/data/ShareGPT-4o-Image/text_to_image.jsonl"},
     ]
-    tokenizer = "jax-3b/tokenizer.json"
+    tokenizer = f"{DISK}/jax-3b/tokenizer.json"
     return published_run(
         topology,
         PODS,
         preset="blip3o_next_3b",
-        init="runs/pretrain_3b",
-        data={"sources": sources, "tokenizer": tokenizer, "cache": "cache/sft"},
+        init=f"{DISK}/runs/pretrain_3b",
+        data={"sources": sources, "tokenizer": tokenizer, "cache": f"{DISK}/cache/sft"},
         batch_size=128,
         num_steps=7_000,
         optimizer={"learning_rate": 5e-5, "final_learning_rate": 1e-5, "warmup_steps": 70},

@@ -12,12 +12,15 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # Cloud's names: of which chip, and how many of what they count make one.
 CLOUD_TYPES = {"v5litepod": ("v5e", 1), "v6e": ("v6e", 1), "v5p": ("v5p", 2), "v4": ("v4", 2)}
+# Options of jobs that name what is read.
+INPUTS = ("checkpoint", "prompts", "edits", "sources")
 
 
 def slice_of(cloud_type: str) -> tuple[str, int] | None:
@@ -29,8 +32,25 @@ def slice_of(cloud_type: str) -> tuple[str, int] | None:
     return name, int(size) // per_chip
 
 
-def check_config(name: str, overrides: list[str], job: str, cloud_type: str) -> None:
-    """InputError when the config is wrong, of another job, or for another slice."""
+def inputs_of(cfg, is_run: bool) -> Iterator[tuple[str, str]]:
+    """(key, path) of what a job reads by its config: of a run that has a cache, no source."""
+    from blip3o_jax.checkpoints import embedded
+
+    data = cfg.data
+    yield from (("init", name) for name in cfg.init.values() if name not in embedded())
+    yield from (("data.tokenizer", data.tokenizer), ("data.prompts", data.prompts))
+    if is_run and data.cache:
+        yield "data.cache", data.cache
+    else:
+        for source in data.sources:
+            yield from (("data.sources", source.path), ("data.sources", source.root))
+
+
+def check_config(
+    name: str, overrides: list[str], job: str, cloud_type: str, is_fresh: bool
+) -> None:
+    """InputError when the config is wrong, of another job or for another slice, or names what fresh
+    hosts do not have."""
     import jax
 
     from blip3o_jax.chips import CHIPS, parse_topology
@@ -55,16 +75,33 @@ def check_config(name: str, overrides: list[str], job: str, cloud_type: str) -> 
     if is_run and count:
         mesh = jax.sharding.AbstractMesh(mesh_shape(cfg.mesh, count), AXES)
         check_batch(cfg.batch_size, mesh, cfg.accumulate)
+    for key, path in inputs_of(cfg, is_run) if is_fresh else ():
+        check_path(key, path)
 
 
-def check_folder(job: argparse.Namespace, folder: str, is_fresh: bool) -> None:
-    """InputError for a folder of results that a restart would delete."""
+def check_path(key: str, path: str) -> None:
+    """InputError for a relative path, which leads into the clone."""
+    from blip3o_jax.errors import require
+
+    is_kept = not path or "://" in path or os.path.isabs(path)
+    inside = f"{key} {path} is inside the clone, which is new on a host at every start"
+    require(is_kept, f"{inside}; give a path that begins with /, on a disk that all hosts see.")
+
+
+def check_options(job: argparse.Namespace, is_fresh: bool) -> None:
+    """InputError for results that a restart would delete, and for what fresh hosts do not have."""
     from blip3o_jax.cli import RESUMED
     from blip3o_jax.errors import require
 
-    is_kept = not is_fresh or "://" in folder or os.path.isabs(folder or "/")
-    inside = f"{folder} is inside the clone, which is new on a host at every start"
-    require(is_kept, f"{inside}; give a folder that begins with /, on a disk that all hosts see.")
+    option = "workdir" if hasattr(job, "workdir") else "out"
+    folder = getattr(job, option, "")
+    if is_fresh:
+        from blip3o_jax.checkpoints import embedded
+
+        check_path(f"--{option}", folder)
+        for name in INPUTS:
+            path = getattr(job, name, None) or ""
+            check_path(f"--{name}", "" if path in embedded() else path)
     again = "--overwrite would delete what was made whenever the job is started again"
     is_deleted = job.job in RESUMED and getattr(job, "overwrite", False)
     require(not is_deleted, f"{again}; delete {folder} yourself, and leave it out.")
@@ -90,8 +127,8 @@ def main(argv: list[str] | None = None) -> int:
             job = parse(words)
         config, workdir = (getattr(job, name, None) for name in ("config", "workdir"))
         if config:
-            check_config(config, job.overrides, job.job, args.type)
-        check_folder(job, workdir or getattr(job, "out", ""), args.fresh)
+            check_config(config, job.overrides, job.job, args.type, args.fresh)
+        check_options(job, args.fresh)
     except SystemExit:
         return 2
     except ImportError as error:

@@ -231,7 +231,7 @@ def test_a_key_without_effect_is_refused(config, override, sentence):
 
 def test_one_checkpoint_may_start_all_parts():
     cfg = read_config("pretrain_3b", [])
-    assert cfg.init == dict.fromkeys(STAGES["joint"].parts, "jax-3b")
+    assert cfg.init == dict.fromkeys(STAGES["joint"].parts, "/mnt/jax-3b")
     other = read_config("pretrain_3b", ["--config.init.sana=sana"])
     assert other.init == {**cfg.init, "sana": "sana"}
 
