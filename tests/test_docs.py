@@ -1,4 +1,5 @@
-"""README.md and docs/: every command parses, every config builds, all Python compiles.
+"""README.md, docs/ and docstrings of configs and launchers: every command parses, every config
+builds, all Python compiles.
 
 tests/test_docs_links.py holds links, citations and versions.
 """
@@ -9,6 +10,7 @@ import dataclasses
 import io
 import re
 import shlex
+import textwrap
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from blip3o_jax.train.read_config import read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = sorted([*(ROOT / "configs").glob("*.py"), *(ROOT / "launch").glob("*.py")])
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
@@ -76,6 +79,12 @@ def commands(shell: str) -> list[list[str]]:
                 result.append(words)
             words = []
     return result
+
+
+def docstring_commands(docstring: str) -> list[list[str]]:
+    """The commands of its paragraphs that begin with one of ours."""
+    paragraphs = map(textwrap.dedent, docstring.split("\n\n"))
+    return [words for text in paragraphs if text.startswith(OURS) for words in commands(text)]
 
 
 def check_file(name: str) -> Path:
@@ -197,6 +206,23 @@ def test_every_command_works(page, tmp_path):
                 check_command(words, tmp_path)
     for words in inline_commands(text):
         check_command(words, tmp_path, inline=True)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_every_command_of_a_docstring_works(path, tmp_path):
+    found = docstring_commands(ast.get_docstring(ast.parse(path.read_text())))
+    assert found or path.stem == "common"
+    for words in found:
+        check_command(words, tmp_path)
+
+
+def test_a_command_that_goes_on_needs_a_backslash(tmp_path):
+    text = "Converts.\n\n    blip3o-jax convert to-jax a{}\n        --ar b --dit c\n\nNo."
+    (words,) = docstring_commands(text.format(" \\"))
+    check_command(words, tmp_path)
+    _, rest = docstring_commands(text.format(""))
+    with pytest.raises(BadCommand, match="--ar is not a command"):
+        check_command(rest, tmp_path)
 
 
 def test_commands_are_read_from_the_pages():
