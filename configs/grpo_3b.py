@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 
 # What is tried first on each pod.
 PODS = {
-    "v5e:16x16": {"mesh": {"fsdp": 16, "data": -1}, "remat": "dots"},
-    "v5p:4x4x8": {"mesh": {"fsdp": 32, "data": -1}, "remat": "dots"},
-    "v6e:16x16": {"mesh": {"fsdp": 16, "data": -1}, "remat": "dots"},
+    "v5e:16x16": {"mesh": {"fsdp": 16, "data": -1}, "remat": "dots", "pieces": 1},
+    "v5p:4x4x8": {"mesh": {"fsdp": 32, "data": -1}, "remat": "dots", "pieces": 2},
+    "v6e:16x16": {"mesh": {"fsdp": 16, "data": -1}, "remat": "dots", "pieces": 1},
     "v5p:2x2x4": {"accumulate": 2, "remat": "dots"},
     "v6e:4x4": {"accumulate": 4, "remat": "dots"},
     "tpu7x:2x2x1": {"accumulate": 4, "remat": "dots"},
@@ -27,6 +27,8 @@ PODS = {
 
 
 def get_config(topology: str = "v5p:2x2x4") -> ConfigDict:
+    # Images are rendered in pieces, so that they leave room for the weights.
+    pod = {"pieces": 4, **PODS.get(topology, {})}
     return ConfigDict(
         {
             "stage": "grpo",
@@ -44,7 +46,7 @@ def get_config(topology: str = "v5p:2x2x4") -> ConfigDict:
             },
             "grpo": {
                 "num_generations": 16,
-                "pieces": 4,  # so that the images of a piece leave room for the weights
+                "pieces": pod.pop("pieces"),
                 "beta": 0.001,
                 "rewards": {"geneval+http://127.0.0.1:18085/": 1.0},
             },
@@ -52,7 +54,7 @@ def get_config(topology: str = "v5p:2x2x4") -> ConfigDict:
             "log_every": 1,
             "eval_every": 50,
             "checkpoint_every": 50,
-            **PODS.get(topology, {}),
+            **pod,
         },
         allow_dotted_keys=True,  # in the server's name
     )

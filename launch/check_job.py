@@ -55,9 +55,9 @@ def check_config(
 
     from blip3o_jax.chips import CHIPS, parse_topology
     from blip3o_jax.errors import require
-    from blip3o_jax.parallel.batches import check_batch
     from blip3o_jax.parallel.mesh import AXES, mesh_shape
     from blip3o_jax.train.read_config import read_config
+    from blip3o_jax.train.start import check_batches
 
     cfg = read_config(name, overrides)
     is_run = job in ("train", "grpo")
@@ -74,7 +74,7 @@ def check_config(
         require(present in (None, planned), f"{sentence}: {planned[1]} chips; {fix}.")
     if is_run and count:
         mesh = jax.sharding.AbstractMesh(mesh_shape(cfg.mesh, count), AXES)
-        check_batch(cfg.batch_size, mesh, cfg.accumulate)
+        check_batches(cfg, mesh)
     for key, path in inputs_of(cfg, is_run) if is_fresh else ():
         check_path(key, path)
 

@@ -162,10 +162,10 @@ def devices(args) -> str:
         )
         need(is_planned, f"{present}; {topology} has {planned} of {chip.kind}{fix}")
     if cfg:
-        from blip3o_jax.parallel.batches import check_batch
         from blip3o_jax.parallel.mesh import make_mesh
+        from blip3o_jax.train.start import check_batches
 
-        check_batch(cfg.batch_size, make_mesh(cfg.mesh), cfg.accumulate)
+        check_batches(cfg, make_mesh(cfg.mesh))
     return f"{present}{f', as {topology}' if topology else ''}"
 
 

@@ -36,9 +36,9 @@ def open_run(name: str, overrides: list[str], job: str) -> TrainConfig:
     Raises InputError for what is wrong with it, before anything is written.
     """
     from blip3o_jax import checkpoints
-    from blip3o_jax.parallel.batches import check_batch
     from blip3o_jax.parallel.mesh import make_mesh
     from blip3o_jax.parallel.processes import start_processes
+    from blip3o_jax.train import start
     from blip3o_jax.train.read_config import read_config
 
     cfg = read_config(name, overrides)
@@ -51,10 +51,7 @@ def open_run(name: str, overrides: list[str], job: str) -> TrainConfig:
             raise InputError(f"init of {part}: {error}") from error
     cfg = with_editing_parts(cfg)
     start_processes()
-    mesh = make_mesh(cfg.mesh)
-    check_batch(cfg.batch_size, mesh, cfg.accumulate)
-    if cfg.grpo:
-        check_batch(cfg.batch_size, mesh, cfg.grpo.pieces, "pieces of a rollout")
+    start.check_batches(cfg, make_mesh(cfg.mesh))
     return cfg
 
 

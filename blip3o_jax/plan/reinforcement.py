@@ -11,12 +11,12 @@ from jax.sharding import Mesh, PartitionSpec
 from blip3o_jax import flops
 from blip3o_jax.errors import require
 from blip3o_jax.models.blip3o import Blip3o
-from blip3o_jax.parallel.batches import check_batch
 from blip3o_jax.parallel.mesh import BATCH, dividing
 from blip3o_jax.plan.programs import Program, abstract_state, kinds_of, placed
 from blip3o_jax.rl import rollout, update
 from blip3o_jax.sample import programs as sampling
 from blip3o_jax.text import row_length
+from blip3o_jax.train import start
 from blip3o_jax.train.config import TrainConfig
 
 
@@ -28,8 +28,7 @@ def lower(cfg: TrainConfig, mesh: Mesh) -> dict[str, Program]:
     sentence = f"plan compiles the step of grpo.train 'transformer', not of {section.train!r}."
     require(section.halves == ("transformer",), sentence)
     require(not cfg.data.edits, "plan compiles GRPO on prompts; leave data.edits out.")
-    check_batch(cfg.batch_size, mesh, cfg.accumulate)
-    check_batch(cfg.batch_size, mesh, section.pieces, "pieces of a rollout")
+    start.check_batches(cfg, mesh)
     place = jax.NamedSharding(mesh, BATCH)
 
     def rows(dtype: Any, *shape: int, count: int = cfg.batch_size) -> jax.ShapeDtypeStruct:

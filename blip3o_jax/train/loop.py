@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from blip3o_jax import paths, training_checkpoint
 from blip3o_jax.errors import InputError, RewardError, require
 from blip3o_jax.models.blip3o import Blip3o
-from blip3o_jax.parallel.batches import check_batch, put_batch
+from blip3o_jax.parallel.batches import put_batch
 from blip3o_jax.parallel.mesh import make_mesh
 from blip3o_jax.parallel.processes import barrier
 from blip3o_jax.paths import AnyPath
@@ -58,7 +58,7 @@ def run(cfg: TrainConfig, workdir: str | AnyPath, run: Run) -> dict[str, float]:
     three.
     """
     began = time.time()
-    check_batch(cfg.batch_size, run.mesh, cfg.accumulate)
+    start.check_batches(cfg, run.mesh)
     manager = training_checkpoint.open_manager(workdir, cfg.keep_checkpoints)
 
     with jax.set_mesh(run.mesh), stop.watch() as stopping:

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from blip3o_jax import training_checkpoint
 from blip3o_jax.convert.padding import fit_channels, fit_vocabulary
 from blip3o_jax.errors import require
 from blip3o_jax.kernels.platform import dtype_for
 from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.parallel.batches import check_batch
 from blip3o_jax.parallel.parameters import shardings
 from blip3o_jax.train import steps
 from blip3o_jax.train.config import TrainConfig
@@ -27,6 +28,13 @@ log = logging.getLogger(__name__)
 NAMED = 0.9  # share of the word in the row of an image token that it names
 
 LoadPart = Callable[[str, str], dict]  # (checkpoint, part) -> its parameters
+
+
+def check_batches(cfg: TrainConfig, mesh: Mesh | AbstractMesh) -> None:
+    """InputError unless the mesh divides a step's micro-batches, and the pieces of a rollout."""
+    check_batch(cfg.batch_size, mesh, cfg.accumulate)
+    if cfg.grpo:
+        check_batch(cfg.batch_size, mesh, cfg.grpo.pieces, "pieces of a rollout")
 
 
 def build_model(cfg: TrainConfig) -> Blip3o:

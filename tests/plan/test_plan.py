@@ -16,10 +16,10 @@ from blip3o_jax.chips import Chip, parse_topology
 from blip3o_jax.cli import build_parser, main
 from blip3o_jax.errors import InputError
 from blip3o_jax.models.blip3o import Blip3o
-from blip3o_jax.parallel.batches import check_batch
 from blip3o_jax.parallel.mesh import AXES, make_mesh, mesh_shape
 from blip3o_jax.parallel.parameters import spec
 from blip3o_jax.plan import estimate, programs
+from blip3o_jax.train import start
 from blip3o_jax.train.config import TrainConfig
 from blip3o_jax.train.read_config import read_config
 
@@ -226,13 +226,21 @@ def test_pods_divide_the_batch_and_every_parameter(name):
         assert ways[0] != ways[1]
         _, count = parse_topology(topology)
         mesh = jax.sharding.AbstractMesh(mesh_shape(cfg.mesh, count), AXES)
-        check_batch(cfg.batch_size, mesh, cfg.accumulate)
+        start.check_batches(cfg, mesh)
         for path, leaf in params.items():
             spec(path, leaf.shape, mesh)
         assert cfg.data.row_length % 128 == 0  # the TPU's attention kernel
         images = cfg.blip3o().max_sources + 1
         tokens = cfg.blip3o().max_prompt_tokens + images * cfg.blip3o().ta_tok.num_tokens + 3
         assert cfg.data.row_length >= tokens
+
+
+@pytest.mark.parametrize("topology", PODS)
+def test_pods_divide_the_pieces_of_a_rollout(topology):
+    cfg = read_config(f"grpo_3b:{topology}", [])
+    mesh = mesh_shape(cfg.mesh, parse_topology(topology)[1])
+    start.check_batches(cfg, jax.sharding.AbstractMesh(mesh, AXES))
+    assert cfg.grpo.pieces > 1 or mesh[0] * mesh[1] == cfg.batch_size
 
 
 def test_a_mesh_that_does_not_divide_says_which_does():
