@@ -7,8 +7,7 @@ import argparse
 import contextlib
 import json
 import math
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blip3o_jax.errors import require
 from blip3o_jax.jobs.options import needs_torch
@@ -34,7 +33,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tolerance", type=float, default=1e-4, help=text)
     text = "run the stages of a model of more than a billion parameters too"
     parser.add_argument("--stages", action="store_true", help=text)
-    text = "write the report with every tensor to a file"
+    text = "write the report, of two with every tensor, to a file"
     parser.add_argument("--report", metavar="FILE", help=text)
     parser.set_defaults(run=run)
 
@@ -42,19 +41,27 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints a table and one JSON report; 0 when all agrees, 1 when anything does not."""
     with new_file(args.report, True) if args.report else contextlib.nullcontext() as file:
-        return _verify(args, file)
+        report, details = _verify(args)
+        if file:
+            file.write_text(json.dumps({**report, **details}, indent=1) + "\n")
+    print(json.dumps(report))
+    return 0 if report["passed"] else 1
 
 
-def _verify(args: argparse.Namespace, file: Path | None) -> int:
-    """The same, with every tensor in the file of --report."""
+def _verify(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the report, what the file of --report has besides)."""
     from blip3o_jax import checkpoints
     from blip3o_jax.verify import compare, stages
 
     is_tolerance = 0 < args.tolerance < math.inf
     require(is_tolerance, f"--tolerance is a number above 0, not {args.tolerance}.")
+    is_for_two = args.b is not None or not (args.torch or args.stages)
+    require(is_for_two, "--torch and --stages compare two checkpoints; name B.")
     a = checkpoints.open(args.a)
     if args.b is None:
-        return _verify_one(args.a, a)
+        identity, recorded = a.verify()
+        print(f"{len(a.files)} files of weights, {'as' if recorded else 'never'} recorded")
+        return {"a": args.a, "identity": identity, "recorded": recorded, "passed": True}, {}
     b = checkpoints.open(args.b)
     readable = not args.torch or a.kind == checkpoints.PUBLISHED
     only = "in PyTorch, which reads the published layout only"
@@ -65,6 +72,7 @@ def _verify(args: argparse.Namespace, file: Path | None) -> int:
     unequal = [name for name, row in tensors.items() if not row["agree"]]
     count = sum(math.prod(row["shape"]) for row in tensors.values())
     rows = {}
+    reason = "the configs differ" if differing else "pass --stages to run a model of this size"
     if not differing and (args.stages or args.torch or count <= LARGEST_RUN):
         # A conversion to a coarser dtype rounded its weights; so are the other's.
         rounded = compare.rounding(tensors)
@@ -73,7 +81,7 @@ def _verify(args: argparse.Namespace, file: Path | None) -> int:
     passed = not differing and not unequal and all(row["agree"] for row in rows.values())
     # A table for people ...
     largest = sorted(tensors, key=lambda name: -tensors[name].get("max_abs", math.inf))[:3]
-    print(f"{len(tensors)} tensors, {len(tensors) - len(unequal)} equal; {count:,} parameters")
+    print(f"{len(tensors)} tensors, {len(tensors) - len(unequal)} equal; {count:,} values")
     for name in unequal[:20] or largest[:1]:
         print(f"  {name}  {tensors[name]}")
     for name, row in rows.items():
@@ -91,21 +99,10 @@ def _verify(args: argparse.Namespace, file: Path | None) -> int:
         "unequal": unequal,
         "bit_identical": sum(mine == theirs for mine, theirs in hashes),
         "largest": {name: tensors[name] for name in largest},
-        "stages": rows or "not run: pass --stages to run a model of this size",
+        "stages": rows or f"not run: {reason}",
         "stages_rounded_to": rounded if rows else None,
     }
-    if file:
-        file.write_text(json.dumps({**report, "every_tensor": tensors}, indent=1) + "\n")
-    print(json.dumps(report))
-    return 0 if passed else 1
-
-
-def _verify_one(name: str, checkpoint: Checkpoint) -> int:
-    """Hashes every byte of the weights; InputError naming the file that is not as recorded."""
-    identity, recorded = checkpoint.verify()
-    print(f"{len(checkpoint.files)} files of weights, {'as' if recorded else 'never'} recorded")
-    print(json.dumps({"a": str(name), "identity": identity, "recorded": recorded, "passed": True}))
-    return 0
+    return report, {"every_tensor": tensors}
 
 
 def _run_in_torch(checkpoint: Checkpoint, rounded: str) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, tree
+from jax import Array, default_matmul_precision, tree
 
 from blip3o_jax.checkpoints import Checkpoint
 from blip3o_jax.config import Blip3oConfig
@@ -74,7 +74,8 @@ def run_stages(checkpoint: Checkpoint, rounded: str = "float32") -> dict[str, np
     if rounded != "float32":
         dtype = jnp.dtype(rounded)
         params = tree.map(lambda x: x.astype(dtype).astype(np.float32), params)
-    return stage_outputs(Blip3o(config), params, stage_inputs(config))
+    with default_matmul_precision("highest"):  # GPUs and TPUs round the factors of products
+        return stage_outputs(Blip3o(config), params, stage_inputs(config))
 
 
 def _read(

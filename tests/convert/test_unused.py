@@ -10,8 +10,11 @@ from converting import IGNORED, TA_TOK, convert, refused, same
 from safetensors.numpy import load_file, save_file
 from tiny import PUBLISHED
 
+from blip3o_jax import checkpoints
 from blip3o_jax.cli import main
 from blip3o_jax.convert import unused
+from blip3o_jax.errors import InputError
+from blip3o_jax.verify.compare import compare_checkpoints
 
 # Nothing here is a number that the model could hold.
 STRANGE = {
@@ -138,3 +141,23 @@ def test_unused_tensors_belong_to_a_run(strange, tmp_path, capsys):
     assert main(["convert", "verify", str(strange), str(tmp_path / "jax")]) == 0
     report = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert report["bit_identical"] == report["tensors"]
+    # Each of them is compared, by its bytes where it is no float.
+    tensors = load_file(strange / "model.safetensors")
+    converted = checkpoints.open(tmp_path / "jax")
+    kept = {name for name in STRANGE if tensors[name].size}
+    for name in kept:
+        changed = tensors[name].copy()
+        changed.reshape(-1).view(np.uint8)[0] ^= 1
+        save_file(tensors | {name: changed}, strange / "model.safetensors")
+        rows = compare_checkpoints(checkpoints.open(strange), converted)
+        assert [x for x, row in rows.items() if not row["agree"]] == [name]
+        assert set(STRANGE) < set(rows)
+    # One that lacks a tensor is another; one that has none is compared by its parameters.
+    left = {x: tensor for x, tensor in tensors.items() if x not in kept}
+    save_file(left, strange / "model.safetensors")
+    with pytest.raises(InputError, match="these are different models"):
+        compare_checkpoints(checkpoints.open(strange), converted)
+    convert(capsys, "to-torch", tmp_path / "jax", tmp_path / "less", "--drop-unused")
+    rows = compare_checkpoints(checkpoints.open(tmp_path / "less"), converted)
+    assert not set(STRANGE) & set(rows)
+    assert all(row["agree"] for row in rows.values())

@@ -6,15 +6,18 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from ml_dtypes import bfloat16
 from reading import load
 from tiny import PUBLISHED, SMALL
 
+from blip3o_jax import checkpoints
 from blip3o_jax.cli import main
 from blip3o_jax.config import replace
 from blip3o_jax.convert.published import save_published
 from blip3o_jax.convert.random_weights import random_checkpoint
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.presets import preset
+from blip3o_jax.verify import stages as verify_stages
 from blip3o_jax.verify.compare import compare_stages, compare_tensors, rounding
 from blip3o_jax.verify.stages import edit_outputs, stage_inputs
 
@@ -97,6 +100,36 @@ def test_a_rounded_conversion_agrees_and_a_wrong_one_does_not(small, tmp_path, c
     assert all(row.get("max_rel", 0) <= 1e-6 for row in found["stages"].values())
 
 
+def test_bfloat16_and_float16_agree_in_either_order(small, tmp_path, capsys):
+    brain, half = tmp_path / "bfloat16", tmp_path / "float16"
+    assert main(["convert", "to-torch", str(small[1]), str(brain), "--dtype", "bfloat16"]) == 0
+    assert main(["convert", "to-jax", str(brain), str(half), "--dtype", "float16"]) == 0
+    for pair in ((brain, half), (half, brain)):
+        assert main(["convert", "verify", *map(str, pair)]) == 0
+        assert report(capsys)["stages_rounded_to"] == "bfloat16"
+
+
+def test_the_report_of_one_checkpoint_is_in_its_file(tmp_path, capsys):
+    file = tmp_path / "report.json"
+    argv = ["convert", "verify", "emoji_64", "--report", str(file)]
+    assert main(argv) == 0
+    assert json.loads(file.read_text()) == report(capsys)
+    for option in ("--torch", "--stages"):
+        assert main([*argv, option]) == 2
+        assert "--torch and --stages compare two checkpoints; name B." in capsys.readouterr().err
+    assert json.loads(file.read_text())["passed"]
+
+
+def test_stages_are_run_in_full_precision(small, monkeypatch):
+    """GPUs and TPUs round by default; a CPU does not, so the setting itself is asked for."""
+
+    def precision(*_):
+        return jax.config.jax_default_matmul_precision
+
+    monkeypatch.setattr(verify_stages, "stage_outputs", precision)
+    assert verify_stages.run_stages(checkpoints.open(small[0])) == "highest"
+
+
 def test_two_checkpoints_are_rounded_to_the_coarser_dtype():
     def rows(*pairs):
         return {str(i): {"dtypes": pair} for i, pair in enumerate(pairs)}
@@ -104,6 +137,9 @@ def test_two_checkpoints_are_rounded_to_the_coarser_dtype():
     assert rounding(rows(("float32", "float32"), ("bfloat16", "bfloat16"))) == "float32"
     assert rounding(rows(("float32", "bfloat16"), ("float32", "float32"))) == "bfloat16"
     assert rounding(rows(("float16", "float32"))) == "float16"
+    halves = ("float16", "bfloat16")
+    assert rounding(rows(halves)) == rounding(rows(halves[::-1])) == "bfloat16"
+    assert rounding(rows(("float32", "float16"), ("bfloat16", "float32"))) == "bfloat16"
 
 
 def test_another_config_is_not_the_same_model(small, tmp_path, capsys):
@@ -114,7 +150,9 @@ def test_another_config_is_not_the_same_model(small, tmp_path, capsys):
     fields["sana_vae"]["scaling_factor"] = 0.5
     file.write_text(json.dumps(fields))
     assert main(["convert", "verify", str(published), str(tmp_path / "other")]) == 1
-    assert report(capsys)["config_differs_in"] == ["dc_ae"]
+    found = report(capsys)
+    assert found["config_differs_in"] == ["dc_ae"]
+    assert found["stages"] == "not run: the configs differ"
 
 
 def test_dtypes_agree_when_rounding_explains_the_difference():
@@ -123,6 +161,13 @@ def test_dtypes_agree_when_rounding_explains_the_difference():
     assert not compare_tensors(exact, (1.01 * exact).astype(np.float16))["agree"]
     assert not compare_tensors(exact, exact[:-1])["agree"]
     assert not compare_tensors(exact, np.nextafter(exact, 2))["agree"]
+    # Of the two halves either may be the source's, in either order.
+    brain, half = exact.astype(bfloat16), exact.astype(np.float16)
+    for one, other in ((brain, brain.astype(np.float16)), (half, half.astype(bfloat16))):
+        assert compare_tensors(one, other)["agree"]
+        assert compare_tensors(other, one)["agree"]
+        assert not compare_tensors((1.01 * one).astype(one.dtype), other)["agree"]
+    assert not compare_tensors(brain, brain.view(np.float16))["agree"]
 
 
 def test_stages_are_held_to_the_tolerance_and_ids_to_identity():
