@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from blip3o_jax import paths, presets, resources, training_checkpoint
 from blip3o_jax.config import Blip3oConfig
-from blip3o_jax.convert import converted, hashes, lora, orbax_io, published, unused
+from blip3o_jax.convert import converted, hashes, lora, orbax_io, published, tokenizer_files, unused
 from blip3o_jax.convert.config_json import config_to_json
 from blip3o_jax.convert.padding import VOCAB_AXIS, padded, with_rows
 from blip3o_jax.errors import InputError, nearest, require
@@ -68,10 +68,17 @@ class Checkpoint:
 
         shardings: a tree like the parameters', or a function from their shapes to it; without it
         the leaves are numpy arrays. Parts that are not asked for may be missing. InputError, naming
-        the file, for what is missing, damaged, not finite or contradictory.
+        the file, for what is missing, damaged, not finite or contradictory, and for another part.
         """
         dtype, rows = published.float_dtype(dtype), self.config.qwen3.vocab_rows
-        leaves = self.select(parts or parts_of(self.config))
+        known = parts_of(self.config)
+        for part in parts or ():
+            require(part in known, f"{self.folder} has no {part!r}, only {', '.join(known)}.")
+        leaves = self.select(parts or known)
+        if self.kind != RUN:  # whose files `open` compares
+            # A part's own, where it has any: of all there may be thousands in a bucket.
+            own = [x for x in self.files if x.parent.name.partition(".")[0] in (parts or ())]
+            hashes.compare(self.root, own or self.files, is_part=bool(own))
         shapes = {path: with_rows(path, leaf.shape, rows) for path, leaf in leaves.items()}
         # Where each array goes.
         if callable(shardings):
@@ -204,13 +211,15 @@ def config_of(name: str | AnyPath) -> Blip3oConfig:
 
 
 def tokenizer_of(name: str | AnyPath) -> AnyPath:
-    """The tokenizer.json of a checkpoint; InputError when a run has none."""
+    """The tokenizer.json of a checkpoint; InputError when a run has none, and for a slow one."""
     return _tokenizer(*_find(name))
 
 
 def _tokenizer(folder: AnyPath, kind: str, root: AnyPath) -> AnyPath:
     file = folder / "tokenizer.json"
     if kind != RUN or file.is_file():
+        slow = f"{folder} has vocab.json and merges.txt in place of a tokenizer.json; convert it"
+        require(not tokenizer_files.is_slow(folder), f"{slow} with `blip3o-jax convert to-jax`.")
         return file
     # a run of version 0.1, or of a stage without text
     data = training_checkpoint.read_config(root).get("data")

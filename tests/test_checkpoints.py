@@ -95,6 +95,8 @@ def test_every_kind_says_the_same_model(kinds, params):
             layer, params["qwen3"]["layers"]["mlp"]["up_proj"]["kernel"][0]
         )
         assert checkpoints.load_part(folder, "dc_ae").keys() == params["dc_ae"].keys()
+        with pytest.raises(InputError, match=r"has no 'und_image_vae_connector', only qwen3, "):
+            checkpoints.load_part(folder, "und_image_vae_connector")
 
 
 def test_a_mesh_reads_each_shard_and_pads_the_vocabulary(kinds, params):
@@ -214,8 +216,12 @@ def test_files_that_are_not_what_was_recorded_are_named(kinds, capsys):
         # a sample sees the first and last bytes, every byte is seen on request
         size = largest.stat().st_size
         flip(largest, size - 1)
-        with pytest.raises(InputError, match=f"{largest} is not what hashes.json beside it"):
-            _ = checkpoints.open(folder).identity
+        # A part's own damage is seen by what loads that part, or all.
+        part = largest.parent.name.partition(".")[0] if checkpoint.kind == "converted" else "sana"
+        readers = lambda x: x.identity, lambda x: x.load(), lambda x, y=part: x.load((y,))
+        for read in readers:
+            with pytest.raises(InputError, match=f"{largest} is not what hashes.json beside it"):
+                read(checkpoints.open(folder))
         flip(largest, size - 1)
         assert checkpoint.verify() == (checkpoint.identity, True)
         flip(largest, size // 14)

@@ -253,6 +253,8 @@ def config_from_json(
     plain = {key: typed(value, kinds[key], key) for key, value in {**ours, **flags}.items()}
     plain = {"name": name, "max_sources": _max_sources(plain)} | plain
     qwen3 = read_qwen3(fields, shapes)
+    if shapes is None:  # a file may still have the size of the plain Qwen3
+        qwen3 = dataclasses.replace(qwen3, vocab_size=max(qwen3.vocab_size, vocab.size))
     for key in ("pad_token_id", "eos_token_id"):
         number, rows = getattr(vocab, key), qwen3.vocab_size
         source = "is the default, as no file says it, and" if key in missing else "is"

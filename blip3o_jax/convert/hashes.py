@@ -66,10 +66,11 @@ def record(folder: AnyPath, files: Iterable[AnyPath]) -> None:
 
 
 def compare(
-    folder: AnyPath, files: Iterable[AnyPath], whole: bool = False
+    folder: AnyPath, files: Iterable[AnyPath], whole: bool = False, is_part: bool = False
 ) -> dict[str, str] | None:
     """SHA-256 of the `files` below `folder` as hashes.json has them, None without such a record;
-    InputError naming the first file whose size and sample, or with `whole` any byte, differ."""
+    InputError naming the first file whose size and sample, or with `whole` any byte, differ, or
+    that is gone, unless they are but a part of those recorded."""
     if not (folder / RECORD).is_file():
         return None
     recorded = read_json(folder / RECORD, RECORD_LIMIT)
@@ -83,7 +84,7 @@ def compare(
             f"damaged or was changed; restore it, or remove {folder / RECORD} to accept it.",
         )
     # ... and none is gone.
-    for name in sorted(recorded):
+    for name in () if is_part else sorted(recorded.keys() - measured.keys()):
         is_there = (folder / name).is_file()
         require(is_there, f"{folder / name} is missing, which {folder / RECORD} recorded.")
     return {name: str(recorded[name].get("sha256")) for name in measured}

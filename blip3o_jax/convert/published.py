@@ -193,8 +193,8 @@ def open_leaves(
     chosen = [rule for rule in table if rule.part in parts]
     needed = {name for rule in chosen for name in rule.names(shapes[rule.path])}
     if missing := sorted(needed - set(stored)):
-        others = f"and {len(missing) - 1} others"
-        raise InputError(f"{_missing(missing[0], stored, where)}, {others}.")
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{_missing(missing[0], stored, where)}{more}.")
     # ... and what is there is needed, or known to be superfluous.
     ignored = _asked_for(stored, ignore, expected) | ignored_tensors(cfg, stored)
     for name, tensor in stored.items():

@@ -41,7 +41,8 @@ def checkpoint(tmp_path_factory, params):
 @pytest.fixture
 def published(checkpoint, tmp_path):
     """A checkpoint of mixed dtypes, with tensors that are not needed, and files beside it."""
-    folder = shutil.copytree(checkpoint, tmp_path / "published")
+    others = shutil.ignore_patterns("hashes.json")  # as from the Hub, so that tests can change it
+    folder = shutil.copytree(checkpoint, tmp_path / "published", ignore=others)
     tensors = load_file(folder / "model.safetensors")
     tensors = {
         name: value.astype(ml_dtypes.bfloat16) if name.startswith("model.layers") else value

@@ -153,6 +153,9 @@ def test_published_file_means_the_published_model():
     # `<image>` was added to the tokenizer after the last resize
     longer = config_from_json(PUBLISHED, {EMBEDDING: (217211, 2048)})
     assert (longer.qwen3.vocab_size, longer.vocab) == (217211, cfg.vocab)
+    # Where no tensor was looked at, the ids say how long it is at least.
+    assert config_from_json(PUBLISHED, None, "blip3o_next_3b") == cfg
+    assert config_from_json(PUBLISHED | {"vocab_size": 217211}, None).qwen3 == longer.qwen3
 
 
 def test_field_names_are_those_of_the_spec():

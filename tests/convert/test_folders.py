@@ -10,6 +10,7 @@ from converting import EMBEDDING, TA_TOK, argv, convert, group, opened, refused,
 from pickles import write_state
 from safetensors.numpy import load_file, save_file
 
+from blip3o_jax.checkpoints import text_of
 from blip3o_jax.errors import InputError
 from blip3o_jax.text import load_tokenizer
 
@@ -131,7 +132,7 @@ def test_names_of_qwen3_without_its_head(parts):
     with pytest.raises(InputError) as error:
         opened(parts)
     name = "module.layers.1.mlp.up_proj.weight"
-    assert str(error.value) == f"{parts['--ar']}: tensor {name!r} is missing, and 0 others."
+    assert str(error.value) == f"{parts['--ar']}: tensor {name!r} is missing."
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
@@ -145,7 +146,7 @@ def test_a_hole_is_blamed_on_its_own_folder(parts, prefix, tensors):
         save_file({prefix + name: x for name, x in whole.items() if name != own}, file)
         with pytest.raises(InputError) as error:
             opened(parts)
-        assert str(error.value) == f"{folder}: tensor {prefix + own!r} is missing, and 0 others."
+        assert str(error.value) == f"{folder}: tensor {prefix + own!r} is missing."
         save_file(whole, file)
 
 
@@ -158,7 +159,7 @@ def test_a_hole_in_the_tokenizer_has_its_own_name(parts, tensors):
     with pytest.raises(InputError) as error:
         opened(parts)
     where = parts["--tokenizer"].parent
-    assert str(error.value) == f"{where}: tensor {gone!r} is missing, and 0 others."
+    assert str(error.value) == f"{where}: tensor {gone!r} is missing."
 
 
 def test_a_checkpoint_is_read_as_wrapped(published, tmp_path, capsys):
@@ -266,6 +267,9 @@ def test_a_slow_tokenizer_is_read(parts, tmp_path, capsys):
 
 def test_a_slow_tokenizer_of_a_checkpoint_is_read(published, tmp_path, capsys):
     slow(published)
+    named = r"published has vocab\.json .* `blip3o-jax convert to-jax`"
+    with pytest.raises(InputError, match=named):
+        text_of(published)
     convert(capsys, "to-jax", published, tmp_path / "jax")
     tokenizer = load_tokenizer(tmp_path / "jax" / "tokenizer.json")
     assert tokenizer.encode("ab ab", add_special_tokens=False).ids == [2, 4]

@@ -35,7 +35,8 @@ def as_dtype(params, dtype):
 
 @pytest.fixture
 def copied(checkpoint, tmp_path):
-    return shutil.copytree(checkpoint, tmp_path / "copied")
+    others = shutil.ignore_patterns("hashes.json")  # as from the Hub, so that tests can change it
+    return shutil.copytree(checkpoint, tmp_path / "copied", ignore=others)
 
 
 def edit(folder, change):
@@ -143,7 +144,7 @@ def test_one_part_needs_no_other(copied, params):
     _, back = load(copied, parts=("dc_ae", "ta_tok"))
     assert_same(back, {part: params[part] for part in ("dc_ae", "ta_tok")})
     with pytest.raises(
-        InputError, match=r"tensor 'model\.sana\.caption_norm\.weight' is missing, and \d+ others"
+        InputError, match=r"tensor 'model\.sana\.caption_norm\.weight' is missing, and \d+ more"
     ):
         load(copied)
 
@@ -231,13 +232,9 @@ NORM = "model.layers.1.self_attn.k_norm.weight"
         (
             set_config(num_hidden_layers=3),
             "",
-            "tensor 'model.layers.2.input_layernorm.weight' is missing, and 10 others",
+            "tensor 'model.layers.2.input_layernorm.weight' is missing, and 10 more",
         ),
-        (
-            set_config(tie_word_embeddings=False),
-            "",
-            "tensor 'lm_head.weight' is missing, and 0 others",
-        ),
+        (set_config(tie_word_embeddings=False), "", "tensor 'lm_head.weight' is missing."),
         (
             lambda folder: (folder / "model.safetensors").unlink(),
             "",
