@@ -69,7 +69,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     text = "folder of to-jax, training workdir, or WORKDIR@STEP for one of its checkpoints"
     to_torch.add_argument("source", metavar="SRC", help=text)
     _result_options(to_torch, run_to_torch, "each parameter's own")
-    text = "a converted checkpoint whose unused tensors a training run's result gets"
+    text = "a converted checkpoint whose unused tensors and small files a run's result gets"
     to_torch.add_argument("--unused", metavar="DIR", help=text)
     text = "size of a file (default: %(default).0f)"
     to_torch.add_argument("--max-shard-bytes", type=float, default=5e9, help=text)
@@ -165,13 +165,13 @@ def run_to_torch(args: argparse.Namespace) -> None:
     no_keeper = f"--unused {args.unused} is not a folder of `convert to-jax`."
     require(not args.unused or checkpoints.find(keeper)[1] == checkpoints.CONVERTED, no_keeper)
     # DST appears when all is written.
-    with _conversion(args, [folder]) as (target, report, details):
+    with _conversion(args, [folder, keeper]) as (target, report, details):
         checkpoint = checkpoints.open(args.source)
         checkpoint.verify()  # every byte: damage would travel on under a good name
         if args.unused:
             unused.verify(keeper, whole=True)
         config, leaves = checkpoint.config, checkpoint.leaves
-        origin, beside = _beside(checkpoint, dtype)
+        origin, beside = _beside(checkpoint, dtype, keeper)
         # What the model does not use, under the names that the source had.
         more, names, source = {}, {}, _origin(keeper) if args.unused else origin
         if not args.drop_unused:
@@ -244,20 +244,32 @@ def _origin(folder: AnyPath) -> dict[str, Any]:
 
 
 def _beside(
-    checkpoint: Checkpoint, dtype: np.dtype | None
+    checkpoint: Checkpoint, dtype: np.dtype | None, keeper: AnyPath
 ) -> tuple[dict[str, Any], dict[str, AnyPath | str]]:
-    """(where a checkpoint came from, what its published copy has beside the weights)."""
+    """(where a checkpoint came from, what its published copy has beside the weights): the small
+    files of `keeper`, with a run's own tokenizer and model."""
     from blip3o_jax import checkpoints
+    from blip3o_jax.convert.config_json import EDIT_FLAGS, config_to_json
     from blip3o_jax.convert.published import CONFIG_LIMIT, to_text
     from blip3o_jax.convert.sources import LICENCE, TOKENIZER_FILES
     from blip3o_jax.files import read_json
 
-    if checkpoint.kind == checkpoints.RUN:
-        return {"step": checkpoint.step}, {"tokenizer.json": checkpoint.tokenizer}
-    config, origin = checkpoint.folder / "config.json", _origin(checkpoint.folder)
-    names = {file.name for file in checkpoint.folder.iterdir()}
+    config, origin = keeper / "config.json", _origin(keeper)
+    names = {file.name for file in keeper.iterdir()}
     names = (x for x in names if x in TOKENIZER_FILES or LICENCE.search(x))
-    beside: dict[str, AnyPath | str] = {name: checkpoint.folder / name for name in names}
+    beside: dict[str, AnyPath | str] = {name: keeper / name for name in names}
+    if checkpoint.kind == checkpoints.RUN:
+        origin, own = {"step": checkpoint.step}, {"tokenizer.json": checkpoint.tokenizer}
+        if keeper == checkpoint.folder:
+            lacks = "chat template, licences and fields of config.json like mm_vision_tower"
+            log.warning("A run lacks %s; --unused takes them from a converted checkpoint.", lacks)
+            return origin, own
+        # What the run's own config leaves out about the model is not the case.
+        left = {*EDIT_FLAGS, "rope_parameters", "dtype"}
+        fields = {key: x for key, x in read_json(config, CONFIG_LIMIT).items() if key not in left}
+        name = (dtype or checkpoint.leaves["qwen3/norm/scale"].dtype).name
+        own["config.json"] = to_text(fields | config_to_json(checkpoint.config, name))
+        return origin, beside | own
     # The source's own config.json, but for the dtype where either conversion changed it.
     beside["config.json"] = config
     name = dtype.name if dtype else origin.get("dtype")

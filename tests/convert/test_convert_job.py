@@ -132,7 +132,7 @@ def test_an_editing_checkpoint_keeps_its_connector(published, tmp_path, capsys):
     (published / "config.json").write_text(
         json.dumps(fields | flags | {"use_tar_siglip_features": True})
     )
-    assert "model.tar_siglip_features_connector.0.bias' is missing, and 9 others" in refused(
+    assert "model.tar_siglip_features_connector.0.bias' is missing, and 9 more" in refused(
         capsys, "to-jax", published, tmp_path / "jax"
     )
     tensors, rng = load_file(published / "model.safetensors"), np.random.default_rng(0)
@@ -172,7 +172,7 @@ def test_an_editing_checkpoint_keeps_its_connector(published, tmp_path, capsys):
     assert "is not part of the model" in refused(capsys, "to-jax", published, tmp_path / "again")
 
 
-def test_a_training_run_comes_out(tmp_path, capsys):
+def test_a_training_run_comes_out(tmp_path, capsys, caplog):
     """Every weight of the embedded model, saved as its last stage does, against the embedded file
     itself."""
     run, workdir = TrainConfig("distill", model={"sana.few_steps": 4}), tmp_path / "run"
@@ -197,13 +197,20 @@ def test_a_training_run_comes_out(tmp_path, capsys):
     assert json.loads((tmp_path / "back" / "convert.json").read_text())["origin"] == {"step": 3}
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "back" / name).read_bytes() == (ASSETS / "emoji_64" / name).read_bytes()
+    assert "--unused takes them from a converted checkpoint" in caplog.text
     assert "is for JAX already" in refused(capsys, "to-jax", workdir, tmp_path / "jax")
     # With what a converted checkpoint keeps for it; the head is that of the trained embedding.
     keeper, stray = tmp_path / "keeper", {f"{TA_TOK}encoder.head.probe": np.arange(3)}
     (keeper / "params").mkdir(parents=True)
     (keeper / "unused").mkdir()
     (keeper / "params" / "_METADATA").write_text("{}")
-    (keeper / "config.json").write_bytes((ASSETS / "emoji_64" / "config.json").read_bytes())
+    fields = json.loads((ASSETS / "emoji_64" / "config.json").read_text())
+    more = {"mm_vision_tower": "ta_tok", "diffusion_name_or_path": "x/sana", "rope_parameters": {}}
+    of_edits = {"use_und_image_vae": True, "dtype": "float32", "vocab_size": 1000}
+    (keeper / "config.json").write_text(json.dumps(fields | more | of_edits))
+    small = {"LICENSE": "theirs", "chat_template.jinja": "{{ x }}", "tokenizer.json": "{}"}
+    for name, text in small.items():
+        (keeper / name).write_text(text)
     save_file(stray, keeper / "unused" / "model.safetensors")
     origin = {"tensors": {"kept": 1}, "repeated": {"lm_head.weight": "bfloat16"}}
     (keeper / "convert.json").write_text(json.dumps(origin))
@@ -216,6 +223,13 @@ def test_a_training_run_comes_out(tmp_path, capsys):
     )
     np.testing.assert_array_equal(whole.pop(next(iter(stray))), [0, 1, 2])
     assert set(whole) == set(load_file(tmp_path / "back" / "model.safetensors"))
+    # Its small files and what else its config.json says, around the run's own tokenizer and model.
+    texts = {name: (tmp_path / "whole" / name).read_text() for name in (*small, "config.json")}
+    own = (ASSETS / "emoji_64" / "tokenizer.json").read_text()
+    assert {name: texts[name] for name in small} == {**small, "tokenizer.json": own}
+    del more["rope_parameters"]
+    assert json.loads(texts["config.json"]) == fields | more | {"torch_dtype": "float32"}
+    assert checkpoints.config_of(tmp_path / "whole") == loaded.model.config
     # Damage to it is found also where no sample looks.
     file = keeper / "unused" / "model.safetensors"
     save_file({next(iter(stray)): np.arange(1 << 15)}, file)

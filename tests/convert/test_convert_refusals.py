@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from converting import convert, refused
 from safetensors.numpy import load_file, save_file
 
+from blip3o_jax import checkpoints
 from blip3o_jax.convert import orbax_io, safetensors_io
 
 
@@ -96,7 +98,7 @@ def test_bad_checkpoints_leave_nothing(published, tmp_path, capsys, damage, mess
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_result_is_replaced_only_when_known(published, tmp_path, capsys):
+def test_a_result_is_replaced_only_when_known(published, tmp_path, capsys, monkeypatch):
     target = tmp_path / "jax"
     target.mkdir()
     (target / "mine").write_text("x")
@@ -112,6 +114,13 @@ def test_a_result_is_replaced_only_when_known(published, tmp_path, capsys):
     assert "lie in each other" in refused(capsys, "to-jax", published, published / "inside")
     assert "lie in each other" in refused(capsys, "to-torch", target, target, "--overwrite")
     assert "lie in each other" in refused(capsys, "to-torch", target, tmp_path, "--overwrite")
+    # What a run's result takes from is a source too.
+    (tmp_path / "run").mkdir()
+    found = {tmp_path / "run": checkpoints.RUN, target: checkpoints.CONVERTED}
+    monkeypatch.setattr(checkpoints, "find", lambda name: (Path(name), found[Path(name)]))
+    again = ("to-torch", tmp_path / "run", target, "--unused", target, "--overwrite")
+    assert "lie in each other" in refused(capsys, *again)
+    assert (target / "params").is_dir()
 
 
 def test_a_full_disk_leaves_nothing(published, tmp_path, capsys, monkeypatch):
