@@ -76,7 +76,9 @@ def restored(
     head = repeated.get(LM_HEAD) if isinstance(repeated, Mapping) else None
     if cfg.qwen3.tie_word_embeddings and head in [x.name for x in DTYPES.values()]:
         leaf = leaves[EMBEDDING_PATH]
-        more[LM_HEAD] = Entry(leaf.shape, dtype or np.dtype(head)), leaf
+        # No coarser than the embedding, which a rounded head would not repeat.
+        finer = max(leaf.dtype, np.dtype(head), key=lambda own: own.itemsize)
+        more[LM_HEAD] = Entry(leaf.shape, dtype or finer), leaf
     return more
 
 

@@ -217,10 +217,9 @@ def test_a_training_run_comes_out(tmp_path, capsys, caplog):
     convert(capsys, "to-torch", workdir, tmp_path / "whole", "--unused", keeper)
     whole = load_file(tmp_path / "whole" / "model.safetensors")
     embedding = load_file(tmp_path / "back" / "model.safetensors")["model.embed_tokens.weight"]
-    assert whole["lm_head.weight"].dtype == ml_dtypes.bfloat16
-    np.testing.assert_array_equal(
-        whole.pop("lm_head.weight"), embedding.astype("f4").astype(ml_dtypes.bfloat16)
-    )
+    # No coarser than the embedding that it repeats, whatever the source's was.
+    head = whole.pop("lm_head.weight")
+    np.testing.assert_array_equal(head.astype("f4"), embedding.astype("f4"))
     np.testing.assert_array_equal(whole.pop(next(iter(stray))), [0, 1, 2])
     assert set(whole) == set(load_file(tmp_path / "back" / "model.safetensors"))
     # Its small files and what else its config.json says, around the run's own tokenizer and model.
