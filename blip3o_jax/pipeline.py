@@ -112,7 +112,7 @@ class Pipeline:
                     if row.error:
                         failed(row.request, str(row.error))
                     yield from row.samples
-                    row.samples = []
+                    row.samples, row.error = [], None
 
     def watch(
         self,
@@ -238,7 +238,7 @@ class Pipeline:
                         geometry.check_mask(row.within, row.pictures[0])
                     inputs.append(self._inputs(row))
             except InputError as error:
-                row.error = error
+                row.error, row.pictures, row.within = error, [], None
         if not inputs:
             return {}
         # A full batch: what is missing repeats the first row and is dropped.
@@ -275,6 +275,7 @@ class Pipeline:
                 row.samples = list(_edited(row, own))
             else:
                 row.samples = [Sample(row.request, 0, own["images"], own["tokens"])]
+            row.pictures, row.within = [], None  # the row stays as long as its window
         return rows
 
     def _squares(

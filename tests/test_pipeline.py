@@ -1,5 +1,6 @@
 """The embedded model, as a user meets it."""
 
+import functools
 import json
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from blip3o_jax.cli import main
 from blip3o_jax.config import replace
 from blip3o_jax.errors import InputError
 from blip3o_jax.request import Request
-from blip3o_jax.sample.settings import Settings
+from blip3o_jax.sample.settings import EditSettings, Settings, defaults
 from blip3o_jax.scenes.config import TAGS
 from blip3o_jax.scenes.judge import judge
 
@@ -257,6 +258,26 @@ def test_an_accelerator_begins_a_batch_ahead_and_a_cpu_none(platform, order, pip
     monkeypatch.setattr(pipeline, "mesh", SimpleNamespace(devices=devices))
     assert list(pipeline.run([Request("a cat", index=index) for index in range(12)])) == []
     assert events == order.split()
+
+
+def test_a_row_that_is_done_holds_no_picture_and_one_that_was_given_nothing(pipeline, monkeypatch):
+    """A window of photographs would fill the memory."""
+    rows, start = [], pipeline._start
+    monkeypatch.setattr(pipeline, "_start", lambda batch: rows.extend(batch) or start(batch))
+    source, mask = np.full((20, 30, 3), 90, np.uint8), np.full((20, 30), 255, np.uint8)
+    how = defaults(pipeline.model.config, EditSettings)
+    edit = functools.partial(Request, "make it blue", (source,), settings=how)
+    requests = [edit(keep_unchanged=16.0), edit(within=mask), edit(within=mask[1:])]
+    requests += [edit(), edit(keep_unchanged=16.0, then=("make it red",)), requests[0]]
+    refused, given = [], pipeline.run(requests, lambda request, _: refused.append(request))
+    for number, sample in enumerate(given):
+        assert [(row.pictures, row.within) for row in rows] == [([], None)] * len(rows)
+        # The first batch has the first row and the last one, which waits.
+        assert [len(row.samples) for row in rows[:2]] == [number < 1, 1]
+        assert (sample.mask is None) == (sample.request is requests[3])
+    assert number == 5
+    assert refused == requests[2:3]
+    assert [(row.samples, row.error) for row in rows] == [([], None)] * 6
 
 
 def test_no_images_at_once_are_refused(pipeline):
