@@ -44,7 +44,7 @@ def as_json(body: dict, status: int = 200, headers: dict | None = None) -> Respo
 
 def encoded(asked: Asked, sample: Sample, identity: str) -> str:
     """The base64 of a sample as the body asked for it, with what `generate` and `edit` write into
-    their files."""
+    their files; of a source, which is no file here, the hash of its pixels."""
     # The same facts in the same order give the same bytes.
     facts = origin(sample) | {"checkpoint": identity}
     facts |= {"settings": dataclasses.asdict(sample.request.settings)}
