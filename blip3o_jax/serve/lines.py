@@ -32,6 +32,8 @@ def _rows(lines: list[tuple[int, str]], name: str) -> Iterator[tuple[str, str, d
         row = json_object(where, line)
         id_ = row.get("custom_id")
         require(isinstance(id_, str) and bool(id_), f"{where} has no `custom_id`.")
+        is_text = id_.encode(errors="replace").decode() == id_
+        require(is_text, f"{where}: the custom_id {id_!r} is not UTF-8 text.")
         require(id_ not in ids, f"{where}: the custom_id {id_!r} stands in a line before.")
         ids.add(id_)
         yield where, id_, row

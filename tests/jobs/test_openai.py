@@ -142,6 +142,7 @@ def test_images_come_as_data_and_from_nowhere_else(images, param, channels, load
     ("lines", "sentence"),
     [
         ([line("a", {}), line("a", {})], "line 2: the custom_id 'a' stands in a line before"),
+        ([line("\ud800", {})], "line 1: the custom_id '\\ud800' is not UTF-8 text."),
         ([line("a", {}), '{"prompt": "a cat"}'], "line 2 has no `custom_id`."),
         ([line("a", {}), "{"], "line 2 is not JSON: Expecting property name"),
         ([line("a", {}), '{"custom_id": "b", "custom_id": "c"}'], "'custom_id' is there twice."),

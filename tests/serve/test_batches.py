@@ -151,6 +151,9 @@ def test_a_file_that_is_no_batch_fails_with_its_line(served):
     assert batch.status == "failed"
     (error,) = batch.errors.data
     assert error.message == "lines.jsonl line 2: the custom_id 'a' stands in a line before."
+    batch, *_ = ended(served.client, begun(served.client, line("a", {}), line("\ud800", {})))
+    (error,) = batch.errors.data
+    assert error.message == "lines.jsonl line 2: the custom_id '\\ud800' is not UTF-8 text."
 
 
 def test_a_cancelled_batch_gives_what_is_done(served):
@@ -219,5 +222,6 @@ def test_a_call_comes_before_the_lines_of_a_batch(served):
             until(lambda: len(served.server.queue) == 1)
             held.free.set()
             assert answer.result(60).status_code == 200
+        until(lambda: len(held.batches) >= 3)
     assert [bool(own[0].images) for own in held.batches[:3]] == [False, True, False]
     assert ended(served.client, batch)[0].status == "completed"
