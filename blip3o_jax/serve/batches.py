@@ -140,13 +140,17 @@ class Batches:
         batch |= {"status": status, f"{status}_at": int(time.time()), **more}
         self.store.write("batches", batch)
 
+    def _fail(self, id_: str, message: str) -> None:
+        errors = {"object": "list", "data": [{"code": "invalid_file", "message": message}]}
+        self._set(self.store.read("batches", id_), "failed", errors=errors)
+
     # The work.
 
     async def run(self) -> None:
         """Works until the server stops; a batch that it leaves goes on at the next start."""
         # What an earlier process left comes before what is new.
         known = reversed(self.store.list("batches"))
-        self._waiting.extend(batch["id"] for batch in known if batch["status"] in RUNNING)
+        self._waiting.extend(batch["id"] for batch in known if batch.get("status") in RUNNING)
         while not self.is_stopping:
             if not self._waiting:
                 await asyncio.sleep(TICK)
@@ -156,8 +160,15 @@ class Batches:
                 await self._work(id_)
             except Exception:
                 log.exception("The batch %s failed.", id_)
-                batch = self.store.read("batches", id_)
-                self._set(batch, "failed", errors=_errors("The server failed; see its log."))
+                while not self.is_stopping:
+                    try:
+                        self._fail(id_, "The server failed; see its log.")
+                        break
+                    except OSError as error:  # the batches behind it need the disk too
+                        log.error("This is not recorded yet: %s.", error)
+                        await asyncio.sleep(TICK)
+                    except (InputError, Refusal):  # the record itself is damaged or gone
+                        break
 
     async def _work(self, id_: str) -> None:
         # A file that is no batch fails as a whole.
@@ -167,13 +178,12 @@ class Batches:
             name = self.store.read("files", batch["input_file_id"])["filename"]
             rows = await asyncio.to_thread(lines.read_batch, str(path), name)
         except (InputError, Refusal) as error:
-            self._set(batch, "failed", errors=_errors(str(error)))
+            self._fail(id_, str(error))
             return
         # What an earlier process did is done.
         done = await asyncio.to_thread(self.store.done, id_)
-        counts = {"total": len(rows), "completed": 0, "failed": 0}
-        for status in done.values():
-            counts["completed" if status == 200 else "failed"] += 1
+        good = list(done.values()).count(200)
+        counts = {"total": len(rows), "completed": good, "failed": len(done) - good}
         self._counts[id_] = counts
         # Somebody may have cancelled it meanwhile.
         batch = self.store.read("batches", id_)
@@ -231,10 +241,6 @@ class Batches:
             sentence = f"{where}: url: {batch['endpoint']}, as the batch, not {url!r}."
             return 400, error_body(sentence, "url")
         return await self._answer(where, id_, row)
-
-
-def _errors(message: str) -> dict:
-    return {"object": "list", "data": [{"code": "invalid_file", "message": message}]}
 
 
 def _listed(request: Request, rows: list[dict]) -> Response:

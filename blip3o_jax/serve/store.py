@@ -8,6 +8,7 @@ FOLDER/batches/ID.output.jsonl, ID.errors.jsonl   its results so far, a line for
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import time
@@ -15,9 +16,11 @@ import uuid
 from pathlib import Path
 
 from blip3o_jax import paths
+from blip3o_jax.errors import InputError
 from blip3o_jax.files import read_json
 from blip3o_jax.serve.answers import Refusal
 
+log = logging.getLogger(__name__)
 PURPOSES = ("batch", "user_data", "vision")
 OUTPUT = "batch_output"
 MOST_METADATA = 16  # texts of a batch
@@ -50,9 +53,14 @@ class Store:
         paths.write_text(self._path(kind, fields["id"], ".json"), json.dumps(fields))
 
     def list(self, kind: str) -> list[dict]:
-        """All of a kind, the newest first."""
-        names = sorted((self.folder / kind).glob(f"{KINDS[kind]}*.json"), reverse=True)
-        return [read_json(path) for path in names]
+        """All of a kind, the newest first; what is damaged is named in the log and left out."""
+        rows = []
+        for path in sorted((self.folder / kind).glob(f"{KINDS[kind]}*.json"), reverse=True):
+            try:
+                rows.append(read_json(path))
+            except InputError as error:
+                log.error("Left out: %s", error)
+        return rows
 
     def add_file(self, data: bytes | Path, filename: str, purpose: str) -> dict:
         """Keeps bytes, or a file that is moved here, and says what they are."""
@@ -95,8 +103,7 @@ class Store:
             # A line ends with its newline, which is written last.
             data = path.read_bytes()
             whole = data[: data.rfind(b"\n") + 1]
-            if whole != data:
-                os.truncate(path, len(whole))
+            os.truncate(path, len(whole))
             for line in whole.splitlines():
                 row = json.loads(line)
                 statuses[row["custom_id"]] = row["response"]["status_code"]

@@ -1,6 +1,8 @@
 """Files and batches as the official client uses them, on a server that others use too."""
 
+import asyncio
 import concurrent.futures
+import errno
 import json
 import re
 
@@ -15,6 +17,7 @@ from serving import QUICK, Held, data_url, pixels, png, until
 
 from blip3o_jax.request import Request
 from blip3o_jax.sample.settings import EditSettings, Settings
+from blip3o_jax.serve import batches
 from blip3o_jax.serve.bodies import EDITS, GENERATIONS
 from blip3o_jax.serve.store import Store
 
@@ -154,6 +157,47 @@ def test_a_file_that_is_no_batch_fails_with_its_line(served):
     batch, *_ = ended(served.client, begun(served.client, line("a", {}), line("\ud800", {})))
     (error,) = batch.errors.data
     assert error.message == "lines.jsonl line 2: the custom_id '\\ud800' is not UTF-8 text."
+
+
+def test_neither_a_full_disk_nor_a_damaged_record_ends_the_work(tmp_path, monkeypatch, caplog):
+    """What could not be recorded is once there is room; until then the next batch waits."""
+    store = Store(tmp_path)
+    file = store.add_file(line("a", {}).encode(), "lines.jsonl", "batch")
+    ids = [store.new_id("batches") for _ in range(3)]
+    batch = {"endpoint": GENERATIONS, "status": "validating", "expires_at": 1 << 40}
+    for id_ in ids:
+        store.write("batches", batch | {"id": id_, "input_file_id": file["id"]})
+    # One is damaged as it waits, one was at the start already.
+    damaged = tmp_path / "batches" / f"{ids[1]}.json"
+    damaged.write_text("")
+
+    async def answer(*_):
+        return 200, {}
+
+    worker, write, tries = batches.Batches(store, answer, 2), store.write, []
+    worker._waiting.append(ids[1])
+
+    def full(*what):
+        tries.append(what)
+        if len(tries) < 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*what)
+
+    async def works():
+        work = asyncio.ensure_future(worker.run())
+        while not (work.done() or store.read("batches", ids[2])["status"] == "completed"):
+            await asyncio.sleep(0.01)
+        worker.is_stopping = True
+        await work
+
+    monkeypatch.setattr(store, "write", full)
+    monkeypatch.setattr(batches, "TICK", 0.01)
+    asyncio.run(asyncio.wait_for(works(), 60))
+    listed = {row["id"]: row["status"] for row in store.list("batches")}
+    assert listed == {ids[2]: "completed", ids[0]: "failed"}
+    assert {fields["id"] for kind, fields in tries[:4]} == {ids[0]}
+    assert f"Left out: {damaged} is not JSON" in caplog.text
+    assert "not recorded yet: [Errno 28] No space left on device." in caplog.text
 
 
 def test_a_cancelled_batch_gives_what_is_done(served):
