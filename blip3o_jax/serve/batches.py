@@ -18,7 +18,7 @@ from blip3o_jax.files import json_object
 from blip3o_jax.serve import answers, forms, lines
 from blip3o_jax.serve.answers import Refusal
 from blip3o_jax.serve.bodies import EDITS, GENERATIONS, FieldError, check_field, error_body
-from blip3o_jax.serve.store import MOST_METADATA, OUTPUT, PURPOSES, RESULTS, Store
+from blip3o_jax.serve.store import CHOICES, MOST_METADATA, OUTPUT, PURPOSES, RESULTS, Store
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Batches:
         return answers.as_json(await asyncio.to_thread(*add))
 
     async def _list_files(self, request: Request) -> Response:
-        return _listed(request, self.store.list("files"))
+        return _listed(request, self.store.list("files"), **CHOICES)
 
     async def _file(self, request: Request) -> Response:
         return answers.as_json(self.store.read("files", request.path_params["id"]))
@@ -243,16 +243,23 @@ class Batches:
         return await self._answer(where, id_, row)
 
 
-def _listed(request: Request, rows: list[dict]) -> Response:
-    """A page of `limit` rows behind that of the id `after`."""
+def _listed(request: Request, rows: list[dict], **choices: tuple[str, ...]) -> Response:
+    """A page of `limit` rows behind the id `after`; others than these have `choices` of values."""
     query = request.query_params
+    for name, value in query.items():
+        check_field(name in ("limit", "after", *choices), name, "this field is not served.")
+        known = choices.get(name, (value,))
+        check_field(value in known, name, f"{' or '.join(known)}, not {value!r}.")
+    rows = [row for row in rows if query.get("purpose") in (None, row.get("purpose"))]
+    rows = rows[::-1] if query.get("order") == "asc" else rows
     limit = query.get("limit", "100")
     is_count = limit.isascii() and limit.isdecimal() and 1 <= int(limit[:6]) <= 10_000
     check_field(is_count, "limit", f"1 to 10000, not {limit!r}.")
     # OpenAI's cursor is the last id of the page before.
     ids = [row["id"] for row in rows]
     after = query.get("after")
-    start = ids.index(after) + 1 if after in ids else 0
+    check_field(after is None or after in ids, "after", f"an id of this list, not {after!r}.")
+    start = 0 if after is None else ids.index(after) + 1
     page = rows[start : start + int(limit)]
     ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {}
     has_more = len(rows) > start + len(page)

@@ -17,7 +17,7 @@ from blip3o_jax.serve.bodies import (
     Offer,
     known_fields,
 )
-from blip3o_jax.serve.store import MOST_METADATA, PURPOSES
+from blip3o_jax.serve.store import CHOICES, MOST_METADATA, PURPOSES
 
 SCALES = ("guidance_scale", "image_guidance_scale")  # a model of few steps has them from 1 on
 ERRORS = {
@@ -73,8 +73,9 @@ def _files_and_batches() -> dict[str, Any]:
     body = _object(**fields, completion_window={"const": "24h"})
     body["properties"]["metadata"] = {**texts, "type": ["object", "null"]}
     body["additionalProperties"] = False
+    choices = [{"name": n, "in": "query", "schema": {"enum": [*v]}} for n, v in CHOICES.items()]
     files = {
-        "get": _get("All files", _LIST) | {"parameters": _PAGE},
+        "get": _get("All files", _LIST) | {"parameters": [*_PAGE, *choices]},
         "post": _post("A new file", {"multipart/form-data": {"schema": form}}, _FILE),
     }
     batches = {

@@ -23,6 +23,7 @@ from blip3o_jax.serve.answers import Refusal
 log = logging.getLogger(__name__)
 PURPOSES = ("batch", "user_data", "vision")
 OUTPUT = "batch_output"
+CHOICES = {"purpose": (*PURPOSES, OUTPUT), "order": ("asc", "desc")}  # of a list of files
 MOST_METADATA = 16  # texts of a batch
 KINDS = {"files": "file", "batches": "batch"}
 RESULTS = ("output", "errors")

@@ -114,6 +114,18 @@ def test_files_are_listed_read_and_deleted(served):
     assert (first.bytes, first.filename, first.purpose) == (1, "lines.jsonl", "batch")
     assert client.files.content(made[2].id).text == "2"
     assert client.files.delete(made[0].id).deleted
+    # Those of one purpose, from either end; what is asked for is never passed over.
+    picture = client.files.create(file=("a.png", b"x"), purpose="vision")
+    assert picture.id not in [file.id for file in client.files.list(purpose="batch")]
+    (first, *_) = client.files.list(purpose="vision", order="desc")
+    assert first.id == picture.id
+    oldest = [file.id for file in client.files.list(order="asc", limit=2)]
+    assert oldest == [file.id for file in client.files.list()][::-1]
+    refused = [("files", "order", "up"), ("files", "purpose", "fine-tune"), ("files", "page", "2")]
+    refused += [("files", "after", made[0].id), ("batches", "after", "batch_1")]
+    for kind, name, value in [*refused, ("batches", "order", "asc"), ("batches", "limit", "0")]:
+        answer = served.http.get(f"/v1/{kind}", params={name: value})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
     with pytest.raises(openai.NotFoundError, match="There is no file"):
         client.files.retrieve(made[0].id)
     for name in ("..", "file-1", f"{made[1].id}.json", "%2e%2e%2fbatches"):
