@@ -89,9 +89,11 @@ def is_begun(folder: paths.AnyPath, facts: dict, overwrite: bool = False) -> boo
     that shows the difference if it is another job that is not to be overwritten."""
     with paths.remote_errors(f"{folder} cannot be read"):
         require(not folder.exists() or folder.is_dir(), f"{folder} exists and is not a folder.")
+        # In this order: another share may begin the job between the two.
+        is_empty = _is_empty(folder)
         has_job = (folder / FACTS).is_file()
         other = f"{folder} holds other files and no job (no {FACTS}), so it is not overwritten;"
-        require(has_job or _is_empty(folder), f"{other} name another folder.")
+        require(has_job or is_empty, f"{other} name another folder.")
     if has_job and overwrite:
         # What is damaged is all made again; another command's results may be dear to someone.
         was = now = facts.get("command")

@@ -11,6 +11,7 @@ from PIL import Image
 
 from blip3o_jax import paths
 from blip3o_jax.cli import main
+from blip3o_jax.errors import InputError
 from blip3o_jax.jobs import ledger, work
 from blip3o_jax.jobs.options import load_for
 
@@ -132,6 +133,25 @@ def test_what_a_writer_that_was_killed_left_is_no_other_files_job(channels):
         assert generate(channels, out="other") == 2
         path.unlink()
     assert generate(channels, out="other") == 0
+
+
+@pytest.mark.parametrize("is_listed_first", [False, True])
+def test_a_share_that_begins_while_another_looks_is_no_other_files(is_listed_first, monkeypatch):
+    facts, is_empty = {"command": "generate", "requests": 1}, ledger._is_empty
+    folder = pathlib.Path("made")
+
+    def look(place):
+        monkeypatch.setattr(ledger, "_is_empty", is_empty)
+        was_empty = is_empty(place) if is_listed_first else None
+        ledger.begin(place, facts)
+        return was_empty or is_empty(place)
+
+    monkeypatch.setattr(ledger, "_is_empty", look)
+    ledger.begin(folder, facts)
+    assert ledger.is_begun(folder, facts)
+    monkeypatch.setattr(ledger, "_is_empty", look)
+    with pytest.raises(InputError, match="a job with requests 1; this one has requests 2"):
+        ledger.begin(pathlib.Path("other"), facts | {"requests": 2})
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
