@@ -170,7 +170,7 @@ def make(
 
     config, text = checkpoints.config_of(args.checkpoint), checkpoints.text_of(args.checkpoint)
     folder = paths.path(args.out)
-    facts |= {"requests": len(requests), "input": _digest(requests, folder)}
+    facts |= {"requests": len(requests), "input": _digest(requests, folder, bool(args.reward))}
     shards, groups, refused = shards_of(requests, config, text, refused)
     name = name or functools.partial(named, args)
     index, count = share(args.share)
@@ -225,9 +225,9 @@ def make(
     return Outcome(results, failed, left, pipeline)
 
 
-def _digest(requests: list[Request], folder: paths.AnyPath) -> str:
+def _digest(requests: list[Request], folder: paths.AnyPath, are_judged: bool) -> str:
     """By which a job's requests are known again, also in a `folder` that was moved: what they ask
-    for, and of which pictures."""
+    for, of which pictures, and what rewards are told of those that `are_judged`."""
     from blip3o_jax.pictures import alpha_of, array
 
     digest, own = hashlib.sha256(), f"{folder}/"
@@ -236,7 +236,9 @@ def _digest(requests: list[Request], folder: paths.AnyPath) -> str:
         images = [x if isinstance(x, str) else source_of(x, array) for x in files]
         masks = [] if request.within is None else [request.within]
         masks = [x if isinstance(x, str) else source_of(x, alpha_of) for x in masks]
-        digest.update(json.dumps([request.id, request.texts, images, *masks]).encode())
+        told = [request.metadata or {}] if are_judged else []
+        facts = [request.id, request.texts, images, *masks, *told]
+        digest.update(json.dumps(facts, default=repr).encode())
     return digest.hexdigest()
 
 

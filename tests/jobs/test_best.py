@@ -160,6 +160,21 @@ def test_prompts_that_a_reward_cannot_judge_are_refused_before_there_are_images(
     assert all("double quotes" in row["error"] for row in manifest())
 
 
+def test_what_a_reward_is_told_is_a_part_of_the_job(channels, judge, capsys):
+    file = pathlib.Path("prompts.jsonl")
+    row = {"prompt": "a cat", "include": [{"class": "cat", "count": 2}]}
+    for options, code in ((["--reward", judge], 2), ([], 0)):
+        out = f"out-{code}"
+        file.write_text(json.dumps(row))
+        assert generate(channels, *options, out=out) == 0
+        assert generate(channels, *options, out=out) == 0
+        file.write_text(json.dumps(row | {"include": [{"class": "cat", "count": 3}]}))
+        capsys.readouterr()
+        assert generate(channels, *options, out=out) == code
+        refused = "out-2 holds a job with input " in capsys.readouterr().err
+        assert refused == bool(options)
+
+
 def test_the_best_by_words_and_the_mean_of_several_rewards(channels, judge, monkeypatch):
     monkeypatch.setattr(ocr, "check_extra", lambda: None)
     monkeypatch.setattr(ocr, "read", lambda image: "cat" if image[0, 0, 0] % 2 else "cut")
