@@ -43,8 +43,9 @@ def make(
     if outcome.failed:
         # One reason stands for all.
         folder = paths.path(args.out)
-        shards = (ledger.recorded(folder, n) for n in sorted(ledger.begun_shards(folder)))
-        errors = (row["error"] for rows in shards for (row, *_) in rows.values() if "error" in row)
+        shards = sorted(ledger.begun_shards(folder))
+        read = ledger.ahead(lambda shard: ledger.recorded(folder, shard), shards)
+        errors = (row["error"] for rows in read for (row, *_) in rows.values() if "error" in row)
         what = f"{counted(len(outcome.failed), 'request')} of {folder} failed"
         what = f"{what} ({next(errors).rstrip('.')}), so nothing is scored"
         raise InputError(f"{what}; the same command tries them again.")

@@ -372,9 +372,9 @@ def status(out: str) -> int:
     done = failures = 0
     with paths.remote_errors(f"{folder} cannot be read"):
         locks = list((folder / ledger.JOB).glob("lock-*.json"))
-    for shard in sorted(ledger.begun_shards(folder)):
-        rows = ledger.recorded(folder, shard).values()
-        failures += sum("error" in row for (row, *_) in rows)
+    shards = sorted(ledger.begun_shards(folder))
+    for rows in ledger.ahead(lambda shard: ledger.recorded(folder, shard), shards):
+        failures += sum("error" in row for (row, *_) in rows.values())
         done += len(rows)
     result = {"requests": facts["requests"], "done": done - failures, "failed": failures}
     lives = [life for life in map(lock.read, locks) if life and lock.is_alive(life)]

@@ -243,6 +243,19 @@ def test_the_status_counts_what_is_recorded(channels, capsys):
     assert "nowhere holds no job" in capsys.readouterr().err
 
 
+def test_the_status_reads_shards_together(channels, capsys, monkeypatch):
+    assert generate(channels) == 0
+    recorded, together = ledger.recorded, threading.Barrier(3)
+
+    def wait_and_read(*what):
+        together.wait(20)
+        return recorded(*what)
+
+    monkeypatch.setattr(ledger, "recorded", wait_and_read)
+    assert main(["generate", "--status", "--out", "made"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["done"] == 8
+
+
 MESHES = [(4, {}, 1), (8, {"data": 2, "tensor": 2}, 4)]
 
 
