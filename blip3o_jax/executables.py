@@ -139,7 +139,13 @@ def folder() -> paths.AnyPath | None:
 
 def kept(place: paths.AnyPath) -> dict[str, tuple[int, str]]:
     """The programs in a folder by name, and the state of each file."""
-    return {file.name: paths.state(file) for file in paths.files_below(place)}
+    states = {}
+    for file in paths.files_below(place):
+        # Another process's file that is being written may be gone by now.
+        with contextlib.suppress(FileNotFoundError):
+            if not paths.is_left_over(file):
+                states[file.name] = paths.state(file)
+    return states
 
 
 def _machine(devices: list[jax.Device]) -> str:

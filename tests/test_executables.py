@@ -18,7 +18,7 @@ from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 
 import blip3o_jax
-from blip3o_jax import executables
+from blip3o_jax import executables, paths
 from blip3o_jax.cli import main
 from blip3o_jax.serve.worker import Worker
 
@@ -232,6 +232,30 @@ def test_compile_makes_what_generate_and_edit_need(model, cache, capsys, one_dev
     made = NAMES | {"encode_sources"}
     assert not [name for name in compiled if any(kind in name for kind in made)]
     assert set(cache.iterdir()) == set(programs)
+
+
+def test_processes_that_compile_into_one_folder_do_not_stop_each_other(
+    model, cache, capsys, one_device, monkeypatch
+):
+    """Their trial is another's too, and what they write at the moment is gone when it is asked."""
+    monkeypatch.setattr("blip3o_jax.request.of_each_shape", lambda *_, **__: ())
+    write, below, left = paths.write_bytes, paths.files_below, iter("ab")
+
+    def write_and_lose(file, data):
+        write(file, data)
+        file.unlink()
+
+    def list_and_lose(folder):
+        write(folder / f"{paths.NEW}{next(left)}", b"half")
+        write(folder / "other", b"whole")
+        files = below(folder)
+        (folder / "other").unlink()
+        return files
+
+    monkeypatch.setattr(paths, "write_bytes", write_and_lose)
+    monkeypatch.setattr(paths, "files_below", list_and_lose)
+    report = compile_for(model, capsys)
+    assert (report["programs_compiled"], report["bytes"], list(left)) == (0, 0, [])
 
 
 def test_jobs_of_their_own_processes_run_what_compile_made(model, tmp_path):

@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
     nowhere = "Programs are kept nowhere: JAX_ENABLE_COMPILATION_CACHE is off, or see above."
     require(folder is not None, nowhere)
     with os_errors(f"{folder} cannot be written"):
-        paths.write_bytes(folder / "test", b"")
-        (folder / "test").unlink()
+        paths.write_bytes(trial := folder / f"{paths.NEW}trial", b"")
+        trial.unlink(missing_ok=True)  # of several processes one does
     before = executables.kept(folder)
     if args.server:
         steps = {"num_inference_steps": 1}
