@@ -149,12 +149,11 @@ class BucketPath(PurePosixPath):
         files = (type(self)(f"{self.parts[0]}//{name}") for name in self.ask("find"))
         return iter([file for file in files if file.match(pattern)])
 
-    def open(self, mode: str = "r", encoding: str | None = None) -> Any:
-        """The object for reading, from "rb" as bytes; fetched as it is read."""
-        if mode not in ("r", "rb"):
-            raise ValueError(f"{self} is written by `write_bytes` or `write_chunks`, not by open.")
-        stream = io.BufferedReader(_Reader(self), READ_AHEAD)
-        return stream if mode == "rb" else io.TextIOWrapper(stream, encoding or "utf-8")
+    def open(self, mode: str) -> io.BufferedReader:
+        """The object for reading bytes, mode "rb"; fetched as it is read, much at once."""
+        if mode != "rb":
+            raise ValueError(f"{self} is read as bytes; `write_bytes` and `write_chunks` write it.")
+        return io.BufferedReader(_Reader(self), READ_AHEAD)
 
     def read_bytes(self) -> bytes:
         return self.ask("cat_file")
@@ -226,6 +225,12 @@ class _Reader(io.RawIOBase):
         buffer[: len(data)] = data
         self.place += len(data)
         return len(data)
+
+    def readall(self) -> bytes:
+        """The rest at once; io's own asks for it piece by piece."""
+        data = self.file.read_range(self.place, self.size)
+        self.place += len(data)
+        return data
 
 
 def kvstore(place: str | os.PathLike) -> dict[str, Any]:

@@ -10,10 +10,11 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from blip3o_jax import cli, paths
+from blip3o_jax import buckets, cli, paths
 
 ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "key",
@@ -84,3 +85,21 @@ def run(capfd, *argv) -> tuple[int, str]:
     """(exit code, last line of what a command says)."""
     code = cli.main([str(word) for word in argv])
     return code, (capfd.readouterr().err.strip().splitlines() or [""])[-1]
+
+
+def serve_folder(patch: pytest.MonkeyPatch, folder: Path) -> tuple[buckets.BucketPath, list[str]]:
+    """A bucket that holds the files of a local folder, and the list of what its client is asked."""
+    asked = []
+
+    def ask(self, method, start=None, end=None):
+        asked.append(method)
+        file = folder.joinpath(*self.parts[2:])
+        if method == "find":
+            return [f"own/{x.relative_to(folder)}" for x in paths.files_below(file)]
+        if method == "info":
+            return {"type": "file" if file.is_file() else "directory", "size": file.stat().st_size}
+        return {"cat_file": file.read_bytes}[method]()[start:end]
+
+    patch.setattr(buckets.BucketPath, "ask", ask)
+    patch.setattr(paths.importlib.util, "find_spec", lambda module: module)
+    return paths.path("gs://own"), asked

@@ -1,14 +1,18 @@
 """`paths.path` names local files and objects in buckets; what is local is written whole."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from clouds import serve_folder
 
-from blip3o_jax import paths
+from blip3o_jax import buckets, paths
+from blip3o_jax.data import tables
 from blip3o_jax.errors import InputError
+from blip3o_jax.jobs import openai
 
 
 def test_a_local_name_is_a_pathlib_path(tmp_path):
@@ -131,3 +135,25 @@ def test_local_paths_import_no_client():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert not {"etils", "fsspec", "gcsfs", "s3fs"} & set(result.stdout.split())
+
+
+def test_an_object_is_read_in_few_requests(tmp_path, monkeypatch):
+    """Of as much as is read ahead: line by line, at once, and where a line tells what it is."""
+    monkeypatch.setattr(buckets, "READ_AHEAD", 1 << 20)
+    own, asked = serve_folder(monkeypatch, tmp_path)
+    rows = [json.dumps({"id": str(n), "error": "x" * 60}) for n in range(40_000)]
+    (tmp_path / "manifest.jsonl").write_text("\n".join(rows))
+    (tmp_path / "rows.json").write_text("[" + ",\n".join(rows) + "]")
+    pieces = -(-len("\n".join(rows)) // (1 << 20))
+    assert pieces == 4
+
+    def requests(read):
+        asked.clear()
+        count = len(read())
+        return count, asked.count("cat_file")
+
+    with (own / "rows.json").open("rb") as stream:
+        assert requests(stream.read) == ((tmp_path / "rows.json").stat().st_size, 1)
+    lines = requests(lambda: list(openai._result_lines(own, 1, wants_errors=True)))
+    assert lines == (len(rows), pieces)
+    assert requests(lambda: tables._spans("gs://own/rows.json")) == (len(rows), 2)

@@ -50,7 +50,7 @@ def write_results(folder: paths.AnyPath, created: int) -> None:
 
 
 def _result_lines(folder: paths.AnyPath, created: int, wants_errors: bool) -> Iterator[dict]:
-    with (folder / MANIFEST).open("r") as manifest:
+    with (folder / MANIFEST).open("rb") as manifest:
         for id_, own in itertools.groupby(map(json.loads, manifest), key=lambda row: row["id"]):
             own = list(own)
             error = next((row for row in own if "error" in row), None)
