@@ -6,6 +6,7 @@ import shutil
 
 import official
 import pytest
+from clouds import serve_folder
 from official import CASES, export, tree
 
 from blip3o_jax import checkpoints
@@ -53,6 +54,18 @@ def test_the_other_variants_have_their_own_files_and_counts(tmp_path):
     assert len(BENCHMARKS["longtext-zh"].read(prompts, "mine")) == 160
     prompts, _ = official.tiif(tmp_path / "t", 2538)
     assert len(BENCHMARKS["tiif"].read(prompts, "mine")) == 2 * 2538
+
+
+def test_prompts_in_a_bucket_are_read_by_the_projects_own_client(tmp_path, monkeypatch):
+    """pyarrow would open a bucket's name with a client and credentials of its own."""
+    prompts, _ = official.gedit(tmp_path / "gedit")
+    expected = BENCHMARKS["gedit"].read(prompts, "mine")
+    own, asked = serve_folder(monkeypatch, tmp_path)
+    items = BENCHMARKS["gedit"].read(own / "gedit", "mine")
+    assert items == expected
+    assert asked.count("cat_file") == 4  # of each file its end, then its rows
+    (_, source), *_ = BENCHMARKS["gedit"].beside(own, items, own / "gedit")
+    assert source()[:4] == b"\x89PNG"
 
 
 def drop_last_line(path):

@@ -43,7 +43,7 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
     require(bool(files), f"{path} has no .parquet file.")
     for file in files:
         try:
-            with pq.ParquetFile(file) as table:
+            with file.open("rb") as stream, pq.ParquetFile(stream) as table:
                 missing = sorted(set(columns) - set(table.schema_arrow.names))
                 require(not missing, f"{file} has no column {missing[:1]}.")
                 start = 0
