@@ -180,10 +180,10 @@ class Feed:
         return grain.MapDataset.range(np.iinfo(np.int32).max).map(row)
 
     def _exercises(self, seed: int) -> grain.MapDataset:
-        """Rows made on demand, of scenes without written words; prompts may be as long as a row."""
+        """Rows made on demand; prompts may be as long as a row."""
         length = self.data.row_length
         text = dataclasses.replace(self.tokenizer, max_prompt_tokens=length)
-        world = dataclasses.replace(self.data.world, seed=seed, text=0.0)
+        world = dataclasses.replace(self.data.world, seed=seed)
         make = partial(exercise, text, world, self.data.exercises, length)
         return grain.MapDataset.range(np.iinfo(np.int32).max).map(make)
 

@@ -75,6 +75,14 @@ def test_rows_hold_the_prompt_and_room_for_the_image(data_dir, tokenizer):
     assert (after[3:] == tokenizer.vocab.pad_token_id).all()
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_exercises_show_words_as_often_as_asked(share, tokenizer):
+    data = DataConfig(exercises={"sketch": 1.0}, row_length=112, text_fraction=share)
+    rows = next(feed.Feed(data, CFG.blip3o(), "exercises", tokenizer, batch_size=64).train())
+    texts = [tokenizer.tokenizer.decode(row.tolist()) for row in rows["tokens"]]
+    assert abs(sum('the word "' in text for text in texts) / 64 - share) < 0.2 * bool(share) + 0.01
+
+
 def test_a_batch_is_a_function_of_seed_and_step(data_dir):
     whole = take(opened(data_dir).train(), 9)
     resumed = take(opened(data_dir).train(5), 4)

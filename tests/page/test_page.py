@@ -14,6 +14,7 @@ from blip3o_jax.errors import MAX_SEED
 from blip3o_jax.sample.settings import EditSettings, Settings
 from blip3o_jax.serve.bodies import MOST_IMAGES
 
+expect = pytest.importorskip("playwright.sync_api").expect
 SOURCE = Image.effect_noise((96, 64), 60).convert("RGB")
 
 
@@ -330,7 +331,7 @@ def test_fields_take_over_the_models_own_defaults(visit, stub):
     page = visit()
     for mode, scale in (("Edit", "1"), ("Generate", "2")):
         page.get_by_role("radio", name=mode, exact=True).check(force=True)
-        page.wait_for_function("document.getElementById('steps').value === '4'")
+        expect(page.locator("#steps")).to_have_value("4")
         assert page.input_value("#scale") == scale
     assert page.locator("#scale").get_attribute("min") == "1"
     start(page, "a tree", seed=1)
@@ -348,7 +349,7 @@ def test_fields_take_over_the_models_own_defaults(visit, stub):
 def test_a_model_of_few_steps_is_guided_by_one_scale(visit, stub, picture):
     stub.facts = FACTS
     page = visit()
-    page.wait_for_function("document.getElementById('steps').value === '4'")
+    expect(page.locator("#steps")).to_have_value("4")
     choose(page, picture)
     start(page, "turn it", scale=3)
     results(page, 1)
