@@ -11,6 +11,7 @@ A program is code, and so is what holds it: a folder in which others may write i
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -140,11 +141,9 @@ def folder() -> paths.AnyPath | None:
 def kept(place: paths.AnyPath) -> dict[str, tuple[int, str]]:
     """The programs in a folder by name, and the state of each file."""
     states = {}
-    for file in paths.files_below(place):
-        # Another process's file that is being written may be gone by now.
-        with contextlib.suppress(FileNotFoundError):
-            if not paths.is_left_over(file):
-                states[file.name] = paths.state(file)
+    for file in itertools.filterfalse(paths.is_left_over, paths.files_below(place)):
+        with contextlib.suppress(FileNotFoundError):  # gone by now, as another process's trial
+            states[file.name] = paths.state(file)
     return states
 
 

@@ -83,8 +83,6 @@ def run_export(args: argparse.Namespace) -> None:
     check_items(args, benchmark, items)
     folder = paths.path(args.out).resolve()
     tree = folder / "images"
-    if args.overwrite:
-        keep_results(folder)
     requests = requests_of(args, benchmark, items, settings)
     facts = {"benchmark": args.benchmark, "model_name": args.model_name}
     facts |= {"settings": dataclasses.asdict(settings), "seed": args.seed}
@@ -94,15 +92,19 @@ def run_export(args: argparse.Namespace) -> None:
     name = functools.partial(file_of, benchmark, items)
     own = {"command": f"evaluate {args.benchmark} export"} | facts
     own |= own.pop("settings")
+    # All that the scorer's folder is to hold; names of sources are known without reading them.
+    sources = set() if benchmark.sources else {item.source for item in items} - {""}
+    beside = benchmark.beside(tree, items, prompts) if benchmark.beside and not sources else ()
+    expected = sources | {name for name, _ in beside}
+    expected |= {file for item in items for file in item.files}
+    own[ledger.FURTHER] = [MARKER, *(f"images/{file}" for file in sorted(expected))]
     if whole.make(job, requests, own, name, functools.partial(write, True)) is None:
         return
     size = lay_out(benchmark, items, requests, folder)
     # Scorers leave out what is missing, and some judge what is too much.
-    expected = {*write(False), *(file for item in items for file in item.files)}
-    check_own(tree, files_below(tree) - expected)
+    write(False)
     record.check_same(tree, files_below(tree), expected)
     export = facts | {"checkpoint": ledger.read_facts(folder)["checkpoint"]}
-    export["files"] = sorted(files_below(tree))
     export["items"] = [dataclasses.asdict(item) for item in items]
     ledger.write_whole(folder, MARKER, [json.dumps(export).encode()])
     places = {"images": tree, "out": folder, "prompts": prompts.resolve()}
@@ -140,16 +142,14 @@ def file_of(benchmark: Benchmark, items: list[Item], _: Sample, number: int) -> 
 
 def write_beside(
     benchmark: Benchmark, tree: paths.AnyPath, items: list[Item], prompts: Path, are_read: bool
-) -> set[str]:
+) -> None:
     """Writes what the scorer reads beside the images: the sources of edits that are not there yet,
-    and all else unless they `are_read`. Returns the names of all."""
+    and all else unless they `are_read`."""
     sources = {item.source for item in items}
-    there, names = files_below(tree) & sources, set()
+    there = files_below(tree) & sources
     for name, content in benchmark.beside(tree, items, prompts) if benchmark.beside else ():
-        names.add(name)
         if (name in sources or not are_read) and name not in there:
             ledger.write_whole(tree.parent, f"{tree.name}/{name}", [content()])
-    return names
 
 
 def lay_out(
@@ -177,24 +177,6 @@ def lay_out(
         data = encode_image(grid, origin, FORMATS[Path(item.files[0]).suffix])
         ledger.write_whole(folder, f"images/{item.files[0]}", [data])
     return size
-
-
-def keep_results(folder: paths.AnyPath) -> None:
-    """InputError where an earlier export holds what it did not write, such as a scorer's results,
-    which --overwrite would delete."""
-    file = folder / MARKER
-    if file.is_file():
-        export = record.parse_json(file, record.read_text(file))
-        written = export.get("files", ()) if isinstance(export, dict) else ()
-        own = {MARKER, ledger.MANIFEST, *(f"images/{name}" for name in written)}
-        other = files_below(folder) - own
-        check_own(folder, {x for x in other if not x.startswith(("job/", "singles/"))})
-
-
-def check_own(folder: paths.AnyPath, other: set[str]) -> None:
-    """InputError for files of others in the folder of an export."""
-    holds = f"{folder} also holds what the export did not write, such as {sorted(other)[:1]}"
-    require(not other, f"{holds}; move it away, or name another folder.")
 
 
 def check_items(args: argparse.Namespace, benchmark: Benchmark, items: list[Item]) -> None:

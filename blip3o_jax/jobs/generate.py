@@ -69,6 +69,7 @@ def _run_batch(args: argparse.Namespace, settings: Settings, facts: dict) -> int
     offer = Offer(models, config, (args.format,), args.seed, settings, edits)
     requests, refused = openai.read_batch(args.prompts, offer)
     facts["batch"] = ledger.digest_of(paths.path(args.prompts))
+    facts[ledger.FURTHER] = ["output.jsonl", "errors.jsonl"]
     code = work.run(args, requests, facts, is_file=True, refused=refused)
     folder = paths.path(args.out)
     if (folder / ledger.MANIFEST).is_file():

@@ -19,6 +19,7 @@ import heapq
 import io
 import itertools
 import json
+import re
 import tarfile
 import tempfile
 import time
@@ -38,6 +39,12 @@ JOB, FACTS, DONE, MANIFEST = "job", "job/job.json", "job/done", "manifest.jsonl"
 # What a row names, and by what hash.
 FILES = (("file", "sha256"), ("mask", "mask_sha256"), ("shard", "shard_sha256"))
 BEGUN = "begun"  # the fact when a job first began, in seconds, which may differ
+FURTHER = "files"  # the fact what else a job writes than rows name, which may differ
+# The name of a result, which a killed process may leave without a row; its number is of one alone.
+RESULT = re.compile(
+    r"(shards/\d+|singles/\d+-\d|(?:images/)?\d{5,}-\d+(?=-))[a-z0-9-]*"
+    r"(?:\.mask)?\.(?:png|webp|jpg|tar|array_record)"
+)
 READERS = 16  # files of a job that are read at once: each may wait for a bucket's answer
 Rows = dict[int, list[dict]]  # of a shard, by the request's number
 # What helps where a file of the job is damaged.
@@ -96,16 +103,19 @@ def is_begun(folder: paths.AnyPath, facts: dict, overwrite: bool = False) -> boo
         require(has_job or is_empty, f"{other} name another folder.")
     if has_job and overwrite:
         # What is damaged is all made again; another command's results may be dear to someone.
-        was = now = facts.get("command")
+        before = facts
         with contextlib.suppress(InputError):
-            was = read_facts(folder).get("command")
+            before = read_facts(folder)
+        was, now = before.get("command"), facts.get("command")
         other = f"{folder} holds a job of `{was}`, which `{now}` does not overwrite;"
         require(was == now, f"{other} name another folder, or delete it yourself.")
+        further = [*before.get(FURTHER, ()), *facts.get(FURTHER, ())]
+        _check_own(folder, {MANIFEST, *map(str, further)})
     if not has_job or overwrite:
         return has_job
     facts = json.loads(json.dumps({"version": VERSION, **facts}))  # tuples are lists there
     before = read_facts(folder)
-    names = {**before, **facts}.keys() - {BEGUN}
+    names = {**before, **facts}.keys() - {BEGUN, FURTHER}
     names = sorted(name for name in names if before.get(name) != facts.get(name))
     if names:
         was, now = (", ".join(f"{n} {_shown(job, n)}" for n in names) for job in (before, facts))
@@ -123,6 +133,21 @@ def _is_empty(folder: paths.AnyPath) -> bool:
     return True
 
 
+def _check_own(folder: paths.AnyPath, own: set[str]) -> None:
+    """InputError for a file that a job's folder holds beside what its rows name and its `own`."""
+    with contextlib.suppress(InputError):  # of a damaged row, whose result is one without
+        for rows in ahead(lambda shard: recorded(folder, shard), begun_shards(folder)):
+            own |= {row[x] for row in itertools.chain(*rows.values()) for x, _ in FILES if x in row}
+    begun = {match[1] for match in map(RESULT.fullmatch, own) if match}
+    with paths.remote_errors(f"{folder} cannot be read"):
+        names = [file.relative_to(folder).as_posix() for file in paths.files_below(folder)]
+    for name in names:
+        match = RESULT.fullmatch(name)
+        is_own = name in own or name.startswith(f"{JOB}/") or (match and match[1] not in begun)
+        holds = f"{folder} also holds {name}, which its job did not write"
+        require(is_own, f"{holds}; move it away, or name another folder.")
+
+
 def _shown(facts: dict, name: str) -> str:
     return json.dumps(facts[name]) if name in facts else "none"
 
@@ -137,6 +162,7 @@ def read_facts(folder: paths.AnyPath) -> dict:
         for name in ("requests", BEGUN):
             is_whole = type(facts.get(name)) is int
             require(is_whole, f"{path} is damaged: its `{name}` is no whole number.")
+        require(type(facts.get(FURTHER, [])) is list, f"{path} is damaged: `{FURTHER}` is no list.")
     return facts
 
 

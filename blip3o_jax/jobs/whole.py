@@ -43,9 +43,9 @@ def make(
     if outcome.failed:
         # One reason stands for all.
         folder = paths.path(args.out)
-        shards = sorted(ledger.begun_shards(folder))
-        read = ledger.ahead(lambda shard: ledger.recorded(folder, shard), shards)
-        errors = (row["error"] for rows in read for (row, *_) in rows.values() if "error" in row)
+        there = sorted(ledger.begun_shards(folder))
+        shards = ledger.ahead(lambda shard: ledger.recorded(folder, shard), there)
+        errors = (row["error"] for rows in shards for (row, *_) in rows.values() if "error" in row)
         what = f"{counted(len(outcome.failed), 'request')} of {folder} failed"
         what = f"{what} ({next(errors).rstrip('.')}), so nothing is scored"
         raise InputError(f"{what}; the same command tries them again.")
@@ -77,6 +77,7 @@ def score(
     """The images of all requests and the model that made them, for who scores them; None as in
     `make`."""
     args = job_of(args, num_images)
+    facts |= {ledger.FURTHER: ["sheet.png", "images.jsonl", "result.json"]}
     outcome = make(args, requests, facts)
     if outcome is None:
         return None

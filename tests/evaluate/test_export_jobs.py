@@ -67,6 +67,10 @@ def test_an_export_is_divided_and_goes_on_where_it_was_killed(name, tmp_path, ca
     capsys.readouterr()
     assert export(name, prompts, tmp_path, "--seed", "3") == 2
     assert "holds a job with seed 0; this one has seed 3" in capsys.readouterr().err
+    # Which replaces this one, and all that it wrote.
+    (out / "export.json").unlink()
+    assert export(name, prompts, tmp_path, "--model-name", "other", "--overwrite") == 0
+    assert not [file for file in tree(out) if "mine/" in file]
 
 
 @pytest.mark.parametrize("name", ["geneval", "dpg", "gedit"])
@@ -141,12 +145,12 @@ def test_what_a_scorer_wrote_is_not_overwritten(name, tmp_path, capsys):
     results.write_text("scores")
     capsys.readouterr()
     assert export("geneval2", prompts, tmp_path, "--overwrite") == 2
-    assert f"what the export did not write, such as ['{name}']" in capsys.readouterr().err
+    assert f"out also holds {name}, which its job did not write; move" in capsys.readouterr().err
     # Beside the images, of which a scorer may judge all, it is named too.
     is_beside = name.startswith("images/")
     assert export("geneval2", prompts, tmp_path) == 2 * is_beside
     error = capsys.readouterr().err
-    assert ("such as ['dpg-bench_results.txt']; move it away" in error) == is_beside
+    assert ("images: ['dpg-bench_results.txt'] does not belong there." in error) == is_beside
     # Nor do other commands overwrite it.
     assert main(["generate", "a cat", "--out", str(tmp_path / "out"), "--overwrite"]) == 2
     other = "holds a job of `evaluate geneval2 export`, which `generate` does not overwrite;"

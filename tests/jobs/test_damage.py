@@ -135,6 +135,36 @@ def test_what_a_writer_that_was_killed_left_is_no_other_files_job(channels):
     assert generate(channels, out="other") == 0
 
 
+def test_what_a_job_did_not_write_is_not_overwritten(channels, capsys, never):
+    assert generate(channels) == 0
+    (first, *_), before = manifest(), files()
+    never()
+    retouched = first["file"].replace(".png", "-small.png")
+    for name in ("edited/manifest.jsonl", retouched, f"edited/{first['file']}", "result.json"):
+        path = pathlib.Path("made", name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"mine")
+        assert generate(channels, "--seed", "1", "--overwrite") == 2
+        sentence = f"made also holds {name}, which its job did not write; move it away, or name"
+        assert sentence in capsys.readouterr().err
+        assert path.read_bytes() == b"mine"
+        path.unlink()
+        assert files() == before
+
+
+@pytest.mark.parametrize("kind", ["png", "tar"])
+def test_what_a_killed_job_left_without_rows_is_overwritten_by_other_prompts(kind, channels):
+    """Also where it was killed as it deleted: rows may go first, the job's facts go last."""
+    assert generate(channels, "--format", kind) == 0
+    pathlib.Path("made/manifest.jsonl").unlink()
+    pathlib.Path("made/job/done/000000.jsonl").write_bytes(b"half")
+    pathlib.Path("made/job/done/000001.jsonl").unlink()
+    pathlib.Path("prompts.jsonl").write_text('{"prompt": "a dog"}')
+    assert generate(channels, "--format", kind, "--overwrite") == 0
+    assert len(manifest()) == 1
+    assert len(list(pathlib.Path("made").glob("*.png"))) == (kind == "png")
+
+
 @pytest.mark.parametrize("is_listed_first", [False, True])
 def test_a_share_that_begins_while_another_looks_is_no_other_files(is_listed_first, monkeypatch):
     facts, is_empty = {"command": "generate", "requests": 1}, ledger._is_empty

@@ -69,6 +69,7 @@ def test_an_evaluation_is_divided_and_the_last_process_scores(channels, monkeypa
     capsys.readouterr()
     assert main([*argv, "--out", "shared", "--keep-unchanged"]) == 2
     assert "keep_unchanged null; this one has keep_unchanged 16.0" in capsys.readouterr().err
+    assert main([*argv, "--out", "shared", "--keep-unchanged", "--overwrite"]) == 0
     assert main([*argv, "--out", "x.png"]) == 2
     assert "--out x.png is a picture; name a folder." in capsys.readouterr().err
     # Nor does the help offer one, as that of a command does which writes it.
@@ -117,6 +118,7 @@ def test_drift_is_measured_over_each_pictures_own_turns(pipeline, channels, caps
     capsys.readouterr()
     assert main(argv) == 2
     assert "000000.jsonl line 1 is damaged: it is no row of this shard" in capsys.readouterr().err
+    assert main([*argv, "--overwrite"]) == 0
 
 
 def test_a_checkpoint_that_changes_before_the_scores_is_refused(channels, monkeypatch, capsys):

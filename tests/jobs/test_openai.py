@@ -69,6 +69,9 @@ def test_images_and_edits_of_a_batch_come_back_under_their_ids(channels, loaded,
     before = pathlib.Path("made/output.jsonl").read_bytes()
     served(channels, *lines, code=1)
     assert pathlib.Path("made/output.jsonl").read_bytes() == before
+    argv = ["generate", "a cat", "--checkpoint", channels, *FLAGS, "--out", "made", "--overwrite"]
+    assert main(argv) == 0
+    assert not pathlib.Path("made/output.jsonl").exists()
 
 
 def test_a_picture_that_another_share_is_to_make_again_is_named(channels, loaded, capsys):
