@@ -140,7 +140,8 @@ def _check_own(folder: paths.AnyPath, own: set[str]) -> None:
             own |= {row[x] for row in itertools.chain(*rows.values()) for x, _ in FILES if x in row}
     begun = {match[1] for match in map(RESULT.fullmatch, own) if match}
     with paths.remote_errors(f"{folder} cannot be read"):
-        names = [file.relative_to(folder).as_posix() for file in paths.files_below(folder)]
+        files = itertools.filterfalse(paths.is_left_over, paths.files_below(folder))
+        names = [file.relative_to(folder).as_posix() for file in files]
     for name in names:
         match = RESULT.fullmatch(name)
         is_own = name in own or name.startswith(f"{JOB}/") or (match and match[1] not in begun)

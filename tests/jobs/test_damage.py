@@ -159,6 +159,7 @@ def test_what_a_killed_job_left_without_rows_is_overwritten_by_other_prompts(kin
     pathlib.Path("made/manifest.jsonl").unlink()
     pathlib.Path("made/job/done/000000.jsonl").write_bytes(b"half")
     pathlib.Path("made/job/done/000001.jsonl").unlink()
+    pathlib.Path(f"made/{paths.NEW}1").write_bytes(b"half")
     pathlib.Path("prompts.jsonl").write_text('{"prompt": "a dog"}')
     assert generate(channels, "--format", kind, "--overwrite") == 0
     assert len(manifest()) == 1
