@@ -40,7 +40,7 @@ JOB, FACTS, DONE, MANIFEST = "job", "job/job.json", "job/done", "manifest.jsonl"
 FILES = (("file", "sha256"), ("mask", "mask_sha256"), ("shard", "shard_sha256"))
 BEGUN = "begun"  # the fact when a job first began, in seconds, which may differ
 FURTHER = "files"  # the fact what else a job writes than rows name, which may differ
-# The name of a result, which a killed process may leave without a row; its number is of one alone.
+# Names of results, of which a killed process leaves some without a row; the group is the number.
 RESULT = re.compile(
     r"(shards/\d+|singles/\d+-\d|(?:images/)?\d{5,}-\d+(?=-))[a-z0-9-]*"
     r"(?:\.mask)?\.(?:png|webp|jpg|tar|array_record)"
