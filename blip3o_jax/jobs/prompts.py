@@ -9,6 +9,7 @@ import dataclasses
 import io
 import json
 import pathlib
+import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -135,7 +136,9 @@ def _csv_rows(path: str, what: str) -> Iterator[tuple[str, dict]]:
 
 def _has_json(kind: str) -> bool:
     """Whether JSON has values of a type of Arrow: pictures' bytes are no metadata."""
-    return not any(x in kind for x in ("binary", "date", "time", "decimal", "duration"))
+    # As the type itself or that of a field within, "struct<update: date32[day]>".
+    others = r"(?:^|: )(?:large_|fixed_size_)?(?:binary|date|time|decimal|duration)"
+    return not re.search(others, kind)
 
 
 def _parquet_rows(path: str, what: str) -> Iterator[tuple[str, dict]]:

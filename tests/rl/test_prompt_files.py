@@ -82,6 +82,11 @@ def test_parquet_has_the_metadata_that_json_has(tmp_path):
     pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "a.parquet")
     (row,) = read_prompts(str(tmp_path / "a.parquet"))
     assert row.fields == {"prompt": "a dog", "tag": "colors", "include": DOG}
+    # A field's name is no type.
+    table = pa.table([["a dog"], [{"candidate": "x"}], [[b"png"]]], ["prompt", "update", "raw"])
+    pa.parquet.write_table(table, tmp_path / "b.parquet")
+    (row,) = read_prompts(str(tmp_path / "b.parquet"))
+    assert row.fields == {"prompt": "a dog", "update": {"candidate": "x"}}
 
 
 def test_one_prompt_is_too_few(tmp_path):
